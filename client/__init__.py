@@ -1,0 +1,1 @@
+"""One hospital: its part of a round, and the Flower ClientApp."""

@@ -1,0 +1,1 @@
+"""One coordinator: round engine, aggregation, ledger, the Flower ServerApp, the report."""

@@ -1,0 +1,1 @@
+"""Many hospitals on one machine: synthetic hospitals, partitions, the in-process engine, studies."""

@@ -1,0 +1,1 @@
+"""A site's records become token sequences: MEDS events, survey, codebook, encoding, store, windows."""

@@ -1,0 +1,66 @@
+"""Files that are either there and whole, or not there.
+
+Everything is written beside its destination, flushed to the disk, and renamed: a reader, or the same program after a
+crash, never sees half a file. Left-overs of a killed writer carry `.partial` in their name and are swept by the next
+writer of the same destination.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` in one step that survives a crash at any moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    _sync_directory(path.parent)
+
+
+@contextmanager
+def directory(path: Path) -> Iterator[Path]:
+    """Build the directory `path` aside; it appears, whole, only when the block ends without an error.
+
+    A directory that already stands there is replaced. Left-overs of killed writers of the same directory are removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f"{path.name}.*.partial"):
+        shutil.rmtree(stale, ignore_errors=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    aside.mkdir()
+    try:
+        yield aside
+        for folder, _, names in os.walk(aside):
+            for name in names:
+                with Path(folder, name).open("rb") as file:
+                    os.fsync(file.fileno())
+            _sync_directory(Path(folder))
+        if path.exists():
+            # A rename can't replace a directory with content: the old one steps aside first.
+            old = path.with_name(f"{path.name}.old.partial")
+            path.rename(old)
+            aside.rename(path)
+            shutil.rmtree(old)
+        else:
+            aside.rename(path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
