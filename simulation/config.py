@@ -1,0 +1,265 @@
+"""One TOML file says what a study is: records, sites, tokens, model, rounds, questions.
+
+Read once, at the edge; everything below gets plain typed values. Every key that is unknown and every value that is out
+of range is named with its place in the file, all of them at once, so that one reading mends the file.
+"""
+
+import difflib
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tokenizer.errors import ConfigError
+
+_Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+_Positive = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    """A table of the file: no unknown keys, no changes after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Partition(_Section):
+    """How one dataset becomes sites.
+
+    `code`: one site per value of the first prefix in `prefixes` that the dataset has; groups smaller than
+    `min_patients` are put together. `iid`: `sites` equal shares at random. `dirichlet`: shares of each value of the
+    prefix drawn from Dirichlet(`alpha`). `column`: one site per value of an extra column of the MEDS files.
+    """
+
+    by: Literal["code", "iid", "dirichlet", "column"]
+    prefixes: tuple[str, ...] = ()
+    column: str | None = None
+    sites: Annotated[int, Field(ge=2)] | None = None
+    alpha: Annotated[float, Field(gt=0.0)] = 0.5
+    min_patients: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.by in ("code", "dirichlet") and not self.prefixes:
+            raise ValueError(f'by = "{self.by}" needs prefixes = ["..."]')
+        if self.by in ("iid", "dirichlet") and self.sites is None:
+            raise ValueError(f'by = "{self.by}" needs sites = N')
+        if self.by == "column" and not self.column:
+            raise ValueError('by = "column" needs column = "..."')
+        return self
+
+
+class Data(_Section):
+    """Where the records come from.
+
+    `synthetic` makes hospitals up, with known risks; `meds` splits one MEDS dataset into sites; `sites` takes one MEDS
+    dataset for each site as it is.
+    """
+
+    kind: Literal["synthetic", "meds", "sites"]
+    hospitals: tuple[str, ...] = ()
+    patients: _Positive = 800
+    path: Path | None = None
+    partition: Partition | None = None
+    sites: dict[str, Path] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.kind == "meds" and self.partition is None:
+            raise ValueError('kind = "meds" needs a [data.partition] table')
+        if self.kind == "sites" and not self.sites:
+            raise ValueError('kind = "sites" needs a [data.sites] table: name = "path of a MEDS dataset"')
+        return self
+
+
+class Split(_Section):
+    """Shares of patients kept for tuning and held out, by a keyed hash of the subject id."""
+
+    key: str = "fedcomet"
+    tuning: _Share = 0.1
+    held_out: _Share = 0.2
+
+    @model_validator(mode="after")
+    def _room_to_train(self) -> Self:
+        if self.tuning + self.held_out >= 1.0:
+            raise ValueError("tuning + held_out must leave patients to train on")
+        return self
+
+
+class Tokenizer(_Section):
+    """What one event becomes; see tokenizer/codebook.py."""
+
+    values: Literal["separate", "fused"] = "separate"
+    value_bins: Annotated[int, Field(ge=2, le=100)] = 10
+    min_patients: Annotated[int, Field(ge=2)] = 10
+
+
+class Model(_Section):
+    """The decoder: a preset by its size, the longest context, dropout."""
+
+    preset: str = "0.3m"
+    context: Annotated[int, Field(ge=16)] = 1024
+    dropout: _Share = 0.0
+
+
+class Training(_Section):
+    """Rounds and the local work in each: exactly one of `local_epochs` and `local_steps`."""
+
+    rounds: _Positive
+    local_epochs: _Positive | None = None
+    local_steps: _Positive | None = None
+    batch_tokens: _Positive = 8192
+    learning_rate: Annotated[float, Field(gt=0.0)] = 3e-3
+    min_learning_rate_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+    warmup_share: _Share = 0.03
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    clip: Annotated[float, Field(gt=0.0)] = 1.0
+    optimizer_state: Literal["keep", "reset"] = "keep"
+    outer: Literal["fedavg", "nesterov"] = "fedavg"
+    outer_learning_rate: Annotated[float, Field(gt=0.0)] | None = None
+    outer_momentum: _Share = 0.9
+    min_sites: _Positive = 1
+    round_deadline_minutes: Annotated[float, Field(gt=0.0)] = 120.0
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> Self:
+        if (self.local_epochs is None) == (self.local_steps is None):
+            raise ValueError("give exactly one of local_epochs and local_steps")
+        return self
+
+
+class Question(_Section):
+    """A question that rollouts answer; see model/tasks.py."""
+
+    name: str
+    question: str
+    trigger: tuple[str, ...]
+    after_hours: Annotated[float, Field(ge=0.0)] = 0.0
+    outcome: tuple[str, ...]
+    competing: tuple[str, ...] = ()
+    horizon_days: Annotated[float, Field(gt=0.0)] | None = None
+    occurrence: Literal["first", "last", "each"] = "first"
+
+
+class Evaluation(_Section):
+    """How the questions are answered: trajectories for each patient, their cap, the bootstrap."""
+
+    trajectories: _Positive = 64
+    max_tokens: _Positive = 256
+    resamples: Annotated[int, Field(ge=100)] = 2000
+
+
+Arm = Literal["federated", "alone", "pooled", "ensemble"]
+
+
+class Study(_Section):
+    """The whole file."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    title: str = ""
+    seed: Annotated[int, Field(ge=0)] = 0
+    data: Data
+    split: Split = Split()
+    tokenizer: Tokenizer = Tokenizer()
+    model: Model = Model()
+    training: Training
+    arms: tuple[Arm, ...] = ("federated",)
+    task: tuple[Question, ...]
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Self:
+        if "ensemble" in self.arms and "alone" not in self.arms:
+            raise ValueError('arms: "ensemble" averages the sites\' own models, so it needs "alone" too')
+        if "federated" not in self.arms:
+            raise ValueError('arms: "federated" can\'t be left out; it makes the codebook that all arms share')
+        if not self.task:
+            raise ValueError("task: ask at least one question in a [[task]] table")
+        names = [task.name for task in self.task]
+        if len(set(names)) != len(names):
+            raise ValueError(f"task: every name may stand once, found {', '.join(names)}")
+        return self
+
+    def digest(self) -> str:
+        """SHA-256 of the canonical form: two files that mean the same give the same digest."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read(path: Path, *, data: Path | None = None) -> Study:
+    """Read the study in the TOML file `path`.
+
+    Args:
+        path: the file.
+        data: a MEDS dataset that takes the place of `data.path`.
+
+    Returns:
+        The study; a relative `data.path` or site path is taken from the folder of `path`.
+
+    Raises:
+        ConfigError: the file is missing or no TOML, or keys or values are wrong (all are named).
+    """
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read ({error.strerror}); give the path of a study file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not valid TOML: {error}") from error
+    table = raw.get("data")
+    if isinstance(table, dict):
+        if data is not None:
+            table["path"] = str(data.absolute())
+        _anchor(table, path.parent)
+    try:
+        study = Study.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{path}: {_explain(e)}" for e in error.errors())) from error
+    if study.data.kind == "meds" and study.data.path is None:
+        raise ConfigError(f"{path}: data.path is missing; name a MEDS dataset there or with --data")
+    if data is not None and study.data.kind != "meds":
+        raise ConfigError(f'{path}: --data needs data.kind = "meds", the file says "{study.data.kind}"')
+    return study
+
+
+def _anchor(table: dict[str, Any], folder: Path) -> None:
+    """Make the paths in the data table absolute, in place."""
+    if isinstance(table.get("path"), str):
+        table["path"] = str((folder / table["path"]).absolute())
+    if isinstance(table.get("sites"), dict):
+        table["sites"] = {
+            name: str((folder / value).absolute()) if isinstance(value, str) else value
+            for name, value in table["sites"].items()
+        }
+
+
+def _explain(error: Any) -> str:
+    place = error["loc"]
+    # A person counts the [[task]] tables of a file from one.
+    key = "".join(f"[{part + 1}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
+    if error["type"] == "extra_forbidden":
+        known = _keys_at(place[:-1])
+        close = difflib.get_close_matches(str(place[-1]), known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(known)}"
+        return f"{key} is not a known key{hint}"
+    if error["type"] == "missing":
+        return f"{key} is missing"
+    said = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{key or 'the file'}: {said}"
+    return f"{key} = {error['input']!r}: {said}"
+
+
+def _keys_at(place: tuple[Any, ...]) -> list[str]:
+    """The keys that the section at `place` knows."""
+    section: Any = Study
+    for part in place:
+        if isinstance(part, int):
+            continue
+        annotation = section.model_fields[part].annotation
+        candidates = [annotation, *get_args(annotation)]
+        section = next(
+            c for c in candidates if get_origin(c) is None and isinstance(c, type) and issubclass(c, BaseModel)
+        )
+    return sorted(section.model_fields)
