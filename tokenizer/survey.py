@@ -1,0 +1,214 @@
+"""Take a site's survey: what may be told about its codes, from the patients that train.
+
+A pass over the shards, one in memory at a time. A cell (a code, a bucket of a code's values) is
+told only if at least `min_patients` distinct patients are in it; smaller ones are joined first:
+rare codes with their siblings under a `//` parent, buckets with the next bucket towards the median.
+
+Notable choice: besides counts, only the patients of cells still below the floor are remembered
+between shards, so joined cells are counted exactly (a patient in both counts once) in little
+memory.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import numpy as np
+import polars as pl
+
+from tokenizer import sketch
+from tokenizer.codebook import BIRTH, INTERVALS, LONGEST, Survey, TokenizerOptions, parents
+from tokenizer.events import MedsDataset
+from tokenizer.split import SplitRule
+
+
+def survey(
+    dataset: MedsDataset,
+    rule: SplitRule,
+    options: TokenizerOptions,
+    progress: Callable[[int, int], None] | None = None,
+) -> Survey:
+    """Survey the train split of a dataset.
+
+    Args:
+        dataset: The site's events.
+        rule: Decides which patients train.
+        options: The floor, the sketches' accuracy and the rest.
+        progress: Called with the shards done and the shards in all.
+
+    Returns:
+        The survey; an empty one (0 patients) if fewer patients than the floor train here.
+    """
+    accuracy, floor = options.sketch_accuracy, options.min_patients
+    patients = 0
+    codes, statics, values, gaps = (_Tally(floor) for _ in range(4))
+    for done, shard in enumerate(dataset.shards, 1):
+        events = _training(dataset.read(shard), rule)
+        patients += events["subject_id"].n_unique()
+        events = events.filter(pl.col("code") != BIRTH)
+        timed = events.filter(pl.col("time").is_not_null())
+        untimed = events.filter(pl.col("time").is_null())
+        buckets = _buckets(timed["numeric_value"], accuracy)
+        cells = _count(timed.select("subject_id", key="code", bucket=buckets))
+        codes.add(cells.with_columns(bucket=pl.lit(0, pl.Int64)))
+        values.add(cells.drop_nulls("bucket"))
+        statics.add(_count(untimed.select("subject_id", key="code", bucket=pl.lit(0, pl.Int64))))
+        gaps.add(_count(_gaps(timed, accuracy)))
+        if progress:
+            progress(done, len(dataset.shards))
+    return Survey(
+        options,
+        patients=patients if patients >= floor else 0,
+        codes=codes.named(),
+        prefixes=codes.rolled_up(),
+        statics=statics.named(),
+        static_prefixes=statics.rolled_up(),
+        values=values.sketches(),
+        gaps=gaps.sketches(),
+    )
+
+
+def _training(events: pl.DataFrame, rule: SplitRule) -> pl.DataFrame:
+    subjects = events["subject_id"].unique()
+    training = subjects.filter(pl.Series(rule.assign(subjects.to_numpy()) == 0, dtype=pl.Boolean))
+    return events.join(training.to_frame(), on="subject_id", how="semi", maintain_order="left")
+
+
+def _buckets(values: pl.Series, accuracy: float) -> pl.Series:
+    """The sketch's bucket of each value, null for null."""
+    known = values.cast(pl.Float64).fill_null(0.0).to_numpy()
+    buckets = pl.Series(sketch.bucket_of(known, accuracy), dtype=pl.Int64)
+    return pl.select(pl.when(values.is_not_null()).then(buckets)).to_series()
+
+
+def _gaps(timed: pl.DataFrame, accuracy: float) -> pl.DataFrame:
+    """Gaps between a subject's times but the longest class: subject_id, key (class), bucket."""
+    subject, time = timed["subject_id"].to_numpy(), timed["time"].to_physical().to_numpy()
+    gap = np.where(subject[1:] == subject[:-1], time[1:] - time[:-1], 0)
+    edges = np.array(list(INTERVALS.values()))
+    at = np.flatnonzero((gap >= edges[0]) & (gap < INTERVALS[LONGEST]))
+    classes = pl.Series(list(INTERVALS))[np.searchsorted(edges, gap[at], side="right") - 1]
+    seconds = pl.Series(gap[at] / 1e6, dtype=pl.Float64)
+    return pl.DataFrame(
+        {
+            "subject_id": pl.Series(subject[1:][at], dtype=pl.Int64),
+            "key": classes,
+            "bucket": _buckets(seconds, accuracy),
+        }
+    )
+
+
+def _count(rows: pl.DataFrame) -> pl.DataFrame:
+    """Events per key, bucket and subject."""
+    cells = rows.group_by("key", "bucket", "subject_id")
+    return cells.agg(events=pl.len().cast(pl.Int64))
+
+
+@dataclass
+class _Tally:
+    """Events and distinct patients per (key, bucket), summed over shards."""
+
+    floor: int
+    cells: pl.DataFrame = field(
+        default_factory=lambda: pl.DataFrame(
+            schema={"key": pl.String, "bucket": pl.Int64, "events": pl.Int64, "patients": pl.Int64}
+        )
+    )
+    few: pl.DataFrame = field(
+        default_factory=lambda: pl.DataFrame(schema={"key": pl.String, "bucket": pl.Int64, "subject_id": pl.Int64})
+    )
+
+    def add(self, pairs: pl.DataFrame) -> None:
+        """Add a shard's events per key, bucket and subject."""
+        cell = ["key", "bucket"]
+        pairs = pairs.group_by(*cell, "subject_id").agg(pl.col("events").sum())
+        fresh = pairs.group_by(cell).agg(pl.col("events").sum(), patients=pl.len().cast(pl.Int64))
+        # No subject is in two shards, so patients add up.
+        joined = pl.concat([self.cells, fresh.select(self.cells.columns)])
+        self.cells = joined.group_by(cell).sum()
+        below = self.cells.filter(pl.col("patients") < self.floor)
+        known = pl.concat([self.few, pairs.select(self.few.columns)])
+        self.few = known.join(below, on=cell, how="semi")
+
+    def named(self) -> dict[str, int]:
+        """Patients per key that reached the floor."""
+        enough = self.cells.filter(pl.col("patients") >= self.floor)
+        return dict(enough.select("key", "patients").sort("key").iter_rows())
+
+    def rolled_up(self) -> dict[str, int]:
+        """Patients per `//` parent of keys below the floor; a key counts in one parent only."""
+        waiting: dict[str, set[int]] = {}
+        for key, subject in self.few.select("key", "subject_id").iter_rows():
+            waiting.setdefault(key, set()).add(subject)
+        released: dict[str, int] = {}
+        for depth in range(max((len(parents(key)) for key in waiting), default=0), 0, -1):
+            groups: dict[str, list[str]] = {}
+            for key in waiting:
+                above = parents(key)
+                if len(above) >= depth:
+                    groups.setdefault(above[-depth], []).append(key)
+            for prefix, keys in groups.items():
+                together = set().union(*(waiting[key] for key in keys))
+                if len(together) >= self.floor:
+                    released[prefix] = len(together)
+                    for key in keys:
+                        del waiting[key]
+        return released
+
+    def sketches(self) -> dict[str, dict[int, int]]:
+        """Events per bucket of each key, buckets joined until each has enough patients."""
+        subjects: dict[tuple[str, int], set[int]] = {}
+        for key, bucket, subject in self.few.iter_rows():
+            subjects.setdefault((key, bucket), set()).add(subject)
+        cells: dict[str, list[_Cell]] = {}
+        for key, bucket, events, _ in self.cells.sort("key", "bucket").iter_rows():
+            cells.setdefault(key, []).append(_Cell(bucket, events, subjects.get((key, bucket))))
+        folded = {key: _fold(buckets, self.floor) for key, buckets in cells.items()}
+        return {key: buckets for key, buckets in folded.items() if buckets}
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """Events in a bucket and their patients; None: the floor is reached."""
+
+    bucket: int
+    events: int
+    subjects: set[int] | None
+
+    def join(self, other: "_Cell", floor: int) -> "_Cell":
+        """Both cells at the place of the other one."""
+        both = None
+        if self.subjects is not None and other.subjects is not None:
+            both = self.subjects | other.subjects
+        return _Cell(other.bucket, self.events + other.events, both if both and len(both) < floor else None)
+
+
+def _fold(cells: list[_Cell], floor: int) -> dict[int, int]:
+    """Join each bucket below the floor with the next one towards the median; {} if all lie below."""
+    so_far = list(accumulate(cell.events for cell in cells))
+    middle = next(place for place, seen in enumerate(so_far) if 2 * seen >= so_far[-1])
+    full, below = _sweep(cells[:middle], floor)
+    full_right, above = _sweep(reversed(cells[middle + 1 :]), floor)
+    centre = cells[middle]
+    for rest in (below, above):
+        if rest:
+            centre = rest.join(centre, floor)
+    full += full_right
+    if centre.subjects is None:
+        full.append(centre)
+    elif full:
+        nearest = min(full, key=lambda cell: (abs(cell.bucket - centre.bucket), cell.bucket))
+        full[full.index(nearest)] = centre.join(nearest, floor)
+    return {cell.bucket: cell.events for cell in full}
+
+
+def _sweep(cells: Iterable[_Cell], floor: int) -> tuple[list[_Cell], _Cell | None]:
+    """Join from the tail inwards; the cells that reached the floor, and what is left over."""
+    full: list[_Cell] = []
+    rest: _Cell | None = None
+    for cell in cells:
+        joined = rest.join(cell, floor) if rest else cell
+        rest = joined if joined.subjects is not None else None
+        if rest is None:
+            full.append(joined)
+    return full, rest
