@@ -1,0 +1,338 @@
+"""The decoder: a Qwen2-style transformer that predicts the next medical-event token.
+
+Notable choices:
+- Pre-RMSNorm, SwiGLU, rotary positions, grouped-query attention, biases on q, k and v only, tied embeddings by default:
+  CoMET's architecture (arXiv 2508.12104). Parameter names, shapes and meaning are those of Hugging Face's
+  `Qwen2ForCausalLM` without its `model.` prefix.
+- The input is flat: all tokens of a batch end to end, and the lengths of the segments. There is no padding outside of
+  attention (`model.attention`), and patients never see each other.
+- Logits of a whole batch never exist: `nll` walks over the positions that have a target in chunks and computes the
+  gradients of hidden states and weight on the way.
+- Randomness comes only from generators that the caller owns. Dropout happens when a generator is given, not by a mode.
+
+Shapes: N flat tokens, S segments, D width, H query heads, G key/value heads, K head width, F feed-forward width,
+V vocabulary. `x_ND` is float [N, D].
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from model.attention import SegmentPlan, rotary_angles, rotate
+from tokenizer.errors import ConfigError
+
+# Rows of logits alive at once are chosen so that a chunk holds about this many numbers (8 MB in float32).
+_CHUNK_NUMBERS = 2**21
+_INIT_STD = 0.02
+
+# (layer, q_NHK, k_NGK, v_NGK) -> [N, H, K]: how queries meet keys, of this batch or of a cache.
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Shape of a decoder.
+
+    Attributes:
+        vocab: number of tokens.
+        layers: number of blocks.
+        width: size of the residual stream.
+        heads: query heads; `width / heads` is the head width and must be even.
+        kv_heads: key/value heads, a divisor of `heads`.
+        ff: width of the feed-forward layer.
+        context: most tokens in one segment.
+        rope_base: base of the rotary frequencies.
+        dropout: share of the residual branches' outputs that training drops.
+        tied: one matrix for embedding and output layer.
+        qkv_bias: biases on q, k and v.
+        eps: added to the mean square in RMSNorm.
+
+    Raises:
+        ConfigError: for a shape that can't be built.
+    """
+
+    vocab: int
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    ff: int
+    context: int
+    rope_base: float = 10_000.0
+    dropout: float = 0.0
+    tied: bool = True
+    qkv_bias: bool = True
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name in ("vocab", "layers", "width", "heads", "kv_heads", "ff", "context"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"decoder: {name} is {getattr(self, name)}; it must be at least 1")
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ConfigError(f"decoder: width {self.width} over {self.heads} heads must give an even whole number")
+        if self.heads % self.kv_heads:
+            raise ConfigError(f"decoder: kv_heads {self.kv_heads} must divide heads {self.heads}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"decoder: dropout is {self.dropout}; it must lie in [0, 1)")
+
+    @property
+    def head_width(self) -> int:
+        """Size of one attention head."""
+        return self.width // self.heads
+
+    def parameters(self) -> int:
+        """Exact number of parameters, without building anything."""
+        kv_width = self.kv_heads * self.head_width
+        attention = 2 * self.width * self.width + 2 * self.width * kv_width
+        bias = (self.width + 2 * kv_width) if self.qkv_bias else 0
+        block = attention + bias + 3 * self.width * self.ff + 2 * self.width
+        tables = (1 if self.tied else 2) * self.vocab * self.width
+        return tables + self.layers * block + self.width
+
+
+def _small(layers: int, width: int, heads: int, ff: int) -> DecoderConfig:
+    return DecoderConfig(500, layers, width, heads, heads, ff, context=1024)
+
+
+def _comet(layers: int, width: int, heads: int, ff: int) -> DecoderConfig:
+    return DecoderConfig(7105, layers, width, heads, heads, ff, context=8192)
+
+
+# Small presets are named by their size at a vocabulary of about 500. CoMET's find sizes give 62.1 M, 118.7 M and
+# 1,088 M with its vocabulary of 7,105, tied embeddings and as many key/value heads as query heads; layers and widths
+# follow a re-implementation of arXiv 2508.12104, and only this reading gives the published 62 M, 119 M and 1 B.
+PRESETS: dict[str, DecoderConfig] = {
+    "0.3m": _small(layers=3, width=96, heads=3, ff=192),
+    "1m": _small(layers=4, width=128, heads=4, ff=384),
+    "3m": _small(layers=6, width=192, heads=6, ff=576),
+    "10m": _small(layers=6, width=320, heads=5, ff=1280),
+    "comet-s": _comet(layers=6, width=768, heads=12, ff=3072),
+    "comet-m": _comet(layers=12, width=768, heads=12, ff=3072),
+    "comet-l": _comet(layers=16, width=2048, heads=32, ff=8192),
+}
+
+
+def preset(name: str, vocab: int, context: int | None = None, dropout: float | None = None) -> DecoderConfig:
+    """The preset `name` for a vocabulary, with another context or dropout where given.
+
+    Raises:
+        ConfigError: when no preset has this name.
+
+    >>> f"{preset('comet-s', vocab=7105).parameters():,}"
+    '62,103,552'
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"no model preset is called {name!r}; there are {', '.join(PRESETS)}")
+    config = replace(PRESETS[name], vocab=vocab)
+    if context is not None:
+        config = replace(config, context=context)
+    return config if dropout is None else replace(config, dropout=dropout)
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, final norm and output layer; use `create` for initial weights that follow from a seed."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab, config.width)
+        self.layers = nn.ModuleList(_Block(config) for _ in range(config.layers))
+        self.norm = _RMSNorm(config.width, config.eps)
+        self.lm_head = None if config.tied else nn.Linear(config.width, config.vocab, bias=False)
+
+    @classmethod
+    def create(cls, config: DecoderConfig, seed: int) -> "Decoder":
+        """Build a decoder whose weights follow from `seed` alone; torch's global generator is not touched.
+
+        Matrices are normal with deviation 0.02, those that write to the residual stream are scaled by
+        1 / sqrt(2 layers) (GPT-2's rule), biases are 0 and norms 1.
+        """
+        with torch.device("meta"):
+            decoder = cls(config)
+        decoder.to_empty(device="cpu")
+        generator = torch.Generator().manual_seed(seed)
+        residual_std = _INIT_STD / math.sqrt(2 * config.layers)
+        with torch.no_grad():
+            for name, weight in decoder.named_parameters():
+                if name.endswith("bias"):
+                    weight.zero_()
+                elif weight.dim() == 1:
+                    weight.fill_(1.0)
+                else:
+                    writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+                    weight.normal_(0.0, residual_std if writes else _INIT_STD, generator=generator)
+        return decoder
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Output matrix [V, D]: the embedding when tied."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(self, tokens: Tensor, lengths: Tensor, dropout: torch.Generator | None = None) -> Tensor:
+        """Final hidden states of a flat batch.
+
+        Args:
+            tokens: int64 [N], the segments end to end.
+            lengths: int64 [S], their lengths; their sum is N.
+            dropout: generator of the dropout masks, on the device of `tokens`; None drops nothing.
+
+        Returns:
+            float32 [N, D].
+
+        Raises:
+            ConfigError: when a segment is longer than the context, or the lengths don't add up to N.
+        """
+        longest, total = int(lengths.max()), int(lengths.sum())
+        if longest > self.config.context or int(lengths.min()) < 1 or total != len(tokens):
+            raise ConfigError(
+                f"decoder: segments of up to {longest} tokens, {total} in all, don't fit "
+                f"{len(tokens)} tokens and a context of {self.config.context}"
+            )
+        plan = SegmentPlan.of(lengths, tokens.device)
+        return self.run(tokens, plan.positions, lambda _, q, k, v: plan.attend(q, k, v), dropout=dropout)
+
+    def run(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        dropout: torch.Generator | None = None,
+    ) -> Tensor:
+        """Final hidden states [N, D] where `attend` decides what each token sees (rollouts bring a cache).
+
+        Keys reach `attend` already turned by `positions` (int64 [N]).
+        """
+        angles = rotary_angles(positions, self.config.head_width, self.config.rope_base)
+        walk = _Walk(angles, attend, self.config.dropout, dropout)
+        x_ND = walk.drop(self.embed_tokens(tokens))
+        for index, block in enumerate(self.layers):
+            x_ND = block(x_ND, index, walk)
+        return self.norm(x_ND)
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """Scores of every token after each position: float32 [N, V]."""
+        return F.linear(hidden_ND, self.head_weight).float()
+
+    def nll(self, hidden_ND: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+        """Summed negative log-likelihood (nats) of the targets, and how many there are.
+
+        Args:
+            hidden_ND: float32 [N, D] from `forward`.
+            targets: int64 [N]; negative where a position has no loss.
+
+        Returns:
+            Scalar float32 tensor with gradient, and the count of positions with a target.
+        """
+        rows = (targets >= 0).nonzero().squeeze(1)
+        if len(rows) < len(targets):
+            hidden_ND, targets = hidden_ND.index_select(0, rows), targets.index_select(0, rows)
+        loss = _chunked_nll(hidden_ND, self.head_weight, targets, torch.is_grad_enabled())
+        return loss, len(rows)
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """What every block of one forward pass shares."""
+
+    angles: tuple[Tensor, Tensor]
+    attend: Attend
+    rate: float
+    dropout: torch.Generator | None
+
+    def drop(self, x: Tensor) -> Tensor:
+        if self.dropout is None or self.rate == 0.0:
+            return x
+        keep = torch.empty_like(x).bernoulli_(1.0 - self.rate, generator=self.dropout)
+        return x * keep.div_(1.0 - self.rate)
+
+
+class _RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        return F.rms_norm(x_ND, (x_ND.shape[-1],), self.weight, self.eps)
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        kv_width, bias = config.kv_heads * config.head_width, config.qkv_bias
+        self.head_width = config.head_width
+        self.q_proj = nn.Linear(config.width, config.width, bias=bias)
+        self.k_proj = nn.Linear(config.width, kv_width, bias=bias)
+        self.v_proj = nn.Linear(config.width, kv_width, bias=bias)
+        self.o_proj = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(self, x_ND: Tensor, layer: int, walk: _Walk) -> Tensor:
+        split = (-1, self.head_width)
+        q_NHK = rotate(self.q_proj(x_ND).unflatten(1, split), walk.angles)
+        k_NGK = rotate(self.k_proj(x_ND).unflatten(1, split), walk.angles)
+        v_NGK = self.v_proj(x_ND).unflatten(1, split)
+        return self.o_proj(walk.attend(layer, q_NHK, k_NGK, v_NGK).flatten(1))
+
+
+class _FeedForward(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.width, config.ff, bias=False)
+        self.up_proj = nn.Linear(config.width, config.ff, bias=False)
+        self.down_proj = nn.Linear(config.ff, config.width, bias=False)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_ND)) * self.up_proj(x_ND))
+
+
+class _Block(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.input_layernorm = _RMSNorm(config.width, config.eps)
+        self.self_attn = _Attention(config)
+        self.post_attention_layernorm = _RMSNorm(config.width, config.eps)
+        self.mlp = _FeedForward(config)
+
+    def forward(self, x_ND: Tensor, layer: int, walk: _Walk) -> Tensor:
+        x_ND = x_ND + walk.drop(self.self_attn(self.input_layernorm(x_ND), layer, walk))
+        return x_ND + walk.drop(self.mlp(self.post_attention_layernorm(x_ND)))
+
+
+class _ChunkedNll(torch.autograd.Function):
+    """Sum of cross-entropies with one chunk of logits alive; gradients are made with the loss and kept."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, learn: bool) -> Tensor:
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        with torch.autocast(kind, enabled=False):
+            w_VD = weight.to(dtype)
+            loss = torch.zeros((), device=hidden.device)
+            if learn:
+                ctx.grad_hidden = torch.empty_like(hidden)
+                ctx.grad_weight = torch.zeros_like(weight)
+            rows = max(64, _CHUNK_NUMBERS // len(weight))
+            for start in range(0, len(targets), rows):
+                h_CD = hidden[start : start + rows].to(dtype)
+                y_C1 = targets[start : start + rows, None]
+                p_CV = torch.log_softmax((h_CD @ w_VD.T).float(), dim=1)
+                loss -= p_CV.gather(1, y_C1).sum()
+                if learn:
+                    p_CV.exp_().scatter_add_(1, y_C1, p_CV.new_full(y_C1.shape, -1.0))
+                    g_CV = p_CV.to(dtype)
+                    ctx.grad_hidden[start : start + rows] = g_CV @ w_VD
+                    ctx.grad_weight.add_(g_CV.T @ h_CD)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        return ctx.grad_hidden * grad, ctx.grad_weight * grad, None, None
+
+
+_chunked_nll: Callable[[Tensor, Tensor, Tensor, bool], Tensor] = _ChunkedNll.apply
