@@ -1,0 +1,296 @@
+"""Medical events in the MEDS 0.4 format: read shard by shard, checked, in one canonical order.
+
+Canonical order is subject, time (null = static first), birth before everything and death after
+everything at one time, code, value. MEDS asks for less: subjects contiguous, times ascending.
+
+Source: the schemas of the `meds` package, https://github.com/Medical-Event-Data-Standard/meds
+"""
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet
+from meds import schema as meds
+
+from tokenizer import durable
+from tokenizer.errors import DataError
+
+_MEDS_VERSION = importlib.metadata.version("meds")
+CORE = ("subject_id", "time", "code", "numeric_value")
+
+
+class MedsDataset:
+    """A MEDS dataset on disk.
+
+    Attributes:
+        path: Its folder.
+        name: `dataset_name` of its metadata, or the folder's name.
+        shards: Its data files, relative to the folder, sorted.
+        subjects: Number of subjects.
+        notes: What was odd and how it was dealt with; grows while shards are read.
+    """
+
+    def __init__(self, path: Path, name: str, shards: tuple[str, ...], subjects: int) -> None:
+        self.path = path
+        self.name = name
+        self.shards = shards
+        self.subjects = subjects
+        self.notes: list[str] = []
+
+    @classmethod
+    def open(cls, path: Path) -> "MedsDataset":
+        """Open a dataset: its metadata, the schema of every shard and the subjects are checked.
+
+        Raises:
+            DataError: No data files, a file that isn't parquet, a missing column or one of the
+                wrong type, a null subject id, a subject in two files.
+        """
+        folder = path / meds.data_subdirectory
+        files = sorted(folder.glob("**/*.parquet"))
+        if not files:
+            raise DataError(
+                f"{folder}: no parquet files. A MEDS dataset keeps its events in data/**/*.parquet;"
+                " give the folder that holds data/ and metadata/."
+            )
+        shards = tuple(file.relative_to(path).as_posix() for file in files)
+        name, notes = _read_name(path)
+        dataset = cls(path, name, shards, _count_subjects(path, shards))
+        dataset.notes += notes
+        return dataset
+
+    def read(self, shard: str) -> pl.DataFrame:
+        """One shard in canonical order: subject_id i64, time datetime[us], code str, numeric_value f32.
+
+        Values that are not finite become null; that, and a shard that was not sorted, is said in
+        `notes`.
+
+        Raises:
+            DataError: The file is damaged, or a row has no subject or no code.
+        """
+        file = self.path / shard
+        present = [column for column in CORE if column in _schema(file)]
+        frame = _canonical_types(_read(file, present), str(file))
+        broken = int((~frame["numeric_value"].is_finite()).sum())
+        if broken:
+            self._note(f"{shard}: {broken} values were NaN or infinite; they are read as missing.")
+            value = pl.col("numeric_value")
+            frame = frame.with_columns(pl.when(value.is_finite()).then(value))
+        if not _is_meds_sorted(frame):
+            self._note(f"{shard}: rows were not sorted by subject and time; they are sorted here.")
+        return canonical_order(frame)
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the names and contents of all data files."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        total = hashlib.sha256()
+        for shard in self.shards:
+            with (self.path / shard).open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            total.update(f"{content}  {shard}\n".encode())
+        return total.hexdigest()
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+
+
+def canonical_order(frame: pl.DataFrame) -> pl.DataFrame:
+    """Sort events in the canonical order; further columns go along."""
+    rank = (_is_code(meds.death_code).cast(pl.Int8) - _is_code(meds.birth_code).cast(pl.Int8)).alias("_rank")
+    order = ["subject_id", "time", "_rank", "code", "numeric_value"]
+    return frame.with_columns(rank).sort(order, nulls_last=False, maintain_order=True).drop("_rank")
+
+
+def write_meds(path: Path, shards: Iterable[tuple[str, pl.DataFrame]], *, name: str) -> None:
+    """Write a MEDS dataset; the folder appears whole or not at all.
+
+    Args:
+        path: The folder to make (one that stands there is replaced).
+        shards: Names (`train/0`) and events; columns beyond MEDS' own are kept. No shard at all
+            gives an empty one.
+        name: The dataset's name.
+
+    Raises:
+        DataError: Events that don't fit MEDS, a name given twice, or a subject in two shards.
+    """
+    subjects: dict[str, pl.Series] = {}
+    codes: set[str] = set()
+    with durable.directory(path) as aside:
+        for shard, frame in shards:
+            place = f"{name}, shard {shard}"
+            if shard in subjects:
+                raise DataError(f"{place}: the name is given twice; number the shards.")
+            events = canonical_order(_canonical_types(frame, place))
+            subjects[shard] = events["subject_id"].unique()
+            codes.update(events["code"].unique())
+            _write_shard(aside, shard, events)
+        if not subjects:
+            _write_shard(aside, "0", pl.DataFrame(schema=_EMPTY))
+        _refuse_shared_subjects(subjects)
+        _write_metadata(aside, name, sorted(codes))
+
+
+_EMPTY: dict[str, type[pl.DataType] | pl.DataType] = {
+    "subject_id": pl.Int64,
+    "time": pl.Datetime("us"),
+    "code": pl.String,
+    "numeric_value": pl.Float32,
+}
+
+
+def _write_shard(root: Path, shard: str, events: pl.DataFrame) -> None:
+    file = root / meds.data_subdirectory / f"{shard}.parquet"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    extra = [column for column in events.columns if column not in CORE]
+    table = meds.DataSchema.align(events.select(*CORE, *extra).to_arrow())
+    pyarrow.parquet.write_table(table, file)
+
+
+def _write_metadata(root: Path, name: str, codes: list[str]) -> None:
+    about = {"dataset_name": name, "meds_version": _MEDS_VERSION, "etl_name": "fedcomet"}
+    meds.DatasetMetadataSchema.validate(about)
+    file = root / meds.dataset_metadata_filepath
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(about, indent=2) + "\n")
+    described = {
+        "code": pl.Series(codes, dtype=pl.String),
+        "description": pl.Series([None] * len(codes), dtype=pl.String),
+        "parent_codes": pl.Series([None] * len(codes), dtype=pl.List(pl.String)),
+    }
+    table = meds.CodeMetadataSchema.align(pl.DataFrame(described).to_arrow())
+    pyarrow.parquet.write_table(table, root / meds.code_metadata_filepath)
+
+
+def _read_name(path: Path) -> tuple[str, list[str]]:
+    """The dataset's name, and a note if its metadata is missing (MEDS recommends it)."""
+    file = path / meds.dataset_metadata_filepath
+    if not file.exists():
+        return path.name, [f"{meds.dataset_metadata_filepath} is missing; named after its folder."]
+    try:
+        about = json.loads(file.read_bytes())
+        meds.DatasetMetadataSchema.validate(about)
+    except Exception as problem:
+        raise DataError(f"{file}: not the metadata of a MEDS dataset ({problem}). Repair it, or remove it.") from None
+    return about.get("dataset_name") or path.name, []
+
+
+def _schema(file: Path) -> dict[str, pl.DataType]:
+    try:
+        return dict(pl.read_parquet_schema(file))
+    except (pl.exceptions.PolarsError, OSError) as problem:
+        raise _damaged(file, problem) from None
+
+
+def _read(file: Path, columns: list[str]) -> pl.DataFrame:
+    try:
+        return pl.read_parquet(file, columns=columns, hive_partitioning=False, glob=False)
+    except (pl.exceptions.PolarsError, OSError) as problem:
+        raise _damaged(file, problem) from None
+
+
+def _damaged(file: Path, problem: Exception) -> DataError:
+    reason = str(problem).splitlines()[0]
+    return DataError(f"{file}: not a readable parquet file ({reason}). Write the shard again.")
+
+
+def _check_types(schema: dict[str, pl.DataType], place: str) -> None:
+    """Refuse a missing column and a type that can't be read without a guess."""
+    for column in CORE[:3]:
+        if column not in schema:
+            raise DataError(
+                f"{place}: column {column} is missing (it has {', '.join(schema) or 'none'})."
+                " MEDS needs subject_id, time and code."
+            )
+    zoned = schema["time"]
+    if isinstance(zoned, pl.Datetime) and zoned.time_zone is not None:
+        raise DataError(
+            f"{place}: column time has the time zone {zoned.time_zone}, MEDS times have none."
+            " Convert to the hospital's local time and drop the zone."
+        )
+    rules = (
+        ("subject_id", lambda kind: kind.is_integer(), "a 64-bit integer"),
+        ("time", lambda kind: kind in (pl.Datetime, pl.Null), "a timestamp"),
+        ("code", lambda kind: kind in (pl.String, pl.Categorical, pl.Enum), "a string"),
+        ("numeric_value", lambda kind: kind.is_numeric() or kind == pl.Null, "a number"),
+    )
+    for column, good, wanted in rules:
+        if column in schema and not good(schema[column]):
+            raise DataError(
+                f"{place}: column {column} is of type {schema[column]}, it must be {wanted}."
+                " Convert the column and write the shard again."
+            )
+
+
+def _canonical_types(frame: pl.DataFrame, place: str) -> pl.DataFrame:
+    """Bring the core columns to MEDS' types; a null subject or code is refused with its row."""
+    _check_types(dict(frame.schema), place)
+    if "numeric_value" not in frame.columns:
+        frame = frame.with_columns(numeric_value=pl.lit(None, pl.Float32))
+    for column in ("subject_id", "code"):
+        if frame[column].null_count():
+            row = frame[column].is_null().arg_max()
+            raise DataError(
+                f"{place}: row {row} (from 0) has no {column}."
+                " Remove the row or give it its value, and write the shard again."
+            )
+    try:
+        return frame.with_columns(
+            pl.col("subject_id").cast(pl.Int64),
+            pl.col("time").cast(pl.Datetime("us")),
+            pl.col("code").cast(pl.String),
+            pl.col("numeric_value").cast(pl.Float32),
+        )
+    except pl.exceptions.PolarsError as problem:
+        raise DataError(f"{place}: {str(problem).splitlines()[0]}; MEDS can't hold it.") from None
+
+
+def _is_meds_sorted(frame: pl.DataFrame) -> bool:
+    subject = frame["subject_id"].to_numpy()
+    time = frame["time"].to_physical().fill_null(np.iinfo(np.int64).min).to_numpy()
+    same = subject[1:] == subject[:-1]
+    blocks = int((~same).sum()) + bool(len(subject))
+    return blocks == frame["subject_id"].n_unique() and not bool((same & (time[1:] < time[:-1])).any())
+
+
+def _is_code(code: str) -> pl.Expr:
+    column = pl.col("code")
+    return (column == code) | column.str.starts_with(code + "//")
+
+
+def _count_subjects(path: Path, shards: tuple[str, ...]) -> int:
+    subjects = {}
+    for shard in shards:
+        file = path / shard
+        _check_types(_schema(file), str(file))
+        column = _read(file, ["subject_id"])["subject_id"]
+        if column.null_count():
+            raise DataError(
+                f"{file}: row {column.is_null().arg_max()} (from 0) has no subject_id."
+                " Remove the row or give it its value, and write the shard again."
+            )
+        subjects[shard] = column.unique().cast(pl.Int64)
+    _refuse_shared_subjects(subjects)
+    return sum(map(len, subjects.values()))
+
+
+def _refuse_shared_subjects(subjects: dict[str, pl.Series]) -> None:
+    if not subjects:
+        return
+    ids = pl.concat(list(subjects.values()))
+    twice = ids.filter(ids.is_duplicated())
+    if len(twice):
+        first = int(twice.sort()[0])
+        places = [shard for shard, column in subjects.items() if first in column]
+        raise DataError(
+            f"Subject {first} is in {places[0]} and in {places[1]}. MEDS keeps all events of a"
+            " subject in one file; write them again with each subject in one shard."
+        )

@@ -1,0 +1,230 @@
+"""The token store: tokens on disk, memory-mapped, split by patients, tied to a codebook by hash.
+
+    manifest.json                what it was made from, and how much of it there is
+    <split>/tokens.i32           int32 [N]
+    <split>/times.i64            int64 [N], us since 1970, STATIC for tokens without a time
+    <split>/offsets.i64          int64 [P + 1]
+    <split>/subject_ids.i64      int64 [P], ascending within a shard
+
+Opening costs the same for any size; reading a window touches only that window. The manifest counts
+rare codes: it is the site's own and never leaves it.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenizer import durable
+from tokenizer.codebook import Codebook
+from tokenizer.errors import DataError
+from tokenizer.split import SPLITS, SplitRule
+
+if TYPE_CHECKING:
+    from tokenizer.encode import Encoded
+    from tokenizer.events import MedsDataset
+
+_FORMAT = "fedcomet-store/1"
+_FIELDS = {"tokens": "<i4", "times": "<i8", "offsets": "<i8", "subject_ids": "<i8"}
+
+
+@dataclass(frozen=True)
+class TokenSplit:
+    """The timelines of one split.
+
+    Attributes:
+        tokens: int32 [N], memory-mapped.
+        times: int64 [N], us since 1970, memory-mapped.
+        offsets: int64 [P + 1], where each timeline starts.
+        subject_ids: int64 [P].
+    """
+
+    tokens: NDArray[np.int32]
+    times: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    subject_ids: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.subject_ids)
+
+    @property
+    def tokens_total(self) -> int:
+        """Tokens of all patients."""
+        return len(self.tokens)
+
+    def timeline(self, patient: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Views of the tokens and times of the patient at this place (0 to len - 1)."""
+        if not 0 <= patient < len(self):
+            raise IndexError(f"patient {patient} of {len(self)}")
+        part = slice(int(self.offsets[patient]), int(self.offsets[patient + 1]))
+        return self.tokens[part], self.times[part]
+
+
+class TokenStore:
+    """An open token store.
+
+    Attributes:
+        path: Its folder.
+        manifest: Format, codebook hash, dataset name and fingerprint, split rule, counts per split,
+            and events per code that had no token of its own.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: Path, codebook_hash: str | None = None) -> "TokenStore":
+        """Open a store, and check that it is whole.
+
+        Args:
+            path: Its folder.
+            codebook_hash: The codebook that its tokens must come from.
+
+        Raises:
+            DataError: No store, a file of the wrong size, or tokens of another codebook.
+        """
+        store = cls(path, _read_manifest(path))
+        if codebook_hash is not None and store.codebook_hash != codebook_hash:
+            raise DataError(
+                f"{path}: its tokens were made with the codebook {store.codebook_hash}, not with"
+                f" {codebook_hash}. Build the store again with the codebook of this run."
+            )
+        for split in SPLITS:
+            store._check_sizes(split)
+        return store
+
+    @property
+    def codebook_hash(self) -> str:
+        """The hash of the codebook that the tokens come from."""
+        return self.manifest["codebook_hash"]
+
+    @property
+    def tokens_total(self) -> int:
+        """Tokens of all splits."""
+        return sum(counts["tokens"] for counts in self.manifest["splits"].values())
+
+    def split(self, name: str) -> TokenSplit:
+        """The timelines of `train`, `tuning` or `held_out`."""
+        if name not in SPLITS:
+            raise DataError(f"{self.path}: no split {name}; there are {', '.join(SPLITS)}.")
+        return TokenSplit(**{field: self._map(name, field) for field in _FIELDS})
+
+    def _map(self, split: str, field: str) -> Any:
+        length = self._length(split, field)
+        if length == 0:
+            return np.empty(0, _FIELDS[field])
+        return np.memmap(_file(self.path, split, field), _FIELDS[field], "r", shape=(length,))
+
+    def _length(self, split: str, field: str) -> int:
+        counts = self.manifest["splits"][split]
+        if field in ("tokens", "times"):
+            return counts["tokens"]
+        return counts["patients"] + (field == "offsets")
+
+    def _check_sizes(self, split: str) -> None:
+        for field, kind in _FIELDS.items():
+            file = _file(self.path, split, field)
+            expected = self._length(split, field) * np.dtype(kind).itemsize
+            found = file.stat().st_size if file.exists() else None
+            if found != expected:
+                size = "is missing" if found is None else f"has {found} bytes"
+                raise DataError(f"{file}: {size}, the manifest says {expected}. Build the store again.")
+
+
+def build_store(
+    dataset: "MedsDataset",
+    codebook: Codebook,
+    rule: SplitRule,
+    path: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> TokenStore:
+    """Encode a dataset into a store, a shard at a time; the store appears whole or not at all.
+
+    Args:
+        dataset: The site's events.
+        codebook: The vocabulary.
+        rule: Decides each patient's split.
+        path: The folder to make (a store that stands there is replaced).
+        progress: Called with the shards done and the shards in all.
+    """
+    # Late: a reader of stores has no need of polars.
+    from tokenizer.encode import encode
+
+    with durable.directory(path) as aside:
+        writers = {split: _Writer(aside, split) for split in SPLITS}
+        fallbacks: dict[str, int] = {}
+        for done, shard in enumerate(dataset.shards, 1):
+            frame = dataset.read(shard)
+            encoded = encode(frame, codebook)
+            split_of = rule.assign(encoded.subject_ids)
+            for place, split in enumerate(SPLITS):
+                writers[split].append(encoded, split_of == place)
+            for code, rows in encoded.fallbacks.items():
+                fallbacks[code] = fallbacks.get(code, 0) + rows
+            if progress:
+                progress(done, len(dataset.shards))
+        manifest = {
+            "format": _FORMAT,
+            "codebook_hash": codebook.hash,
+            "vocabulary": len(codebook),
+            "dataset": dataset.name,
+            "dataset_fingerprint": dataset.fingerprint(),
+            "split_rule": asdict(rule),
+            "splits": {split: writer.counts for split, writer in writers.items()},
+            "events_told_by_parents": fallbacks,
+            "notes": dataset.notes,
+        }
+        text = json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False)
+        (aside / "manifest.json").write_text(text + "\n")
+    return TokenStore.open(path, codebook.hash)
+
+
+class _Writer:
+    """Appends patients to one split's files."""
+
+    def __init__(self, root: Path, split: str) -> None:
+        self._root, self._split = root, split
+        self.counts = {"patients": 0, "tokens": 0, "events": 0}
+        (root / split).mkdir()
+        for field in _FIELDS:
+            self._write(field, np.zeros(int(field == "offsets")))
+
+    def append(self, encoded: "Encoded", chosen: NDArray[np.bool_]) -> None:
+        lengths = np.diff(encoded.offsets)
+        tokens = np.repeat(chosen, lengths)
+        self._write("tokens", encoded.tokens[tokens])
+        self._write("times", encoded.times[tokens])
+        self._write("offsets", self.counts["tokens"] + np.cumsum(lengths[chosen]))
+        self._write("subject_ids", encoded.subject_ids[chosen])
+        self.counts["patients"] += int(chosen.sum())
+        self.counts["tokens"] += int(tokens.sum())
+        self.counts["events"] += int(encoded.events[chosen].sum())
+
+    def _write(self, field: str, values: NDArray) -> None:
+        with _file(self._root, self._split, field).open("ab") as file:
+            values.astype(_FIELDS[field]).tofile(file)
+
+
+def _file(root: Path, split: str, field: str) -> Path:
+    return root / split / f"{field}.{'i32' if _FIELDS[field] == '<i4' else 'i64'}"
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / "manifest.json"
+    try:
+        manifest = json.loads(file.read_bytes())
+        if manifest["format"] != _FORMAT:
+            raise ValueError(f"its format is {manifest['format']}, this version reads {_FORMAT}")
+        for split in SPLITS:
+            counts = manifest["splits"][split]
+            if min(counts["patients"], counts["tokens"]) < 0:
+                raise ValueError(f"negative counts in {split}")
+        str(manifest["codebook_hash"])
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise DataError(f"{path}: no usable token store ({problem}). Build it again.") from None
+    return manifest
