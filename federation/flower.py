@@ -56,6 +56,11 @@ def reply(message: Message, to: FlowerMessage) -> FlowerMessage:
     return FlowerMessage(to_record(message), reply_to=to)
 
 
+def number_(message: FlowerMessage, name: str) -> None:
+    """Give a message its id, as a grid does when it takes one."""
+    message.metadata.__dict__["_message_id"] = name
+
+
 def failure(reason: str, to: FlowerMessage) -> FlowerMessage:
     """Answer a Flower message in the place of a node that can't do it itself."""
     return FlowerMessage(Error(code=0, reason=reason), reply_to=to)

@@ -103,9 +103,14 @@ class Rounds:
         entry = self._journal.round(self.number)
         return None if entry is None else entry.phase
 
+    @property
+    def collecting(self) -> bool:
+        """Tell whether the open round still takes updates."""
+        return self.phase in (None, Phase.ANNOUNCED, Phase.TRAINING, Phase.COLLECTING)
+
     def open(self) -> None:
         """Announce the open round, or take it up again: answers that were accepted before a crash stay."""
-        if self.phase in (None, Phase.ANNOUNCED, Phase.TRAINING, Phase.COLLECTING):
+        if self.collecting:
             self._journal.reopen(self.number)
             if self.phase is None:
                 self._journal.enter(self.number, Phase.ANNOUNCED)
