@@ -60,12 +60,14 @@ def save(
     named = {_DECODER + name: weight for name, weight in decoder.state_dict().items()}
     named |= {_ARRAYS + name: array for name, array in (arrays or {}).items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
-    header = {
+    described = {
         "version": _VERSION,
         "decoder": asdict(decoder.config),
         "codebook": codebook_hash,
         "extra": extra or {},
     }
+    # As a reader will see it: JSON turns tuples into lists and keys into strings.
+    header = json.loads(_canonical(described))
     metadata = {_KEY: _canonical(header | {"digest": _digest(header, tensors)})}
     durable.write_bytes(path, safetensors.torch.save(tensors, metadata))
 
@@ -114,7 +116,8 @@ def _header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
         raise DataError(f"{path}: is a safetensors file, but no checkpoint of fedcomet") from error
     if version != _VERSION:
         raise DataError(
-            f"{path}: has format version {version}, this program reads version {_VERSION}; use the program that wrote it"
+            f"{path}: has format version {version}, this program reads version {_VERSION}; "
+            "use the program that wrote it"
         )
     missing = {"decoder", "codebook", "digest", "extra"} - header.keys()
     if missing:
@@ -142,7 +145,7 @@ def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
