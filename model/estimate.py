@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.decoder import Decoder
-from model.rollout import Stop, rollout
+from model.rollout import Reason, Stop, rollout
 from model.tasks import Cohort, Task, task_tokens
 from tokenizer.codebook import Codebook
 from tokenizer.errors import ConfigError
 
-REASONS = ("event", "horizon", "end of timeline", "token cap")
+_NAMES = {Reason.EVENT: "event", Reason.HORIZON: "horizon", Reason.END: "end of timeline", Reason.CAP: "token cap"}
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Estimates:
         risk: float64 [P], in [0, 1]. Where no trajectory resolved: the share over all resolved trajectories of the
             cohort, which ranks the patient in the middle; 0.5 if there is none at all.
         resolved: float64 [P], share of trajectories that resolved.
-        reasons: how many trajectories ended for each of `REASONS`.
+        reasons: how many trajectories ended by an event, by the horizon, by the end of the timeline, by the token cap.
         trajectories: per prediction.
         tokens_sampled: over all trajectories.
     """
@@ -80,19 +80,19 @@ def count(reason: NDArray[np.int8], event: NDArray[np.int32], tokens_sampled: ND
     """Turn the ends of trajectories into risks.
 
     Args:
-        reason: int8 [P, R], index into `REASONS`.
+        reason: int8 [P, R], a `Reason`.
         event: int32 [P, R], 0 where the outcome ended the trajectory.
         tokens_sampled: int32 [P, R].
     """
-    hits = (reason == 0) & (event == 0)
-    resolved = reason <= 1
+    hits = (reason == Reason.EVENT) & (event == 0)
+    resolved = (reason == Reason.EVENT) | (reason == Reason.HORIZON)
     answered = resolved.sum(axis=1)
     overall = hits.sum() / resolved.sum() if resolved.any() else 0.5
     risk = np.where(answered > 0, hits.sum(axis=1) / np.maximum(answered, 1), overall)
     return Estimates(
         risk=risk.astype(np.float64),
         resolved=answered / max(reason.shape[1], 1),
-        reasons={name: int((reason == index).sum()) for index, name in enumerate(REASONS)},
+        reasons={name: int((reason == end).sum()) for end, name in _NAMES.items()},
         trajectories=int(reason.shape[1]),
         tokens_sampled=int(tokens_sampled.sum(dtype=np.int64)),
     )

@@ -70,7 +70,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Predicted against observed, in bins of about equal size; `low` and `high` are Wilson 95 % limits of `observed`."""
+    """Predicted against observed in bins of like size; `low` and `high` are Wilson limits of `observed` (95 %)."""
 
     predicted: Floats
     observed: Floats
@@ -140,11 +140,12 @@ def compare(
     points = {arm: _Points(truth, values) for arm, values in scores.items()}
     drawn: dict[str, dict[str, Floats]] = {arm: {name: np.empty(resamples) for name in _MEASURES} for arm in scores}
     rng = np.random.default_rng(seed)
+    chance = np.full(max(patients, 1), 1 / max(patients, 1))
     chunk = max(1, _CHUNK // max(len(truth), 1))
     for start in range(0, resamples, chunk):
         rows = slice(start, min(start + chunk, resamples))
         size = rows.stop - rows.start
-        weights = rng.multinomial(patients, np.full(patients, 1 / max(patients, 1)), size=size)[:, owner]
+        weights = rng.multinomial(patients, chance, size=size)[:, owner]
         for arm, point in points.items():
             for name, measure in _MEASURES.items():
                 drawn[arm][name][rows] = measure(point, weights.astype(np.float64))
@@ -288,7 +289,8 @@ def _wilson(share: Floats, count: NDArray[np.int64]) -> tuple[Floats, Floats]:
     centre = share + z * z / (2 * count)
     half = z * np.sqrt(share * (1 - share) / count + z * z / (4 * count**2))
     scale = 1 + z * z / count
-    return np.clip((centre - half) / scale, 0, 1), np.clip((centre + half) / scale, 0, 1)
+    # Exact at shares of 0 and 1, where rounding would put the limit past the share.
+    return np.clip((centre - half) / scale, 0, share), np.clip((centre + half) / scale, share, 1)
 
 
 def _ratio(top: Floats, bottom: Floats) -> Floats:

@@ -15,6 +15,7 @@ the record tells it. Notable choices:
 Reads tokens, not events: what the codebook couldn't name it can't find, and `Cohort.notes` says so.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -225,9 +226,10 @@ def cohort(task: Task, split: TokenSplit, codebook: Codebook) -> Cohort:
             if reason := _unfit(story, int(start), at):
                 excluded[reason] += 1
                 continue
-            found.subject_ids.append(int(split.subject_ids[patient]))
+            subject_id = int(split.subject_ids[patient])
+            found.subject_ids.append(subject_id)
             found.prediction_us.append(at)
-            found.prompts.append(_prompt(story, at))
+            found.prompts.append(_prompt(story, subject_id, at))
             found.labels.append(_label(story, at, task.horizon_us))
     return Cohort(
         subject_ids=np.array(found.subject_ids, np.int64),
@@ -283,9 +285,15 @@ def _unfit(story: _Story, start: int, at: int) -> str | None:
     return TOO_SHORT if story.times[-1] < at else None
 
 
-def _prompt(story: _Story, at: int) -> Prompt:
+def _prompt(story: _Story, subject_id: int, at: int) -> Prompt:
     length = int(np.searchsorted(story.times[: len(story.timeline)], at, side="right"))
-    return Prompt(story.timeline[:length], elapsed_us=at - int(story.times[length - 1]))
+    # The draws follow from patient and time: the same in every arm, and whoever else is in the cohort.
+    digest = hashlib.blake2b(f"{subject_id} {at}".encode(), digest_size=8).digest()
+    return Prompt(
+        tokens=story.timeline[:length],
+        elapsed_us=at - int(story.times[length - 1]),
+        key=int.from_bytes(digest, "little", signed=True),
+    )
 
 
 def _label(story: _Story, at: int, horizon_us: int | None) -> int:
