@@ -1,0 +1,173 @@
+"""What a site must not forget, in its own state folder: token stores, and for every run the answers it has given.
+
+    site.log                                    errors in full; stays at the site
+    stores/<id>/                                token stores, shared by runs with the same codebook and records
+    runs/<manifest hash>/manifest.json          what the site agreed to
+                         codebook.json
+                         agreement.json         the records' fingerprint and the store
+                         rounds/0007.safetensors   the answer of round 7 (only of the last two rounds)
+                         rounds/0007.digest        what round 7 was asked (kept for good)
+                         optimizer/0007.safetensors  AdamW's state after round 7 (only of the last two)
+
+Every file appears whole or not at all. Work on a run, and on the stores, is done by one process at a time.
+"""
+
+import fcntl
+import json
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import safetensors
+import safetensors.numpy
+import safetensors.torch
+from torch import Tensor
+
+from federation import canonical
+from federation.manifest import Manifest
+from federation.messages import ProtocolError, TrainReply, Wire, from_wire, to_wire
+from tokenizer import durable
+from tokenizer.codebook import Codebook
+from tokenizer.errors import DataError
+
+_KEPT_ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What a site's part in a run rests on: its records at that time, and the store made from them."""
+
+    fingerprint: str
+    store: str
+
+
+class Archive:
+    """A site's state folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def run(self, manifest_hash: str) -> "RunArchive":
+        """Give the part that belongs to one run; the hash must be one (it becomes a folder's name)."""
+        if len(manifest_hash) != 64 or not set(manifest_hash) <= set("0123456789abcdef"):
+            raise ProtocolError("A manifest hash has 64 hexadecimal digits.")
+        return RunArchive(self.path / "runs" / manifest_hash)
+
+    def store_path(self, store: str) -> Path:
+        """Tell where a token store is."""
+        return self.path / "stores" / store
+
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        """Hold the right to build stores."""
+        with _lock(self.path / "stores.lock"):
+            yield
+
+    def log(self, task: str, error: BaseException) -> None:
+        """Write an error down in full, where only the site can read it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        told = "".join(traceback.format_exception(error))
+        with (self.path / "site.log").open("a", encoding="utf-8") as file:
+            file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {task}\n{told}\n")
+
+
+class RunArchive:
+    """What a site keeps of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Hold the right to work on this run."""
+        with _lock(self.path / "lock"):
+            yield
+
+    def agree(self, manifest: Manifest, codebook: Codebook, agreement: Agreement) -> None:
+        """Note what the site agreed to; the agreement itself is written last."""
+        durable.write_bytes(self.path / "manifest.json", manifest.to_bytes())
+        durable.write_bytes(self.path / "codebook.json", codebook.to_bytes())
+        durable.write_bytes(self.path / "agreement.json", canonical.encode(agreement))
+
+    def agreement(self) -> Agreement | None:
+        """Give the agreement, if the site takes part in the run."""
+        path = self.path / "agreement.json"
+        if not path.exists():
+            return None
+        return canonical.decode(Agreement, path.read_bytes(), str(path), DataError)
+
+    def manifest(self) -> Manifest:
+        """Give the manifest that the site agreed to."""
+        return Manifest.from_bytes((self.path / "manifest.json").read_bytes())
+
+    def codebook(self) -> Codebook:
+        """Give the run's codebook."""
+        return Codebook.load(self.path / "codebook.json")
+
+    def answered(self) -> dict[int, str]:
+        """Give what was asked in every round that has an answer: request digests by round."""
+        digests = {int(p.stem): p.read_text() for p in (self.path / "rounds").glob("[0-9]*.digest")}
+        for path in (self.path / "rounds").glob("[0-9]*.safetensors"):
+            digests[int(path.stem)] = self._header(path)["request_digest"]
+        return digests
+
+    def reply(self, number: int) -> TrainReply | None:
+        """Give the answer of a round, while it is kept."""
+        path = self.path / "rounds" / f"{number:04d}.safetensors"
+        if not path.exists():
+            return None
+        arrays = safetensors.numpy.load_file(path)
+        reply = from_wire(Wire(canonical.encode(self._header(path)), arrays))
+        if not isinstance(reply, TrainReply):
+            raise DataError(f"{path} is not the answer of a round; remove it.")
+        return reply
+
+    def keep(self, reply: TrainReply, optimizer: dict[str, Tensor] | None) -> None:
+        """Keep a round's answer and, before it, the optimizer's state; then drop what is too old."""
+        number = reply.round
+        if optimizer is not None:
+            data = safetensors.torch.save(optimizer)
+            durable.write_bytes(self.path / "optimizer" / f"{number:04d}.safetensors", data)
+        wire = to_wire(reply)
+        data = safetensors.numpy.save(dict(wire.payloads), {"header": wire.header.decode()})  # type: ignore[arg-type]
+        durable.write_bytes(self.path / "rounds" / f"{number:04d}.safetensors", data)
+        self._sweep(number - _KEPT_ROUNDS)
+
+    def optimizer_before(self, number: int) -> dict[str, Tensor] | None:
+        """Give the optimizer's state after the last answered round before this one."""
+        answered = [n for n in self.answered() if n < number]
+        path = self.path / "optimizer" / f"{max(answered, default=0):04d}.safetensors"
+        return safetensors.torch.load_file(path) if path.exists() else None
+
+    def _sweep(self, last: int) -> None:
+        for path in sorted((self.path / "rounds").glob("[0-9]*.safetensors")):
+            if int(path.stem) <= last:
+                durable.write_bytes(path.with_suffix(".digest"), self._header(path)["request_digest"].encode())
+                path.unlink()
+        for path in (self.path / "optimizer").glob("[0-9]*.safetensors"):
+            if int(path.stem) <= last:
+                path.unlink()
+
+    @staticmethod
+    def _header(path: Path) -> dict[str, str]:
+        with safetensors.safe_open(path, "np") as file:
+            header: dict[str, str] = json.loads(file.metadata()["header"])
+        return header
+
+
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file; the system lets go of it when the process dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

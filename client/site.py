@@ -1,0 +1,320 @@
+"""One hospital's part of a federation, as an object that takes requests and gives replies; Flower is not known here.
+
+A site answers a question once: the same request gets the same bytes back without new work, another request for a round
+that was answered is refused. All that is random follows from the run's seed, the site's name and the round, and the
+optimizer's state is kept beside the answer, so a site that was killed in the middle of a round does exactly the same
+work again. What leaves are surveys over the floor, counts, updates and sums; never a record.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from client.archive import Agreement, Archive, RunArchive
+from federation import canonical
+from federation.manifest import Manifest, software_version
+from federation.messages import (
+    EvaluateReply,
+    EvaluateRequest,
+    PrepareReply,
+    PrepareRequest,
+    ProtocolError,
+    Reply,
+    Request,
+    SiteRefusal,
+    SplitCounts,
+    SurveyReply,
+    SurveyRequest,
+    TrainReply,
+    TrainRequest,
+    Vector,
+    is_site_name,
+)
+from federation.update import Layout, load_vector_, to_vector
+from model.decoder import Decoder
+from model.train import Trainer, TrainOptions, evaluate
+from tokenizer.codebook import Codebook
+from tokenizer.errors import ConfigError, DataError
+from tokenizer.events import MedsDataset
+from tokenizer.split import SPLITS, SplitRule
+from tokenizer.store import TokenStore, build_store
+from tokenizer.survey import survey
+from tokenizer.windows import Batch, Windows
+
+
+@dataclass(frozen=True)
+class SiteFiles:
+    """A site's name, its records (a MEDS dataset's folder) and the folder for what it must not forget."""
+
+    name: str
+    data: Path
+    state: Path
+
+    def __post_init__(self) -> None:
+        if not is_site_name(self.name):
+            raise ConfigError(
+                f"{self.name!r} can't be the name of a site: use up to 64 letters, digits, '.', '_' and '-'."
+            )
+
+
+class Site:
+    """A hospital's site; everything it must remember is in `files.state`."""
+
+    def __init__(self, files: SiteFiles, clock: Callable[[], float] = time.time) -> None:
+        """Set up a site.
+
+        Args:
+            files: its name and folders.
+            clock: gives seconds since the epoch; requests past their deadline are refused.
+        """
+        self.files = files
+        self.archive = Archive(files.state)
+        self._clock = clock
+
+    def answer(self, request: Request) -> Reply:
+        """Answer any request.
+
+        Raises:
+            SiteRefusal: the site does not want to, or can't.
+            ProtocolError: the request makes no sense.
+            FedcometError: whatever else stands in the way; its text may speak of records and must stay here.
+        """
+        match request:
+            case SurveyRequest():
+                return self.survey(request)
+            case PrepareRequest():
+                return self.prepare(request)
+            case TrainRequest():
+                return self.train(request)
+            case EvaluateRequest():
+                return self.evaluate(request)
+
+    def survey(self, request: SurveyRequest) -> SurveyReply:
+        """Tell what may be told about the codes of the patients that train."""
+        self._in_time(request.deadline_s)
+        dataset = MedsDataset.open(self.files.data)
+        if dataset.subjects == 0:
+            raise SiteRefusal(f"{self.files.name} has no patients.")
+        return SurveyReply(self.files.name, survey(dataset, request.split, request.tokenizer).to_bytes())
+
+    def prepare(self, request: PrepareRequest) -> PrepareReply:
+        """Check manifest and codebook, and encode the records with them; a store that fits is used again."""
+        self._in_time(request.deadline_s)
+        manifest, codebook = Manifest.from_bytes(request.manifest), _read_codebook(request.codebook)
+        _check_agreement(manifest, codebook)
+        dataset = MedsDataset.open(self.files.data)
+        run = self.archive.run(manifest.hash)
+        with self.archive.building():
+            name = _store_name(dataset.fingerprint(), codebook, manifest.split)
+            agreement = Agreement(dataset.fingerprint(), name)
+            if run.agreement() not in (None, agreement):
+                raise SiteRefusal(f"The records of {self.files.name} have changed since this run began; begin a new run.")
+            store = self._store(dataset, codebook, manifest.split, name)
+            work = _Work(self.files.name, manifest, codebook, store)
+            work.check()
+            if run.agreement() is None:
+                run.agree(manifest, codebook, agreement)
+        counts = {split: SplitCounts(**store.manifest["splits"][split]) for split in SPLITS}
+        fallbacks = sum(store.manifest["events_told_by_parents"].values())
+        return PrepareReply(self.files.name, manifest.hash, counts, fallbacks)
+
+    def train(self, request: TrainRequest) -> TrainReply:
+        """Do a round's local work from the global weights and give the difference."""
+        run = self.archive.run(request.manifest_hash)
+        with run.working():
+            if (known := self._answered(run, request)) is not None:
+                return known
+            self._in_time(request.deadline_s)
+            work = self._work(run)
+            work.check_request(request.round, request.weights)
+            optimizer = run.optimizer_before(request.round) if work.keeps_optimizer else None
+            begin = time.monotonic()
+            trainer = work.trainer(request.round, request.weights, optimizer)
+            losses, tokens = [], []
+            for batch in work.batches(request.round):
+                self._in_time(request.deadline_s)
+                result = trainer.step(batch)
+                losses.append(result.loss)
+                tokens.append(result.tokens)
+            update = to_vector(trainer.decoder)
+            update -= request.weights
+            reply = TrainReply(
+                site=self.files.name,
+                manifest_hash=request.manifest_hash,
+                round=request.round,
+                request_digest=request.digest,
+                update=update,
+                tokens=sum(tokens),
+                steps=len(tokens),
+                loss=float(np.average(losses, weights=tokens)),
+                seconds=time.monotonic() - begin,
+            )
+            run.keep(reply, trainer.state_dict() if work.keeps_optimizer else None)
+        return reply
+
+    def evaluate(self, request: EvaluateRequest) -> EvaluateReply:
+        """Sum the loss of the weights over a split that doesn't train."""
+        self._in_time(request.deadline_s)
+        if request.split not in SPLITS[1:]:
+            raise ProtocolError(f"There is no split {request.split!r} to evaluate on; there are {', '.join(SPLITS[1:])}.")
+        work = self._work(self.archive.run(request.manifest_hash))
+        work.check_request(request.round, request.weights)
+        mean, tokens = work.evaluate(request.split, request.weights)
+        nll = mean * tokens if tokens else 0.0
+        return EvaluateReply(
+            self.files.name, request.manifest_hash, request.round, request.split, request.digest, nll, tokens
+        )
+
+    def _in_time(self, deadline_s: float) -> None:
+        if self._clock() > deadline_s:
+            raise SiteRefusal("The deadline of the request has passed.")
+
+    def _answered(self, run: RunArchive, request: TrainRequest) -> TrainReply | None:
+        answered = run.answered()
+        if request.round in answered:
+            if answered[request.round] != request.digest:
+                raise SiteRefusal(f"Round {request.round} was answered already, for another request.")
+            if (reply := run.reply(request.round)) is None:
+                raise SiteRefusal(f"Round {request.round} was answered already; its answer is no longer kept.")
+            return reply
+        if request.round < (last := max(answered, default=0)):
+            raise SiteRefusal(f"Round {request.round} is over: round {last} was answered already.")
+        return None
+
+    def _work(self, run: RunArchive) -> "_Work":
+        agreement = run.agreement()
+        if agreement is None:
+            raise SiteRefusal(f"{self.files.name} takes no part in run {run.path.name}: ask it to prepare first.")
+        codebook = run.codebook()
+        store = TokenStore.open(self.archive.store_path(agreement.store), codebook.hash)
+        return _Work(self.files.name, run.manifest(), codebook, store)
+
+    def _store(self, dataset: MedsDataset, codebook: Codebook, rule: SplitRule, name: str) -> TokenStore:
+        path = self.archive.store_path(name)
+        if path.exists():
+            try:
+                return TokenStore.open(path, codebook.hash)
+            except DataError as damage:
+                self.archive.log("a damaged store is built again", damage)
+        return build_store(dataset, codebook, rule, path)
+
+
+class _Work:
+    """The work that one run asks of one site, as a function of the round."""
+
+    def __init__(self, site: str, manifest: Manifest, codebook: Codebook, store: TokenStore) -> None:
+        self._site, self._manifest, self._codebook, self._store = site, manifest, codebook, store
+
+    @property
+    def keeps_optimizer(self) -> bool:
+        return self._manifest.local.optimizer_state == "keep"
+
+    def check(self) -> None:
+        """Refuse what can't be trained on."""
+        if len(self._store.split("train")) == 0:
+            raise SiteRefusal(f"{self._site} has no patients in the train split.")
+        if self._windows.steps(0) == 0:
+            raise SiteRefusal(f"{self._site} has no timeline with something to predict in the train split.")
+
+    def check_request(self, number: int, weights: Vector) -> None:
+        """Refuse weights that don't fit the agreed model, or a round that was not agreed on."""
+        if not 1 <= number <= self._manifest.rounds:
+            raise ProtocolError(f"There is no round {number}; {self._manifest.rounds} were agreed on.")
+        size = self._manifest.model.parameters()
+        if weights.shape != (size,) or not np.isfinite(weights).all():
+            raise ProtocolError(f"The weights must be {size} finite numbers; they have shape {weights.shape}.")
+
+    def trainer(self, number: int, weights: Vector, optimizer: dict | None) -> Trainer:
+        """Set up the training of a round from the global weights and the optimizer's kept state."""
+        decoder = self._decoder(weights)
+        starts = self._starts()
+        trainer = Trainer(decoder, self._train_options(starts[-1]), starts[number - 1])
+        if optimizer is not None:
+            trainer.load_state_dict(optimizer)
+            trainer.global_step = starts[number - 1]
+        return trainer
+
+    def batches(self, number: int) -> Iterator[Batch]:
+        """Walk through a round's batches."""
+        local = self._manifest.local
+        if local.epochs is not None:
+            for epoch in range((number - 1) * local.epochs, number * local.epochs):
+                yield from self._windows.epoch(epoch)
+            return
+        starts = self._starts()
+        for step in range(starts[number - 1], starts[number]):
+            yield self._windows.batch(step)
+
+    def evaluate(self, split: str, weights: Vector) -> tuple[float, int]:
+        """Give the mean nll in nats and the number of targets."""
+        windows = self._split_windows(split)
+        return evaluate(self._decoder(weights), windows.epoch(0), self._manifest.train.precision)
+
+    @cached_property
+    def _windows(self) -> Windows:
+        return self._split_windows("train")
+
+    def _split_windows(self, split: str) -> Windows:
+        return Windows(
+            self._store.split(split),
+            self._codebook,
+            context=self._manifest.model.context,
+            batch_tokens=self._manifest.local.batch_tokens,
+            seed=self._seed(f"windows/{split}"),
+        )
+
+    def _starts(self) -> list[int]:
+        """The global step at which each round starts, and the one at which the last ends."""
+        local, rounds = self._manifest.local, self._manifest.rounds
+        if local.steps is not None:
+            return [number * local.steps for number in range(rounds + 1)]
+        epochs = local.epochs or 1
+        steps = [self._windows.steps(epoch) for epoch in range(rounds * epochs)]
+        return list(itertools.accumulate(steps, initial=0))[::epochs]
+
+    def _train_options(self, total: int) -> TrainOptions:
+        warmup = min(round(total * self._manifest.local.warmup_share), total - 1)
+        return dataclasses.replace(
+            self._manifest.train, total_steps=total, warmup_steps=warmup, seed=self._seed("dropout")
+        )
+
+    def _decoder(self, weights: Vector) -> Decoder:
+        decoder = Decoder.create(self._manifest.model, 0)
+        load_vector_(decoder, weights)
+        return decoder
+
+    def _seed(self, use: str) -> int:
+        key = f"{self._manifest.seed}/{self._site}/{use}".encode()
+        return int.from_bytes(hashlib.blake2b(key, digest_size=7).digest())
+
+
+def _read_codebook(data: bytes) -> Codebook:
+    try:
+        return Codebook.from_bytes(data)
+    except DataError as cause:
+        raise ProtocolError(f"The codebook that was sent can't be read: {cause}") from None
+
+
+def _check_agreement(manifest: Manifest, codebook: Codebook) -> None:
+    """Refuse a manifest that doesn't fit the codebook beside it, or this software."""
+    if manifest.software != software_version():
+        raise SiteRefusal(f"The run is for fedcomet {manifest.software}, here is {software_version()}.")
+    if codebook.hash != manifest.codebook_hash:
+        raise ProtocolError(f"The codebook has hash {codebook.hash}, the manifest names {manifest.codebook_hash}.")
+    if codebook.options != manifest.tokenizer or len(codebook) != manifest.model.vocab:
+        raise ProtocolError("The codebook's options or size are not those of the manifest.")
+    layout = Layout.of_config(manifest.model)
+    if layout.hash != manifest.layout_hash:
+        raise ProtocolError(f"The layout here has hash {layout.hash}, the manifest names {manifest.layout_hash}.")
+
+
+def _store_name(fingerprint: str, codebook: Codebook, rule: SplitRule) -> str:
+    parts = {"records": fingerprint, "codebook": codebook.hash, "split": rule}
+    return hashlib.sha256(canonical.encode(parts)).hexdigest()[:32]

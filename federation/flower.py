@@ -1,0 +1,108 @@
+"""The one place that turns messages into Flower's records and back, and that touches Flower's inside.
+
+A message is a `RecordDict` of two records: `header`, with one string, and `payloads`, an `ArrayRecord` whose arrays
+hold raw little-endian float32 or plain bytes. Arrays travel in content-addressed chunks, so that weights sent to many
+sites cost the server one copy. Nothing is unpickled and no array header is parsed. Whatever arrives from the other
+side in another shape is a `ProtocolError`.
+
+Checked against flwr 1.41; the version is pinned.
+"""
+
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, RecordDict
+from flwr.app import Message as FlowerMessage
+from flwr.supercore.task_identity import TaskIdentity
+
+from federation.messages import DeliveryError, Message, ProtocolError, Vector, Wire, from_wire, to_wire
+
+_RAW = "fedcomet.raw"
+
+
+def to_record(message: Message) -> RecordDict:
+    """Pack a message for Flower."""
+    wire = to_wire(message)
+    arrays = {name: _array(payload) for name, payload in wire.payloads.items()}
+    return RecordDict(
+        {"header": ConfigRecord({"json": wire.header.decode()}), "payloads": ArrayRecord(arrays)}
+    )
+
+
+def from_record(record: RecordDict) -> Message:
+    """Read a message that may come from anybody.
+
+    Raises:
+        ProtocolError: naming what is missing, unknown or of the wrong type.
+    """
+    if set(record) != {"header", "payloads"}:
+        raise ProtocolError(f"The message has the records {sorted(record)[:5]}; header and payloads are expected.")
+    header, payloads = record["header"], record["payloads"]
+    if not isinstance(header, ConfigRecord) or not isinstance(payloads, ArrayRecord):
+        raise ProtocolError("The message's header and payloads are records of the wrong type.")
+    text = header.get("json")
+    if set(header) != {"json"} or not isinstance(text, str):
+        raise ProtocolError("The message's header must hold one text named 'json'.")
+    return from_wire(Wire(text.encode("utf-8", "surrogatepass"), {k: _payload(k, v) for k, v in payloads.items()}))
+
+
+def request(message: Message, node: int, *, group: str, ttl_s: float) -> FlowerMessage:
+    """Address a request to a Flower node; its kind is Flower's message type."""
+    return FlowerMessage(to_record(message), node, message.kind, ttl=ttl_s, group_id=group)
+
+
+def reply(message: Message, to: FlowerMessage) -> FlowerMessage:
+    """Answer a Flower message."""
+    return FlowerMessage(to_record(message), reply_to=to)
+
+
+def number_(message: FlowerMessage, name: str) -> None:
+    """Give a message its id, as a grid does when it takes one."""
+    message.metadata.__dict__["_message_id"] = name
+
+
+def failure(reason: str, to: FlowerMessage) -> FlowerMessage:
+    """Answer a Flower message in the place of a node that can't do it itself."""
+    return FlowerMessage(Error(code=0, reason=reason), reply_to=to)
+
+
+def read(message: FlowerMessage) -> Message:
+    """Read the content of a Flower message, see `from_record`.
+
+    Raises:
+        DeliveryError: Flower reports an error in the place of an answer.
+        ProtocolError: the content is not a message of ours.
+    """
+    if message.has_error():
+        reason = " ".join(str(message.error.reason).split())
+        raise DeliveryError(f"Flower reports error {message.error.code}: {reason[:300]}")
+    try:
+        return from_record(message.content)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as cause:
+        raise ProtocolError(f"The message can't be read ({type(cause).__name__}).") from None
+
+
+def assume_identity() -> None:
+    """Let this process create messages outside of Flower's own processes."""
+    try:
+        TaskIdentity.run_id  # noqa: B018
+    except RuntimeError:
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 0, 0, 1
+
+
+def _array(payload: bytes | Vector) -> Array:
+    if isinstance(payload, bytes):
+        return Array("uint8", (len(payload),), _RAW, payload)
+    return Array("float32", (payload.size,), _RAW, payload.astype("<f4", copy=False).tobytes())
+
+
+def _payload(name: str, array: Any) -> bytes | Vector:
+    if array.stype != _RAW or array.dtype not in ("uint8", "float32"):
+        raise ProtocolError(f"The payload {name[:80]!r} is {array.dtype!s:.40} as {array.stype!s:.40}; raw is expected.")
+    width = 1 if array.dtype == "uint8" else 4
+    if len(array.shape) != 1 or array.shape[0] * width != len(array.data):
+        raise ProtocolError(f"The payload {name[:80]!r} has {len(array.data)} bytes; its shape says otherwise.")
+    if width == 1:
+        data: bytes = array.data
+        return data
+    return np.frombuffer(array.data, "<f4").astype(np.float32, copy=False)

@@ -1,0 +1,145 @@
+"""The run manifest: everything that the coordinator and every site must agree on before round 1.
+
+It is canonical JSON, and its hash stands in every later message: a site that was asked for anything else than what it
+agreed to refuses. A field or a version that this software doesn't know is refused by name, never ignored.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from typing import Literal
+
+from federation import canonical
+from federation.messages import ProtocolError
+from model.decoder import DecoderConfig
+from model.train import TrainOptions
+from tokenizer.codebook import TokenizerOptions
+from tokenizer.errors import ConfigError
+from tokenizer.split import SplitRule
+
+VERSION = 1
+"""The version of the manifest's vocabulary."""
+
+
+@dataclass(frozen=True)
+class LocalWork:
+    """What a site does in one round: a number of optimizer steps, or a number of passes over its train patients.
+
+    Attributes:
+        steps, epochs: one of the two.
+        batch_tokens: most tokens of a step's batch; the context of its windows is the model's.
+        warmup_share: share of the site's steps in the whole run with a rising learning rate.
+        optimizer_state: AdamW's moments are kept from round to round at the site, or start anew.
+    """
+
+    steps: int | None = None
+    epochs: int | None = None
+    batch_tokens: int = 8192
+    warmup_share: float = 0.03
+    optimizer_state: Literal["keep", "reset"] = "keep"
+
+    def __post_init__(self) -> None:
+        given = [value for value in (self.steps, self.epochs) if value is not None]
+        if len(given) != 1 or given[0] < 1:
+            raise ConfigError("Local work needs either steps or epochs, and at least 1.")
+        if self.batch_tokens < 1:
+            raise ConfigError("local.batch_tokens must be at least 1.")
+        if not 0 <= self.warmup_share < 1:
+            raise ConfigError("local.warmup_share must be at least 0 and below 1.")
+
+
+@dataclass(frozen=True)
+class OuterOptions:
+    """How the coordinator applies the mean update; see `server.aggregate` for the formulas.
+
+    `weights` tells whether sites count by the tokens they trained on or all the same.
+    """
+
+    name: Literal["fedavg", "nesterov"] = "fedavg"
+    lr: float = 1.0
+    momentum: float = 0.0
+    weights: Literal["tokens", "uniform"] = "tokens"
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ConfigError("outer.lr must be above 0.")
+        if not 0 <= self.momentum < 1:
+            raise ConfigError("outer.momentum must be at least 0 and below 1.")
+        if self.name == "fedavg" and self.momentum != 0:
+            raise ConfigError("outer.momentum belongs to the nesterov optimizer; fedavg has none.")
+
+    @classmethod
+    def nesterov(cls, lr: float = 0.7, momentum: float = 0.9) -> "OuterOptions":
+        """The outer optimizer of DiLoCo with the values of its paper (arXiv 2311.08105, section 3.1)."""
+        return cls("nesterov", lr, momentum)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The agreement of one run; its hash names the run.
+
+    Attributes:
+        name: the run's name; another name is another run, even with equal settings.
+        seed: of the initial weights, and, with round and site, of everything random at a site.
+        rounds: how many there will be.
+        model: the decoder.
+        codebook_hash, layout_hash: the vocabulary, and the order of the flat vector.
+        local, train, outer: local work, inner optimizer, outer optimizer. The learning rate's curve spans the site's
+            own part of the run: each site puts its `total_steps`, `warmup_steps` and `seed` into `train` itself.
+        split, tokenizer: which patients train, and how records become tokens.
+        min_sites: a round with fewer accepted updates fails.
+        deadline_s: the time that sites have for one answer.
+        max_norm: the largest L2 norm of an accepted update, or none.
+        purposes: the questions that the trained model will be asked.
+        software: the version of this software on both sides.
+    """
+
+    name: str
+    seed: int
+    rounds: int
+    model: DecoderConfig
+    codebook_hash: str
+    layout_hash: str
+    local: LocalWork
+    train: TrainOptions
+    outer: OuterOptions
+    split: SplitRule
+    tokenizer: TokenizerOptions
+    min_sites: int
+    deadline_s: float
+    max_norm: float | None = None
+    purposes: tuple[str, ...] = ()
+    software: str = ""
+    version: int = VERSION
+
+    def to_bytes(self) -> bytes:
+        """Give the canonical bytes."""
+        return canonical.encode(self)
+
+    @cached_property
+    def hash(self) -> str:
+        """The sha256 of the canonical bytes."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Manifest":
+        """Read a manifest from the other side.
+
+        Raises:
+            ProtocolError: naming the unknown version or field, or the value that doesn't fit.
+        """
+        manifest = canonical.decode(cls, data, "The run manifest", ProtocolError)
+        if manifest.version != VERSION:
+            raise ProtocolError(
+                f"The run manifest has version {manifest.version}; this software knows version {VERSION}: update it."
+            )
+        return manifest
+
+
+def software_version() -> str:
+    """Give the version of fedcomet that runs here."""
+    try:
+        return metadata.version("fedcomet")
+    except metadata.PackageNotFoundError:
+        return "source"

@@ -1,0 +1,269 @@
+"""What the two sides of a federation say to each other: four questions, their answers, and the refusal.
+
+A message is a frozen dataclass. On the wire it is a JSON header (every plain field, the kind and the version) and named
+payloads (every field of bytes or of float32). Whoever reads one trusts nothing: a header or payload that does not fit
+is a `ProtocolError` that names the field, never another exception. How a transport carries a `Wire` is not known here.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from federation import canonical
+from tokenizer.codebook import TokenizerOptions
+from tokenizer.errors import FedcometError
+from tokenizer.split import SplitRule
+
+VERSION = 1
+"""The version of this vocabulary; a message of another version is refused."""
+
+Vector = NDArray[np.float32]
+
+_HEADER_LIMIT = 1 << 20
+_SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class ProtocolError(FedcometError):
+    """A message that does not follow the protocol, or that does not fit the run it claims to belong to."""
+
+
+class DeliveryError(ProtocolError):
+    """No answer: the transport says that the site could not be reached, or broke down while it worked."""
+
+
+class SiteRefusal(FedcometError):
+    """A site's own decision not to answer; the text is meant for the other side and holds nothing about patients."""
+
+
+@dataclass(frozen=True)
+class SurveyRequest:
+    """Asks what a site may tell about its codes.
+
+    `deadline_s` is seconds since the epoch, here and in every other request: past it nobody waits for the answer.
+    """
+
+    kind: ClassVar[str] = "query.survey"
+    split: SplitRule
+    tokenizer: TokenizerOptions
+    deadline_s: float
+
+
+@dataclass(frozen=True)
+class SurveyReply:
+    """A site's released statistics: `tokenizer.codebook.Survey` bytes."""
+
+    kind: ClassVar[str] = "query.survey.reply"
+    site: str
+    survey: bytes
+
+
+@dataclass(frozen=True)
+class PrepareRequest:
+    """Carries the run manifest and the codebook, and asks the site to encode its records with them."""
+
+    kind: ClassVar[str] = "query.prepare"
+    manifest: bytes
+    codebook: bytes
+    deadline_s: float
+
+
+@dataclass(frozen=True)
+class SplitCounts:
+    """How much a split of a site's store holds."""
+
+    patients: int
+    events: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class PrepareReply:
+    """A site's agreement to the manifest, and the size of its store.
+
+    `fallbacks` counts the events whose code has no token of its own; which codes these are stays at the site.
+    """
+
+    kind: ClassVar[str] = "query.prepare.reply"
+    site: str
+    manifest_hash: str
+    splits: Mapping[str, SplitCounts]
+    fallbacks: int
+
+
+@dataclass(frozen=True, eq=False)
+class TrainRequest:
+    """Asks for the local work of one round, from the global weights: float32 [P]."""
+
+    kind: ClassVar[str] = "train"
+    manifest_hash: str
+    round: int
+    weights: Vector
+    deadline_s: float
+
+    @property
+    def digest(self) -> str:
+        """Name what is asked: equal work has an equal digest, whenever it is due."""
+        return _digest(self.kind, self.manifest_hash, str(self.round), self.weights)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainReply:
+    """A site's update: local minus global weights, float32 [P], with what went into it.
+
+    `tokens` counts the targets trained on, `loss` is their mean negative log-likelihood in nats, `seconds` is the
+    site's wall-clock time, for people only.
+    """
+
+    kind: ClassVar[str] = "train.reply"
+    site: str
+    manifest_hash: str
+    round: int
+    request_digest: str
+    update: Vector
+    tokens: int
+    steps: int
+    loss: float
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluateRequest:
+    """Asks for the loss of the weights, float32 [P], after round `round` on one split of the site's patients."""
+
+    kind: ClassVar[str] = "evaluate"
+    manifest_hash: str
+    round: int
+    split: str
+    weights: Vector
+    deadline_s: float
+
+    @property
+    def digest(self) -> str:
+        """Name what is asked: equal work has an equal digest, whenever it is due."""
+        return _digest(self.kind, self.manifest_hash, f"{self.round}/{self.split}", self.weights)
+
+
+@dataclass(frozen=True)
+class EvaluateReply:
+    """The sum of negative log-likelihoods in nats over `tokens` targets of the split."""
+
+    kind: ClassVar[str] = "evaluate.reply"
+    site: str
+    manifest_hash: str
+    round: int
+    split: str
+    request_digest: str
+    nll: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """The answer of a site that does not answer: who, and why in words that hold nothing about patients."""
+
+    kind: ClassVar[str] = "refusal"
+    site: str
+    reason: str
+
+
+Request = SurveyRequest | PrepareRequest | TrainRequest | EvaluateRequest
+Reply = SurveyReply | PrepareReply | TrainReply | EvaluateReply | Refusal
+Message = Request | Reply
+
+_KINDS: dict[str, type[Any]] = {kind.kind: kind for kind in (*Request.__args__, *Reply.__args__)}
+
+
+@dataclass(frozen=True, eq=False)
+class Wire:
+    """A message as a transport carries it: a JSON header and named payloads."""
+
+    header: bytes
+    payloads: Mapping[str, bytes | Vector]
+
+
+def to_wire(message: Message) -> Wire:
+    """Lay a message out for the transport; vectors are not copied."""
+    header: dict[str, Any] = {"kind": message.kind, "version": VERSION}
+    payloads: dict[str, bytes | Vector] = {}
+    for field in dataclasses.fields(message):
+        value = getattr(message, field.name)
+        if isinstance(value, np.ndarray):
+            payloads[field.name] = np.ascontiguousarray(value, np.float32)
+        elif isinstance(value, bytes):
+            payloads[field.name] = value
+        else:
+            header[field.name] = value
+    return Wire(canonical.encode(header), payloads)
+
+
+def from_wire(wire: Wire) -> Message:
+    """Read a message that may come from anybody.
+
+    Raises:
+        ProtocolError: naming the version, kind, field or payload that does not fit.
+    """
+    fields = _header(wire.header)
+    version, kind_name = fields.pop("version", None), fields.pop("kind", None)
+    if version != VERSION:
+        raise ProtocolError(f"The message has version {_short(version)}; this software speaks version {VERSION}.")
+    kind = _KINDS.get(kind_name) if isinstance(kind_name, str) else None
+    if kind is None:
+        raise ProtocolError(f"There is no message of kind {_short(kind_name)}.")
+    for field in dataclasses.fields(kind):
+        if field.type in (bytes, Vector):
+            if field.name in fields:
+                raise ProtocolError(f"{kind_name}.{field.name} must be a payload, not part of the header.")
+            fields[field.name] = _payload(wire.payloads, kind_name, field)
+    expected = {field.name for field in dataclasses.fields(kind)}
+    if extra := sorted(set(wire.payloads) - expected):
+        raise ProtocolError(f"{kind_name} has the unknown payload {_short(extra[0])}.")
+    message: Message = canonical.build(kind, fields, kind_name, ProtocolError)
+    site = getattr(message, "site", None)
+    if site is not None and not is_site_name(site):
+        raise ProtocolError(f"{_short(site)} can't be the name of a site: use letters, digits, '.', '_' and '-'.")
+    return message
+
+
+def is_site_name(name: str) -> bool:
+    """Tell whether a name may stand in files, ledgers and reports: 1 to 64 letters, digits, '.', '_' or '-'."""
+    return _SITE_NAME.fullmatch(name) is not None
+
+
+def _header(data: bytes) -> dict[str, Any]:
+    if len(data) > _HEADER_LIMIT:
+        raise ProtocolError(f"The message's header has {len(data)} bytes; at most {_HEADER_LIMIT} are read.")
+    try:
+        header = json.loads(data.decode())
+    except (UnicodeDecodeError, ValueError, RecursionError):
+        raise ProtocolError("The message's header is not JSON.") from None
+    if not isinstance(header, dict):
+        raise ProtocolError("The message's header is not a JSON object.")
+    return header
+
+
+def _payload(payloads: Mapping[str, bytes | Vector], kind: str, field: dataclasses.Field[Any]) -> bytes | Vector:
+    value = payloads.get(field.name)
+    if value is None:
+        raise ProtocolError(f"{kind} lacks the payload {field.name!r}.")
+    fits = isinstance(value, bytes) if field.type is bytes else isinstance(value, np.ndarray)
+    if not fits:
+        raise ProtocolError(f"The payload {field.name!r} of {kind} is of the wrong type.")
+    return value
+
+
+def _digest(kind: str, manifest_hash: str, what: str, weights: Vector) -> str:
+    digest = hashlib.sha256(f"{kind}\n{manifest_hash}\n{what}\n".encode())
+    digest.update(np.ascontiguousarray(weights, np.float32).data)
+    return digest.hexdigest()
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

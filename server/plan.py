@@ -1,0 +1,145 @@
+"""What a coordinator wants of a run: all settings in one value, before codebook and sites are known.
+
+`FederationPlan.manifest` turns it into the agreement once the codebook is built. The plan's bytes lie in the run
+directory, so that a run is only ever continued with the settings it began with.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+
+from federation import canonical
+from federation.manifest import LocalWork, Manifest, OuterOptions, software_version
+from federation.update import Layout
+from model.decoder import DecoderConfig, preset
+from model.train import TrainOptions
+from tokenizer.codebook import Codebook, TokenizerOptions
+from tokenizer.errors import ConfigError
+from tokenizer.split import SplitRule
+
+
+@dataclass(frozen=True)
+class FederationPlan:
+    """All settings of one federated run.
+
+    Attributes:
+        name: the run's name.
+        rounds: number of rounds.
+        model: a preset's name, or a decoder's shape; its vocabulary is set by the codebook.
+        context: most tokens of a window; the preset's own when not given.
+        dropout: the preset's own when not given.
+        local: what a site does in a round.
+        train: the inner optimizer; `total_steps`, `warmup_steps` and `seed` follow from the rest.
+        outer: how the mean update is applied.
+        seed: of the whole run.
+        split: which patients train.
+        tokenizer: how records become tokens.
+        min_sites: a round with fewer accepted updates fails.
+        expect_sites: how many sites to wait for before the run begins, at most `join_s` seconds; 0 is `min_sites`.
+        join_s: see `expect_sites`.
+        deadline_s: how long sites have for an answer.
+        evaluate_every: rounds between two evaluations on the sites' tuning patients; 0 is never.
+        max_norm: the largest L2 norm of an accepted update.
+        purposes: the questions that the trained model will be asked.
+        codebook: a fixed codebook's bytes; without, one is built from the sites' surveys.
+    """
+
+    name: str
+    rounds: int
+    split: SplitRule
+    local: LocalWork
+    model: str | DecoderConfig = "1m"
+    context: int | None = None
+    dropout: float | None = None
+    train: TrainOptions = field(default_factory=TrainOptions)
+    outer: OuterOptions = field(default_factory=OuterOptions)
+    tokenizer: TokenizerOptions = field(default_factory=TokenizerOptions)
+    seed: int = 0
+    min_sites: int = 1
+    expect_sites: int = 0
+    join_s: float = 600.0
+    deadline_s: float = 86_400.0
+    evaluate_every: int = 1
+    max_norm: float | None = None
+    purposes: tuple[str, ...] = ()
+    codebook: bytes | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        rules = {
+            "name must not be empty": bool(self.name),
+            "rounds must be at least 1": self.rounds >= 1,
+            "min_sites must be at least 1": self.min_sites >= 1,
+            "expect_sites must not be negative": self.expect_sites >= 0,
+            "join_s must not be negative": self.join_s >= 0,
+            "deadline_s must be above 0": self.deadline_s > 0,
+            "evaluate_every must not be negative": self.evaluate_every >= 0,
+            "max_norm must be above 0": self.max_norm is None or self.max_norm > 0,
+        }
+        if wrong := [rule for rule, holds in rules.items() if not holds]:
+            raise ConfigError(f"federation plan: {'; '.join(wrong)}.")
+
+    def manifest(self, codebook: Codebook) -> Manifest:
+        """Write the agreement for a codebook.
+
+        Raises:
+            ConfigError: there is no such preset, or the codebook was built with other options.
+        """
+        if codebook.options != self.tokenizer:
+            raise ConfigError(f"The codebook has the options {codebook.options}, the plan {self.tokenizer}.")
+        if isinstance(self.model, str):
+            model = preset(self.model, len(codebook), self.context, self.dropout)
+        else:
+            model = dataclasses.replace(self.model, vocab=len(codebook))
+        return Manifest(
+            name=self.name,
+            seed=self.seed,
+            rounds=self.rounds,
+            model=model,
+            codebook_hash=codebook.hash,
+            layout_hash=Layout.of_config(model).hash,
+            local=self.local,
+            train=self.train,
+            outer=self.outer,
+            split=self.split,
+            tokenizer=self.tokenizer,
+            min_sites=self.min_sites,
+            deadline_s=self.deadline_s,
+            max_norm=self.max_norm,
+            purposes=self.purposes,
+            software=software_version(),
+        )
+
+    def to_bytes(self) -> bytes:
+        """Give canonical JSON in which a fixed codebook is named by the sha256 of its bytes."""
+        named = None if self.codebook is None else hashlib.sha256(self.codebook).hexdigest()
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return canonical.encode({**fields, "codebook": named})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, codebook: bytes | None = None) -> "FederationPlan":
+        """Read a plan; missing fields have their defaults.
+
+        Args:
+            data: JSON, as from `to_bytes`.
+            codebook: the bytes of the fixed codebook that the plan names, if it names one.
+
+        Raises:
+            ConfigError: naming the field that is unknown, missing or doesn't fit.
+        """
+        try:
+            plain = json.loads(data)
+        except ValueError as cause:
+            raise ConfigError(f"The federation plan is not JSON: {cause}.") from None
+        named = plain.pop("codebook", None) if isinstance(plain, dict) else None
+        plan = canonical.build(cls, plain, "The federation plan", ConfigError)
+        if named is None:
+            return plan
+        if codebook is None or hashlib.sha256(codebook).hexdigest() != named:
+            raise ConfigError(f"The federation plan names the codebook {named}; lay that file beside it.")
+        return dataclasses.replace(plan, codebook=codebook)
+
+    def differences(self, data: bytes) -> list[str]:
+        """Name the settings in which another plan's bytes differ from this one."""
+        mine, other = json.loads(self.to_bytes()), json.loads(data)
+        return sorted(key for key in {*mine, *other} if mine.get(key) != other.get(key))

@@ -1,0 +1,316 @@
+"""The coordinator's side of the rounds, as a pure object: it takes answers and gives decisions.
+
+It knows neither Flower nor sockets nor clocks; what it keeps goes through a `Journal` and a `Store`. Every accepted
+update is stored and noted before the next answer is looked at, so a crash loses none: the engine that is built on the
+same ledger afterwards continues in the middle of the round. One bad answer is noted with its reason and the round goes
+on; only when fewer than `min_sites` answers are good does the run stop.
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from federation.manifest import Manifest
+from federation.messages import (
+    DeliveryError,
+    EvaluateReply,
+    EvaluateRequest,
+    ProtocolError,
+    Refusal,
+    Reply,
+    TrainReply,
+    TrainRequest,
+    Vector,
+)
+from server.aggregate import GlobalState, outer_step
+from server.journal import Journal, Phase, ReplyEntry, ScoreEntry, Status
+from tokenizer.errors import FedcometError
+
+TUNING = "tuning"
+"""The split whose loss is followed from round to round."""
+
+
+class RoundFailed(FedcometError):
+    """A round in which too few sites gave a usable update; the run can be continued when they do."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that a person who watches may want to see; `site` and `text` are empty where they make no sense."""
+
+    kind: str
+    round: int = 0
+    site: str = ""
+    text: str = ""
+    values: Mapping[str, float] = field(default_factory=dict)
+
+
+Listener = Callable[[Event], None]
+Answer = Reply | ProtocolError
+"""What came back for a request: a reply, or why it could not be read."""
+
+
+class Store(Protocol):
+    """Where the engine keeps vectors; each method returns when the bytes are on the disk."""
+
+    def keep_update(self, number: int, site: str, update: Vector) -> str:
+        """Keep a site's update of a round and give the sha256 of its bytes."""
+
+    def update(self, number: int, site: str, sha256: str) -> Vector:
+        """Give back a kept update, float32 [P]; it may be a view of the file."""
+
+    def save(self, number: int, state: GlobalState) -> str:
+        """Keep the state after a round (0 = the beginning) and give the sha256 of its file."""
+
+    def load(self, number: int, sha256: str) -> GlobalState:
+        """Give back the state after a round; round 0 is the beginning, of which `sha256` says nothing."""
+
+    def sweep(self, keep: Collection[int], open_round: int) -> None:
+        """Drop the checkpoints of all rounds but `keep`, and the updates of all rounds but `open_round`."""
+
+
+class Rounds:
+    """The rounds of one run, from the first that is not committed."""
+
+    def __init__(self, manifest: Manifest, size: int, journal: Journal, store: Store, listen: Listener) -> None:
+        """Take up the run where its ledger says it is.
+
+        Args:
+            manifest: the agreement; the ledger must have begun with it.
+            size: the length P of the flat vector.
+            journal: the ledger.
+            store: where vectors are kept.
+            listen: told of every decision after it is durable.
+        """
+        self.manifest = manifest
+        self._size, self._journal, self._store, self._listen = size, journal, store, listen
+        self.number = journal.committed() + 1
+        self._state = self._load(self.number - 1)
+        self._digest = ""
+        self._sweep()
+
+    @property
+    def finished(self) -> bool:
+        """Tell whether all rounds are committed."""
+        return self.number > self.manifest.rounds
+
+    @property
+    def phase(self) -> Phase | None:
+        """The open round's phase, or none before it is announced."""
+        entry = self._journal.round(self.number)
+        return None if entry is None else entry.phase
+
+    @property
+    def collecting(self) -> bool:
+        """Tell whether the open round still takes updates."""
+        return self.phase in (None, Phase.ANNOUNCED, Phase.TRAINING, Phase.COLLECTING)
+
+    def open(self) -> None:
+        """Announce the open round, or take it up again: answers that were accepted before a crash stay."""
+        if self.collecting:
+            self._journal.reopen(self.number)
+            if self.phase is None:
+                self._journal.enter(self.number, Phase.ANNOUNCED)
+            self._tell("round.announced")
+        else:
+            self._state = self._load(self.number)
+
+    def missing(self, sites: Iterable[str]) -> list[str]:
+        """Give the sites, by name, whose answer of the open round is not decided yet."""
+        decided = {entry.site for entry in self._journal.replies(self.number)}
+        return sorted(set(sites) - decided)
+
+    def request(self, deadline_s: float) -> TrainRequest:
+        """Give the open round's request, and note that it goes out."""
+        request = TrainRequest(self.manifest.hash, self.number, self._state.weights, deadline_s)
+        self._digest = request.digest
+        if self.phase is Phase.ANNOUNCED:
+            self._journal.enter(self.number, Phase.TRAINING)
+        return request
+
+    def receive(self, site: str, answer: Answer) -> Status:
+        """Decide on a site's answer of the open round, and keep it when it is good; the first answer counts."""
+        decided = {entry.site: entry.status for entry in self._journal.replies(self.number)}
+        if site in decided:
+            return decided[site]
+        if self.phase is Phase.TRAINING:
+            self._journal.enter(self.number, Phase.COLLECTING)
+        reason = self._objection(site, answer)
+        if reason or not isinstance(answer, TrainReply):
+            status = _bad(answer)
+            self._journal.note_reply(ReplyEntry(self.number, site, status, reason))
+            self._tell(f"update.{status}", site, reason)
+            return status
+        self._accept(site, answer)
+        return Status.ACCEPTED
+
+    def late(self, site: str) -> None:
+        """Note that a site's answer did not come in time."""
+        self._journal.note_reply(ReplyEntry(self.number, site, Status.LATE, "no answer before the deadline"))
+        self._tell("update.late", site, "no answer before the deadline")
+
+    def aggregate(self) -> None:
+        """Apply the accepted updates to the global weights, and keep the result.
+
+        Raises:
+            RoundFailed: fewer than `min_sites` updates were accepted.
+        """
+        if self.phase in (Phase.AGGREGATED, Phase.EVALUATED):
+            return
+        replies = self._journal.replies(self.number)
+        accepted = [entry for entry in replies if entry.status is Status.ACCEPTED]
+        if len(accepted) < max(1, self.manifest.min_sites):
+            raise RoundFailed(self._failure(len(accepted), replies))
+        updates = [self._store.update(self.number, entry.site, entry.update_sha256) for entry in accepted]
+        by_tokens = self.manifest.outer.weights == "tokens"
+        shares = [float(entry.tokens) if by_tokens else 1.0 for entry in accepted]
+        state = outer_step(self._state, updates, shares, self.manifest.outer)
+        if not math.isfinite(_norm(state.weights)):
+            raise RoundFailed(f"Round {self.number} would make the global weights infinite; set max_norm in a new run.")
+        sha256 = self._store.save(self.number, state)
+        self._state = state
+        self._journal.enter(self.number, Phase.AGGREGATED, sha256)
+        tokens = sum(entry.tokens for entry in accepted)
+        loss = sum(entry.loss * entry.tokens for entry in accepted) / tokens
+        self._tell("round.aggregated", values={"sites": len(accepted), "tokens": tokens, "loss": loss})
+
+    def evaluation(self, split: str, deadline_s: float) -> EvaluateRequest | None:
+        """Give the request that evaluates the round's new weights; none when that was done before a crash."""
+        if self.phase is not Phase.AGGREGATED:
+            return None
+        return EvaluateRequest(self.manifest.hash, self.number, split, self._state.weights, deadline_s)
+
+    def score(self, request: EvaluateRequest | None, answers: Mapping[str, Answer | None]) -> None:
+        """Note the sites' evaluations: an answer each, or none from a site that was late."""
+        if self.phase is Phase.EVALUATED:
+            return
+        entries = []
+        if request is not None:
+            digest = request.digest
+            entries = [self._score(site, request, digest, answers[site]) for site in sorted(answers)]
+        self._journal.note_scores(entries, self.number)
+        if entries:
+            tokens = sum(entry.tokens for entry in entries)
+            loss = sum(entry.nll for entry in entries) / tokens if tokens else math.nan
+            self._tell("round.evaluated", values={"tokens": tokens, "loss": loss})
+
+    def commit(self) -> None:
+        """Close the open round; what is not needed any more is dropped after that."""
+        self._journal.enter(self.number, Phase.COMMITTED)
+        self._tell("round.committed")
+        self.number += 1
+        self._sweep()
+
+    def best(self) -> int:
+        """Give the committed round with the lowest tuning loss; the last one when no round was evaluated."""
+        last = self.number - 1
+        losses = {number: loss for number, loss in self._journal.losses(TUNING).items() if number <= last}
+        return min(losses, key=lambda number: (losses[number], number), default=last)
+
+    def _load(self, number: int) -> GlobalState:
+        entry = self._journal.round(number)
+        return self._store.load(number, entry.checkpoint_sha256 if entry else "")
+
+    def _accept(self, site: str, reply: TrainReply) -> None:
+        sha256 = self._store.keep_update(self.number, site, reply.update)
+        entry = ReplyEntry(
+            self.number,
+            site,
+            Status.ACCEPTED,
+            update_sha256=sha256,
+            tokens=reply.tokens,
+            steps=reply.steps,
+            loss=reply.loss,
+            norm=_norm(reply.update),
+            bytes=reply.update.nbytes,
+            seconds=reply.seconds,
+        )
+        self._journal.note_reply(entry)
+        values = {"tokens": reply.tokens, "loss": reply.loss, "norm": entry.norm, "seconds": reply.seconds}
+        self._tell("update.accepted", site, values=values)
+
+    def _objection(self, site: str, answer: Answer) -> str:
+        """Say why an answer can't be used; empty when it can."""
+        if isinstance(answer, ProtocolError):
+            return str(answer)
+        if answer.site != site:
+            return f"the answer names site {answer.site}, but came from {site}"
+        if isinstance(answer, Refusal):
+            return answer.reason
+        if not isinstance(answer, TrainReply):
+            return f"a {answer.kind} came in the place of a {TrainReply.kind}"
+        return self._wrong_belonging(answer) or self._wrong_work(answer) or self._wrong_update(answer.update)
+
+    def _wrong_belonging(self, reply: TrainReply) -> str:
+        if reply.manifest_hash != self.manifest.hash:
+            return f"it belongs to run {reply.manifest_hash:.80}, this is {self.manifest.hash}"
+        if reply.round != self.number:
+            return f"it belongs to round {reply.round}, this is round {self.number}"
+        if reply.request_digest != self._digest:
+            return "it answers other weights than those that were sent"
+        return ""
+
+    def _wrong_work(self, reply: TrainReply) -> str:
+        local = self.manifest.local
+        if reply.steps < 1 or (local.steps is not None and reply.steps != local.steps):
+            return f"{reply.steps} steps are not the agreed local work"
+        if not 1 <= reply.tokens <= reply.steps * local.batch_tokens:
+            return f"{reply.tokens} tokens can't come from {reply.steps} steps of {local.batch_tokens}"
+        return ""
+
+    def _wrong_update(self, update: Vector) -> str:
+        if update.shape != (self._size,):
+            return f"the update has shape {update.shape}, the model has {self._size} parameters"
+        norm = _norm(update)
+        if not math.isfinite(norm):
+            wrong = int(update.size - np.count_nonzero(np.isfinite(update)))
+            return f"the update holds {wrong} values that are not finite"
+        limit = self.manifest.max_norm
+        if limit is not None and norm > limit:
+            return f"the update's norm {norm:.6g} is above the agreed {limit:.6g}"
+        return ""
+
+    def _score(self, site: str, request: EvaluateRequest, digest: str, answer: Answer | None) -> ScoreEntry:
+        head = (self.number, site, request.split)
+        if answer is None:
+            return ScoreEntry(*head, Status.LATE, "no answer before the deadline")
+        if isinstance(answer, (ProtocolError, Refusal)):
+            return ScoreEntry(*head, _bad(answer), str(getattr(answer, "reason", answer)))
+        fits = isinstance(answer, EvaluateReply) and (answer.site, answer.request_digest) == (site, digest)
+        if not fits or not isinstance(answer, EvaluateReply) or answer.tokens < 0 or answer.nll < 0:
+            return ScoreEntry(*head, Status.MALFORMED, "it does not answer this evaluation")
+        return ScoreEntry(*head, Status.ACCEPTED, "", answer.nll, answer.tokens)
+
+    def _failure(self, accepted: int, replies: list[ReplyEntry]) -> str:
+        reasons = [f"{e.site}: {e.status}, {e.reason}" for e in replies if e.status is not Status.ACCEPTED]
+        told = "; ".join(reasons) or "no site answered"
+        return (
+            f"Round {self.number} has {accepted} usable updates, at least {max(1, self.manifest.min_sites)} are "
+            f"needed ({told}). Once the sites can answer, start the same run again: it continues with this round."
+        )
+
+    def _sweep(self) -> None:
+        last = self.number - 1
+        self._store.sweep({last, last - 1, self.best()}, self.number)
+
+    def _tell(self, kind: str, site: str = "", text: str = "", values: Mapping[str, float] | None = None) -> None:
+        self._listen(Event(kind, self.number, site, text, values or {}))
+
+
+def _bad(answer: Answer) -> Status:
+    if isinstance(answer, DeliveryError):
+        return Status.FAILED
+    return Status.REFUSED if isinstance(answer, Refusal) else Status.MALFORMED
+
+
+def _norm(update: Vector) -> float:
+    """The L2 norm, summed in float64 by chunks; not finite when a value is not."""
+    total = 0.0
+    with np.errstate(invalid="ignore"):
+        for start in range(0, update.size, 1 << 18):
+            part = update[start : start + (1 << 18)].astype(np.float64)
+            total += float(part @ part)
+    return math.sqrt(total)

@@ -1,0 +1,117 @@
+"""The files of a run directory: accepted updates of the open round, checkpoints of the last rounds.
+
+    plan.json  codebook.json  ledger.sqlite
+    rounds/0007/<site>.f32            raw little-endian float32 [P], until the next round is open
+    checkpoints/0007.safetensors      decoder, outer momentum, and what they belong to
+
+Every file appears whole or not at all, and the ledger points at it only afterwards.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from federation.manifest import Manifest
+from federation.messages import Vector
+from federation.update import load_vector_, to_vector
+from model import checkpoint
+from model.decoder import Decoder
+from server.aggregate import GlobalState
+from tokenizer import durable
+from tokenizer.errors import DataError
+
+_MOMENTUM = "outer.momentum"
+
+
+class Spool:
+    """The `server.rounds.Store` of a run directory."""
+
+    def __init__(self, run_dir: Path, manifest: Manifest) -> None:
+        self._dir, self._manifest = run_dir, manifest
+
+    def checkpoint_path(self, number: int) -> Path:
+        """Tell where the checkpoint after a round is."""
+        return self._dir / "checkpoints" / f"{number:04d}.safetensors"
+
+    def keep_update(self, number: int, site: str, update: Vector) -> str:
+        """Keep a site's update of a round and give the sha256 of its bytes."""
+        data = update.astype("<f4", copy=False).tobytes()
+        durable.write_bytes(self._update_path(number, site), data)
+        return hashlib.sha256(data).hexdigest()
+
+    def update(self, number: int, site: str, sha256: str) -> Vector:
+        """Map a kept update into memory, float32 [P].
+
+        Raises:
+            DataError: the file is gone, or its bytes are not those that were accepted.
+        """
+        path = self._update_path(number, site)
+        if _sha256(path) != sha256:
+            raise DataError(f"{path}: the file has changed since the update was accepted.")
+        vector: Vector = np.memmap(path, "<f4", "r").astype(np.float32, copy=False)
+        return vector
+
+    def save(self, number: int, state: GlobalState) -> str:
+        """Keep the state after a round as a checkpoint and give the sha256 of its file."""
+        decoder = Decoder.create(self._manifest.model, 0)
+        load_vector_(decoder, state.weights)
+        momentum = {} if state.momentum is None else {_MOMENTUM: torch.from_numpy(state.momentum)}
+        extra = {
+            "round": number,
+            "manifest_hash": self._manifest.hash,
+            "codebook_hash": self._manifest.codebook_hash,
+        }
+        path = self.checkpoint_path(number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.save(path, decoder, extra=extra, arrays=momentum)
+        return _sha256(path)
+
+    def load(self, number: int, sha256: str) -> GlobalState:
+        """Give back the state after a round; round 0 is the beginning, which follows from the manifest's seed.
+
+        Raises:
+            DataError: the checkpoint is missing, changed, or belongs to another run.
+        """
+        if number == 0:
+            return GlobalState(to_vector(Decoder.create(self._manifest.model, self._manifest.seed)))
+        path = self.checkpoint_path(number)
+        if _sha256(path) != sha256:
+            raise DataError(f"{path}: the checkpoint has changed since the ledger noted it; restore it from a copy.")
+        decoder, extra, arrays = checkpoint.load(path)
+        if extra.get("manifest_hash") != self._manifest.hash:
+            raise DataError(f"{path}: belongs to run {extra.get('manifest_hash')}, not {self._manifest.hash}.")
+        momentum = arrays.get(_MOMENTUM)
+        return GlobalState(to_vector(decoder), None if momentum is None else momentum.numpy())
+
+    def sweep(self, keep: Collection[int], open_round: int) -> None:
+        """Drop the checkpoints of all rounds but `keep`, the updates of all but `open_round`, and half-written files."""
+        for path in (self._dir / "checkpoints").glob("*"):
+            if not path.stem.isdigit() or int(path.stem) not in {*keep, open_round}:
+                _remove(path)
+        for path in (self._dir / "rounds").glob("*"):
+            if path.name != f"{open_round:04d}":
+                _remove(path)
+        for path in (self._dir / "rounds").glob("*/*.partial"):
+            _remove(path)
+
+    def _update_path(self, number: int, site: str) -> Path:
+        return self._dir / "rounds" / f"{number:04d}" / f"{site}.f32"
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as cause:
+        raise DataError(f"{path} can't be read ({cause.strerror}); restore the run directory.") from None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
