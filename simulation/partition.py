@@ -14,9 +14,11 @@ Two passes, shard by shard: memory is bounded by a shard and one row per patient
 and the subject ids alone, not from how the dataset is sharded.
 """
 
+import contextlib
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,15 +32,14 @@ from tokenizer.errors import DataError
 from tokenizer.events import MedsDataset, write_meds
 
 OTHER = "other"
-_REPORT = "partition.json"
+_ACCOUNT = "partition.json"
 
 
 @dataclass(frozen=True)
 class Site:
-    """One part: `path` is its MEDS dataset."""
+    """One part; its MEDS dataset is `<name>/records` under the partition's folder."""
 
     name: str
-    path: Path
     patients: int
     events: int
 
@@ -48,6 +49,7 @@ class Parts:
     """What became of a dataset.
 
     Attributes:
+        folder: where the sites lie.
         sites: by name.
         grouped_by: the prefix or column that was used; empty for `iid`.
         without: patients who have no such code or value.
@@ -55,27 +57,47 @@ class Parts:
         put_together: the groups below `min_patients` that became `other`, with their patients.
     """
 
+    folder: Path
     sites: tuple[Site, ...]
     grouped_by: str
     without: int
     several: int
     put_together: dict[str, int]
 
+    @property
+    def records(self) -> dict[str, Path]:
+        """The MEDS dataset of each site, by its name."""
+        return {site.name: self.folder / site.name / "records" for site in self.sites}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of results should know about how patients were grouped."""
+        small = ", ".join(f"{name} ({count})" for name, count in self.put_together.items())
+        said = {
+            f"{self.without} patients have no {self.grouped_by}.": self.without,
+            f"{self.several} patients have more than one {self.grouped_by}; their first counts.": self.several,
+            f"Groups with too few patients were put together as {OTHER!r}: {small}.": small,
+        }
+        return tuple(note for note, holds in said.items() if holds)
+
 
 def partition(
-    dataset: MedsDataset,
+    source: Path,
     rule: Partition,
     out: Path,
     *,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Parts:
-    """Split `dataset` into one MEDS dataset per site, `out/<site>`.
+    """Split a MEDS dataset into one for each site, `out/<site>/records`.
+
+    What was split before, from the same records by the same rule and seed, is found again and left as it is. The
+    account `out/partition.json` is written last; without it nothing counts as done.
 
     Args:
-        dataset: where the patients come from.
-        rule: how they are grouped.
-        out: the directory to make; it appears whole, with an account in `partition.json`, or not at all.
+        source: the dataset.
+        rule: how its patients are grouped.
+        out: the folder of the sites; whatever else lies in it stays.
         seed: of `iid` and `dirichlet`.
         progress: called with sites written and to write.
 
@@ -83,33 +105,61 @@ def partition(
         The sites and how patients came to them.
 
     Raises:
-        DataError: the dataset has no patients, or none has a code under any prefix or a value in the column, or all
-            fall in one group.
+        DataError: the dataset can't be read or has no patients, or none has a code under any prefix or a value in the
+            column, or all fall in one group.
     """
+    dataset = MedsDataset.open(source)
     if not dataset.subjects:
-        raise DataError(f"{dataset.path}: no patients to split into sites; give a dataset with events")
+        raise DataError(f"{source}: no patients to split into sites; give a dataset with events")
+    made_from = {"rule": rule.model_dump(mode="json"), "seed": seed, "source": dataset.fingerprint()}
+    if (known := _known(out, made_from)) is not None:
+        return known
     found = _groups(dataset, rule)
     table, put_together = _sites(found, rule, seed)
     names = sorted(table["site"].unique()) if rule.by in ("code", "column") else _numbered(rule.sites or 0)
     if len(names) < 2:
         raise DataError(
-            f"{dataset.path}: all {dataset.subjects} patients fall in the one site {names[0]!r}; "
+            f"{source}: all {dataset.subjects} patients fall in the one site {names[0]!r}; "
             "choose another prefix or column, or lower min_patients"
         )
-    sites = []
-    with durable.directory(out) as aside:
-        for number, name in enumerate(names):
+    (out / _ACCOUNT).unlink(missing_ok=True)
+    sites: list[Site] = []
+    try:
+        for name in names:
             members = table.filter(pl.col("site") == name).select("subject_id")
             tally = _Tally()
-            write_meds(aside / name, _share(dataset, members, tally), name=f"{dataset.name}, site {name}")
-            sites.append(Site(name, out / name, members.height, tally.events))
+            sites.append(Site(name, members.height, 0))
+            shards = _share(dataset, members, tally)
+            write_meds(out / name / "records", shards, name=f"{dataset.name}, site {name}")
+            sites[-1] = Site(name, members.height, tally.events)
             if progress is not None:
-                progress(number + 1, len(names))
-        parts = Parts(tuple(sites), found.key, found.without, found.several, put_together)
-        account = asdict(parts) | {"rule": rule.model_dump(mode="json"), "seed": seed, "source": dataset.name}
-        account["sites"] = [asdict(site) | {"path": site.name} for site in sites]
-        (aside / _REPORT).write_text(json.dumps(account, indent=2, sort_keys=True) + "\n")
+                progress(len(sites), len(names))
+    except BaseException:
+        _remove(out, sites)
+        raise
+    parts = Parts(out, tuple(sites), found.key, found.without, found.several, put_together)
+    account = made_from | {key: value for key, value in asdict(parts).items() if key != "folder"}
+    durable.write_bytes(out / _ACCOUNT, json.dumps(account, indent=1, sort_keys=True).encode() + b"\n")
     return parts
+
+
+def _known(out: Path, made_from: dict[str, object]) -> Parts | None:
+    """Find what an earlier call has made of the same."""
+    if not (out / _ACCOUNT).exists():
+        return None
+    account = json.loads((out / _ACCOUNT).read_bytes())
+    if {key: account.pop(key, None) for key in made_from} != made_from:
+        return None
+    return Parts(out, tuple(Site(**site) for site in account.pop("sites")), **account)
+
+
+def _remove(out: Path, sites: list[Site]) -> None:
+    for site in sites:
+        shutil.rmtree(out / site.name / "records", ignore_errors=True)
+        # The site's folder and the sites' own may hold other things; then they stay.
+        for folder in (out / site.name, out):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 @dataclass
@@ -195,10 +245,7 @@ def _sites(found: _Found, rule: Partition, seed: int) -> tuple[pl.DataFrame, dic
     table = found.table.with_columns(order=_order(found.table["subject_id"], seed)).sort("order")
     if rule.by in ("iid", "dirichlet"):
         return _dealt(table, rule.sites or 0, rule.alpha if rule.by == "dirichlet" else None, seed), {}
-    names = {
-        group: OTHER if group is None else _slug(f"{found.key}-{group}" if group else found.key)
-        for group in table["group"].unique().sort()
-    }
+    names = {group: _name(found.key, group) for group in table["group"].unique().sort()}
     if len(set(names.values())) < len(names):
         # Two values may look alike once they are file names.
         taken = sorted(names.values())
@@ -244,6 +291,14 @@ def _order(ids: pl.Series, seed: int) -> pl.Series:
     key = seed.to_bytes(16, "little", signed=True)
     digests = (hashlib.blake2b(str(one).encode(), key=key, digest_size=8).digest() for one in ids)
     return pl.Series([int.from_bytes(digest, "little") for digest in digests], dtype=pl.UInt64)
+
+
+def _name(key: str, group: str | None) -> str:
+    """A folder name; values of several words speak for themselves, others carry the prefix or column."""
+    if group is None:
+        return OTHER
+    value = _slug(group)
+    return value if "-" in value else _slug(f"{key}-{group}")
 
 
 def _slug(text: str) -> str:
