@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
+import matplotlib.ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
@@ -57,7 +58,7 @@ def training(curves: Sequence["Training"]) -> str:
                 axes.plot([curve.best], [loss], _MARKERS[curve.kind], color=colour, ms=6, zorder=4)
         axes.set_xlabel("round")
         axes.set_ylabel("loss on tuning patients (nats a token)")
-        axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
         ends = "; ".join(f"{curve.arm} {min(curve.loss):.3f} in round {curve.best}" for curve in curves)
         return _svg(canvas, "training", f"Loss on tuning patients by round. Best: {ends}.")
 
@@ -126,6 +127,7 @@ def _style() -> AbstractContextManager[None]:
         {
             "svg.fonttype": "none",
             "svg.hashsalt": "fedcomet",
+            "text.parse_math": False,
             "font.size": 11,
             "axes.edgecolor": _LINE,
             "axes.labelcolor": _SOFT,
