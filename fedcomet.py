@@ -63,7 +63,9 @@ def tokenize(
     codebook: Annotated[
         Path | None, typer.Option(help="Use this codebook, as a federation gave it, instead of making one.")
     ] = None,
-    values: Annotated[str, typer.Option(help="separate: value tokens after codes; fused: both in one token.")] = "separate",
+    values: Annotated[
+        str, typer.Option(help="separate: value tokens after codes; fused: both in one token.")
+    ] = "separate",
     bins: Annotated[int, typer.Option(help="Quantile bins of a code's values.")] = 10,
     min_patients: Annotated[int, typer.Option(help="Codes of fewer patients are told by their parents.")] = 10,
     split_key: Annotated[str, typer.Option(help="Key of the hash that splits patients.")] = "fedcomet",
@@ -100,7 +102,9 @@ def tokenize(
     console.print(f"{len(words)} tokens in the codebook {words.hash[:16]} ({out / 'codebook.json'})")
     for name in SPLITS:
         counts = store.manifest["splits"][name]
-        console.print(f"{name:>9}: {counts['patients']:,} patients, {counts['events']:,} events, {counts['tokens']:,} tokens")
+        console.print(
+            f"{name:>9}: {counts['patients']:,} patients, {counts['events']:,} events, {counts['tokens']:,} tokens"
+        )
     by_parent = sum(store.manifest["events_told_by_parents"].values())
     if by_parent:
         console.print(f"{by_parent:,} events have codes too rare to be named; their parents stand for them")
@@ -142,6 +146,115 @@ def report(
     _show(folder, lambda: read_report(folder / "report.json"))
 
 
-@app.callback(invoke_without_command=True)
-def _nothing() -> None:
-    """Do nothing before a command."""
+@app.command(rich_help_panel=_RESEARCH)
+def rollout(
+    model: Annotated[Path, typer.Argument(help="A model's folder, such as runs/NAME/model.")],
+    store: Annotated[Path, typer.Argument(help="A token store made with the model's codebook (fedcomet tokenize).")],
+    subject: Annotated[int, typer.Option(help="The patient's subject_id.")],
+    at: Annotated[
+        str | None, typer.Option(help="Where the known history ends, as 2150-03-01T12:00; the record's end if left out.")
+    ] = None,
+    days: Annotated[float | None, typer.Option(min=0.0, help="How far to look; as far as it goes if left out.")] = None,
+    trajectories: Annotated[int, typer.Option(min=1, help="How many futures to simulate.")] = 3,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one future.")] = 256,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal futures.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write all events to this Parquet file, too.")] = None,
+) -> None:
+    """Simulate a patient's futures and show them as events."""
+    from rich.console import Console
+    from simulation.futures import futures
+
+    with _bars() as watch:
+        told = futures(
+            model,
+            store,
+            subject,
+            at=at,
+            days=days,
+            trajectories=trajectories,
+            max_tokens=max_tokens,
+            seed=seed,
+            progress=_counter(watch, "rollouts"),
+        )
+    console = Console()
+    for table in told.tables():
+        console.print(table)
+    if out is not None:
+        told.write(out)
+        console.print(f"all events: {out}")
+
+
+@app.command(rich_help_panel=_RESEARCH)
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A model's folder, such as runs/NAME/model.")],
+    store: Annotated[Path, typer.Argument(help="A token store made with the model's codebook (fedcomet tokenize).")],
+    study: Annotated[Path, typer.Argument(help="A study file; its questions and its [evaluation] are used.")],
+    split: Annotated[str, typer.Option(help="Whom to ask about: train, tuning or held_out.")] = "held_out",
+    out: Annotated[Path | None, typer.Option(help="Write every prediction to this Parquet file, too.")] = None,
+) -> None:
+    """Ask a trained model the questions of a study about the patients of a store."""
+    from rich.console import Console
+    from simulation import config
+    from simulation.futures import evaluate_model
+
+    with _bars() as watch:
+        told = evaluate_model(model, store, config.read_questions(study), split, _counter(watch, "rollouts"))
+    console = Console()
+    for table in told.tables():
+        console.print(table)
+    if out is not None:
+        told.write(out)
+        console.print(f"all predictions: {out}")
+
+
+def _show(folder: Path, make: "Callable[[], Report]") -> None:
+    """Write a study's report into its folder, and print its tables."""
+    from rich.console import Console
+    from server.report import terminal_tables, write_report
+
+    console = Console()
+    with console.status("writing the report ..."):
+        found = make()
+        write_report(folder / "report.html", found)
+    for table in terminal_tables(found):
+        console.print(table)
+    console.print(f"report: [bold]{folder / 'report.html'}[/]")
+
+
+@contextmanager
+def _bars() -> "Iterator[Callable[[Step], None]]":
+    """Draw a bar for every label that is told of; on a pipe, only a line when one is full."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description:<22}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        rows: dict[str, TaskID] = {}
+
+        def watch(step: "Step") -> None:
+            if step.label not in rows:
+                rows[step.label] = progress.add_task(step.label, total=step.total, note="")
+            progress.update(rows[step.label], completed=step.done, total=step.total, note=step.note)
+            if not console.is_terminal and step.done == step.total:
+                console.print(f"{step.label}: done {step.note}", highlight=False)
+
+        yield watch
+
+
+def _counter(watch: "Callable[[Step], None]", label: str) -> Callable[[int, int], None]:
+    from simulation.arms import Step
+
+    return lambda done, total: watch(Step(label, done, total))
+
+
+if __name__ == "__main__":
+    main()

@@ -27,9 +27,7 @@ def encode(value: Any) -> bytes:
         b'{"a":[2.0,null],"b":1}'
     """
     plain = _plain(value)
-    return json.dumps(
-        plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    ).encode()
+    return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def decode(kind: type[T], data: bytes, where: str, error: type[FedcometError]) -> T:

@@ -341,7 +341,9 @@ def _remember_plan(run_dir: Path, plan: FederationPlan) -> None:
     known = path.read_bytes()
     if known != plan.to_bytes():
         names = ", ".join(plan.differences(known)) or "their form"
-        raise ConfigError(f"{run_dir} holds a run with other settings ({names}); take another directory or its settings.")
+        raise ConfigError(
+            f"{run_dir} holds a run with other settings ({names}); take another directory or its settings."
+        )
 
 
 @contextmanager
@@ -352,7 +354,9 @@ def _locked(run_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"{run_dir} is in use by another process; wait for it or take another directory.") from None
+            raise ConfigError(
+                f"{run_dir} is in use by another process; wait for it or take another directory."
+            ) from None
         yield
     finally:
         os.close(descriptor)

@@ -10,7 +10,9 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -164,6 +166,9 @@ class _Tally:
         self._label, self._total, self._watch = label, total, watch
         self._done = 0
 
+    def note(self, count: int, _: "Future[Any]") -> None:
+        self.add(count)
+
     def add(self, count: int) -> None:
         self._done += count
         self._watch(Step(self._label, self._done, self._total))
@@ -213,7 +218,7 @@ class _Roll:
                 study.evaluation.max_tokens,
                 study.seed,
             )
-            future.add_done_callback(lambda _, count=len(part): tally.add(count))
+            future.add_done_callback(partial(tally.note, len(part)))
             parts.append(future)
         return cls(arm.name, path, parts)
 

@@ -99,7 +99,8 @@ def _sites(study: Study, folder: Path, watch: Watch) -> tuple[tuple[SiteFiles, .
                 write_hospital(home / name, PROFILES[name], data.patients, study.seed)
             watch(Step("records", done, len(names), f"{name}: {data.patients} patients"))
     else:
-        assert data.path is not None and data.partition is not None
+        if data.path is None or data.partition is None:
+            raise ConfigError("data.path and [data.partition] are needed to split a dataset")
         parts = partition(
             MedsDataset.open(data.path),
             data.partition,
