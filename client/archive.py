@@ -159,8 +159,6 @@ class RunArchive:
         return header
 
 
-
-
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on a file; the system lets go of it when the process dies."""

@@ -115,7 +115,9 @@ class Site:
             name = _store_name(dataset.fingerprint(), codebook, manifest.split)
             agreement = Agreement(dataset.fingerprint(), name)
             if run.agreement() not in (None, agreement):
-                raise SiteRefusal(f"The records of {self.files.name} have changed since this run began; begin a new run.")
+                raise SiteRefusal(
+                    f"The records of {self.files.name} have changed since this run began; begin a new run."
+                )
             store = self._store(dataset, codebook, manifest.split, name)
             work = _Work(self.files.name, manifest, codebook, store)
             work.check()
@@ -163,7 +165,9 @@ class Site:
         """Sum the loss of the weights over a split that doesn't train."""
         self._in_time(request.deadline_s)
         if request.split not in SPLITS[1:]:
-            raise ProtocolError(f"There is no split {request.split!r} to evaluate on; there are {', '.join(SPLITS[1:])}.")
+            raise ProtocolError(
+                f"There is no split {request.split!r} to evaluate on; there are {', '.join(SPLITS[1:])}."
+            )
         work = self._work(self.archive.run(request.manifest_hash))
         work.check_request(request.round, request.weights)
         mean, tokens = work.evaluate(request.split, request.weights)

@@ -13,7 +13,7 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +49,7 @@ _GRACE_S = 60.0
 app = ServerApp()
 
 
-class TooFewSites(FedcometError):
+class TooFewSites(FedcometError):  # noqa: N818 - named as what happened
     """Fewer sites than agreed are there or take part; the run can be started again when they are."""
 
 
@@ -341,7 +341,9 @@ def _remember_plan(run_dir: Path, plan: FederationPlan) -> None:
     known = path.read_bytes()
     if known != plan.to_bytes():
         names = ", ".join(plan.differences(known)) or "their form"
-        raise ConfigError(f"{run_dir} holds a run with other settings ({names}); take another directory or its settings.")
+        raise ConfigError(
+            f"{run_dir} holds a run with other settings ({names}); take another directory or its settings."
+        )
 
 
 @contextmanager
@@ -352,7 +354,9 @@ def _locked(run_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"{run_dir} is in use by another process; wait for it or take another directory.") from None
+            raise ConfigError(
+                f"{run_dir} is in use by another process; wait for it or take another directory."
+            ) from None
         yield
     finally:
         os.close(descriptor)

@@ -88,7 +88,7 @@ class Spool:
         return GlobalState(to_vector(decoder), None if momentum is None else momentum.numpy())
 
     def sweep(self, keep: Collection[int], open_round: int) -> None:
-        """Drop the checkpoints of all rounds but `keep`, the updates of all but `open_round`, and half-written files."""
+        """Drop what belongs neither to the open round nor, of checkpoints, to `keep`; and half-written files."""
         for path in (self._dir / "checkpoints").glob("*"):
             if not path.stem.isdigit() or int(path.stem) not in {*keep, open_round}:
                 _remove(path)

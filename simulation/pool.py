@@ -27,10 +27,12 @@ from flwr.app import Context, Message, RecordDict
 from client.site import SiteFiles
 from tokenizer.errors import FedcometError
 
-_BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from simulation.pool import work; work(int(sys.argv[2]))"
+_BOOT = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from simulation.pool import work; work(int(sys.argv[2]))"
+)
 
 
-class WorkerDied(FedcometError):
+class WorkerDied(FedcometError):  # noqa: N818 - named as what happened
     """A worker process ended in the middle of a message."""
 
 
@@ -60,7 +62,9 @@ class Pool:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def submit(self, files: SiteFiles, node: int, message: Message) -> Future[Message]:
@@ -70,6 +74,11 @@ class Pool:
         future: Future[Message] = Future()
         self._jobs.put((files, node, message, future))
         return future
+
+    def pids(self) -> list[int]:
+        """Give the process ids of the workers."""
+        with self._changing:
+            return sorted(worker.pid for worker in self._living)
 
     def close(self) -> None:
         """End all workers, whatever they are doing; messages that are not answered yet fail."""
@@ -121,6 +130,7 @@ class _Worker:
                 env={**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)},
             )
         self._connection = Connection(ours.detach())
+        self.pid = self._process.pid
 
     def answer(self, files: SiteFiles, node: int, message: Message) -> Message:
         self._connection.send_bytes(pickle.dumps((files, node, message)))
