@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
-from flwr.app import Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
@@ -45,6 +45,14 @@ def run_federation(
     grid = LocalGrid(pool, sites)
     waits = replace(plan, expect_sites=0, join_s=0.0)
     return coordinate(grid, run_dir, waits, listen=on_event, pause=grid.wait)
+
+
+def play(site: SiteFiles, node: int, message: Message) -> Message:
+    """Answer a message as a site: through the ClientApp that runs at real sites, in a worker process."""
+    from client.app import app
+
+    config: dict[str, bool | float | int | str] = {"name": site.name, "data": str(site.data), "state": str(site.state)}
+    return app(message, Context(0, node, config, RecordDict(), {}))
 
 
 class LocalGrid(Grid):
@@ -85,7 +93,7 @@ class LocalGrid(Grid):
             name = str(next(self._numbers))
             flower.number_(message, name)
             node = message.metadata.dst_node_id
-            future = self._pool.submit(self._sites[node], node, message)
+            future = self._pool.submit(self._sites[node].name, play, self._sites[node], node, message)
             self._pending[name] = (message, future)
             future.add_done_callback(self._note_arrival)
             names.append(name)

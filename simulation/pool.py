@@ -1,11 +1,11 @@
-"""Worker processes that play sites: every message runs through the real ClientApp, in a process of its own kind.
+"""Worker processes: they play sites, and they roll trajectories out.
 
 A worker is a fresh interpreter on the other end of a socket. It doesn't import the caller's main module, so a script
 needs no `if __name__ == "__main__"`. It ends when the socket closes, at once and even in the middle of its work: a
 parent that is killed leaves no orphan. A worker that dies fails the one message it worked on and is replaced.
 
-Which worker does what makes no difference: what a site must not forget is in its state folder, and every worker uses
-the same number of threads.
+Which worker does what makes no difference: nothing is kept in one between two jobs, and every worker uses the same
+number of threads.
 """
 
 import json
@@ -17,15 +17,16 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from types import TracebackType
-from typing import Self
+from typing import Any, ParamSpec, Self, TypeVar
 
-from flwr.app import Context, Message, RecordDict
-
-from client.site import SiteFiles
 from tokenizer.errors import FedcometError
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from simulation.pool import work; work(int(sys.argv[2]))"
@@ -33,10 +34,10 @@ _BOOT = (
 
 
 class WorkerDied(FedcometError):  # noqa: N818 - named as what happened
-    """A worker process ended in the middle of a message."""
+    """A worker process ended in the middle of a job."""
 
 
-_Job = tuple[SiteFiles, int, Message, Future[Message]]
+_Job = tuple[str, bytes, Future[Any]]
 
 
 class Pool:
@@ -67,12 +68,16 @@ class Pool:
     ) -> None:
         self.close()
 
-    def submit(self, files: SiteFiles, node: int, message: Message) -> Future[Message]:
-        """Let a worker answer a message as the site; the future fails with WorkerDied when the worker dies."""
+    def submit(self, label: str, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
+        """Let a worker call a function of a module, and give its result.
+
+        The future fails with what the function raised, or with WorkerDied when the worker died; `label` names the job
+        in that message.
+        """
         if self._closed:
             raise WorkerDied("The pool is closed.")
-        future: Future[Message] = Future()
-        self._jobs.put((files, node, message, future))
+        future: Future[_T] = Future()
+        self._jobs.put((label, pickle.dumps((function, args, kwargs)), future))
         return future
 
     def pids(self) -> list[int]:
@@ -94,16 +99,21 @@ class Pool:
     def _serve(self) -> None:
         worker = self._start()
         while (job := self._jobs.get()) is not None:
-            files, node, message, future = job
+            label, work, future = job
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                future.set_result(worker.answer(files, node, message))
+                good, result = worker.answer(work)
             except Exception as error:  # whatever it is, the slot must go on with a fresh worker
                 self._living.discard(worker)
                 code = worker.stop()
-                future.set_exception(WorkerDied(f"The worker of {files.name} ended with code {code} ({error!r})."))
+                future.set_exception(WorkerDied(f"The worker of {label} ended with code {code} ({error!r})."))
                 worker = self._start()
+            else:
+                if good:
+                    future.set_result(result)
+                else:
+                    future.set_exception(result)
         self._living.discard(worker)
         worker.stop()
 
@@ -132,9 +142,9 @@ class _Worker:
         self._connection = Connection(ours.detach())
         self.pid = self._process.pid
 
-    def answer(self, files: SiteFiles, node: int, message: Message) -> Message:
-        self._connection.send_bytes(pickle.dumps((files, node, message)))
-        answer: Message = pickle.loads(self._connection.recv_bytes())
+    def answer(self, work: bytes) -> tuple[bool, Any]:
+        self._connection.send_bytes(work)
+        answer: tuple[bool, Any] = pickle.loads(self._connection.recv_bytes())
         return answer
 
     def interrupt(self) -> None:
@@ -148,21 +158,25 @@ class _Worker:
 
 
 def work(descriptor: int) -> None:
-    """Be a worker: answer what arrives on the socket, until it closes."""
+    """Be a worker: do what arrives on the socket, until it closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = Connection(descriptor)
     inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, inbox), daemon=True).start()
     import torch
 
-    from client.app import app
-
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     while True:
-        files, node, message = pickle.loads(inbox.get())
-        config = {"name": files.name, "data": str(files.data), "state": str(files.state)}
-        context = Context(0, node, config, RecordDict(), {})
-        connection.send_bytes(pickle.dumps(app(message, context)))
+        connection.send_bytes(_do(inbox.get()))
+
+
+def _do(work: bytes) -> bytes:
+    """Call the function; what it raises goes back as it is, and the worker goes on."""
+    function, args, kwargs = pickle.loads(work)
+    try:
+        return pickle.dumps((True, function(*args, **kwargs)))
+    except Exception as error:
+        return pickle.dumps((False, error))
 
 
 def _listen(connection: Connection, inbox: "queue.SimpleQueue[bytes]") -> None:

@@ -103,8 +103,9 @@ def decode(tokens: NDArray[np.int32], codebook: Codebook, *, start_us: int = 0, 
     value after no code) are passed over.
 
     For a timeline that `encode` wrote, `encode(decode(tokens)) == tokens` if it names no parents of
-    rare codes and its ages change where the representative durations put them; ages aside and
-    events of one moment taken as a set, it holds for every such timeline.
+    rare codes, its moments are at least a minute apart, and its ages change where the representative
+    durations put them. Ages aside, and with the events between two intervals taken as a set, it
+    holds for every timeline.
     """
     kinds = np.array([token.kind for token in codebook.tokens])[tokens]
     names = [codebook.tokens[token] for token in tokens]

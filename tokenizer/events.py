@@ -105,7 +105,9 @@ class MedsDataset:
 
 def canonical_order(frame: pl.DataFrame) -> pl.DataFrame:
     """Sort events in the canonical order; further columns go along."""
-    rank = (_is_code(meds.death_code).cast(pl.Int8) - _is_code(meds.birth_code).cast(pl.Int8)).alias("_rank")
+    code = pl.col("code")
+    death = (code == meds.death_code) | code.str.starts_with(f"{meds.death_code}//")
+    rank = (death.cast(pl.Int8) - (code == meds.birth_code).cast(pl.Int8)).alias("_rank")
     order = ["subject_id", "time", "_rank", "code", "numeric_value"]
     return frame.with_columns(rank).sort(order, nulls_last=False, maintain_order=True).drop("_rank")
 
@@ -259,11 +261,6 @@ def _is_meds_sorted(frame: pl.DataFrame) -> bool:
     same = subject[1:] == subject[:-1]
     blocks = int((~same).sum()) + bool(len(subject))
     return blocks == frame["subject_id"].n_unique() and not bool((same & (time[1:] < time[:-1])).any())
-
-
-def _is_code(code: str) -> pl.Expr:
-    column = pl.col("code")
-    return (column == code) | column.str.starts_with(code + "//")
 
 
 def _count_subjects(path: Path, shards: tuple[str, ...]) -> int:

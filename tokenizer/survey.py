@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+import numpy as np
 import polars as pl
 
 from tokenizer import sketch
 from tokenizer.codebook import BIRTH, INTERVALS, LONGEST, Survey, TokenizerOptions, parents
 from tokenizer.events import MedsDataset
 from tokenizer.split import SplitRule
-
-Cells = dict[str, dict[int, tuple[int, int]]]
 
 
 def survey(
@@ -46,13 +45,15 @@ def survey(
     for done, shard in enumerate(dataset.shards, 1):
         events = _training(dataset.read(shard), rule)
         patients += events["subject_id"].n_unique()
-        timed = events.filter(pl.col("time").is_not_null() & (pl.col("code") != BIRTH))
-        codes.add(timed.select("subject_id", key="code", bucket=pl.lit(0)))
-        untimed = events.filter(pl.col("time").is_null() & (pl.col("code") != BIRTH))
-        statics.add(untimed.select("subject_id", key="code", bucket=pl.lit(0)))
-        measured = timed.filter(pl.col("numeric_value").is_not_null())
-        values.add(_sketched(measured, "code", "numeric_value", accuracy))
-        gaps.add(_sketched(_gaps(timed), "class", "gap_s", accuracy))
+        events = events.filter(pl.col("code") != BIRTH)
+        timed = events.filter(pl.col("time").is_not_null())
+        untimed = events.filter(pl.col("time").is_null())
+        buckets = _buckets(timed["numeric_value"], accuracy)
+        cells = _count(timed.select("subject_id", key="code", bucket=buckets))
+        codes.add(cells.with_columns(bucket=pl.lit(0, pl.Int64)))
+        values.add(cells.drop_nulls("bucket"))
+        statics.add(_count(untimed.select("subject_id", key="code", bucket=pl.lit(0, pl.Int64))))
+        gaps.add(_count(_gaps(timed, accuracy)))
         if progress:
             progress(done, len(dataset.shards))
     return Survey(
@@ -73,25 +74,34 @@ def _training(events: pl.DataFrame, rule: SplitRule) -> pl.DataFrame:
     return events.join(training.to_frame(), on="subject_id", how="semi", maintain_order="left")
 
 
-def _sketched(rows: pl.DataFrame, key: str, value: str, accuracy: float) -> pl.DataFrame:
-    buckets = sketch.bucket_of(rows[value].cast(pl.Float64).to_numpy(), accuracy)
-    return rows.select("subject_id", key=key, bucket=pl.Series(buckets, dtype=pl.Int64))
+def _buckets(values: pl.Series, accuracy: float) -> pl.Series:
+    """The sketch's bucket of each value, null for null."""
+    known = values.cast(pl.Float64).fill_null(0.0).to_numpy()
+    buckets = pl.Series(sketch.bucket_of(known, accuracy), dtype=pl.Int64)
+    return pl.select(pl.when(values.is_not_null()).then(buckets)).to_series()
 
 
-def _gaps(timed: pl.DataFrame) -> pl.DataFrame:
-    """Gaps between a subject's times, the longest class left out: subject_id, class, gap_s."""
-    moments = timed.select("subject_id", "time").unique(maintain_order=True)
-    gap = pl.col("time").diff().over("subject_id").dt.total_microseconds()
-    edges = list(INTERVALS.values())
-    return (
-        moments.with_columns(gap=gap)
-        .filter(pl.col("gap").is_between(edges[0], INTERVALS[LONGEST], closed="left"))
-        .select(
-            "subject_id",
-            pl.col("gap").cut(edges[1:], labels=list(INTERVALS), left_closed=True).cast(pl.String).alias("class"),
-            gap_s=pl.col("gap") / 1e6,
-        )
+def _gaps(timed: pl.DataFrame, accuracy: float) -> pl.DataFrame:
+    """Gaps between a subject's times but the longest class: subject_id, key (class), bucket."""
+    subject, time = timed["subject_id"].to_numpy(), timed["time"].to_physical().to_numpy()
+    gap = np.where(subject[1:] == subject[:-1], time[1:] - time[:-1], 0)
+    edges = np.array(list(INTERVALS.values()))
+    at = np.flatnonzero((gap >= edges[0]) & (gap < INTERVALS[LONGEST]))
+    classes = pl.Series(list(INTERVALS))[np.searchsorted(edges, gap[at], side="right") - 1]
+    seconds = pl.Series(gap[at] / 1e6, dtype=pl.Float64)
+    return pl.DataFrame(
+        {
+            "subject_id": pl.Series(subject[1:][at], dtype=pl.Int64),
+            "key": classes,
+            "bucket": _buckets(seconds, accuracy),
+        }
     )
+
+
+def _count(rows: pl.DataFrame) -> pl.DataFrame:
+    """Events per key, bucket and subject."""
+    cells = rows.group_by("key", "bucket", "subject_id")
+    return cells.agg(events=pl.len().cast(pl.Int64))
 
 
 @dataclass
@@ -108,11 +118,10 @@ class _Tally:
         default_factory=lambda: pl.DataFrame(schema={"key": pl.String, "bucket": pl.Int64, "subject_id": pl.Int64})
     )
 
-    def add(self, rows: pl.DataFrame) -> None:
-        """Add a shard's rows: subject_id, key, bucket."""
-        rows = rows.cast({"bucket": pl.Int64})
+    def add(self, pairs: pl.DataFrame) -> None:
+        """Add a shard's events per key, bucket and subject."""
         cell = ["key", "bucket"]
-        pairs = rows.group_by(*cell, "subject_id").agg(events=pl.len().cast(pl.Int64))
+        pairs = pairs.group_by(*cell, "subject_id").agg(pl.col("events").sum())
         fresh = pairs.group_by(cell).agg(pl.col("events").sum(), patients=pl.len().cast(pl.Int64))
         # No subject is in two shards, so patients add up.
         joined = pl.concat([self.cells, fresh.select(self.cells.columns)])

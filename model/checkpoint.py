@@ -1,0 +1,153 @@
+"""One file that holds a decoder and what belongs to it: safetensors, with a described header.
+
+The header says which format version wrote it, the decoder's shape, the codebook's hash, the caller's own facts, and a
+digest of all tensors. Reading checks each of them, so a file that loads is the file that was written. No pickle is
+involved: a checkpoint from elsewhere can't run code.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from model.decoder import Decoder, DecoderConfig
+from tokenizer import durable
+from tokenizer.errors import DataError
+
+_VERSION = 1
+_KEY = "fedcomet"
+_DECODER = "decoder."
+_ARRAYS = "arrays."
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint file holds.
+
+    Attributes:
+        decoder: on the CPU, as it was saved.
+        extra: the caller's facts, as JSON gives them back (tuples are lists).
+        arrays: the caller's tensors (moments of the optimizer, for example).
+    """
+
+    decoder: Decoder
+    extra: dict[str, Any]
+    arrays: dict[str, Tensor]
+
+
+def save(
+    path: Path,
+    decoder: Decoder,
+    *,
+    codebook_hash: str,
+    extra: dict[str, Any] | None = None,
+    arrays: dict[str, Tensor] | None = None,
+) -> None:
+    """Write a checkpoint that is either there and whole, or not there.
+
+    Args:
+        path: file to write or replace.
+        decoder: its weights are copied to the CPU.
+        codebook_hash: `Codebook.hash` of the training data.
+        extra: facts that JSON can hold.
+        arrays: further tensors by name.
+    """
+    named = {_DECODER + name: weight for name, weight in decoder.state_dict().items()}
+    named |= {_ARRAYS + name: array for name, array in (arrays or {}).items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+    described = {
+        "version": _VERSION,
+        "decoder": asdict(decoder.config),
+        "codebook": codebook_hash,
+        "extra": extra or {},
+    }
+    # As a reader will see it: JSON turns tuples into lists and keys into strings.
+    header = json.loads(_canonical(described))
+    metadata = {_KEY: _canonical(header | {"digest": _digest(header, tensors)})}
+    durable.write_bytes(path, safetensors.torch.save(tensors, metadata))
+
+
+def load(path: Path, codebook_hash: str | None = None) -> Checkpoint:
+    """Read a checkpoint and check it.
+
+    Args:
+        path: file that `save` wrote.
+        codebook_hash: hash of the codebook in use; None takes any.
+
+    Returns:
+        The decoder on the CPU, and what was saved with it.
+
+    Raises:
+        DataError: when the file is missing, cut short, altered, of another format version, or of another codebook.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            header = _header(path, metadata)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except OSError as error:
+        raise DataError(f"{path}: can't be read ({error.strerror or error}); check the path") from error
+    except safetensors.SafetensorError as error:
+        raise DataError(f"{path}: is cut short or not a checkpoint ({error}); take the copy before it") from error
+    if codebook_hash is not None and header["codebook"] != codebook_hash:
+        raise DataError(
+            f"{path}: was trained with codebook {header['codebook']}, and the one in use is {codebook_hash}; "
+            "use the codebook that belongs to the checkpoint"
+        )
+    if _digest(header, tensors) != header["digest"]:
+        raise DataError(f"{path}: its content is not what was saved; the file was altered, take the copy before it")
+    return Checkpoint(
+        decoder=_decoder(path, header["decoder"], _under(_DECODER, tensors)),
+        extra=header["extra"],
+        arrays=_under(_ARRAYS, tensors),
+    )
+
+
+def _header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    try:
+        header = json.loads(metadata[_KEY])
+        version = header["version"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: is a safetensors file, but no checkpoint of fedcomet") from error
+    if version != _VERSION:
+        raise DataError(
+            f"{path}: has format version {version}, this program reads version {_VERSION}; "
+            "use the program that wrote it"
+        )
+    missing = {"decoder", "codebook", "digest", "extra"} - header.keys()
+    if missing:
+        raise DataError(f"{path}: its header lacks {', '.join(sorted(missing))}; the file was altered")
+    return dict(header)
+
+
+def _decoder(path: Path, shape: dict[str, Any], weights: dict[str, Tensor]) -> Decoder:
+    try:
+        with torch.device("meta"):
+            decoder = Decoder(DecoderConfig(**shape))
+        decoder.load_state_dict(weights, assign=True)
+    except (TypeError, RuntimeError) as error:
+        raise DataError(f"{path}: its weights don't fit the decoder that its header describes") from error
+    return decoder
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over the header, and names, types, shapes and bytes of all tensors."""
+    digest = hashlib.sha256(_canonical({key: value for key, value in header.items() if key != "digest"}).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _canonical(header: dict[str, Any]) -> str:
+    return json.dumps(header, sort_keys=True, allow_nan=False)

@@ -1,0 +1,197 @@
+"""Keys and values of trajectories that are under way.
+
+A lane holds some windows (prompts, computed once) and the rows (trajectories) that continue them. All rows of one
+window attend to the same stored keys; what a row has sampled since lies in its own suffix. The two partial attentions
+are joined through their log-sum-exps, which is exact. A row that ends is overwritten by the last one, so a lane is
+always dense. Two lanes merge by padding the shorter suffixes on the left.
+
+Shapes: W windows, T longest window, B rows, C columns of the suffix, L layers, H query heads, G key/value heads, K head
+width. Storage is `[L, 2, W, G, T, K]` and `[L, 2, B, G, C, K]`, where the 2 are keys and values.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Masked scores; finite, so that a block of masked keys alone can't make 0/0 inside the fused kernel.
+_HIDDEN = -1e30
+_FIRST_COLUMNS = 32
+
+
+class Lane:
+    """Rows in lockstep: each call of the decoder appends one token to every row.
+
+    Args:
+        prefix: float32 [L, 2, W, G, T, K], keys and values of the windows, zeros behind their ends.
+        window: int64 [W], tokens in each window.
+        owner: int64 [B], the window that each row continues.
+        rows: int64 [B], the caller's number of each row.
+    """
+
+    def __init__(self, prefix: Tensor, window: np.ndarray, owner: np.ndarray, rows: np.ndarray) -> None:
+        self.rows = rows
+        self._prefix = prefix
+        self._window = window
+        self._columns = 0
+        layers, two, _, kv_heads, _, head_width = prefix.shape
+        self._suffix = prefix.new_empty(layers, two, len(owner), kv_heads, _FIRST_COLUMNS, head_width)
+        self._owner = owner
+        self._pad = np.zeros(len(owner), dtype=np.int64)
+        self._arrange()
+
+    def __len__(self) -> int:
+        return len(self._owner)
+
+    def positions(self) -> np.ndarray:
+        """int64 [B], the position that each row's next token takes in its window."""
+        return self._window[self._owner] + self._columns - self._pad
+
+    def reserve(self) -> None:
+        """Make room for one more column; call once before each pass of the decoder."""
+        if self._columns == self._suffix.shape[4]:
+            layers, two, _, kv_heads, columns, width = self._suffix.shape
+            grown = self._suffix.new_empty(layers, two, len(self), kv_heads, 2 * columns, width)
+            grown[..., :columns, :] = self._suffix[:, :, : len(self)]
+            self._suffix = grown
+        self._columns += 1
+
+    def attend(self, layer: int, q_BHK: Tensor, k_BGK: Tensor, v_BGK: Tensor) -> Tensor:
+        """Store the newest keys and values of a layer; attend to window and suffix: `[B, H, K]`."""
+        rows, heads, width = q_BHK.shape
+        kv_heads = k_BGK.shape[1]
+        suffix = self._suffix[layer, :, :rows, :, : self._columns]
+        suffix[0, :, :, -1], suffix[1, :, :, -1] = k_BGK, v_BGK
+        first = int(self._pad.min())
+        own, own_lse = attention_with_lse(
+            q_BHK.view(rows, kv_heads, -1, width),
+            suffix[0][:, :, first:],
+            suffix[1][:, :, first:],
+            self._row_bias(first),
+        )
+        grid = q_BHK.new_zeros(self._grid * len(self._window), heads, width)
+        grid[self._place] = q_BHK
+        # The query heads that share a key head stand beside the rows that share a window: one block of queries.
+        grid = grid.view(-1, self._grid, kv_heads, heads // kv_heads, width).transpose(1, 2).flatten(2, 3)
+        keys, values = self._prefix[layer]
+        shared, shared_lse = attention_with_lse(grid, keys, values, self._window_bias)
+        return _join(
+            own.reshape(rows, heads, width),
+            own_lse.reshape(rows, heads),
+            self._to_rows(shared),
+            self._to_rows(shared_lse),
+        )
+
+    def drop(self, dead: np.ndarray) -> None:
+        """Remove rows (bool [B]), and windows without rows; the others change places."""
+        order = _filled(dead)
+        _gather_rows_(self._suffix, order)
+        self.rows, self._owner, self._pad = self.rows[order], self._owner[order], self._pad[order]
+        used = np.zeros(len(self._window), dtype=bool)
+        used[self._owner] = True
+        if not used.all():
+            windows = _filled(~used)
+            _gather_rows_(self._prefix, windows)
+            self._prefix = self._prefix[:, :, : len(windows)]
+            self._window = self._window[windows]
+            new_index = np.empty(len(used), dtype=np.int64)
+            new_index[windows] = np.arange(len(windows))
+            self._owner = new_index[self._owner]
+        self._arrange()
+
+    def absorb(self, other: "Lane") -> None:
+        """Take over the rows of another lane, behind the own ones."""
+        sizes = [(lane._prefix.shape[2], lane._prefix.shape[4]) for lane in (self, other)]
+        layers, two, _, kv_heads, _, width = self._prefix.shape
+        shape = (layers, two, sizes[0][0] + sizes[1][0], kv_heads, max(t for _, t in sizes), width)
+        prefix = self._prefix.new_zeros(shape)
+        prefix[:, :, : sizes[0][0], :, : sizes[0][1]] = self._prefix
+        prefix[:, :, sizes[0][0] :, :, : sizes[1][1]] = other._prefix
+        columns = max(self._columns, other._columns)
+        room = max(self._suffix.shape[4], other._suffix.shape[4])
+        suffix = self._suffix.new_zeros(layers, two, len(self) + len(other), kv_heads, room, width)
+        for lane, rows in ((self, slice(0, len(self))), (other, slice(len(self), None))):
+            used = lane._suffix[:, :, : len(lane), :, : lane._columns]
+            suffix[:, :, rows, :, columns - lane._columns : columns] = used
+        self._pad = np.concatenate([lane._pad + columns - lane._columns for lane in (self, other)])
+        self.rows = np.concatenate([self.rows, other.rows])
+        self._owner = np.concatenate([self._owner, other._owner + len(self._window)])
+        self._window = np.concatenate([self._window, other._window])
+        self._prefix, self._suffix, self._columns = prefix, suffix, columns
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Recompute where rows lie in the grid [W, rows per window] and which keys are padding."""
+        count = np.bincount(self._owner, minlength=len(self._window))
+        order = np.argsort(self._owner, kind="stable")
+        rank = np.empty(len(order), dtype=np.int64)
+        rank[order] = np.arange(len(order)) - np.repeat(np.cumsum(count) - count, count)
+        device = self._prefix.device
+        self._grid = int(count.max()) if len(order) else 0
+        self._place = torch.from_numpy(self._owner * self._grid + rank).to(device)
+        self._window_bias: Tensor | None = None
+        longest = int(self._window.max()) if len(self._window) else 0
+        self._prefix = self._prefix[:, :, :, :, :longest]
+        if (self._window < longest).any():
+            hidden = np.where(np.arange(longest) < self._window[:, None], 0.0, _HIDDEN).astype(np.float32)
+            self._window_bias = torch.from_numpy(hidden).to(device)[:, None, None]
+        self._padded = torch.from_numpy(self._pad).to(device) if self._pad.any() else None
+
+    def _row_bias(self, first: int) -> Tensor | None:
+        if self._padded is None:
+            return None
+        column = torch.arange(first, self._columns, device=self._padded.device)
+        return torch.where(column < self._padded[:, None], _HIDDEN, 0.0)[:, None, None].to(self._suffix.dtype)
+
+    def _to_rows(self, grid: Tensor) -> Tensor:
+        """`[W, G, rows x heads, ...]` of the grid back to `[B, H, ...]`."""
+        split = grid.unflatten(2, (self._grid, -1)).transpose(1, 2).flatten(2, 3)
+        return split.flatten(0, 1)[self._place]
+
+
+def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention of a few queries to many keys, and the log-sum-exp of its scores.
+
+    Args:
+        q: float32 [B, G, Q, K].
+        k: float32 [B, G, T, K].
+        v: float32 [B, G, T, K].
+        bias: float32 [B, 1, 1, T], added to the scores; None adds nothing.
+
+    Returns:
+        Output [B, G, Q, K] and natural log-sum-exp [B, G, Q].
+    """
+    if q.device.type == "cpu":
+        # The kernel behind scaled_dot_product_attention, called by name because only so it gives the log-sum-exp.
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = kernel(q, k, v, attn_mask=bias)
+        return out, lse
+    return plain_attention_with_lse(q, k, v, bias)
+
+
+def plain_attention_with_lse(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same by its definition, for devices without the kernel."""
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if bias is not None:
+        scores = scores + bias
+    lse = scores.logsumexp(-1)
+    return (scores - lse[..., None]).exp() @ v, lse
+
+
+def _join(own: Tensor, own_lse: Tensor, shared: Tensor, shared_lse: Tensor) -> Tensor:
+    share = torch.sigmoid(own_lse - shared_lse)[..., None]
+    return torch.lerp(shared, own, share)
+
+
+def _filled(dead: np.ndarray) -> np.ndarray:
+    """Order of the living in which only as many move as there are holes among the first places."""
+    alive = np.flatnonzero(~dead)
+    order = np.arange(len(alive))
+    holes = np.flatnonzero(dead[: len(alive)])
+    order[holes] = alive[alive >= len(alive)]
+    return order
+
+
+def _gather_rows_(storage: Tensor, order: np.ndarray) -> None:
+    moved = np.flatnonzero(order != np.arange(len(order)))
+    if len(moved):
+        storage[:, :, torch.from_numpy(moved)] = storage[:, :, torch.from_numpy(order[moved])]

@@ -1,0 +1,407 @@
+"""Sample the future of patients: many trajectories per prompt, each until its question is answered.
+
+Notable choices:
+- A prompt is computed once and shared by its trajectories (`model.lanes`). Rows that end leave at once and the next
+  prompts move in, so a few long trajectories don't hold the others up.
+- Every draw is a function of (seed, prompt key, trajectory, step) (`model.sampling`). Which rows share a batch changes
+  logits by rounding only (about 1e-6), so a trajectory changes only if a draw falls that close to a boundary.
+- When a window is full, its oldest tokens go, header tokens stay, and the rest is computed anew. What the decoder
+  then sees is what it would see from scratch; no stale state survives.
+- The prompt's patient is known to have had no event between the last one and the prediction. While a trajectory's clock
+  is before the prediction, only intervals that reach it (or the end of the timeline) can be drawn: nothing is
+  simulated into a time that is already known to be empty.
+
+The module knows codes by masks only; what an outcome is, tasks decide.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.attention import SegmentPlan
+from model.clock import Clock
+from model.decoder import Decoder
+from model.lanes import Lane
+from model.sampling import pick, uniforms
+from tokenizer.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from tokenizer.codebook import Codebook
+
+# A full window keeps this share of the context: header tokens and the newest others.
+_KEPT_SHARE = 0.75
+# New prompts wait until this share of the rows is free, so that they move in as one lane.
+_LANE_SHARE = 0.25
+_MOST_LANES = 4
+# Tokens of prompts in one pass of the decoder.
+_PREFILL_TOKENS = 8192
+_NO_TOKENS = np.empty(0, dtype=np.int32)
+
+
+class Reason(IntEnum):
+    """Why a trajectory ended."""
+
+    EVENT = 0
+    HORIZON = 1
+    END = 2
+    CAP = 3
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is known of a patient at the prediction.
+
+    Attributes:
+        tokens: int64 [T], the history, header first; a history longer than the context loses its oldest events.
+        elapsed_us: time from the last event to the prediction.
+        key: number that the draws follow from; None takes the prompt's place in the list.
+    """
+
+    tokens: np.ndarray
+    elapsed_us: int = 0
+    key: int | None = None
+
+
+@dataclass(frozen=True)
+class Stop:
+    """When a trajectory ends.
+
+    Attributes:
+        outcomes: bool [V] masks of the events that end it, the first that holds a token counts.
+        horizon_us: time from the prediction after which nothing is of interest; None is no limit.
+        max_tokens: most tokens of one trajectory.
+    """
+
+    outcomes: Sequence[np.ndarray]
+    horizon_us: int | None
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """How P x R trajectories ended.
+
+    Attributes:
+        reason: int8 [P, R], a `Reason`.
+        event: int32 [P, R], index of the outcome that ended it, or -1.
+        elapsed_us: int64 [P, R], time from the prediction to its end.
+        tokens_sampled: int32 [P, R].
+        tokens: int32 [sum], all sampled tokens in the order of `offsets`; None unless kept.
+        offsets: int64 [P * R + 1]; None unless kept.
+    """
+
+    reason: np.ndarray
+    event: np.ndarray
+    elapsed_us: np.ndarray
+    tokens_sampled: np.ndarray
+    tokens: np.ndarray | None = None
+    offsets: np.ndarray | None = None
+
+    def trajectory(self, prompt: int, trajectory: int) -> np.ndarray:
+        """Sampled tokens, int32, of one trajectory.
+
+        Raises:
+            ConfigError: when the rollout kept no tokens.
+        """
+        if self.tokens is None or self.offsets is None:
+            raise ConfigError("this rollout kept no tokens; run it with keep_tokens=True")
+        row = prompt * self.reason.shape[1] + trajectory
+        return self.tokens[self.offsets[row] : self.offsets[row + 1]]
+
+
+@torch.inference_mode()
+def rollout(
+    decoder: Decoder,
+    codebook: "Codebook | Clock",
+    prompts: Sequence[Prompt],
+    *,
+    trajectories: int,
+    stop: Stop,
+    seed: int,
+    temperature: float = 1.0,
+    batch_rows: int = 256,
+    keep_tokens: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Rollouts:
+    """Sample `trajectories` continuations of every prompt.
+
+    Args:
+        decoder: the model, on any device.
+        codebook: the codebook that the prompts were written with, or its clock.
+        prompts: histories; no order is needed.
+        trajectories: continuations per prompt (R).
+        stop: when one ends.
+        seed: of all draws.
+        temperature: divides the logits; 1 samples what the model believes.
+        batch_rows: most trajectories under way at once; memory is at most that many contexts of keys and values.
+        keep_tokens: return the sampled tokens too.
+        progress: called with (ended, all) trajectories whenever some have ended.
+
+    Returns:
+        Arrays of shape [P, R].
+
+    Raises:
+        ConfigError: for settings out of range, or masks of another vocabulary than the decoder's.
+        DataError: for an empty prompt, tokens outside of the vocabulary, or scores that are not finite.
+    """
+    clock = codebook if isinstance(codebook, Clock) else Clock.of(codebook)
+    settings = _Settings(stop, trajectories, batch_rows, seed, temperature, keep_tokens)
+    settings.check(decoder, clock)
+    _check_prompts(prompts, decoder.config.vocab)
+    run = _Run(decoder, clock, prompts, settings)
+    waiting = deque(_tasks(prompts, clock, decoder.config.context, trajectories, batch_rows))
+    lanes: list[Lane] = []
+    ended = 0
+    while waiting or lanes:
+        free = batch_rows - sum(len(lane) for lane in lanes)
+        if waiting and (not lanes or free >= max(_LANE_SHARE * batch_rows, len(waiting[0].rows))):
+            lanes.append(run.board(_take(waiting, free)))
+        else:
+            run.advance(lanes)
+        waiting.extendleft(task for lane in lanes for task in run.unload_full(lane))
+        lanes = _tidied(lanes)
+        if progress is not None and (now := int((run.reason >= 0).sum())) > ended:
+            ended = now
+            progress(ended, len(run.reason))
+    return run.result()
+
+
+@dataclass(frozen=True)
+class _Settings:
+    stop: Stop
+    trajectories: int
+    batch_rows: int
+    seed: int
+    temperature: float
+    keep_tokens: bool
+
+    def check(self, decoder: Decoder, clock: Clock) -> None:
+        vocab, stop = decoder.config.vocab, self.stop
+        if len(clock.advance_us) != vocab:
+            raise ConfigError(f"rollout: the codebook has {len(clock.advance_us)} tokens, the decoder {vocab}")
+        for place, mask in enumerate(stop.outcomes):
+            if mask.shape != (vocab,) or mask.dtype != np.bool_:
+                raise ConfigError(f"rollout: outcome {place} is not a mask over {vocab} tokens")
+        if min(stop.max_tokens, self.trajectories, self.batch_rows) < 1:
+            raise ConfigError("rollout: max_tokens, trajectories and batch_rows must be at least 1")
+        if self.temperature <= 0:
+            raise ConfigError(f"rollout: the temperature is {self.temperature}; it must be positive")
+        if stop.horizon_us is not None and stop.horizon_us < 0:
+            raise ConfigError(f"rollout: the horizon is {stop.horizon_us} us; it must not be negative")
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A window to compute and the numbers of the rows that continue it."""
+
+    window: np.ndarray
+    rows: np.ndarray
+
+
+class _Run:
+    """State of all rows; row p * R + r is trajectory r of prompt p."""
+
+    def __init__(self, decoder: Decoder, clock: Clock, prompts: Sequence[Prompt], settings: _Settings) -> None:
+        stop, trajectories = settings.stop, settings.trajectories
+        self._decoder, self._clock, self._settings = decoder, clock, settings
+        self._shape = (len(prompts), trajectories)
+        self._device = decoder.embed_tokens.weight.device
+        self._never = torch.from_numpy(clock.never).to(self._device)
+        outcomes = np.stack([*stop.outcomes, np.ones(len(clock.never), dtype=bool)])
+        first = outcomes.argmax(0)
+        self._event_of = np.where(first < len(stop.outcomes), first, -1).astype(np.int32)
+        keys = [place if prompt.key is None else prompt.key for place, prompt in enumerate(prompts)]
+        self._key = np.repeat(np.array(keys, dtype=np.int64), trajectories)
+        self._trajectory = np.tile(np.arange(trajectories), len(prompts))
+        rows = len(self._key)
+        elapsed = np.array([prompt.elapsed_us for prompt in prompts], dtype=np.int64)
+        self._now_us = -np.repeat(elapsed, trajectories)
+        self._count = np.zeros(rows, dtype=np.int64)
+        self._newest = np.zeros(rows, dtype=np.int64)
+        self._event = np.full(rows, -1, dtype=np.int32)
+        self.reason = np.full(rows, -1, dtype=np.int8)
+        # Of rows under way: the tokens drawn, the window, and how many of the drawn tokens that window already holds.
+        self._drawn: dict[int, list[int]] = {}
+        self._window: dict[int, tuple[np.ndarray, int]] = {}
+        self._kept: list[np.ndarray] | None = [_NO_TOKENS] * rows if settings.keep_tokens else None
+
+    def board(self, tasks: Sequence[_Task]) -> Lane:
+        """Compute windows, draw the first token of every row, and give the lane of those that go on."""
+        lengths = np.array([len(task.window) for task in tasks])
+        rows = np.concatenate([task.rows for task in tasks])
+        owner = np.repeat(np.arange(len(tasks)), [len(task.rows) for task in tasks])
+        for task in tasks:
+            for row in task.rows.tolist():
+                drawn = self._drawn.setdefault(row, [])
+                self._window[row] = (task.window, len(drawn))
+        prefix = _empty_prefix(self._decoder, lengths)
+        last_WD = torch.cat([self._prefill(prefix, tasks, part) for part in _parts(lengths)])
+        lane = Lane(prefix, lengths, owner, rows)
+        logits_WV = self._decoder.logits(last_WD)
+        self._draw(lane, logits_WV.index_select(0, torch.from_numpy(owner).to(self._device)))
+        return lane
+
+    def advance(self, lanes: Sequence[Lane]) -> None:
+        """Run the newest token of every row through the decoder and draw the next."""
+        sizes = [len(lane) for lane in lanes]
+        tokens = np.concatenate([self._newest[lane.rows] for lane in lanes])
+        positions = np.concatenate([lane.positions() for lane in lanes])
+        for lane in lanes:
+            lane.reserve()
+
+        def attend(layer: int, *qkv: Tensor) -> Tensor:
+            parts = zip(lanes, *(x.split(sizes) for x in qkv), strict=True)
+            return torch.cat([lane.attend(layer, q, k, v) for lane, q, k, v in parts])
+
+        hidden_BD = self._decoder.run(self._to_device(tokens), self._to_device(positions), attend)
+        for lane, logits in zip(lanes, self._decoder.logits(hidden_BD).split(sizes), strict=True):
+            self._draw(lane, logits)
+
+    def unload_full(self, lane: Lane) -> Iterator[_Task]:
+        """Take rows out of the lane whose window has no place for the newest token; their shorter windows follow."""
+        context = self._decoder.config.context
+        full = lane.positions() >= context
+        if not full.any():
+            return
+        for row in lane.rows[full].tolist():
+            window, held = self._window[row]
+            grown = np.concatenate([window, self._drawn[row][held:]])
+            yield _Task(self._clock.crop(grown, _kept_length(context)), np.array([row]))
+        lane.drop(full)
+
+    def result(self) -> Rollouts:
+        """Everything in the shape [P, R]."""
+        columns = (self.reason, self._event, self._now_us, self._count.astype(np.int32))
+        result = Rollouts(*(x.reshape(self._shape) for x in columns))
+        if self._kept is None:
+            return result
+        offsets = np.concatenate([[0], np.cumsum(self._count)])
+        return replace(result, tokens=np.concatenate([_NO_TOKENS, *self._kept]), offsets=offsets)
+
+    def _prefill(self, prefix: Tensor, tasks: Sequence[_Task], part: slice) -> Tensor:
+        """Run the windows of `part`, store their keys and values; give each window's last hidden state."""
+        windows = [task.window for task in tasks[part]]
+        lengths = np.array([len(window) for window in windows])
+        plan = SegmentPlan.of(torch.from_numpy(lengths), self._device)
+        window = self._to_device(np.repeat(np.arange(part.start, part.stop), lengths))
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            for kind, x_NGK in enumerate((k, v)):
+                prefix[layer, kind][window, :, plan.positions] = x_NGK
+            return plan.attend(q, k, v)
+
+        hidden_ND = self._decoder.run(self._to_device(np.concatenate(windows)), plan.positions, attend)
+        return hidden_ND[self._to_device(np.cumsum(lengths) - 1)]
+
+    def _draw(self, lane: Lane, logits_BV: Tensor) -> None:
+        """Draw a token for every row of the lane, move the rows' clocks, and drop the rows that end."""
+        rows = lane.rows
+        self._forbid_(logits_BV, self._now_us[rows])
+        uniform = uniforms(self._settings.seed, self._key[rows], self._trajectory[rows], self._count[rows])
+        token = pick(logits_BV, uniform, self._settings.temperature)
+        self._newest[rows] = token
+        self._count[rows] += 1
+        self._now_us[rows] += self._clock.advance_us[token]
+        for row, drawn in zip(rows.tolist(), token.tolist(), strict=True):
+            self._drawn[row].append(drawn)
+        reason = self._reasons(rows, token)
+        self._event[rows] = np.where(reason == Reason.EVENT, self._event_of[token], -1)
+        self.reason[rows] = reason
+        ends = reason >= 0
+        if ends.any():
+            for row in rows[ends].tolist():
+                self._window.pop(row)
+                drawn_tokens = self._drawn.pop(row)
+                if self._kept is not None:
+                    self._kept[row] = np.array(drawn_tokens, dtype=np.int32)
+            lane.drop(ends)
+
+    def _reasons(self, rows: np.ndarray, token: np.ndarray) -> np.ndarray:
+        """Why each row ends at this token, or -1: a horizon that has passed hides the event behind it."""
+        late = np.zeros(len(rows), dtype=bool)
+        if self._settings.stop.horizon_us is not None:
+            late = self._now_us[rows] > self._settings.stop.horizon_us
+        conditions = {
+            Reason.HORIZON: late,
+            Reason.EVENT: self._event_of[token] >= 0,
+            Reason.END: token == self._clock.eot,
+            Reason.CAP: self._count[rows] >= self._settings.stop.max_tokens,
+        }
+        return np.select(list(conditions.values()), [int(reason) for reason in conditions], -1).astype(np.int8)
+
+    def _forbid_(self, logits_BV: Tensor, now_us: np.ndarray) -> None:
+        """Exclude what can't be sampled: never-tokens, and before the prediction all that doesn't reach it."""
+        logits_BV.masked_fill_(self._never, -torch.inf)
+        advance = self._clock.advance_us
+        early = np.flatnonzero(now_us < 0)
+        if not len(early) or not advance.any():
+            return
+        need_us = np.minimum(-now_us[early], advance.max())
+        allowed = advance >= need_us[:, None]
+        allowed[:, self._clock.eot] = True
+        index = self._to_device(early)
+        logits_BV[index] = logits_BV[index].masked_fill_(~torch.from_numpy(allowed).to(self._device), -torch.inf)
+
+    def _to_device(self, numbers: np.ndarray) -> Tensor:
+        return torch.from_numpy(numbers).to(self._device)
+
+
+def _check_prompts(prompts: Sequence[Prompt], vocab: int) -> None:
+    for place, prompt in enumerate(prompts):
+        if not len(prompt.tokens) or prompt.tokens.min() < 0 or prompt.tokens.max() >= vocab:
+            raise DataError(f"prompt {place} is empty or holds tokens outside of 0..{vocab - 1}")
+        if prompt.elapsed_us < 0:
+            raise DataError(f"prompt {place}: its last event lies {-prompt.elapsed_us} us after the prediction")
+
+
+def _tasks(
+    prompts: Sequence[Prompt], clock: Clock, context: int, trajectories: int, batch_rows: int
+) -> Iterator[_Task]:
+    """The prompts' windows, longest first so that similar lengths share a lane, with at most `batch_rows` rows each."""
+    for place in sorted(range(len(prompts)), key=lambda place: -len(prompts[place].tokens)):
+        tokens = prompts[place].tokens.astype(np.int64)
+        window = clock.crop(tokens, _kept_length(context)) if len(tokens) > context else tokens
+        rows = place * trajectories + np.arange(trajectories)
+        for first in range(0, trajectories, batch_rows):
+            yield _Task(window, rows[first : first + batch_rows])
+
+
+def _take(waiting: deque[_Task], free: int) -> list[_Task]:
+    taken = [waiting.popleft()]
+    while waiting and sum(len(task.rows) for task in taken) + len(waiting[0].rows) <= free:
+        taken.append(waiting.popleft())
+    return taken
+
+
+def _tidied(lanes: list[Lane]) -> list[Lane]:
+    """Lanes with rows, the two neighbours in age with the fewest rows merged while there are too many."""
+    lanes = [lane for lane in lanes if len(lane)]
+    while len(lanes) > _MOST_LANES:
+        pair = min(range(len(lanes) - 1), key=lambda place: len(lanes[place]) + len(lanes[place + 1]))
+        lanes[pair].absorb(lanes.pop(pair + 1))
+    return lanes
+
+
+def _empty_prefix(decoder: Decoder, lengths: np.ndarray) -> Tensor:
+    config = decoder.config
+    shape = (config.layers, 2, len(lengths), config.kv_heads, int(lengths.max()), config.head_width)
+    return torch.zeros(shape, device=decoder.embed_tokens.weight.device)
+
+
+def _parts(lengths: np.ndarray) -> Iterator[slice]:
+    """Runs of windows that hold at most `_PREFILL_TOKENS` tokens (or are one window)."""
+    first = 0
+    for place in range(1, len(lengths) + 1):
+        if place == len(lengths) or lengths[first : place + 1].sum() > _PREFILL_TOKENS:
+            yield slice(first, place)
+            first = place
+
+
+def _kept_length(context: int) -> int:
+    return max(1, int(context * _KEPT_SHARE))
