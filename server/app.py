@@ -90,6 +90,8 @@ def coordinate(
         DataError: files of the run directory are damaged.
     """
     with _locked(run_dir):
+        for left_over in run_dir.glob("*.partial"):
+            left_over.unlink()
         _remember_plan(run_dir, plan)
         post = _Post(grid, plan, listen, clock, pause)
         codebook = _codebook(run_dir, plan, post)
