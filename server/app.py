@@ -13,7 +13,7 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +49,7 @@ _GRACE_S = 60.0
 app = ServerApp()
 
 
-class TooFewSites(FedcometError):
+class TooFewSites(FedcometError):  # noqa: N818 - named as what happened
     """Fewer sites than agreed are there or take part; the run can be started again when they are."""
 
 
@@ -90,6 +90,8 @@ def coordinate(
         DataError: files of the run directory are damaged.
     """
     with _locked(run_dir):
+        for left_over in run_dir.glob("*.partial"):
+            left_over.unlink()
         _remember_plan(run_dir, plan)
         post = _Post(grid, plan, listen, clock, pause)
         codebook = _codebook(run_dir, plan, post)

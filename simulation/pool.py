@@ -33,7 +33,7 @@ _BOOT = (
 )
 
 
-class WorkerDied(FedcometError):
+class WorkerDied(FedcometError):  # noqa: N818 - named as what happened
     """A worker process ended in the middle of a job."""
 
 
@@ -79,6 +79,11 @@ class Pool:
         future: Future[_T] = Future()
         self._jobs.put((label, pickle.dumps((function, args, kwargs)), future))
         return future
+
+    def pids(self) -> list[int]:
+        """Give the process ids of the workers."""
+        with self._changing:
+            return sorted(worker.pid for worker in self._living)
 
     def close(self) -> None:
         """End all workers, whatever they are doing; messages that are not answered yet fail."""
@@ -135,6 +140,7 @@ class _Worker:
                 env={**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)},
             )
         self._connection = Connection(ours.detach())
+        self.pid = self._process.pid
 
     def answer(self, work: bytes) -> tuple[bool, Any]:
         self._connection.send_bytes(work)
