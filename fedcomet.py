@@ -152,7 +152,8 @@ def rollout(
     store: Annotated[Path, typer.Argument(help="A token store made with the model's codebook (fedcomet tokenize).")],
     subject: Annotated[int, typer.Option(help="The patient's subject_id.")],
     at: Annotated[
-        str | None, typer.Option(help="Where the known history ends, as 2150-03-01T12:00; the record's end if left out.")
+        str | None,
+        typer.Option(help="Where the known history ends, as 2150-03-01T12:00; the record's end if left out."),
     ] = None,
     days: Annotated[float | None, typer.Option(min=0.0, help="How far to look; as far as it goes if left out.")] = None,
     trajectories: Annotated[int, typer.Option(min=1, help="How many futures to simulate.")] = 3,
@@ -225,7 +226,14 @@ def _show(folder: Path, make: "Callable[[], Report]") -> None:
 def _bars() -> "Iterator[Callable[[Step], None]]":
     """Draw a bar for every label that is told of; on a pipe, only a line when one is full."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     console = Console(stderr=True)
     columns = (
