@@ -205,7 +205,9 @@ def test_a_code_of_one_value_has_no_bins():
         lambda data: b" " + data,
         lambda data: data.replace(b'"eot"', b'"end"', 1),
         lambda data: data.replace(b'["code","VISIT",0]', b'["code","LAB//A",0]'),
-        lambda data: data.replace(b'["other","",0]', b'["other","?",0]'),
+        lambda data: data.replace(
+            b'["other","",0]', b'["other","01893aa0af4e2a6d95fbf94b136de46140d836f1869102ec249978229f9e5c54",0]'
+        ),
         lambda data: data.replace(b'"medians":{', b'"medians":{"Z":[1.0],'),
         lambda data: data.replace(b"fedcomet-codebook/1", b"fedcomet-codebook/9"),
     ],
@@ -231,3 +233,15 @@ def test_a_codebook_file_is_read_back_or_named_in_the_error(tmp_path):
 def test_an_unknown_token_is_an_error():
     with pytest.raises(DataError, match="nothing//like//this"):
         codebook().id(Token("code", "nothing//like//this"))
+
+
+def test_the_codebook_stays_what_it_was():
+    """Golden: another hash for the same survey would orphan every store and checkpoint made before."""
+    places = [-sketch.SHIFT - 30, 0, sketch.SHIFT, sketch.SHIFT + 50, sketch.SHIFT + 90]
+    survey = Survey(OPTIONS, codes={"A//é": 9}, values={"A//é": dict.fromkeys(places, 7)}, gaps={"1-2h": {1049019: 8}})
+    assert Codebook.build(survey).hash == GOLDEN
+    assert hashlib.sha256(survey.to_bytes()).hexdigest()[:16] == GOLDEN_SURVEY
+
+
+GOLDEN = "01893aa0af4e2a6d95fbf94b136de46140d836f1869102ec249978229f9e5c54"
+GOLDEN_SURVEY = "4d99d9e00d47d8d6"
