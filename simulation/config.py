@@ -105,10 +105,10 @@ class Model(_Section):
 
 
 class Training(_Section):
-    """Rounds and the local work in each: exactly one of `local_epochs` and `local_steps`."""
+    """Rounds and the local work in each: exactly one of `local_epochs` (0.25: a quarter of a pass) and `local_steps`."""
 
     rounds: _Positive
-    local_epochs: _Positive | None = None
+    local_epochs: Annotated[float, Field(gt=0.0)] | None = None
     local_steps: _Positive | None = None
     batch_tokens: _Positive = 8192
     learning_rate: Annotated[float, Field(gt=0.0)] = 3e-3

@@ -1,0 +1,254 @@
+"""One MEDS dataset becomes several, as if its patients had gone to several hospitals.
+
+Every patient goes to exactly one site, with all events and all columns. How patients are grouped is a
+`simulation.config.Partition`:
+
+- `code`: by what follows the prefix in a patient's first matching code (`ICUTYPE//3`); of several prefixes the first
+  that occurs in the dataset counts. Patients without one form the site `other`, and so do groups below `min_patients`.
+- `column`: the same by the first value of an extra column of the files.
+- `iid`: equal shares at random.
+- `dirichlet`: the groups of `code`, each dealt out over the sites in shares drawn from Dirichlet(alpha): the smaller
+  alpha, the more sites differ.
+
+Two passes, shard by shard: memory is bounded by a shard and one row per patient. Random choices follow from the seed
+and the subject ids alone, not from how the dataset is sharded.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from simulation.config import Partition
+from tokenizer import durable
+from tokenizer.errors import DataError
+from tokenizer.events import MedsDataset, write_meds
+
+OTHER = "other"
+_REPORT = "partition.json"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One part: `path` is its MEDS dataset."""
+
+    name: str
+    path: Path
+    patients: int
+    events: int
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What became of a dataset.
+
+    Attributes:
+        sites: by name.
+        grouped_by: the prefix or column that was used; empty for `iid`.
+        without: patients who have no such code or value.
+        several: patients who have more than one; their first counts.
+        put_together: the groups below `min_patients` that became `other`, with their patients.
+    """
+
+    sites: tuple[Site, ...]
+    grouped_by: str
+    without: int
+    several: int
+    put_together: dict[str, int]
+
+
+def partition(
+    dataset: MedsDataset,
+    rule: Partition,
+    out: Path,
+    *,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Parts:
+    """Split `dataset` into one MEDS dataset per site, `out/<site>`.
+
+    Args:
+        dataset: where the patients come from.
+        rule: how they are grouped.
+        out: the directory to make; it appears whole, with an account in `partition.json`, or not at all.
+        seed: of `iid` and `dirichlet`.
+        progress: called with sites written and to write.
+
+    Returns:
+        The sites and how patients came to them.
+
+    Raises:
+        DataError: the dataset has no patients, or none has a code under any prefix or a value in the column, or all
+            fall in one group.
+    """
+    if not dataset.subjects:
+        raise DataError(f"{dataset.path}: no patients to split into sites; give a dataset with events")
+    found = _groups(dataset, rule)
+    table, put_together = _sites(found, rule, seed)
+    names = sorted(table["site"].unique()) if rule.by in ("code", "column") else _numbered(rule.sites or 0)
+    if len(names) < 2:
+        raise DataError(
+            f"{dataset.path}: all {dataset.subjects} patients fall in the one site {names[0]!r}; "
+            "choose another prefix or column, or lower min_patients"
+        )
+    sites = []
+    with durable.directory(out) as aside:
+        for number, name in enumerate(names):
+            members = table.filter(pl.col("site") == name).select("subject_id")
+            tally = _Tally()
+            write_meds(aside / name, _share(dataset, members, tally), name=f"{dataset.name}, site {name}")
+            sites.append(Site(name, out / name, members.height, tally.events))
+            if progress is not None:
+                progress(number + 1, len(names))
+        parts = Parts(tuple(sites), found.key, found.without, found.several, put_together)
+        account = asdict(parts) | {"rule": rule.model_dump(mode="json"), "seed": seed, "source": dataset.name}
+        account["sites"] = [asdict(site) | {"path": site.name} for site in sites]
+        (aside / _REPORT).write_text(json.dumps(account, indent=2, sort_keys=True) + "\n")
+    return parts
+
+
+@dataclass
+class _Tally:
+    events: int = 0
+
+
+@dataclass(frozen=True)
+class _Found:
+    """One row per patient: subject_id, group (null: none); and what grouped them."""
+
+    table: pl.DataFrame
+    key: str
+    without: int
+    several: int
+
+
+def _groups(dataset: MedsDataset, rule: Partition) -> _Found:
+    match rule.by:
+        case "column":
+            return _by_column(dataset, rule.column or "")
+        case "iid":
+            ids = [_extra(dataset, shard, "subject_id") for shard in dataset.shards]
+            table = pl.concat(ids).unique().with_columns(group=pl.lit(None, pl.String))
+            return _Found(table, "", 0, 0)
+        case _:
+            return _by_code(dataset, rule.prefixes)
+
+
+def _by_code(dataset: MedsDataset, prefixes: tuple[str, ...]) -> _Found:
+    wanted = [prefix.removesuffix("//") for prefix in prefixes]
+    tables: list[list[pl.DataFrame]] = [[] for _ in wanted]
+    everyone = []
+    for shard in dataset.shards:
+        events = dataset.read(shard).select("subject_id", "code")
+        everyone.append(events.select("subject_id").unique())
+        for number, prefix in enumerate(wanted):
+            code = pl.col("code")
+            matching = events.filter((code == prefix) | code.str.starts_with(f"{prefix}//"))
+            tables[number].append(_first_of_each(matching, code.str.strip_prefix(prefix).str.strip_prefix("//")))
+    for prefix, parts in zip(wanted, tables, strict=True):
+        table = pl.concat(parts)
+        if table.height:
+            return _found(pl.concat(everyone), table, prefix)
+    raise DataError(
+        f"{dataset.path}: no patient has a code under {', '.join(prefixes)}; "
+        "name a prefix that the dataset has, or split it by iid"
+    )
+
+
+def _by_column(dataset: MedsDataset, column: str) -> _Found:
+    rows = [_extra(dataset, shard, "subject_id", column) for shard in dataset.shards]
+    table = pl.concat([_first_of_each(part.drop_nulls(), pl.col(column).cast(pl.String)) for part in rows])
+    if not table.height:
+        raise DataError(f"{dataset.path}: column {column} is empty; split the dataset by another column or by iid")
+    return _found(pl.concat([part.select("subject_id").unique() for part in rows]), table, column)
+
+
+def _first_of_each(rows: pl.DataFrame, value: pl.Expr) -> pl.DataFrame:
+    """Each patient's first value in the order of rows, and whether there are others."""
+    return rows.group_by("subject_id", maintain_order=True).agg(
+        group=value.first(), several=value.n_unique().cast(pl.Int64) > 1
+    )
+
+
+def _found(everyone: pl.DataFrame, table: pl.DataFrame, key: str) -> _Found:
+    joined = everyone.join(table, on="subject_id", how="left")
+    without = joined["group"].null_count()
+    return _Found(joined.select("subject_id", "group"), key, without, int(table["several"].sum()))
+
+
+def _extra(dataset: MedsDataset, shard: str, *columns: str) -> pl.DataFrame:
+    file = dataset.path / shard
+    known = pl.read_parquet_schema(file)
+    for column in columns:
+        if column not in known:
+            raise DataError(f"{file}: no column {column}; it has {', '.join(known)}")
+    return pl.read_parquet(file, columns=list(columns), hive_partitioning=False, glob=False)
+
+
+def _sites(found: _Found, rule: Partition, seed: int) -> tuple[pl.DataFrame, dict[str, int]]:
+    """Name each patient's site: columns subject_id, site; and the groups that were put together."""
+    table = found.table.with_columns(order=_order(found.table["subject_id"], seed)).sort("order")
+    if rule.by in ("iid", "dirichlet"):
+        return _dealt(table, rule.sites or 0, rule.alpha if rule.by == "dirichlet" else None, seed), {}
+    names = {
+        group: OTHER if group is None else _slug(f"{found.key}-{group}" if group else found.key)
+        for group in table["group"].unique().sort()
+    }
+    if len(set(names.values())) < len(names):
+        # Two values may look alike once they are file names.
+        taken = sorted(names.values())
+        names = {g: n if taken.count(n) == 1 else f"{n}-{_digest(str(g))}" for g, n in names.items()}
+    sizes = dict(table["group"].value_counts().iter_rows())
+    small = {g: size for g, size in sizes.items() if g is not None and size < rule.min_patients}
+    site = [OTHER if group in small else names[group] for group in table["group"]]
+    put_together = {names[group]: size for group, size in sorted(small.items())}
+    return table.select("subject_id", site=pl.Series(site, dtype=pl.String)), put_together
+
+
+def _dealt(table: pl.DataFrame, sites: int, alpha: float | None, seed: int) -> pl.DataFrame:
+    """Deal the patients of each group out over numbered sites, in shares that are equal or drawn."""
+    rng = np.random.default_rng(seed)
+    names = np.array(_numbered(sites))
+    parts = []
+    for group in table["group"].unique().sort():
+        members = table.filter(pl.col("group").eq_missing(group))
+        shares = np.full(sites, 1 / sites) if alpha is None else rng.dirichlet(np.full(sites, alpha))
+        ends = np.round(np.cumsum(shares) * members.height).astype(np.int64)
+        ends[-1] = members.height
+        site = np.repeat(names, np.diff(ends, prepend=0))
+        parts.append(members.select("subject_id", site=pl.Series(site, dtype=pl.String)))
+    return pl.concat(parts)
+
+
+def _share(dataset: MedsDataset, members: pl.DataFrame, tally: _Tally) -> Iterator[tuple[str, pl.DataFrame]]:
+    for shard in dataset.shards:
+        events = pl.read_parquet(dataset.path / shard, hive_partitioning=False, glob=False)
+        mine = events.join(members, on="subject_id", how="semi", maintain_order="left")
+        if mine.height:
+            tally.events += mine.height
+            yield re.sub(r"^data/|\.parquet$", "", shard), mine
+
+
+def _numbered(sites: int) -> list[str]:
+    width = len(str(sites))
+    return [f"site-{number:0{width}d}" for number in range(1, sites + 1)]
+
+
+def _order(ids: pl.Series, seed: int) -> pl.Series:
+    """A random order of patients that follows from the seed and each id alone."""
+    key = seed.to_bytes(16, "little", signed=True)
+    digests = (hashlib.blake2b(str(one).encode(), key=key, digest_size=8).digest() for one in ids)
+    return pl.Series([int.from_bytes(digest, "little") for digest in digests], dtype=pl.UInt64)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9_.]+", "-", text.lower()).strip("-.")[:80] or _digest(text)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
