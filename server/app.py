@@ -218,7 +218,7 @@ class _Roster:
         """Give the nodes of the sites that take part; nodes that are new are asked to prepare first.
 
         Raises:
-            ProtocolError: two nodes call themselves by one name.
+            ConfigError: two nodes call themselves by one name.
             TooFewSites: fewer than `min_sites` take part.
         """
         nodes = self._post.present() if self._known else self._post.nodes()
@@ -250,7 +250,7 @@ class _Roster:
             present = self._post.present()
             self._names = {n: other for n, other in self._names.items() if other != name or n in present}
             if name in self._names.values():
-                raise ProtocolError(f"Two nodes call themselves {name}; give every site a name of its own.")
+                raise ConfigError(f"Two nodes call themselves {name}; give every site a name of its own.")
             self._names[node] = name
             counts = {"splits": answer.splits, "fallbacks": answer.fallbacks}
             self._journal.note_site(SiteEntry(name, Status.ACCEPTED, "", canonical.encode(counts).decode()))

@@ -1,11 +1,15 @@
 """Fixtures of all rooms."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# Before torch is imported: tiny models gain nothing from threads, and lose a lot when cores are shared.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture
