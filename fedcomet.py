@@ -195,8 +195,9 @@ def evaluate(
 ) -> None:
     """Ask a trained model the questions of a study about the patients of a store."""
     from rich.console import Console
-    from simulation import config
     from simulation.futures import evaluate_model
+
+    from simulation import config
 
     with _bars() as watch:
         told = evaluate_model(model, store, config.read_questions(study), split, _counter(watch, "rollouts"))
