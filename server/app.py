@@ -305,7 +305,7 @@ def _codebook(run_dir: Path, plan: FederationPlan, post: _Post) -> Codebook:
 
 
 def _surveys(run_dir: Path, plan: FederationPlan, post: _Post) -> list[Survey]:
-    """Collect surveys, and keep them as they came; a site that gives none that can be used is told about and left out."""
+    """Collect surveys, and keep them as they came; a site without a usable one is told about and left out."""
     request = SurveyRequest(plan.split, plan.tokenizer, post.deadline())
     surveys: list[Survey] = []
     refusals: list[str] = []

@@ -63,7 +63,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Futures:
-    """A patient's history and simulated futures as events: `trajectory` (-1: the history), time, code, numeric_value."""
+    """A patient's history (`trajectory` -1) and simulated futures as events: trajectory, time, code, numeric_value."""
 
     subject: int
     at: datetime

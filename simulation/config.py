@@ -105,7 +105,7 @@ class Model(_Section):
 
 
 class Training(_Section):
-    """Rounds and the local work in each: exactly one of `local_epochs` (0.25: a quarter of a pass) and `local_steps`."""
+    """Rounds and the local work in each: either `local_epochs` (0.25: a quarter of a pass) or `local_steps`."""
 
     rounds: _Positive
     local_epochs: Annotated[float, Field(gt=0.0)] | None = None

@@ -3,6 +3,8 @@
 import json
 import platform
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib import metadata
 
 from server.report import (
@@ -22,12 +24,22 @@ from server.report import (
 from server.journal import Journal, Status
 from server.rounds import TUNING
 from simulation.arms import FEDERATED, POOLED, Arm
-from simulation.questions import ENSEMBLE, TRUTH, Answers
+from simulation.config import Study
+from simulation.questions import ENSEMBLE, MODEL, TRUTH, Answers
 from simulation.study import Result
 from tokenizer.codebook import Codebook
 from tokenizer.split import SPLITS
 
 _TOLD = ("fedcomet", "torch", "flwr", "numpy", "polars")
+
+
+_KINDS: dict[str, Kind] = {
+    MODEL: "federated",
+    FEDERATED: "federated",
+    POOLED: "pooled",
+    ENSEMBLE: "ensemble",
+    TRUTH: "truth",
+}
 
 
 def report_of(result: Result, command: str) -> Report:
@@ -53,7 +65,9 @@ def report_of(result: Result, command: str) -> Report:
         introduction=_introduction(result),
         settings=_settings(result, federated),
         sites=sites,
-        questions=tuple(_question(result, answers) for answers in result.answers),
+        questions=tuple(
+            question_of(study, answers, [site.name for site in result.sites]) for answers in result.answers
+        ),
         training=tuple(_training(arm) for arm in result.arms),
         rounds=rounds,
         outbound=outbound,
@@ -136,34 +150,39 @@ def _site_summaries(result: Result, journal: Journal) -> tuple[SiteSummary, ...]
     return tuple(summaries)
 
 
-def _question(result: Result, answers: Answers) -> Question:
+def question_of(study: Study, answers: Answers, sites: Sequence[str]) -> Question:
+    """Measure the answers to a question.
+
+    Args:
+        study: its seed and its resamples are used.
+        answers: every arm's risks.
+        sites: names by the index in `answers.sites`; none for no figures of single sites.
+    """
     counts = answers.cohort.counts()
-    names = [site.name for site in result.sites]
     return ask(
         answers.task,
         # Censored predictions were left out before the rollouts; a reader wants to know how many.
-        type(counts)(
-            counts.patients,
-            counts.predictions + answers.censored,
-            counts.positive,
-            counts.negative,
-            answers.censored,
-            counts.excluded,
-        ),
+        replace(counts, predictions=counts.predictions + answers.censored, censored=answers.censored),
         answers.cohort.labels,
         answers.risks,
         {name: _kind(name) for name in answers.risks},
         subjects=answers.cohort.subject_ids,
-        seed=result.study.seed,
-        resamples=result.study.evaluation.resamples,
+        seed=study.seed,
+        resamples=study.evaluation.resamples,
         unresolved=answers.unresolved,
-        sites=(names, answers.sites),
+        sites=(sites, answers.sites) if sites else None,
         notes=answers.cohort.notes,
     )
 
 
 def _kind(arm: str) -> Kind:
-    kinds: dict[str, Kind] = {FEDERATED: "federated", POOLED: "pooled", ENSEMBLE: "ensemble", TRUTH: "truth"}
+    kinds: dict[str, Kind] = {
+        MODEL: "federated",
+        FEDERATED: "federated",
+        POOLED: "pooled",
+        ENSEMBLE: "ensemble",
+        TRUTH: "truth",
+    }
     return kinds.get(arm, "alone")
 
 

@@ -196,6 +196,25 @@ def evaluate(
     return tuple(answers)
 
 
+def write(path: Path, answers: Sequence[Answers]) -> None:
+    """Write every prediction to a Parquet file: task, subject_id, prediction_time, label, and a risk column per arm."""
+    tables = [
+        pl.DataFrame(
+            {
+                "task": [found.task.name] * len(found.cohort),
+                "subject_id": found.cohort.subject_ids,
+                "prediction_time": pl.Series(found.cohort.prediction_us).cast(pl.Datetime("us")),
+                "label": found.cohort.labels,
+                **found.risks,
+            }
+        )
+        for found in answers
+    ]
+    buffer = io.BytesIO()
+    pl.concat(tables, how="diagonal").write_parquet(buffer)
+    durable.write_bytes(path, buffer.getvalue())
+
+
 class _Tally:
     """Counts what is done, from whatever thread."""
 
