@@ -144,6 +144,8 @@ class RunArchive:
         return safetensors.torch.load_file(path) if path.exists() else None
 
     def _sweep(self, last: int) -> None:
+        for path in self.path.glob("**/*.partial"):
+            path.unlink()
         for path in sorted((self.path / "rounds").glob("[0-9]*.safetensors")):
             if int(path.stem) <= last:
                 durable.write_bytes(path.with_suffix(".digest"), self._header(path)["request_digest"].encode())
@@ -157,8 +159,6 @@ class RunArchive:
         with safetensors.safe_open(path, "np") as file:
             header: dict[str, str] = json.loads(file.metadata()["header"])
         return header
-
-
 
 
 @contextmanager

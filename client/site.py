@@ -9,6 +9,7 @@ work again. What leaves are surveys over the floor, counts, updates and sums; ne
 import dataclasses
 import hashlib
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -115,7 +116,9 @@ class Site:
             name = _store_name(dataset.fingerprint(), codebook, manifest.split)
             agreement = Agreement(dataset.fingerprint(), name)
             if run.agreement() not in (None, agreement):
-                raise SiteRefusal(f"The records of {self.files.name} have changed since this run began; begin a new run.")
+                raise SiteRefusal(
+                    f"The records of {self.files.name} have changed since this run began; begin a new run."
+                )
             store = self._store(dataset, codebook, manifest.split, name)
             work = _Work(self.files.name, manifest, codebook, store)
             work.check()
@@ -163,7 +166,9 @@ class Site:
         """Sum the loss of the weights over a split that doesn't train."""
         self._in_time(request.deadline_s)
         if request.split not in SPLITS[1:]:
-            raise ProtocolError(f"There is no split {request.split!r} to evaluate on; there are {', '.join(SPLITS[1:])}.")
+            raise ProtocolError(
+                f"There is no split {request.split!r} to evaluate on; there are {', '.join(SPLITS[1:])}."
+            )
         work = self._work(self.archive.run(request.manifest_hash))
         work.check_request(request.round, request.weights)
         mean, tokens = work.evaluate(request.split, request.weights)
@@ -243,11 +248,6 @@ class _Work:
 
     def batches(self, number: int) -> Iterator[Batch]:
         """Walk through a round's batches."""
-        local = self._manifest.local
-        if local.epochs is not None:
-            for epoch in range((number - 1) * local.epochs, number * local.epochs):
-                yield from self._windows.epoch(epoch)
-            return
         starts = self._starts()
         for step in range(starts[number - 1], starts[number]):
             yield self._windows.batch(step)
@@ -275,9 +275,15 @@ class _Work:
         local, rounds = self._manifest.local, self._manifest.rounds
         if local.steps is not None:
             return [number * local.steps for number in range(rounds + 1)]
-        epochs = local.epochs or 1
-        steps = [self._windows.steps(epoch) for epoch in range(rounds * epochs)]
-        return list(itertools.accumulate(steps, initial=0))[::epochs]
+        passes = [number * (local.epochs or 1.0) for number in range(rounds + 1)]
+        steps = [self._windows.steps(epoch) for epoch in range(math.ceil(passes[-1]) + 1)]
+        before = list(itertools.accumulate(steps, initial=0))
+        starts = [0]
+        for done in passes[1:]:
+            whole = math.floor(done)
+            # A site with a handful of patients does at least one step in every round.
+            starts.append(max(starts[-1] + 1, before[whole] + round((done - whole) * steps[whole])))
+        return starts
 
     def _train_options(self, total: int) -> TrainOptions:
         warmup = min(round(total * self._manifest.local.warmup_share), total - 1)

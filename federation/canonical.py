@@ -10,7 +10,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, Literal, TypeVar
 
@@ -27,9 +27,7 @@ def encode(value: Any) -> bytes:
         b'{"a":[2.0,null],"b":1}'
     """
     plain = _plain(value)
-    return json.dumps(
-        plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    ).encode()
+    return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def decode(kind: type[T], data: bytes, where: str, error: type[FedcometError]) -> T:
@@ -76,18 +74,8 @@ def _read(hint: Any, plain: Any, where: str, error: type[FedcometError]) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return _read_dataclass(hint, plain, where, error)
-    if origin is Literal:
-        if plain not in arguments:
-            raise error(f"{where} is {plain!r}; one of {', '.join(map(repr, arguments))} is expected.")
-        return plain
-    if origin in (types.UnionType, typing.Union):
-        return _read_union(arguments, plain, where, error)
-    if origin is tuple:
-        return _read_tuple(arguments, plain, where, error)
-    if origin in (dict, Mapping):
-        if not isinstance(plain, dict):
-            raise error(f"{where} is {_name(plain)}; an object is expected.")
-        return {key: _read(arguments[1], item, f"{where}.{key}", error) for key, item in plain.items()}
+    if origin in _GENERIC:
+        return _GENERIC[origin](arguments, plain, where, error)
     if isinstance(origin, type) and isinstance(plain, origin):
         return plain  # an array: its owner checks what is in it
     return _read_scalar(hint, plain, where, error)
@@ -112,6 +100,18 @@ def _read_dataclass(hint: Any, plain: Any, where: str, error: type[FedcometError
         return hint(**values)
     except FedcometError as cause:
         raise error(f"{where}: {cause}") from None
+
+
+def _read_literal(arguments: tuple[Any, ...], plain: Any, where: str, error: type[FedcometError]) -> Any:
+    if plain not in arguments:
+        raise error(f"{where} is {_name(plain)}; one of {', '.join(map(repr, arguments))} is expected.")
+    return plain
+
+
+def _read_mapping(arguments: tuple[Any, ...], plain: Any, where: str, error: type[FedcometError]) -> Any:
+    if not isinstance(plain, dict):
+        raise error(f"{where} is {_name(plain)}; an object is expected.")
+    return {key: _read(arguments[1], item, f"{where}.{key}", error) for key, item in plain.items()}
 
 
 def _read_union(arguments: tuple[Any, ...], plain: Any, where: str, error: type[FedcometError]) -> Any:
@@ -153,4 +153,16 @@ def _read_scalar(hint: Any, plain: Any, where: str, error: type[FedcometError]) 
 
 
 def _name(plain: Any) -> str:
+    if isinstance(plain, (str, int, float, bool)) and len(repr(plain)) <= 60:
+        return repr(plain)
     return "null" if plain is None else f"of type {type(plain).__name__}"
+
+
+_GENERIC: dict[Any, Callable[[tuple[Any, ...], Any, str, type[FedcometError]], Any]] = {
+    Literal: _read_literal,
+    types.UnionType: _read_union,
+    typing.Union: _read_union,
+    tuple: _read_tuple,
+    dict: _read_mapping,
+    Mapping: _read_mapping,
+}

@@ -24,9 +24,7 @@ def to_record(message: Message) -> RecordDict:
     """Pack a message for Flower."""
     wire = to_wire(message)
     arrays = {name: _array(payload) for name, payload in wire.payloads.items()}
-    return RecordDict(
-        {"header": ConfigRecord({"json": wire.header.decode()}), "payloads": ArrayRecord(arrays)}
-    )
+    return RecordDict({"header": ConfigRecord({"json": wire.header.decode()}), "payloads": ArrayRecord(arrays)})
 
 
 def from_record(record: RecordDict) -> Message:
@@ -98,7 +96,9 @@ def _array(payload: bytes | Vector) -> Array:
 
 def _payload(name: str, array: Any) -> bytes | Vector:
     if array.stype != _RAW or array.dtype not in ("uint8", "float32"):
-        raise ProtocolError(f"The payload {name[:80]!r} is {array.dtype!s:.40} as {array.stype!s:.40}; raw is expected.")
+        raise ProtocolError(
+            f"The payload {name[:80]!r} is {array.dtype!s:.40} as {array.stype!s:.40}; raw is expected."
+        )
     width = 1 if array.dtype == "uint8" else 4
     if len(array.shape) != 1 or array.shape[0] * width != len(array.data):
         raise ProtocolError(f"The payload {name[:80]!r} has {len(array.data)} bytes; its shape says otherwise.")

@@ -27,22 +27,25 @@ class LocalWork:
     """What a site does in one round: a number of optimizer steps, or a number of passes over its train patients.
 
     Attributes:
-        steps, epochs: one of the two.
+        steps, epochs: one of the two; a quarter of a pass is 0.25 epochs.
         batch_tokens: most tokens of a step's batch; the context of its windows is the model's.
         warmup_share: share of the site's steps in the whole run with a rising learning rate.
         optimizer_state: AdamW's moments are kept from round to round at the site, or start anew.
     """
 
     steps: int | None = None
-    epochs: int | None = None
+    epochs: float | None = None
     batch_tokens: int = 8192
     warmup_share: float = 0.03
     optimizer_state: Literal["keep", "reset"] = "keep"
 
     def __post_init__(self) -> None:
+        if self.epochs is not None:
+            # 1 and 1.0 mean the same, so they must be the same bytes.
+            object.__setattr__(self, "epochs", float(self.epochs))
         given = [value for value in (self.steps, self.epochs) if value is not None]
-        if len(given) != 1 or given[0] < 1:
-            raise ConfigError("Local work needs either steps or epochs, and at least 1.")
+        if len(given) != 1 or not given[0] > 0:
+            raise ConfigError("Local work needs either steps or epochs, and more than 0.")
         if self.batch_tokens < 1:
             raise ConfigError("local.batch_tokens must be at least 1.")
         if not 0 <= self.warmup_share < 1:

@@ -1,8 +1,8 @@
 """One file that holds a decoder and what belongs to it: safetensors, with a described header.
 
-The header says which format version wrote it, the decoder's shape, the codebook's hash, the caller's own facts, and a
-digest of all tensors. Reading checks each of them, so a file that loads is the file that was written. No pickle is
-involved: a checkpoint from elsewhere can't run code.
+The header says which format version wrote it, the decoder's shape, the caller's own facts (the codebook's hash must be
+among them), and a digest of header and tensors. Reading checks each of them, so a file that loads is the file that was
+written. No pickle is involved: a checkpoint from elsewhere can't run code.
 """
 
 import hashlib
@@ -18,10 +18,11 @@ from torch import Tensor
 
 from model.decoder import Decoder, DecoderConfig
 from tokenizer import durable
-from tokenizer.errors import DataError
+from tokenizer.errors import ConfigError, DataError
 
 _VERSION = 1
 _KEY = "fedcomet"
+_CODEBOOK = "codebook_hash"
 _DECODER = "decoder."
 _ARRAYS = "arrays."
 
@@ -44,8 +45,7 @@ def save(
     path: Path,
     decoder: Decoder,
     *,
-    codebook_hash: str,
-    extra: dict[str, Any] | None = None,
+    extra: dict[str, Any],
     arrays: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a checkpoint that is either there and whole, or not there.
@@ -53,18 +53,21 @@ def save(
     Args:
         path: file to write or replace.
         decoder: its weights are copied to the CPU.
-        codebook_hash: `Codebook.hash` of the training data.
-        extra: facts that JSON can hold.
+        extra: facts that JSON can hold; `codebook_hash` (`Codebook.hash` of the training data) is needed.
         arrays: further tensors by name.
+
+    Raises:
+        ConfigError: when `extra` names no codebook: a reader couldn't tell what the tokens mean.
     """
+    if _CODEBOOK not in extra:
+        raise ConfigError(f"{path}: a checkpoint needs the codebook's hash; put {_CODEBOOK!r} into `extra`")
     named = {_DECODER + name: weight for name, weight in decoder.state_dict().items()}
     named |= {_ARRAYS + name: array for name, array in (arrays or {}).items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
     described = {
         "version": _VERSION,
         "decoder": asdict(decoder.config),
-        "codebook": codebook_hash,
-        "extra": extra or {},
+        "extra": extra,
     }
     # As a reader will see it: JSON turns tuples into lists and keys into strings.
     header = json.loads(_canonical(described))
@@ -94,9 +97,10 @@ def load(path: Path, codebook_hash: str | None = None) -> Checkpoint:
         raise DataError(f"{path}: can't be read ({error.strerror or error}); check the path") from error
     except safetensors.SafetensorError as error:
         raise DataError(f"{path}: is cut short or not a checkpoint ({error}); take the copy before it") from error
-    if codebook_hash is not None and header["codebook"] != codebook_hash:
+    trained_with = header["extra"].get(_CODEBOOK)
+    if codebook_hash not in (None, trained_with):
         raise DataError(
-            f"{path}: was trained with codebook {header['codebook']}, and the one in use is {codebook_hash}; "
+            f"{path}: was trained with codebook {trained_with}, and the one in use is {codebook_hash}; "
             "use the codebook that belongs to the checkpoint"
         )
     if _digest(header, tensors) != header["digest"]:
@@ -119,7 +123,7 @@ def _header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
             f"{path}: has format version {version}, this program reads version {_VERSION}; "
             "use the program that wrote it"
         )
-    missing = {"decoder", "codebook", "digest", "extra"} - header.keys()
+    missing = {"decoder", "digest", "extra"} - header.keys()
     if missing:
         raise DataError(f"{path}: its header lacks {', '.join(sorted(missing))}; the file was altered")
     return dict(header)

@@ -39,9 +39,9 @@ class Clock:
         """Shorten a window to `length` tokens: its static tokens, the last age before the cut, the newest tokens."""
         if len(window) <= length:
             return window
-        statics = np.flatnonzero(self.is_static[window])
+        most = length // 2  # header tokens, whatever their number, leave half to the newest
+        statics = np.flatnonzero(self.is_static[window])[: max(0, most - 1)]
         cut = len(window) - (length - len(statics) - 1)
-        last_age = np.flatnonzero(self.is_age[window[:cut]])[-1:]
+        last_age = np.flatnonzero(self.is_age[window[:cut]])[-1:][:most]
         header = np.concatenate([statics, last_age])
-        header = header[max(0, len(header) - length // 2) :]
         return np.concatenate([window[header], window[len(window) - (length - len(header)) :]])

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tokenizer.windows import Batch
 
 
-class TrainingDiverged(FedcometError):  # noqa: N818 - named as what happened, like the rest of the family
+class TrainingDiverged(FedcometError):
     """The loss or its gradient is no longer a finite number."""
 
 
@@ -130,19 +130,19 @@ class Trainer:
         return self.decoder.embed_tokens.weight.device
 
     def step(self, batch: "Batch") -> StepResult:
-        """Take one optimizer step on a batch.
+        """Take one optimizer step on a batch; a batch without targets counts as a step that changes nothing.
 
         Returns:
             The loss before the step and the size of the step.
 
         Raises:
-            DataError: when the batch has no target.
             TrainingDiverged: when loss or gradient is not finite; the weights are as before the step.
         """
         lr = learning_rate(self.options, self.global_step)
         nll, tokens = _batch_nll(self.decoder, batch, self.options.precision, self._dropout_generator())
         if tokens == 0:
-            raise DataError(f"step {self.global_step}: no token of the batch has a target")
+            self.global_step += 1
+            return StepResult(0.0, 0, 0.0, lr)
         loss = nll / tokens
         if not math.isfinite(mean := loss.item()):
             raise TrainingDiverged(self._diverged("loss", mean, lr))

@@ -13,7 +13,7 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +90,8 @@ def coordinate(
         DataError: files of the run directory are damaged.
     """
     with _locked(run_dir):
+        for left_over in run_dir.glob("*.partial"):
+            left_over.unlink()
         _remember_plan(run_dir, plan)
         post = _Post(grid, plan, listen, clock, pause)
         codebook = _codebook(run_dir, plan, post)
@@ -216,7 +218,7 @@ class _Roster:
         """Give the nodes of the sites that take part; nodes that are new are asked to prepare first.
 
         Raises:
-            ProtocolError: two nodes call themselves by one name.
+            ConfigError: two nodes call themselves by one name.
             TooFewSites: fewer than `min_sites` take part.
         """
         nodes = self._post.present() if self._known else self._post.nodes()
@@ -248,7 +250,7 @@ class _Roster:
             present = self._post.present()
             self._names = {n: other for n, other in self._names.items() if other != name or n in present}
             if name in self._names.values():
-                raise ProtocolError(f"Two nodes call themselves {name}; give every site a name of its own.")
+                raise ConfigError(f"Two nodes call themselves {name}; give every site a name of its own.")
             self._names[node] = name
             counts = {"splits": answer.splits, "fallbacks": answer.fallbacks}
             self._journal.note_site(SiteEntry(name, Status.ACCEPTED, "", canonical.encode(counts).decode()))
@@ -296,14 +298,14 @@ def _codebook(run_dir: Path, plan: FederationPlan, post: _Post) -> Codebook:
     if plan.codebook is not None:
         codebook = Codebook.from_bytes(plan.codebook)
     else:
-        codebook = Codebook.build(merge(_surveys(plan, post)))
+        codebook = Codebook.build(merge(_surveys(run_dir, plan, post)))
     codebook.save(path)
     post.tell(Event("codebook.built", text=codebook.hash, values={"tokens": len(codebook)}))
     return codebook
 
 
-def _surveys(plan: FederationPlan, post: _Post) -> list[Survey]:
-    """Collect surveys; a site that gives none, or none that can be used, is told about and left out."""
+def _surveys(run_dir: Path, plan: FederationPlan, post: _Post) -> list[Survey]:
+    """Collect surveys, and keep them as they came; a site without a usable one is told about and left out."""
     request = SurveyRequest(plan.split, plan.tokenizer, post.deadline())
     surveys: list[Survey] = []
     refusals: list[str] = []
@@ -319,6 +321,7 @@ def _surveys(plan: FederationPlan, post: _Post) -> list[Survey]:
             refusals.append(f"{site}: {error}")
             post.tell(Event("survey.refused", site=site, text=str(error)))
         else:
+            durable.write_bytes(run_dir / "surveys" / f"{site}.json", answer.survey)
             surveys.append(survey)
             post.tell(Event("survey.received", site=site, values={"patients": survey.patients}))
     if len(surveys) < plan.min_sites:
@@ -341,7 +344,9 @@ def _remember_plan(run_dir: Path, plan: FederationPlan) -> None:
     known = path.read_bytes()
     if known != plan.to_bytes():
         names = ", ".join(plan.differences(known)) or "their form"
-        raise ConfigError(f"{run_dir} holds a run with other settings ({names}); take another directory or its settings.")
+        raise ConfigError(
+            f"{run_dir} holds a run with other settings ({names}); take another directory or its settings."
+        )
 
 
 @contextmanager
@@ -352,7 +357,9 @@ def _locked(run_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"{run_dir} is in use by another process; wait for it or take another directory.") from None
+            raise ConfigError(
+                f"{run_dir} is in use by another process; wait for it or take another directory."
+            ) from None
         yield
     finally:
         os.close(descriptor)

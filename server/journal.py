@@ -182,7 +182,9 @@ class Journal:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -282,9 +284,7 @@ class Journal:
         """Give all evaluations, by round, split and site."""
         with Session(self._engine) as session:
             rows = session.scalars(select(_Score).order_by(_Score.round, _Score.split, _Score.site))
-            return [
-                ScoreEntry(r.round, r.site, r.split, Status(r.status), r.reason, r.nll, r.tokens) for r in rows
-            ]
+            return [ScoreEntry(r.round, r.site, r.split, Status(r.status), r.reason, r.nll, r.tokens) for r in rows]
 
     def losses(self, split: str) -> dict[int, float]:
         """Give the sites' common mean nll in nats per target on a split, by round."""

@@ -91,6 +91,10 @@ class FederationPlan:
             model = preset(self.model, len(codebook), self.context, self.dropout)
         else:
             model = dataclasses.replace(self.model, vocab=len(codebook))
+        if self.local.batch_tokens < model.context:
+            raise ConfigError(
+                f"local.batch_tokens is {self.local.batch_tokens}; it must hold a window of {model.context} tokens."
+            )
         return Manifest(
             name=self.name,
             seed=self.seed,

@@ -81,14 +81,14 @@ class Spool:
         path = self.checkpoint_path(number)
         if _sha256(path) != sha256:
             raise DataError(f"{path}: the checkpoint has changed since the ledger noted it; restore it from a copy.")
-        decoder, extra, arrays = checkpoint.load(path)
+        decoder, extra, arrays = checkpoint.load(path, self._manifest.codebook_hash)
         if extra.get("manifest_hash") != self._manifest.hash:
             raise DataError(f"{path}: belongs to run {extra.get('manifest_hash')}, not {self._manifest.hash}.")
         momentum = arrays.get(_MOMENTUM)
         return GlobalState(to_vector(decoder), None if momentum is None else momentum.numpy())
 
     def sweep(self, keep: Collection[int], open_round: int) -> None:
-        """Drop the checkpoints of all rounds but `keep`, the updates of all but `open_round`, and half-written files."""
+        """Drop what belongs neither to the open round nor, of checkpoints, to `keep`; and half-written files."""
         for path in (self._dir / "checkpoints").glob("*"):
             if not path.stem.isdigit() or int(path.stem) not in {*keep, open_round}:
                 _remove(path)

@@ -80,6 +80,11 @@ class Pool:
         self._jobs.put((label, pickle.dumps((function, args, kwargs)), future))
         return future
 
+    def pids(self) -> list[int]:
+        """Give the process ids of the workers."""
+        with self._changing:
+            return sorted(worker.pid for worker in self._living)
+
     def close(self) -> None:
         """End all workers, whatever they are doing; messages that are not answered yet fail."""
         with self._changing:
@@ -135,6 +140,7 @@ class _Worker:
                 env={**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)},
             )
         self._connection = Connection(ours.detach())
+        self.pid = self._process.pid
 
     def answer(self, work: bytes) -> tuple[bool, Any]:
         self._connection.send_bytes(work)

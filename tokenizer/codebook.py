@@ -66,6 +66,8 @@ INTERVALS: dict[str, int] = {
 LONGEST = "6mo+"
 
 _OLDEST = 120
+# Counts that sum in int64 whatever a site says.
+_MOST = 2**40
 _SURVEY_FORMAT, _CODEBOOK_FORMAT = "fedcomet-survey/1", "fedcomet-codebook/1"
 
 
@@ -170,9 +172,12 @@ class Survey:
         numbers += [self.patients] if self.patients else []
         if not all(type(n) is int and n >= self.options.min_patients for n in numbers):
             raise ValueError(f"a count lies below the floor of {self.options.min_patients}")
+        if max(numbers, default=0) > _MOST:
+            raise ValueError(f"a count lies above {_MOST}")
         if not all(cells) or not self.gaps.keys() <= INTERVALS.keys() - {LONGEST}:
             raise ValueError("an empty sketch or an unknown interval class")
-        if any(abs(bucket) > 2 * sketch.SHIFT for cell in cells for bucket in cell):
+        accuracy = self.options.sketch_accuracy
+        if not all(sketch.is_bucket(bucket, accuracy) for cell in cells for bucket in cell):
             raise ValueError("a bucket lies outside the grid")
 
 

@@ -154,21 +154,19 @@ def _subjects(frame: pl.DataFrame) -> tuple[Ints, Ints]:
 
 def _code_ids(events: pl.DataFrame, time: Ints, codebook: Codebook) -> tuple[Ints, dict[str, int]]:
     """Token id (bin 0) of each row's code; rows per code that is told by a parent."""
-    static = pl.Series(time == STATIC, dtype=pl.Boolean)
-    pairs = events.select("code", static=static)
-    distinct = pairs.group_by("code", "static").agg(rows=pl.len())
-    known = distinct.with_columns(
-        token=pl.Series(
-            [codebook.code_id(code, static=is_static) for code, is_static, _ in distinct.iter_rows()],
-            dtype=pl.Int64,
-        )
-    )
-    ids = pairs.join(known, on=["code", "static"], how="left", maintain_order="left")["token"]
+    names = events["code"].unique().sort().to_list()
+    local = events["code"].cast(pl.Enum(names)).to_physical().to_numpy()
+    # Each name has two places, for rows with and without a time.
+    places = local.astype(np.int64) * 2 + (time == STATIC)
+    rows = np.bincount(places, minlength=2 * len(names))
+    table = np.zeros(2 * len(names), np.int64)
     fallbacks: dict[str, int] = {}
-    for code, _, rows, token in known.sort("code", "static").iter_rows():
-        if codebook.tokens[token].text != code:
-            fallbacks[code] = fallbacks.get(code, 0) + rows
-    return ids.to_numpy(), fallbacks
+    for place in np.flatnonzero(rows).tolist():
+        name = names[place // 2]
+        table[place] = codebook.code_id(name, static=bool(place % 2))
+        if codebook.tokens[table[place]].text != name:
+            fallbacks[name] = fallbacks.get(name, 0) + int(rows[place])
+    return table[places], fallbacks
 
 
 def _bins(events: pl.DataFrame, code: Ints, time: Ints, codebook: Codebook) -> Ints:

@@ -237,22 +237,26 @@ def _canonical_types(frame: pl.DataFrame, place: str) -> pl.DataFrame:
     _check_types(dict(frame.schema), place)
     if "numeric_value" not in frame.columns:
         frame = frame.with_columns(numeric_value=pl.lit(None, pl.Float32))
-    for column in ("subject_id", "code"):
-        if frame[column].null_count():
-            row = frame[column].is_null().arg_max()
-            raise DataError(
-                f"{place}: row {row} (from 0) has no {column}."
-                " Remove the row or give it its value, and write the shard again."
-            )
-    try:
-        return frame.with_columns(
-            pl.col("subject_id").cast(pl.Int64),
-            pl.col("time").cast(pl.Datetime("us")),
-            pl.col("code").cast(pl.String),
-            pl.col("numeric_value").cast(pl.Float32),
+    _refuse_nulls(frame, "subject_id", place)
+    _refuse_nulls(frame, "code", place)
+    return _cast(
+        frame, place, subject_id=pl.Int64(), time=pl.Datetime("us"), code=pl.String(), numeric_value=pl.Float32()
+    )
+
+
+def _refuse_nulls(frame: pl.DataFrame, column: str, place: str) -> None:
+    if frame[column].null_count():
+        raise DataError(
+            f"{place}: row {frame[column].is_null().arg_max()} (from 0) has no {column}."
+            " Remove the row or give it its value, and write the shard again."
         )
+
+
+def _cast(frame: pl.DataFrame, place: str, **types: pl.DataType) -> pl.DataFrame:
+    try:
+        return frame.with_columns(pl.col(column).cast(kind) for column, kind in types.items())
     except pl.exceptions.PolarsError as problem:
-        raise DataError(f"{place}: {str(problem).splitlines()[0]}; MEDS can't hold it.") from None
+        raise DataError(f"{place}: {str(problem).splitlines()[0]}. Correct these values.") from None
 
 
 def _is_meds_sorted(frame: pl.DataFrame) -> bool:
@@ -268,13 +272,9 @@ def _count_subjects(path: Path, shards: tuple[str, ...]) -> int:
     for shard in shards:
         file = path / shard
         _check_types(_schema(file), str(file))
-        column = _read(file, ["subject_id"])["subject_id"]
-        if column.null_count():
-            raise DataError(
-                f"{file}: row {column.is_null().arg_max()} (from 0) has no subject_id."
-                " Remove the row or give it its value, and write the shard again."
-            )
-        subjects[shard] = column.unique().cast(pl.Int64)
+        column = _read(file, ["subject_id"])
+        _refuse_nulls(column, "subject_id", str(file))
+        subjects[shard] = _cast(column, str(file), subject_id=pl.Int64())["subject_id"].unique()
     _refuse_shared_subjects(subjects)
     return sum(map(len, subjects.values()))
 

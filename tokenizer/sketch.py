@@ -23,19 +23,26 @@ from numpy.typing import NDArray
 
 Sketch = Mapping[int, int]
 
-# Keys of all float64 values lie within +-355,000 at the finest accuracy allowed (0.001).
+# Values are float32: their natural logarithms lie within +-104, their keys at the finest accuracy allowed (0.001)
+# within +-52,000.
 SHIFT = 1 << 20
+_LARGEST_LOG = 104.0
 
 
 def bucket_of(values: NDArray[np.float64], accuracy: float) -> NDArray[np.int64]:
     """Bucket of each value: int64 [N] for finite float64 [N]."""
     # The same operations in the same order as ddsketch.mapping.LogarithmicMapping.key.
-    multiplier = 1 / math.log1p(2 * accuracy / (1 - accuracy)) * math.log(2)
+    multiplier = 1 / _log_gamma(accuracy) * math.log(2)
     magnitude = np.abs(values)
     zero = magnitude <= _mapping(accuracy).min_possible
     safe = np.where(zero, 1.0, magnitude)
     keys = np.ceil(np.log(safe) / math.log(2) * multiplier).astype(np.int64) + SHIFT
     return np.where(zero, 0, np.where(values > 0, keys, -keys))
+
+
+def is_bucket(bucket: int, accuracy: float) -> bool:
+    """Whether a float32 value can fall in this bucket."""
+    return bucket == 0 or abs((abs(bucket) - SHIFT) * _log_gamma(accuracy)) <= _LARGEST_LOG
 
 
 def bucket_value(bucket: int, accuracy: float) -> float:
@@ -89,8 +96,11 @@ def _edge(bucket: int, accuracy: float, side: int) -> float:
     key = abs(bucket) - SHIFT
     outward = (side > 0) == (bucket > 0)
     power = key if outward else key - 1
-    log_gamma = math.log1p(2 * accuracy / (1 - accuracy))
-    return math.copysign(math.exp(power * log_gamma), bucket)
+    return math.copysign(math.exp(power * _log_gamma(accuracy)), bucket)
+
+
+def _log_gamma(accuracy: float) -> float:
+    return math.log1p(2 * accuracy / (1 - accuracy))
 
 
 def _tidy(value: float) -> float:

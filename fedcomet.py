@@ -1,0 +1,291 @@
+"""fedcomet: train generative medical event models across hospitals that may not pool their records.
+
+The command line. It reads arguments, calls one function of a room, shows progress and prints what came out; imports
+stand inside the commands, so that a hospital's machine needs no more than the rooms it uses.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tokenizer.errors import FedcometError
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+    from server.report import Report
+
+    from simulation.arms import Step
+
+app = typer.Typer(
+    help="Train generative medical event models across hospitals that may not pool their records.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_SITE, _RESEARCH = "For a site", "For a researcher"
+
+
+def main() -> None:
+    """Run the command line; what a person can mend is told in one message, without a traceback.
+
+    Exit codes: 0 done, 1 it could not be done (the message says why), 2 wrong arguments, 130 interrupted.
+    """
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    try:
+        app()
+    except FedcometError as error:
+        if debug:
+            raise
+        print(f"fedcomet: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("fedcomet: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Take options of all commands (`--debug` may also stand after the command)."""
+
+
+@app.command(rich_help_panel=_SITE)
+def tokenize(
+    records: Annotated[Path, typer.Argument(help="A MEDS dataset: a folder with data/*.parquet.")],
+    out: Annotated[Path, typer.Option(help="The folder to write: codebook.json and store/.")],
+    codebook: Annotated[
+        Path | None, typer.Option(help="Use this codebook, as a federation gave it, instead of making one.")
+    ] = None,
+    values: Annotated[
+        str, typer.Option(help="separate: value tokens after codes; fused: both in one token.")
+    ] = "separate",
+    bins: Annotated[int, typer.Option(help="Quantile bins of a code's values.")] = 10,
+    min_patients: Annotated[int, typer.Option(help="Codes of fewer patients are told by their parents.")] = 10,
+    split_key: Annotated[str, typer.Option(help="Key of the hash that splits patients.")] = "fedcomet",
+) -> None:
+    """Turn a MEDS dataset into tokens.
+
+    Surveys the records, makes a codebook from the survey (or takes the one given), encodes every timeline, and prints
+    how a first patient reads. Nothing leaves the machine.
+    """
+    from rich.console import Console
+
+    from tokenizer.codebook import Codebook, TokenizerOptions, merge
+    from tokenizer.events import MedsDataset
+    from tokenizer.split import SPLITS, SplitRule
+    from tokenizer.store import build_store
+    from tokenizer.survey import survey
+
+    if values not in ("separate", "fused"):
+        raise typer.BadParameter("choose separate or fused", param_hint="--values")
+    rule = SplitRule(split_key)
+    with _bars() as watch:
+        dataset = MedsDataset.open(records)
+        if codebook is None:
+            options = TokenizerOptions(values=values, value_bins=bins, min_patients=min_patients)  # type: ignore[arg-type]
+            told = survey(dataset, rule, options, progress=_counter(watch, "survey"))
+            words = Codebook.build(merge([told]))
+        else:
+            words = Codebook.load(codebook)
+        store = build_store(dataset, words, rule, out / "store", progress=_counter(watch, "encode"))
+        words.save(out / "codebook.json")
+    console = Console()
+    for note in dataset.notes:
+        console.print(f"[yellow]note[/] {note}")
+    console.print(f"{len(words)} tokens in the codebook {words.hash[:16]} ({out / 'codebook.json'})")
+    for name in SPLITS:
+        counts = store.manifest["splits"][name]
+        console.print(
+            f"{name:>9}: {counts['patients']:,} patients, {counts['events']:,} events, {counts['tokens']:,} tokens"
+        )
+    by_parent = sum(store.manifest["events_told_by_parents"].values())
+    if by_parent:
+        console.print(f"{by_parent:,} events have codes too rare to be named; their parents stand for them")
+
+
+@app.command(rich_help_panel=_RESEARCH)
+def simulate(
+    study: Annotated[Path, typer.Argument(help="A study file (TOML), such as those in examples/.")],
+    data: Annotated[Path | None, typer.Option(help="The MEDS dataset to split into sites.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The study's folder; runs/NAME when not given.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Worker processes; as many as there are cores when not given.")
+    ] = None,
+) -> None:
+    """Run a study: several sites on one machine train together, and are compared.
+
+    Stop it whenever you like, even with kill -9: the same command goes on where it stopped. It ends with a table here
+    and report.html in the study's folder.
+    """
+    from simulation import config
+    from simulation.findings import report_of
+    from simulation.study import run_study
+
+    settings = config.read(study, data=data)
+    folder = out or Path("runs") / settings.name
+    command = " ".join(["fedcomet", *sys.argv[1:]])
+    with _bars() as watch:
+        result = run_study(settings, folder, workers=workers, watch=watch)
+    _show(folder, lambda: report_of(result, command))
+
+
+@app.command(rich_help_panel=_RESEARCH)
+def report(
+    folder: Annotated[Path, typer.Argument(help="A finished study's folder.")],
+) -> None:
+    """Show a finished study again: the table here, and report.html anew."""
+    from server.report import load
+
+    _show(folder, lambda: load(folder / "report.json"))
+
+
+@app.command(rich_help_panel=_RESEARCH)
+def rollout(
+    model: Annotated[Path, typer.Argument(help="A model's folder, such as runs/NAME/model.")],
+    store: Annotated[Path, typer.Argument(help="A token store made with the model's codebook (fedcomet tokenize).")],
+    subject: Annotated[int, typer.Option(help="The patient's subject_id.")],
+    at: Annotated[
+        str | None,
+        typer.Option(help="Where the known history ends, as 2150-03-01T12:00; the record's end if left out."),
+    ] = None,
+    days: Annotated[float | None, typer.Option(min=0.0, help="How far to look; as far as it goes if left out.")] = None,
+    trajectories: Annotated[int, typer.Option(min=1, help="How many futures to simulate.")] = 3,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one future.")] = 256,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal futures.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write all events to this Parquet file, too.")] = None,
+) -> None:
+    """Simulate a patient's futures and show them as events."""
+    from datetime import datetime
+
+    from rich.console import Console
+
+    from server.futures import Model, futures
+    from tokenizer.store import TokenStore
+
+    try:
+        known_until = None if at is None else datetime.fromisoformat(at)
+    except ValueError:
+        raise typer.BadParameter(f"{at} is not a time such as 2150-03-01T12:00", param_hint="--at") from None
+    with _bars() as watch:
+        told = futures(
+            Model.at(model),
+            TokenStore.open(store),
+            subject,
+            at=known_until,
+            days=days,
+            trajectories=trajectories,
+            max_tokens=max_tokens,
+            seed=seed,
+            progress=_counter(watch, "rollouts"),
+        )
+    console = Console()
+    for table in told.tables():
+        console.print(table)
+    if out is not None:
+        told.write(out)
+        console.print(f"all events: {out}")
+
+
+@app.command(rich_help_panel=_RESEARCH)
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A model's folder, such as runs/NAME/model.")],
+    store: Annotated[Path, typer.Argument(help="A token store made with the model's codebook (fedcomet tokenize).")],
+    study: Annotated[Path, typer.Argument(help="A study file; its questions and its [evaluation] are used.")],
+    split: Annotated[str, typer.Option(help="Whom to ask about: train, tuning or held_out.")] = "held_out",
+    out: Annotated[Path | None, typer.Option(help="Write every prediction to this Parquet file, too.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Worker processes; as many as there are cores when not given.")
+    ] = None,
+) -> None:
+    """Ask a trained model the questions of a study about the patients of a store."""
+    from rich.console import Console
+    from server.report import question_table
+
+    from server.futures import Model
+    from simulation import config
+    from simulation.findings import question_of
+    from simulation.pool import Pool
+    from simulation.questions import evaluate as ask
+    from simulation.questions import write
+    from tokenizer.split import SPLITS
+    from tokenizer.store import TokenStore
+
+    if split not in SPLITS:
+        raise typer.BadParameter(f"choose one of {', '.join(SPLITS)}", param_hint="--split")
+    settings = config.read(study, records=False)
+    with _bars() as watch, Pool(workers) as pool:
+        answers = ask(Model.at(model), TokenStore.open(store), settings, split, pool, watch)
+    console = Console()
+    for found in answers:
+        console.print(question_table(question_of(settings, found, ())))
+    if out is not None:
+        write(out, answers)
+        console.print(f"all predictions: {out}")
+
+
+def _show(folder: Path, make: "Callable[[], Report]") -> None:
+    """Write a study's report into its folder, and print its tables."""
+    from rich.console import Console
+    from server.report import terminal_tables, write_report
+
+    console = Console()
+    with console.status("writing the report ..."):
+        found = make()
+        write_report(folder / "report.html", found)
+    for table in terminal_tables(found):
+        console.print(table)
+    console.print(f"report: [bold]{folder / 'report.html'}[/]")
+
+
+@contextmanager
+def _bars() -> "Iterator[Callable[[Step], None]]":
+    """Draw a bar for every label that is told of; on a pipe, only a line when one is full."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description:<22}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        rows: dict[str, TaskID] = {}
+
+        def watch(step: "Step") -> None:
+            if step.label not in rows:
+                rows[step.label] = progress.add_task(step.label, total=step.total, note="")
+            progress.update(rows[step.label], completed=step.done, total=step.total, note=step.note)
+            if not console.is_terminal and step.done == step.total:
+                console.print(f"{step.label}: done {step.note}", highlight=False)
+
+        yield watch
+
+
+def _counter(watch: "Callable[[Step], None]", label: str) -> Callable[[int, int], None]:
+    from simulation.arms import Step
+
+    return lambda done, total: watch(Step(label, done, total))
+
+
+if __name__ == "__main__":
+    main()

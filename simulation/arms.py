@@ -1,0 +1,206 @@
+"""The arms of a study: the federation of all sites, and what it is compared with.
+
+- federated: all sites, through the round engine; it builds the codebook that all arms share.
+- alone: each site by itself, as a federation of one, with as many passes over its own patients.
+- pooled: the records of all sites in one place, which a real federation can't have: the ceiling. It trains on as many
+  tokens as the federated arm.
+
+Every arm is a run of `server.app` with a ledger of its own, so a killed study goes on in the middle of each. All run
+side by side over one pool, and each ends with its best round by the loss of its own tuning patients.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from client.site import SiteFiles
+from federation.manifest import LocalWork, OuterOptions
+from model.train import TrainOptions
+from server.app import Outcome
+from server.plan import FederationPlan
+from server.rounds import Event
+from simulation.config import Study
+from simulation.engine import run_federation
+from simulation.pool import Pool
+from tokenizer.codebook import TokenizerOptions
+from tokenizer.errors import FedcometError
+from tokenizer.events import MedsDataset, write_meds
+from tokenizer.split import SplitRule
+
+FEDERATED, POOLED = "federated", "pooled"
+
+
+@dataclass(frozen=True)
+class Step:
+    """How far something is; `label` names it for people, `note` says what is worth knowing now."""
+
+    label: str
+    done: int
+    total: int
+    note: str = ""
+
+
+Watch = Callable[[Step], None]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A trained arm: where its ledger and checkpoints are, or why there are none."""
+
+    name: str
+    folder: Path
+    sites: tuple[SiteFiles, ...]
+    outcome: Outcome | None = None
+    failure: str = ""
+
+
+def train(study: Study, sites: tuple[SiteFiles, ...], folder: Path, pool: Pool, watch: Watch) -> tuple[Arm, ...]:
+    """Train the arms that a study wants; the same call goes on where a killed one stopped.
+
+    The federated arm goes first as far as its codebook, then all go side by side.
+
+    Args:
+        study: the settings.
+        sites: who takes part.
+        folder: of the study; the arms' run directories are made in `arms/`.
+        pool: who plays the sites.
+        watch: told of every update, from several threads.
+
+    Raises:
+        FedcometError: the federated or the pooled arm can't go on. A site that can't train alone is an arm with a
+            `failure` instead.
+    """
+    home = folder / "arms"
+    names = {"alone": [f"{site.name} alone" for site in sites], "pooled": [POOLED]}
+    wanted = [name for key in ("alone", "pooled") if key in study.arms for name in names[key]]
+    with ThreadPoolExecutor(max_workers=len(wanted) + 1) as threads:
+        ready: Future[bytes] = Future()
+        futures = {
+            threads.submit(_train_federated, study, sites, home / FEDERATED, pool, watch, ready): FEDERATED,
+        }
+        codebook = ready.result()
+        for site in sites if "alone" in study.arms else ():
+            arm = Arm(f"{site.name} alone", home / f"alone-{site.name}", (site,))
+            futures[threads.submit(_train_single, study, arm, codebook, 1, pool, watch)] = arm.name
+        if "pooled" in study.arms:
+            pooled = SiteFiles(POOLED, _pool_records(study, sites, folder), folder / "pooled" / "state")
+            arm = Arm(POOLED, home / POOLED, (pooled,))
+            futures[threads.submit(_train_single, study, arm, codebook, len(sites), pool, watch)] = arm.name
+        trained = {futures[future]: future.result() for future in as_completed(futures)}
+    return tuple(trained[name] for name in [FEDERATED, *wanted])
+
+
+def _train_federated(
+    study: Study, sites: tuple[SiteFiles, ...], folder: Path, pool: Pool, watch: Watch, ready: "Future[bytes]"
+) -> Arm:
+    """Train over all sites; `ready` gets the codebook once every site has encoded its records with it."""
+
+    def listen(event: Event) -> None:
+        if event.kind == "round.announced" and not ready.done():
+            ready.set_result((folder / "codebook.json").read_bytes())
+        progress(event)
+
+    progress = _Progress(FEDERATED, study.training.rounds, len(sites), watch)
+    try:
+        outcome = run_federation(_plan(study, FEDERATED), sites, folder, pool, listen)
+        if not ready.done():  # every round was committed before
+            ready.set_result((folder / "codebook.json").read_bytes())
+    except BaseException as error:
+        if not ready.done():
+            ready.set_exception(error)
+        raise
+    return Arm(FEDERATED, folder, sites, outcome)
+
+
+def _train_single(study: Study, arm: Arm, codebook: bytes, share: int, pool: Pool, watch: Watch) -> Arm:
+    """Train one site by itself; `share` times the local steps, where steps are the measure, for equal tokens."""
+    plan = _plan(study, arm.name, codebook=codebook, outer=OuterOptions(), min_sites=1)
+    if plan.local.steps is not None:
+        plan = replace(plan, local=replace(plan.local, steps=plan.local.steps * share))
+    progress = _Progress(arm.name, study.training.rounds, 1, watch)
+    try:
+        return replace(arm, outcome=run_federation(plan, arm.sites, arm.folder, pool, progress))
+    except FedcometError as error:
+        if arm.name == POOLED:
+            raise
+        # A site that can't train by itself (no patients, broken records) takes nothing from the others.
+        return replace(arm, failure=str(error))
+
+
+class _Progress:
+    """Turns a run's events into steps: one for every update that arrived."""
+
+    def __init__(self, label: str, rounds: int, sites: int, watch: Watch) -> None:
+        self._label, self._rounds, self._sites, self._watch = label, rounds, sites, watch
+        self._note = ""
+        self._round = 0
+        self._arrived = 0
+
+    def __call__(self, event: Event) -> None:
+        if event.kind == "run.begun":
+            self._round = event.round
+        elif event.kind.startswith("update."):
+            self._arrived += 1
+        elif event.kind == "round.evaluated":
+            self._note = f"tuning loss {event.values['loss']:.3f}"
+        elif event.kind == "round.committed":
+            self._round, self._arrived = event.round, 0
+        else:
+            return
+        done = self._round * self._sites + min(self._arrived, self._sites)
+        self._watch(Step(self._label, done, self._rounds * self._sites, self._note))
+
+
+def _pool_records(study: Study, sites: Sequence[SiteFiles], folder: Path) -> Path:
+    """Put the records of all sites in one place."""
+    if study.data.kind == "meds" and study.data.path is not None:
+        return study.data.path
+    path = folder / "pooled" / "records"
+    if not path.exists():
+        shards = (
+            (f"{site.name}-{number}", dataset.read(shard))
+            for site in sites
+            for dataset in [MedsDataset.open(site.data)]
+            for number, shard in enumerate(dataset.shards)
+        )
+        write_meds(path, shards, name="the records of all sites")
+    return path
+
+
+def _plan(study: Study, name: str, **changes: object) -> FederationPlan:
+    """Translate a study's settings for one arm."""
+    train = study.training
+    outer = OuterOptions()
+    if train.outer == "nesterov":
+        outer = OuterOptions.nesterov(train.outer_learning_rate or 0.7, train.outer_momentum)
+    elif train.outer_learning_rate is not None:
+        outer = OuterOptions(lr=train.outer_learning_rate)
+    plan = FederationPlan(
+        name=f"{study.name}/{name}",
+        rounds=train.rounds,
+        split=SplitRule(study.split.key, study.split.tuning, study.split.held_out),
+        local=LocalWork(
+            steps=train.local_steps,
+            epochs=train.local_epochs,
+            batch_tokens=train.batch_tokens,
+            warmup_share=train.warmup_share,
+            optimizer_state=train.optimizer_state,
+        ),
+        model=study.model.preset,
+        context=study.model.context,
+        dropout=study.model.dropout,
+        train=TrainOptions(
+            lr=train.learning_rate,
+            min_lr_ratio=train.min_learning_rate_ratio,
+            weight_decay=train.weight_decay,
+            clip=train.clip,
+        ),
+        outer=outer,
+        tokenizer=TokenizerOptions(**study.tokenizer.model_dump()),
+        seed=study.seed,
+        min_sites=train.min_sites,
+        deadline_s=60 * train.round_deadline_minutes,
+        purposes=tuple(question.question for question in study.task),
+    )
+    return replace(plan, **changes)  # type: ignore[arg-type]

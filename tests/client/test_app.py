@@ -1,0 +1,85 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+
+from client.app import app
+from client.site import SiteFiles
+from federation import flower
+from federation.messages import Refusal, SurveyReply, SurveyRequest, TrainRequest
+from tests import tiny
+from tokenizer.codebook import TokenizerOptions
+from tokenizer.split import SplitRule
+
+REQUEST = SurveyRequest(SplitRule("k"), TokenizerOptions(min_patients=5), 1e12)
+
+
+def deliver(files: SiteFiles | None, message: Message) -> object:
+    config = {} if files is None else {"name": files.name, "data": str(files.data), "state": str(files.state)}
+    return flower.read(app(message, Context(0, 7, config, RecordDict(), {})))
+
+
+def address(request: SurveyRequest | TrainRequest) -> Message:
+    flower.assume_identity()
+    return flower.request(request, 7, group="1", ttl_s=60)
+
+
+def test_a_request_is_answered(ram_path: Path) -> None:
+    files = tiny.site(ram_path, "icu", 1)
+    assert isinstance(deliver(files, address(REQUEST)), SurveyReply)
+
+
+def test_a_corrupt_shard_is_named_at_the_site_and_only_there(ram_path: Path) -> None:
+    files = tiny.site(ram_path, "icu", 1)
+    (files.data / "data/train/0.parquet").write_bytes(b"PAR1 secret-subject-4711")
+    answer = deliver(files, address(REQUEST))
+    assert answer == Refusal("icu", "icu can't use its records or files; its own log says which and why.")
+    log = (files.state / "site.log").read_text()
+    assert "data/train/0.parquet" in log
+    assert "query.survey" in log
+
+
+def test_an_unexpected_error_travels_as_the_name_of_its_type(ram_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = tiny.site(ram_path, "icu", 1)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("patient 4711 has a strange code")
+
+    monkeypatch.setattr("client.site.survey", fail)
+    answer = deliver(files, address(REQUEST))
+    assert answer == Refusal("icu", "icu ran into an unexpected RuntimeError; its own log says more.")
+    assert "patient 4711" in (files.state / "site.log").read_text()
+
+
+def test_a_malformed_request_is_refused(ram_path: Path) -> None:
+    files = tiny.site(ram_path, "icu", 1)
+    flower.assume_identity()
+    message = Message(RecordDict({"header": ConfigRecord(), "payloads": ArrayRecord()}), 7, "train")
+    answer = deliver(files, message)
+    assert isinstance(answer, Refusal)
+    assert "one text named 'json'" in answer.reason
+
+
+def test_a_request_that_came_as_another_kind_is_refused(ram_path: Path) -> None:
+    files = tiny.site(ram_path, "icu", 1)
+    answer = deliver(files, Message(flower.to_record(REQUEST), 7, "train"))
+    assert isinstance(answer, Refusal)
+    assert "came as train" in answer.reason
+    reply = deliver(files, Message(flower.to_record(Refusal("x", "y")), 7, "train"))
+    assert isinstance(reply, Refusal)
+    assert "not a request" in reply.reason
+
+
+def test_a_node_without_configuration_says_what_is_missing() -> None:
+    answer = deliver(None, address(REQUEST))
+    assert isinstance(answer, Refusal)
+    assert answer.site == "node-7"
+    assert "lacks 'name'" in answer.reason
+
+
+def test_a_round_of_an_unknown_run_is_refused(ram_path: Path) -> None:
+    files = tiny.site(ram_path, "icu", 1)
+    answer = deliver(files, address(TrainRequest("0" * 64, 1, np.zeros(2, np.float32), 1e12)))
+    assert isinstance(answer, Refusal)
+    assert "takes no part in run" in answer.reason

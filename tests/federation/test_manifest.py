@@ -1,0 +1,57 @@
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from federation import canonical
+from federation.manifest import LocalWork, Manifest, OuterOptions
+from federation.messages import ProtocolError
+from tests import tiny
+from tokenizer.codebook import Codebook, Survey, TokenizerOptions
+from tokenizer.errors import ConfigError
+
+MANIFEST = tiny.plan(tokenizer=TokenizerOptions()).manifest(Codebook.build(Survey(TokenizerOptions())))
+
+
+def with_field(**fields: Any) -> bytes:
+    return canonical.encode({**json.loads(MANIFEST.to_bytes()), **fields})
+
+
+def test_a_manifest_survives_and_its_hash_names_it() -> None:
+    again = Manifest.from_bytes(MANIFEST.to_bytes())
+    assert again == MANIFEST
+    assert again.hash == MANIFEST.hash
+    assert dataclasses.replace(MANIFEST, name="another").hash != MANIFEST.hash
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (with_field(surprise=1), "unknown field 'surprise'"),
+        (with_field(version=2), "version 2; this software knows version 1"),
+        (with_field(rounds="ten"), "rounds is 'ten'"),
+        (with_field(local={"steps": 1, "epochs": 1}), "either steps or epochs"),
+        (with_field(outer={"name": "adam"}), "'fedavg', 'nesterov'"),
+        (b"{}", "lacks the field"),
+        (MANIFEST.to_bytes() + b" ", "canonical"),
+    ],
+)
+def test_what_this_software_does_not_know_is_refused_by_name(data: bytes, told: str) -> None:
+    with pytest.raises(ProtocolError, match=told):
+        Manifest.from_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"steps": 0}, {}, {"steps": 1, "epochs": 1}, {"epochs": 1, "batch_tokens": 0}, {"steps": 1, "warmup_share": 1.0}],
+)
+def test_local_work_that_makes_no_sense_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        LocalWork(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"lr": 0.0}, {"momentum": 0.9}, {"name": "nesterov", "momentum": 1.0}])
+def test_outer_options_that_make_no_sense_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        OuterOptions(**settings)

@@ -1,0 +1,103 @@
+"""Checkpoints: what was saved comes back, and nothing else does."""
+
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from model import checkpoint
+from model.decoder import Decoder, preset
+from tokenizer.errors import ConfigError, DataError
+
+EXTRA = {"codebook_hash": "c0de", "round": 3, "shape": (1, 2), "sites": {9: "north", 10: "south"}}
+ARRAYS = {"moment": torch.arange(6.0).reshape(2, 3), "step": torch.tensor(4), "none": torch.empty(0)}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    target = tmp_path / "run" / "7.safetensors"
+    checkpoint.save(target, Decoder.create(preset("0.3m", 40), 1), extra=EXTRA, arrays=ARRAYS)
+    return target
+
+
+def test_what_was_saved_comes_back(path: Path) -> None:
+    decoder, extra, arrays = checkpoint.load(path, "c0de")
+    original = Decoder.create(preset("0.3m", 40), 1)
+    assert decoder.config == original.config
+    for name, weight in original.named_parameters():
+        assert torch.equal(weight, decoder.get_parameter(name))
+        assert decoder.get_parameter(name).requires_grad
+    assert extra == {**EXTRA, "shape": [1, 2], "sites": {"9": "north", "10": "south"}}
+    assert arrays.keys() == ARRAYS.keys()
+    assert all(torch.equal(arrays[name], ARRAYS[name]) for name in ARRAYS)
+
+
+def test_the_same_content_gives_the_same_bytes(path: Path) -> None:
+    before = path.read_bytes()
+    checkpoint.save(path, Decoder.create(preset("0.3m", 40), 1), extra=EXTRA, arrays=ARRAYS)
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_loaded_decoder_stays_when_its_file_is_replaced(path: Path) -> None:
+    decoder, _, _ = checkpoint.load(path)
+    before = decoder.norm.weight.clone()
+    with torch.no_grad():
+        decoder.norm.weight.mul_(2)
+    checkpoint.save(path, decoder, extra=EXTRA)
+    assert torch.equal(checkpoint.load(path).decoder.norm.weight, before * 2)
+
+
+def test_another_codebook_is_refused_with_both_hashes(path: Path) -> None:
+    with pytest.raises(DataError, match=r"7\.safetensors.*c0de.*beef"):
+        checkpoint.load(path, "beef")
+
+
+@pytest.mark.parametrize("length", [0, 5, 100, 5000, -1])
+def test_a_file_that_is_cut_short_is_refused(path: Path, length: int) -> None:
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(DataError, match=r"7\.safetensors: is cut short or not a checkpoint"):
+        checkpoint.load(path)
+
+
+def test_a_flipped_bit_is_refused(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1000] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="was altered"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        (rb"\"round\": 3", rb"\"round\": 4", "was altered"),
+        (rb"\"layers\": 3", rb"\"layers\": 2", "was altered"),
+        (rb"\"version\": 1", rb"\"version\": 2", "format version 2"),
+        (rb"\"digest\"", rb"\"digust\"", "lacks digest"),
+    ],
+)
+def test_a_changed_header_is_refused(path: Path, old: bytes, new: bytes, told: str) -> None:
+    data = path.read_bytes()
+    assert old in data
+    path.write_bytes(data.replace(old, new))
+    with pytest.raises(DataError, match=told):
+        checkpoint.load(path)
+
+
+def test_other_files_and_no_file_are_refused(tmp_path: Path) -> None:
+    other = tmp_path / "other.safetensors"
+    safetensors.torch.save_file({"x": torch.ones(2)}, other)
+    with pytest.raises(DataError, match="no checkpoint of fedcomet"):
+        checkpoint.load(other)
+    with pytest.raises(DataError, match=r"gone\.safetensors: can't be read"):
+        checkpoint.load(tmp_path / "gone.safetensors")
+    with pytest.raises(DataError, match="can't be read"):
+        checkpoint.load(tmp_path)
+
+
+def test_a_checkpoint_without_a_codebook_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="codebook_hash"):
+        checkpoint.save(tmp_path / "x", Decoder.create(preset("0.3m", 40), 1), extra={})
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,55 @@
+"""Draws: the generator's published answers, even spread, and an exact inverse of the cumulated probabilities."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import kstest
+
+from model.sampling import philox, pick, uniforms
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "answer"),
+    [
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_gives_the_known_answers_of_random123(counter: tuple, key: tuple, answer: tuple) -> None:
+    words = philox(tuple(np.array([word], dtype=np.uint64) for word in counter), key)
+    assert tuple(int(word[0]) for word in words) == answer
+
+
+def test_uniforms_are_even_and_unrelated_along_every_axis() -> None:
+    key, trajectory, step = (axis.ravel() for axis in np.meshgrid(np.arange(20), np.arange(20), np.arange(50)))
+    drawn = uniforms(1, key, trajectory, step)
+    assert drawn.min() >= 0
+    assert drawn.max() < 1
+    assert len(set(drawn)) == len(drawn)
+    assert kstest(drawn, "uniform").pvalue > 1e-3
+    others = [(2, key, trajectory, step), (1, key + 1, trajectory, step), (1, key, trajectory + 1, step)]
+    for other in [*others, (1, key, trajectory, step + 1)]:
+        assert abs(np.corrcoef(drawn, uniforms(*other))[0, 1]) < 0.03
+    assert uniforms(1, np.array([-5]), np.array([0]), np.array([0])) != uniforms(
+        1, np.array([5]), np.array([0]), np.array([0])
+    )
+
+
+def test_pick_inverts_the_cumulated_probabilities() -> None:
+    chances = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
+    uniform = np.array([0.0, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 2.0**-53])
+    picked = pick(chances.log().expand(6, -1), uniform, 1.0)
+    assert picked.tolist() == [1, 1, 3, 3, 4, 4]
+
+
+def test_temperature_divides_the_logits() -> None:
+    logits = torch.tensor([[0.0, 2.0]]).expand(1000, -1)
+    uniform = (np.arange(1000) + 0.5) / 1000
+    for temperature in (0.5, 1.0, 4.0):
+        share = pick(logits, uniform, temperature).mean()
+        assert share == pytest.approx(1 / (1 + np.exp(-2 / temperature)), abs=2e-3)
