@@ -57,24 +57,24 @@ def render(report: Report) -> str:
     )
 
 
+def question_table(question: Question) -> Table:
+    """Give a question's answers as a table for a terminal."""
+    counts = question.counts
+    title = f"{question.question}\n{counts.positive} yes, {counts.negative} no; {question.patients} held-out patients"
+    table = Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("", "AUROC (95 %)", f"minus {question.reference} (paired)", "AUPRC", "Brier", "ECE"):
+        table.add_column(escape(heading), justify="right" if heading else "left", no_wrap=True)
+    for arm in question.arms:
+        numbers = (_show_number(figure, False) for figure in (arm.auprc, arm.brier, arm.ece))
+        difference = "reference" if arm.difference is None else show_figure(arm.difference, signed=True)
+        cells = (arm.arm, show_figure(arm.auroc), difference, *numbers)
+        style = {"federated": "bold", "truth": "italic"}.get(arm.kind, "")
+        table.add_row(*map(escape, cells), style=style)
+    return table
+
+
 def terminal_tables(report: Report) -> list[Table]:
     """Give the results as tables for a terminal: one for each question, one of the sites."""
-    tables = []
-    for question in report.questions:
-        counts = question.counts
-        title = (
-            f"{question.question}\n{counts.positive} yes, {counts.negative} no; {question.patients} held-out patients"
-        )
-        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-        for heading in ("", "AUROC (95 %)", f"minus {question.reference} (paired)", "AUPRC", "Brier", "ECE"):
-            table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-        for arm in question.arms:
-            numbers = (_show_number(figure, False) for figure in (arm.auprc, arm.brier, arm.ece))
-            difference = "reference" if arm.difference is None else show_figure(arm.difference, signed=True)
-            cells = (arm.arm, show_figure(arm.auroc), difference, *numbers)
-            style = {"federated": "bold", "truth": "italic"}.get(arm.kind, "")
-            table.add_row(*map(escape, cells), style=style)
-        tables.append(table)
     table = Table(title="Sites", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("", "patients", "train", "tuning", "held out", "tokens to train on", "sent to the server"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
@@ -82,7 +82,7 @@ def terminal_tables(report: Report) -> list[Table]:
         sent = sum(row.bytes_sent for row in report.outbound if row.site == site.name)
         numbers = (show_count(n) for n in (site.patients, site.train, site.tuning, site.held_out, site.tokens))
         table.add_row(escape(site.name + (f" ({site.note})" if site.note else "")), *numbers, show_bytes(sent))
-    return [*tables, table]
+    return [*map(question_table, report.questions), table]
 
 
 def headline(question: Question) -> str:

@@ -20,7 +20,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +37,10 @@ _ACCOUNT = "partition.json"
 
 @dataclass(frozen=True)
 class Site:
-    """One part; its MEDS dataset is `<name>/records` under the partition's folder."""
+    """One part: `path` is its MEDS dataset."""
 
     name: str
+    path: Path
     patients: int
     events: int
 
@@ -49,7 +50,6 @@ class Parts:
     """What became of a dataset.
 
     Attributes:
-        folder: where the sites lie.
         sites: by name.
         grouped_by: the prefix or column that was used; empty for `iid`.
         without: patients who have no such code or value.
@@ -57,45 +57,28 @@ class Parts:
         put_together: the groups below `min_patients` that became `other`, with their patients.
     """
 
-    folder: Path
     sites: tuple[Site, ...]
     grouped_by: str
     without: int
     several: int
     put_together: dict[str, int]
 
-    @property
-    def records(self) -> dict[str, Path]:
-        """The MEDS dataset of each site, by its name."""
-        return {site.name: self.folder / site.name / "records" for site in self.sites}
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a reader of results should know about how patients were grouped."""
-        small = ", ".join(f"{name} ({count})" for name, count in self.put_together.items())
-        said = {
-            f"{self.without} patients have no {self.grouped_by}.": self.without,
-            f"{self.several} patients have more than one {self.grouped_by}; their first counts.": self.several,
-            f"Groups with too few patients were put together as {OTHER!r}: {small}.": small,
-        }
-        return tuple(note for note, holds in said.items() if holds)
-
 
 def partition(
-    source: Path,
+    dataset: MedsDataset,
     rule: Partition,
     out: Path,
     *,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Parts:
-    """Split a MEDS dataset into one for each site, `out/<site>/records`.
+    """Split a MEDS dataset into one for each site, `out/<site>`.
 
     What was split before, from the same records by the same rule and seed, is found again and left as it is. The
     account `out/partition.json` is written last; without it nothing counts as done.
 
     Args:
-        source: the dataset.
+        dataset: where the patients come from.
         rule: how its patients are grouped.
         out: the folder of the sites; whatever else lies in it stays.
         seed: of `iid` and `dirichlet`.
@@ -105,12 +88,11 @@ def partition(
         The sites and how patients came to them.
 
     Raises:
-        DataError: the dataset can't be read or has no patients, or none has a code under any prefix or a value in the
+        DataError: the dataset has no patients, or none has a code under any prefix or a value in the
             column, or all fall in one group.
     """
-    dataset = MedsDataset.open(source)
     if not dataset.subjects:
-        raise DataError(f"{source}: no patients to split into sites; give a dataset with events")
+        raise DataError(f"{dataset.path}: no patients to split into sites; give a dataset with events")
     made_from = {"rule": rule.model_dump(mode="json"), "seed": seed, "source": dataset.fingerprint()}
     if (known := _known(out, made_from)) is not None:
         return known
@@ -119,7 +101,7 @@ def partition(
     names = sorted(table["site"].unique()) if rule.by in ("code", "column") else _numbered(rule.sites or 0)
     if len(names) < 2:
         raise DataError(
-            f"{source}: all {dataset.subjects} patients fall in the one site {names[0]!r}; "
+            f"{dataset.path}: all {dataset.subjects} patients fall in the one site {names[0]!r}; "
             "choose another prefix or column, or lower min_patients"
         )
     (out / _ACCOUNT).unlink(missing_ok=True)
@@ -128,17 +110,16 @@ def partition(
         for name in names:
             members = table.filter(pl.col("site") == name).select("subject_id")
             tally = _Tally()
-            sites.append(Site(name, members.height, 0))
-            shards = _share(dataset, members, tally)
-            write_meds(out / name / "records", shards, name=f"{dataset.name}, site {name}")
-            sites[-1] = Site(name, members.height, tally.events)
+            sites.append(Site(name, out / name, members.height, 0))
+            write_meds(out / name, _share(dataset, members, tally), name=f"{dataset.name}, site {name}")
+            sites[-1] = replace(sites[-1], events=tally.events)
             if progress is not None:
                 progress(len(sites), len(names))
     except BaseException:
         _remove(out, sites)
         raise
-    parts = Parts(out, tuple(sites), found.key, found.without, found.several, put_together)
-    account = made_from | {key: value for key, value in asdict(parts).items() if key != "folder"}
+    parts = Parts(tuple(sites), found.key, found.without, found.several, put_together)
+    account = made_from | asdict(parts) | {"sites": [asdict(site) | {"path": site.name} for site in sites]}
     durable.write_bytes(out / _ACCOUNT, json.dumps(account, indent=1, sort_keys=True).encode() + b"\n")
     return parts
 
@@ -150,16 +131,15 @@ def _known(out: Path, made_from: dict[str, object]) -> Parts | None:
     account = json.loads((out / _ACCOUNT).read_bytes())
     if {key: account.pop(key, None) for key in made_from} != made_from:
         return None
-    return Parts(out, tuple(Site(**site) for site in account.pop("sites")), **account)
+    sites = tuple(Site(**site | {"path": out / site["path"]}) for site in account.pop("sites"))
+    return Parts(sites, **account)
 
 
 def _remove(out: Path, sites: list[Site]) -> None:
     for site in sites:
-        shutil.rmtree(out / site.name / "records", ignore_errors=True)
-        # The site's folder and the sites' own may hold other things; then they stay.
-        for folder in (out / site.name, out):
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        shutil.rmtree(site.path, ignore_errors=True)
+    with contextlib.suppress(OSError):  # other things lie in the folder: it stays
+        out.rmdir()
 
 
 @dataclass

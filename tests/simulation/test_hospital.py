@@ -153,7 +153,7 @@ def test_questions_asked_of_tokens_find_the_same_answers_as_the_truth(tmp_path: 
     for task in (
         Task("death_90d", "?", ("HOSPITAL_DISCHARGE",), ("MEDS_DEATH",), (), 0.0, 90, "each"),
         Task(
-            "readmission_30d", "?", outcome=("HOSPITAL_ADMISSION",), competing=("MEDS_DEATH",), horizon_days=30, **asks
+            "readmission_30d", "?", ("HOSPITAL_DISCHARGE",), ("HOSPITAL_ADMISSION",), ("MEDS_DEATH",), 0.0, 30, "each"
         ),
     ):
         found = cohort(task, split, codebook)

@@ -27,13 +27,13 @@ def _frame(units: dict[int, list[str]], **columns: list[object]) -> pl.DataFrame
     return frame.with_columns(**{name: pl.Series(values) for name, values in columns.items()})
 
 
-def _dataset(path: Path, *frames: pl.DataFrame) -> Path:
+def _dataset(path: Path, *frames: pl.DataFrame) -> MedsDataset:
     write_meds(path, [(f"part/{number}", frame) for number, frame in enumerate(frames)], name="all")
-    return path
+    return MedsDataset.open(path)
 
 
 def _patients(parts: Parts) -> dict[str, set[int]]:
-    return {name: set(_events(path)["subject_id"]) for name, path in parts.records.items()}
+    return {site.name: set(_events(site.path)["subject_id"]) for site in parts.sites}
 
 
 def _events(path: Path) -> pl.DataFrame:
@@ -63,10 +63,10 @@ def test_every_patient_lands_whole_at_exactly_one_site(rule: Partition, units: l
     with tempfile.TemporaryDirectory() as folder:
         whole = _dataset(Path(folder) / "all", *(frame for frame in frames if frame.height))
         parts = partition(whole, rule, Path(folder) / "sites", seed=seed)
-        sites = [_events(path).with_columns(site=pl.lit(name)) for name, path in parts.records.items()]
+        sites = [_events(site.path).with_columns(site=pl.lit(site.name)) for site in parts.sites]
         together = pl.concat(sites)
         assert together.group_by("subject_id").agg(pl.col("site").n_unique())["site"].max() == 1
-        original = _events(whole)
+        original = _events(whole.path)
         assert together.drop("site").sort(together.columns[:4]).equals(original.sort(original.columns))
         assert [site.events for site in parts.sites] == [frame.height for frame in sites]
         assert sum(site.patients for site in parts.sites) == len(people)
@@ -105,7 +105,7 @@ def test_a_column_groups_patients_and_is_kept(tmp_path: Path):
     parts = partition(dataset, Partition(by="column", column="clinic"), tmp_path / "sites", seed=0)
     assert _patients(parts) == {"clinic-n": {1}, "clinic-s": {2}, OTHER: {3}}
     assert parts.several == 1
-    kept = pl.read_parquet(tmp_path / "sites/clinic-n/records/data/**/*.parquet")
+    kept = pl.read_parquet(tmp_path / "sites/clinic-n/data/**/*.parquet")
     assert kept["clinic"].to_list() == ["n", "n"]
 
 
@@ -139,30 +139,24 @@ def test_a_small_alpha_makes_sites_differ_and_a_large_one_alike(tmp_path: Path):
 
 
 def test_the_account_beside_the_sites_tells_how_they_came_about(tmp_path: Path):
-    units = {1: ["UNIT//A"], 2: ["UNIT//A", "UNIT//B"], 3: ["UNIT//C"], 4: []}
-    rule = Partition(by="code", prefixes=("UNIT",), min_patients=2)
-    parts = partition(_dataset(tmp_path / "all", _frame(units)), rule, tmp_path / "sites", seed=7)
+    source = _dataset(tmp_path / "all", _frame({1: ["UNIT//A"], 2: ["UNIT//B"]}))
+    partition(source, UNIT, tmp_path / "sites", seed=7)
     account = json.loads((tmp_path / "sites/partition.json").read_text())
-    assert (account["rule"]["by"], account["seed"]) == ("code", 7)
-    assert [site["patients"] for site in account["sites"]] == [2, 2]
-    assert parts.notes == (
-        "1 patients have no UNIT.",
-        "1 patients have more than one UNIT; their first counts.",
-        "Groups with too few patients were put together as 'other': unit-c (1).",
-    )
+    assert (account["rule"]["by"], account["seed"], account["source"]) == ("code", 7, source.fingerprint())
+    assert [(site["path"], site["patients"]) for site in account["sites"]] == [("unit-a", 1), ("unit-b", 1)]
 
 
 def test_what_was_split_before_is_found_again_and_left_alone(tmp_path: Path):
     source = _dataset(tmp_path / "all", _frame({1: ["UNIT//A"], 2: ["UNIT//B"]}))
     first = partition(source, UNIT, tmp_path / "sites", seed=0)
-    state = tmp_path / "sites/unit-a/state"
-    state.mkdir()
+    other = tmp_path / "sites/notes.txt"
+    other.touch()
     marks = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet")}
     assert partition(source, UNIT, tmp_path / "sites", seed=0) == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet")} == marks
-    _dataset(tmp_path / "all", _frame({1: ["UNIT//A"], 2: ["UNIT//B"], 3: ["UNIT//B"]}))
-    assert _patients(partition(source, UNIT, tmp_path / "sites", seed=0)) == {"unit-a": {1}, "unit-b": {2, 3}}
-    assert state.exists()
+    more = _dataset(tmp_path / "all", _frame({1: ["UNIT//A"], 2: ["UNIT//B"], 3: ["UNIT//B"]}))
+    assert _patients(partition(more, UNIT, tmp_path / "sites", seed=0)) == {"unit-a": {1}, "unit-b": {2, 3}}
+    assert other.exists()
 
 
 def test_what_cannot_be_split_is_refused_and_leaves_nothing(tmp_path: Path):
@@ -177,7 +171,7 @@ def test_what_cannot_be_split_is_refused_and_leaves_nothing(tmp_path: Path):
             partition(source, rule, tmp_path / "sites", seed=0)
     write_meds(tmp_path / "none", [], name="none")
     with pytest.raises(DataError, match="no patients to split"):
-        partition(tmp_path / "none", UNIT, tmp_path / "sites", seed=0)
+        partition(MedsDataset.open(tmp_path / "none"), UNIT, tmp_path / "sites", seed=0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["all", "none"]
 
 
@@ -196,6 +190,8 @@ def test_a_synthetic_hospital_splits_by_diagnosis(tmp_path: Path):
     write_meds(tmp_path / "all", [("0", generate(PROFILES["general"], 200, seed=0).events)], name="general")
     rule = Partition(by="dirichlet", prefixes=("DIAGNOSIS",), sites=3, alpha=0.3)
     done = []
-    parts = partition(tmp_path / "all", rule, tmp_path / "sites", seed=0, progress=lambda *step: done.append(step))
+    parts = partition(
+        MedsDataset.open(tmp_path / "all"), rule, tmp_path / "sites", seed=0, progress=lambda *step: done.append(step)
+    )
     assert sum(site.patients for site in parts.sites) == 200
     assert done == [(1, 3), (2, 3), (3, 3)]
