@@ -60,10 +60,11 @@ class Spool:
         decoder = Decoder.create(self._manifest.model, 0)
         load_vector_(decoder, state.weights)
         momentum = {} if state.momentum is None else {_MOMENTUM: torch.from_numpy(state.momentum)}
-        extra = {"round": number, "manifest_hash": self._manifest.hash}
+        manifest = self._manifest
+        extra = {"round": number, "manifest_hash": manifest.hash, "codebook_hash": manifest.codebook_hash}
         path = self.checkpoint_path(number)
         path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.save(path, decoder, codebook_hash=self._manifest.codebook_hash, extra=extra, arrays=momentum)
+        checkpoint.save(path, decoder, extra=extra, arrays=momentum)
         return _sha256(path)
 
     def load(self, number: int, sha256: str) -> GlobalState:

@@ -1,6 +1,9 @@
 """Small hospitals, a small plan and a grid of plain functions, for tests that need a whole federation in seconds."""
 
 import datetime as dt
+import os
+import select
+import signal
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -110,3 +113,11 @@ class FunctionGrid(Grid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         return self.pull_messages(self.push_messages(messages))
+
+
+def kill(pid: int) -> None:
+    """Kill a process and wait until it is gone."""
+    descriptor = os.pidfd_open(pid)
+    with os.fdopen(descriptor):
+        os.kill(pid, signal.SIGKILL)
+        select.select([descriptor], [], [])

@@ -81,7 +81,7 @@ def test_a_run_ends_with_a_checkpoint_of_its_codebook(ram_path: Path) -> None:
     codebook = Codebook.load(outcome.codebook)
     decoder, extra, _ = checkpoint.load(outcome.checkpoint, codebook.hash)
     assert decoder.config.vocab == len(codebook)
-    assert extra == {"round": 2, "manifest_hash": outcome.manifest.hash}
+    assert extra == {"round": 2, "manifest_hash": outcome.manifest.hash, "codebook_hash": codebook.hash}
     assert outcome.best_checkpoint.exists()
     losses = [event.values["loss"] for event in coordinator.events if event.kind == "round.evaluated"]
     assert losses == sorted(losses, reverse=True)
