@@ -15,6 +15,9 @@ import typer
 from tokenizer.errors import FedcometError
 
 if TYPE_CHECKING:
+    from rich.progress import TaskID
+    from server.report import Report
+
     from simulation.arms import Step
 
 app = typer.Typer(
@@ -26,8 +29,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _SITE, _RESEARCH = "For a site", "For a researcher"
-
-_Existing = Annotated[Path, typer.Argument(exists=True)]
 
 
 def main() -> None:
@@ -141,9 +142,9 @@ def report(
     folder: Annotated[Path, typer.Argument(help="A finished study's folder.")],
 ) -> None:
     """Show a finished study again: the table here, and report.html anew."""
-    from server.report import read_report
+    from server.report import load
 
-    _show(folder, lambda: read_report(folder / "report.json"))
+    _show(folder, lambda: load(folder / "report.json"))
 
 
 @app.command(rich_help_panel=_RESEARCH)
@@ -162,15 +163,23 @@ def rollout(
     out: Annotated[Path | None, typer.Option(help="Write all events to this Parquet file, too.")] = None,
 ) -> None:
     """Simulate a patient's futures and show them as events."""
-    from rich.console import Console
-    from simulation.futures import futures
+    from datetime import datetime
 
+    from rich.console import Console
+
+    from server.futures import Model, futures
+    from tokenizer.store import TokenStore
+
+    try:
+        known_until = None if at is None else datetime.fromisoformat(at)
+    except ValueError:
+        raise typer.BadParameter(f"{at} is not a time such as 2150-03-01T12:00", param_hint="--at") from None
     with _bars() as watch:
         told = futures(
-            model,
-            store,
+            Model.at(model),
+            TokenStore.open(store),
             subject,
-            at=at,
+            at=known_until,
             days=days,
             trajectories=trajectories,
             max_tokens=max_tokens,
@@ -192,19 +201,33 @@ def evaluate(
     study: Annotated[Path, typer.Argument(help="A study file; its questions and its [evaluation] are used.")],
     split: Annotated[str, typer.Option(help="Whom to ask about: train, tuning or held_out.")] = "held_out",
     out: Annotated[Path | None, typer.Option(help="Write every prediction to this Parquet file, too.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Worker processes; as many as there are cores when not given.")
+    ] = None,
 ) -> None:
     """Ask a trained model the questions of a study about the patients of a store."""
     from rich.console import Console
-    from simulation import config
-    from simulation.futures import evaluate_model
+    from server.report import question_table
 
-    with _bars() as watch:
-        told = evaluate_model(model, store, config.read_questions(study), split, _counter(watch, "rollouts"))
+    from server.futures import Model
+    from simulation import config
+    from simulation.findings import question_of
+    from simulation.pool import Pool
+    from simulation.questions import evaluate as ask
+    from simulation.questions import write
+    from tokenizer.split import SPLITS
+    from tokenizer.store import TokenStore
+
+    if split not in SPLITS:
+        raise typer.BadParameter(f"choose one of {', '.join(SPLITS)}", param_hint="--split")
+    settings = config.read(study, records=False)
+    with _bars() as watch, Pool(workers) as pool:
+        answers = ask(Model.at(model), TokenStore.open(store), settings, split, pool, watch)
     console = Console()
-    for table in told.tables():
-        console.print(table)
+    for found in answers:
+        console.print(question_table(question_of(settings, found, ())))
     if out is not None:
-        told.write(out)
+        write(out, answers)
         console.print(f"all predictions: {out}")
 
 

@@ -38,7 +38,7 @@ class DeliveryError(ProtocolError):
     """No answer: the transport says that the site could not be reached, or broke down while it worked."""
 
 
-class SiteRefusal(FedcometError):  # noqa: N818 - named as what happened
+class SiteRefusal(FedcometError):
     """A site's own decision not to answer; the text is meant for the other side and holds nothing about patients."""
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tokenizer.windows import Batch
 
 
-class TrainingDiverged(FedcometError):  # noqa: N818 - named as what happened, like the rest of the family
+class TrainingDiverged(FedcometError):
     """The loss or its gradient is no longer a finite number."""
 
 

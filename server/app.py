@@ -49,7 +49,7 @@ _GRACE_S = 60.0
 app = ServerApp()
 
 
-class TooFewSites(FedcometError):  # noqa: N818 - named as what happened
+class TooFewSites(FedcometError):
     """Fewer sites than agreed are there or take part; the run can be started again when they are."""
 
 
@@ -298,14 +298,14 @@ def _codebook(run_dir: Path, plan: FederationPlan, post: _Post) -> Codebook:
     if plan.codebook is not None:
         codebook = Codebook.from_bytes(plan.codebook)
     else:
-        codebook = Codebook.build(merge(_surveys(plan, post)))
+        codebook = Codebook.build(merge(_surveys(run_dir, plan, post)))
     codebook.save(path)
     post.tell(Event("codebook.built", text=codebook.hash, values={"tokens": len(codebook)}))
     return codebook
 
 
-def _surveys(plan: FederationPlan, post: _Post) -> list[Survey]:
-    """Collect surveys; a site that gives none, or none that can be used, is told about and left out."""
+def _surveys(run_dir: Path, plan: FederationPlan, post: _Post) -> list[Survey]:
+    """Collect surveys, and keep them as they came; a site without a usable one is told about and left out."""
     request = SurveyRequest(plan.split, plan.tokenizer, post.deadline())
     surveys: list[Survey] = []
     refusals: list[str] = []
@@ -321,6 +321,7 @@ def _surveys(plan: FederationPlan, post: _Post) -> list[Survey]:
             refusals.append(f"{site}: {error}")
             post.tell(Event("survey.refused", site=site, text=str(error)))
         else:
+            durable.write_bytes(run_dir / "surveys" / f"{site}.json", answer.survey)
             surveys.append(survey)
             post.tell(Event("survey.received", site=site, values={"patients": survey.patients}))
     if len(surveys) < plan.min_sites:

@@ -33,7 +33,7 @@ TUNING = "tuning"
 """The split whose loss is followed from round to round."""
 
 
-class RoundFailed(FedcometError):  # noqa: N818 - named as what happened
+class RoundFailed(FedcometError):
     """A round in which too few sites gave a usable update; the run can be continued when they do."""
 
 

@@ -105,7 +105,7 @@ class Model(_Section):
 
 
 class Training(_Section):
-    """Rounds and the local work in each: exactly one of `local_epochs` (0.25: a quarter of a pass) and `local_steps`."""
+    """Rounds and the local work in each: either `local_epochs` (0.25: a quarter of a pass) or `local_steps`."""
 
     rounds: _Positive
     local_epochs: Annotated[float, Field(gt=0.0)] | None = None
@@ -188,12 +188,13 @@ class Study(_Section):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read(path: Path, *, data: Path | None = None) -> Study:
+def read(path: Path, *, data: Path | None = None, records: bool = True) -> Study:
     """Read the study in the TOML file `path`.
 
     Args:
         path: the file.
         data: a MEDS dataset that takes the place of `data.path`.
+        records: whether the study must say where its records are; its questions can be asked without.
 
     Returns:
         The study; a relative `data.path` or site path is taken from the folder of `path`.
@@ -216,7 +217,7 @@ def read(path: Path, *, data: Path | None = None) -> Study:
         study = Study.model_validate(raw)
     except ValidationError as error:
         raise ConfigError("\n".join(f"{path}: {_explain(e)}" for e in error.errors())) from error
-    if study.data.kind == "meds" and study.data.path is None:
+    if records and study.data.kind == "meds" and study.data.path is None:
         raise ConfigError(f"{path}: data.path is missing; name a MEDS dataset there or with --data")
     if data is not None and study.data.kind != "meds":
         raise ConfigError(f'{path}: --data needs data.kind = "meds", the file says "{study.data.kind}"')

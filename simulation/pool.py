@@ -33,7 +33,7 @@ _BOOT = (
 )
 
 
-class WorkerDied(FedcometError):  # noqa: N818 - named as what happened
+class WorkerDied(FedcometError):
     """A worker process ended in the middle of a job."""
 
 

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import polars as pl
@@ -24,15 +24,18 @@ from federation.manifest import Manifest
 from model import checkpoint
 from model.estimate import estimate
 from model.tasks import Cohort, Task, cohort, join
+from server.futures import Model
 from simulation.arms import FEDERATED, Arm, Step, Watch
-from simulation.config import Study
+from simulation.config import Evaluation, Study
 from simulation.pool import Pool
 from tokenizer import durable
 from tokenizer.codebook import Codebook
 from tokenizer.errors import DataError
 from tokenizer.store import TokenStore
 
-ENSEMBLE, TRUTH = "ensemble", "true risk"
+ENSEMBLE, TRUTH, MODEL = "ensemble", "true risk", "model"
+
+_Part: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 _CHUNK = 64
 """Predictions that one job rolls out."""
@@ -159,6 +162,59 @@ def _with_truth(answers: Answers, sites: Sequence[SiteFiles]) -> Answers:
     )
 
 
+def evaluate(
+    model: Model, store: TokenStore, study: Study, split: str, pool: Pool, watch: Watch
+) -> tuple[Answers, ...]:
+    """Put a study's questions to one trained model, about the patients of a store.
+
+    Args:
+        model: who answers.
+        store: made with the model's codebook.
+        study: its questions, its evaluation and its seed are used.
+        split: whom to ask about.
+        pool: who rolls out.
+        watch: told of every part, from several threads.
+
+    Raises:
+        DataError: the store was made with another codebook.
+    """
+    codebook = Codebook.load(model.codebook)
+    patients = TokenStore.open(store.path, codebook.hash).split(split)
+    cohorts = [(task, cohort(task, patients, codebook)) for task in tasks(study)]
+    tally = _Tally("rollouts", sum(int((found.labels >= 0).sum()) for _, found in cohorts), watch)
+    asked = []
+    for task, found in cohorts:
+        labelled = found.labelled()
+        parts = _start(model, task, labelled, study.evaluation, study.seed, pool, tally)
+        nowhere = np.zeros(len(labelled), np.int64)
+        asked.append((Answers(task, labelled, nowhere, len(found) - len(labelled), {}, {}), parts))
+    answers = []
+    for question, parts in asked:
+        risk, resolved = _collect(parts)
+        unresolved = {MODEL: float(1 - resolved.mean()) if len(resolved) else 0.0}
+        answers.append(replace(question, risks={MODEL: risk}, unresolved=unresolved))
+    return tuple(answers)
+
+
+def write(path: Path, answers: Sequence[Answers]) -> None:
+    """Write every prediction to a Parquet file: task, subject_id, prediction_time, label, and a risk column per arm."""
+    tables = [
+        pl.DataFrame(
+            {
+                "task": [found.task.name] * len(found.cohort),
+                "subject_id": found.cohort.subject_ids,
+                "prediction_time": pl.Series(found.cohort.prediction_us).cast(pl.Datetime("us")),
+                "label": found.cohort.labels,
+                **found.risks,
+            }
+        )
+        for found in answers
+    ]
+    buffer = io.BytesIO()
+    pl.concat(tables, how="diagonal").write_parquet(buffer)
+    durable.write_bytes(path, buffer.getvalue())
+
+
 class _Tally:
     """Counts what is done, from whatever thread."""
 
@@ -180,7 +236,7 @@ class _Roll:
 
     arm: str
     path: Path
-    parts: Sequence["Future[tuple[NDArray[np.float64], NDArray[np.float64]]]"]
+    parts: Sequence["Future[_Part]"]
 
     @classmethod
     def start(
@@ -203,30 +259,14 @@ class _Roll:
         if path.exists():
             tally.add(len(question.cohort))
             return cls(arm.name, path, ())
-        prompts = [replace(prompt, key=key) for key, prompt in enumerate(question.cohort.prompts)]
-        parts = []
-        for begin in range(0, len(prompts), _CHUNK):
-            part = prompts[begin : begin + _CHUNK]
-            future = pool.submit(
-                f"{arm.name}'s rollouts",
-                roll_out,
-                best,
-                arm.outcome.codebook,
-                question.task,
-                replace(question.cohort, prompts=tuple(part)),
-                study.evaluation.trajectories,
-                study.evaluation.max_tokens,
-                study.seed,
-            )
-            future.add_done_callback(partial(tally.note, len(part)))
-            parts.append(future)
+        model = Model(best, arm.outcome.codebook)
+        parts = _start(model, question.task, question.cohort, study.evaluation, study.seed, pool, tally)
         return cls(arm.name, path, parts)
 
-    def finish(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def finish(self) -> _Part:
         """Wait for the risks and the resolved shares, float64 [P] each, and keep them."""
         if self.parts:
-            found = [part.result() for part in self.parts]
-            risk, resolved = (np.concatenate(columns) for columns in zip(*found, strict=True))
+            risk, resolved = _collect(self.parts)
             buffer = io.BytesIO()
             np.savez(buffer, risk=risk, resolved=resolved)
             durable.write_bytes(self.path, buffer.getvalue())
@@ -237,11 +277,32 @@ class _Roll:
             return kept["risk"], kept["resolved"]
 
 
-def roll_out(
-    model: Path, codebook: Path, task: Task, part: Cohort, trajectories: int, max_tokens: int, seed: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _start(
+    model: Model, task: Task, cohort: Cohort, evaluation: Evaluation, seed: int, pool: Pool, tally: _Tally
+) -> list["Future[_Part]"]:
+    """Give the predictions of a cohort to the pool, in parts that don't depend on the number of workers."""
+    prompts = [replace(prompt, key=key) for key, prompt in enumerate(cohort.prompts)]
+    parts = []
+    for begin in range(0, len(prompts), _CHUNK):
+        part = replace(cohort, prompts=tuple(prompts[begin : begin + _CHUNK]))
+        future = pool.submit(
+            "rollouts", roll_out, model, task, part, evaluation.trajectories, evaluation.max_tokens, seed
+        )
+        future.add_done_callback(partial(tally.note, len(part.prompts)))
+        parts.append(future)
+    return parts
+
+
+def _collect(parts: Sequence["Future[_Part]"]) -> _Part:
+    if not parts:
+        return np.zeros(0), np.zeros(0)
+    risk, resolved = (np.concatenate(columns) for columns in zip(*(part.result() for part in parts), strict=True))
+    return risk, resolved
+
+
+def roll_out(model: Model, task: Task, part: Cohort, trajectories: int, max_tokens: int, seed: int) -> _Part:
     """Answer a question for some predictions, in a worker process: risks and resolved shares, float64 [P] each."""
-    words = Codebook.load(codebook)
-    decoder = checkpoint.load(model, words.hash).decoder
+    words = Codebook.load(model.codebook)
+    decoder = checkpoint.load(model.checkpoint, words.hash).decoder
     found = estimate(decoder, words, part, task, trajectories=trajectories, seed=seed, max_tokens=max_tokens)
     return found.risk, found.resolved

@@ -1,0 +1,255 @@
+"""From a finished study to its report: ledgers, answers and codebook become the figures that people read."""
+
+import json
+import platform
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import metadata
+
+from server.report import (
+    Codebook as CodebookSummary,
+)
+from server.report import (
+    Kind,
+    Outbound,
+    Question,
+    Report,
+    Round,
+    SiteSummary,
+    Training,
+    ask,
+)
+
+from server.journal import Journal, Status
+from server.rounds import TUNING
+from simulation.arms import FEDERATED, POOLED, Arm
+from simulation.config import Study
+from simulation.questions import ENSEMBLE, MODEL, TRUTH, Answers
+from simulation.study import Result
+from tokenizer.codebook import Codebook
+from tokenizer.split import SPLITS
+
+_TOLD = ("fedcomet", "torch", "flwr", "numpy", "polars")
+
+
+_KINDS: dict[str, Kind] = {
+    MODEL: "federated",
+    FEDERATED: "federated",
+    POOLED: "pooled",
+    ENSEMBLE: "ensemble",
+    TRUTH: "truth",
+}
+
+
+def report_of(result: Result, command: str) -> Report:
+    """Tell what a study found.
+
+    Args:
+        result: the finished study.
+        command: what the user typed, to be shown as the way to make it again.
+    """
+    study = result.study
+    federated = next(arm for arm in result.arms if arm.name == FEDERATED)
+    with Journal(federated.folder / "ledger.sqlite") as journal:
+        rounds, outbound = _rounds(journal), _outbound(federated, journal)
+        sites = _site_summaries(result, journal)
+    outcome = federated.outcome
+    if outcome is None:
+        raise AssertionError("a federated arm that fails raises before this")
+    codebook = Codebook.load(outcome.codebook)
+    failures = [f"{arm.name}: could not be trained ({arm.failure})" for arm in result.arms if arm.failure]
+    return Report(
+        title=study.title or study.name,
+        name=study.name,
+        introduction=_introduction(result),
+        settings=_settings(result, federated),
+        sites=sites,
+        questions=tuple(
+            question_of(study, answers, [site.name for site in result.sites]) for answers in result.answers
+        ),
+        training=tuple(_training(arm) for arm in result.arms),
+        rounds=rounds,
+        outbound=outbound,
+        codebook=CodebookSummary(
+            codebook.hash,
+            dict(Counter(token.kind for token in codebook.tokens)),
+            f"built from counts and histograms of at least {codebook.options.min_patients} patients each",
+        ),
+        command=command,
+        versions=(
+            ("python", platform.python_version()),
+            *((name, metadata.version(name)) for name in _TOLD),
+            ("machine", f"{platform.system()} {platform.machine()}"),
+        ),
+        hashes=(
+            ("study", study.digest()),
+            ("codebook", codebook.hash),
+            ("run manifest", outcome.manifest.hash),
+            ("ledger", outcome.ledger_fingerprint),
+        ),
+        notes=(*result.notes, *failures, *_reading_notes(result)),
+    )
+
+
+def _introduction(result: Result) -> str:
+    study, sites = result.study, len(result.sites)
+    made = {
+        "synthetic": f"{sites} made-up hospitals with different case mixes",
+        "meds": f"the patients of one dataset, split into {sites} sites,",
+        "sites": f"{sites} sites",
+    }[study.data.kind]
+    return (
+        f"{made[0].upper()}{made[1:]} trained one model together through Flower without showing their records. "
+        "Simulated timelines of the model then answered questions about patients whom it had never seen."
+    )
+
+
+def _settings(result: Result, federated: Arm) -> tuple[tuple[str, str], ...]:
+    study, train = result.study, result.study.training
+    if federated.outcome is None:
+        raise AssertionError("a federated arm that fails raises before this")
+    manifest = federated.outcome.manifest
+    work = f"{train.local_epochs:g} passes" if train.local_epochs is not None else f"{train.local_steps} steps"
+    outer = manifest.outer
+    how = "FedAvg" if outer.name == "fedavg" else f"Nesterov momentum {outer.momentum:g}, learning rate {outer.lr:g}"
+    return (
+        (
+            "Model",
+            f"{study.model.preset}: {manifest.model.parameters():,} parameters, context {manifest.model.context}",
+        ),
+        ("Values", f"{study.tokenizer.values}, {study.tokenizer.value_bins} bins"),
+        ("Rounds", f"{train.rounds}, each with {work} over a site's own patients"),
+        (
+            "Inner optimizer",
+            f"AdamW, peak learning rate {train.learning_rate:g}, batches of {train.batch_tokens:,} tokens",
+        ),
+        ("Outer optimizer", how),
+        ("Rollouts", f"{study.evaluation.trajectories} trajectories for each prediction"),
+        (
+            "Split",
+            f"{study.split.tuning:.0%} tuning, {study.split.held_out:.0%} held out, by keyed hash of the patient",
+        ),
+        ("Privacy", "no differential privacy and no secure aggregation in this run"),
+    )
+
+
+def _site_summaries(result: Result, journal: Journal) -> tuple[SiteSummary, ...]:
+    known = {entry.site: entry for entry in journal.sites()}
+    summaries = []
+    for site in result.sites:
+        entry = known.get(site.name)
+        if entry is None or entry.status is not Status.ACCEPTED:
+            reason = "took no part" if entry is None else entry.reason
+            summaries.append(SiteSummary(site.name, 0, 0, 0, 0, 0, reason))
+            continue
+        splits = json.loads(entry.counts)["splits"]
+        train, tuning, held_out = (int(splits[name]["patients"]) for name in SPLITS)
+        tokens = int(splits["train"]["tokens"])
+        summaries.append(SiteSummary(site.name, train + tuning + held_out, train, tuning, held_out, tokens))
+    return tuple(summaries)
+
+
+def question_of(study: Study, answers: Answers, sites: Sequence[str]) -> Question:
+    """Measure the answers to a question.
+
+    Args:
+        study: its seed and its resamples are used.
+        answers: every arm's risks.
+        sites: names by the index in `answers.sites`; none for no figures of single sites.
+    """
+    counts = answers.cohort.counts()
+    return ask(
+        answers.task,
+        # Censored predictions were left out before the rollouts; a reader wants to know how many.
+        replace(counts, predictions=counts.predictions + answers.censored, censored=answers.censored),
+        answers.cohort.labels,
+        answers.risks,
+        {name: _kind(name) for name in answers.risks},
+        subjects=answers.cohort.subject_ids,
+        seed=study.seed,
+        resamples=study.evaluation.resamples,
+        unresolved=answers.unresolved,
+        sites=(sites, answers.sites) if sites else None,
+        notes=answers.cohort.notes,
+    )
+
+
+def _kind(arm: str) -> Kind:
+    kinds: dict[str, Kind] = {
+        MODEL: "federated",
+        FEDERATED: "federated",
+        POOLED: "pooled",
+        ENSEMBLE: "ensemble",
+        TRUTH: "truth",
+    }
+    return kinds.get(arm, "alone")
+
+
+def _training(arm: Arm) -> Training:
+    if arm.outcome is None:
+        return Training(arm.name, _kind(arm.name), (), (), 0, 0, arm.failure)
+    with Journal(arm.folder / "ledger.sqlite") as journal:
+        losses = dict(sorted(journal.losses(TUNING).items()))
+        tokens = sum(
+            reply.tokens
+            for number in range(1, journal.committed() + 1)
+            for reply in journal.replies(number)
+            if reply.status is Status.ACCEPTED
+        )
+    best = int(arm.outcome.best_checkpoint.stem)
+    return Training(arm.name, _kind(arm.name), tuple(losses), tuple(losses.values()), best, tokens)
+
+
+def _rounds(journal: Journal) -> tuple[Round, ...]:
+    rounds = []
+    losses = journal.losses(TUNING)
+    for number in range(1, journal.committed() + 1):
+        replies = journal.replies(number)
+        good = [reply for reply in replies if reply.status is Status.ACCEPTED]
+        bad = [reply for reply in replies if reply.status is not Status.ACCEPTED]
+        rounds.append(
+            Round(
+                round=number,
+                accepted=len(good),
+                refused=len(bad),
+                tokens=sum(reply.tokens for reply in good),
+                bytes_received=sum(reply.bytes for reply in good),
+                seconds=max((reply.seconds for reply in good), default=0.0),
+                loss=losses.get(number),
+                refusals=tuple(f"{reply.site}: {reply.reason}" for reply in bad),
+            )
+        )
+    return tuple(rounds)
+
+
+def _outbound(federated: Arm, journal: Journal) -> tuple[Outbound, ...]:
+    """Count what left each site, in bytes of content without envelopes."""
+    sent = []
+    numbers = range(1, journal.committed() + 1)
+    replies = [reply for number in numbers for reply in journal.replies(number)]
+    scores = [score for score in journal.scores() if score.round in numbers]
+    for entry in journal.sites():
+        survey = federated.folder / "surveys" / f"{entry.site}.json"
+        if survey.exists():
+            sent.append(Outbound(entry.site, "survey (counts, histograms)", 1, survey.stat().st_size))
+        if entry.counts:
+            sent.append(Outbound(entry.site, "sizes of the splits", 1, len(entry.counts)))
+        updates = [r.bytes for r in replies if r.site == entry.site and r.status is Status.ACCEPTED]
+        sent.append(Outbound(entry.site, "model update, with token count and loss", len(updates), sum(updates)))
+        sums = [s for s in scores if s.site == entry.site and s.status is Status.ACCEPTED]
+        sent.append(Outbound(entry.site, "sum of losses and token count", len(sums), 16 * len(sums)))
+    return tuple(sent)
+
+
+def _reading_notes(result: Result) -> tuple[str, ...]:
+    arms = {arm.name for arm in result.arms}
+    notes = [
+        "The questions were put to held-out patients of all sites. A real server has no such patients: it asks about a "
+        "public, synthetic or consented cohort.",
+    ]
+    if POOLED in arms:
+        notes.append("The pooled arm trains on as many tokens as the federated one, with the same settings.")
+    if any(arm.endswith(" alone") for arm in arms):
+        notes.append("A site alone makes as many passes over its own patients as in the federation.")
+    return tuple(notes)
