@@ -202,6 +202,32 @@ def test_a_survey_that_breaks_its_floor_is_left_out(ram_path: Path) -> None:
     assert b"RARE" not in outcome.codebook.read_bytes()
 
 
+@pytest.mark.parametrize(
+    "survey",
+    [
+        b"[" * 100_000,
+        Survey(TokenizerOptions(min_patients=5), 9, {"\ud800": 9}),
+        Survey(TokenizerOptions(min_patients=5), 9, {"A": 9}, values={"A": {5: 10**400}}),
+        Survey(TokenizerOptions(min_patients=5), 9, gaps={"1-5min": {40_000: 9}}),
+    ],
+    ids=["deep", "surrogate", "huge", "far"],
+)
+def test_a_survey_that_breaks_the_codebook_is_left_out(ram_path: Path, survey: bytes | Survey) -> None:
+    def poison(reply: SurveyReply, to: Message) -> Message:
+        data = survey if isinstance(survey, bytes) else json.dumps({"format": "fedcomet-survey/1", **vars_of(survey)})
+        return flower.reply(dataclasses.replace(reply, survey=data if isinstance(data, bytes) else data.encode()), to)
+
+    nodes = hospitals(ram_path)
+    nodes[2] = altered(nodes[2], "query.survey", poison)
+    coordinator = Coordinator(ram_path / "run", nodes)
+    coordinator.lead(tiny.plan(rounds=1))
+    assert coordinator.events[-1].kind == "run.finished"
+
+
+def vars_of(survey: Survey) -> dict[str, Any]:
+    return dataclasses.asdict(survey)
+
+
 def test_a_survey_under_other_options_is_left_out(ram_path: Path) -> None:
     def other(reply: SurveyReply, to: Message) -> Message:
         return flower.reply(dataclasses.replace(reply, survey=Survey(TokenizerOptions(min_patients=1)).to_bytes()), to)
