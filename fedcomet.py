@@ -16,7 +16,7 @@ from tokenizer.errors import FedcometError
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
-    from server.report import Report
+    from server.results import Report
 
     from simulation.arms import Step
 

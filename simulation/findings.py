@@ -7,21 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib import metadata
 
-from server.report import (
-    Codebook as CodebookSummary,
-)
-from server.report import (
-    Kind,
-    Outbound,
-    Question,
-    Report,
-    Round,
-    SiteSummary,
-    Training,
-    ask,
-)
-
 from server.journal import Journal, Status
+from server.results import Codebook as CodebookSummary
+from server.results import Kind, Outbound, Question, Report, Round, SiteSummary, Training, ask
 from server.rounds import TUNING
 from simulation.arms import FEDERATED, POOLED, Arm
 from simulation.config import Study

@@ -14,11 +14,13 @@ Two passes, shard by shard: memory is bounded by a shard and one row per patient
 and the subject ids alone, not from how the dataset is sharded.
 """
 
+import contextlib
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,7 @@ from tokenizer.errors import DataError
 from tokenizer.events import MedsDataset, write_meds
 
 OTHER = "other"
-_REPORT = "partition.json"
+_ACCOUNT = "partition.json"
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,15 @@ def partition(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Parts:
-    """Split `dataset` into one MEDS dataset per site, `out/<site>`.
+    """Split a MEDS dataset into one for each site, `out/<site>`.
+
+    What was split before, from the same records by the same rule and seed, is found again and left as it is. The
+    account `out/partition.json` is written last; without it nothing counts as done.
 
     Args:
         dataset: where the patients come from.
-        rule: how they are grouped.
-        out: the directory to make; it appears whole, with an account in `partition.json`, or not at all.
+        rule: how its patients are grouped.
+        out: the folder of the sites; whatever else lies in it stays.
         seed: of `iid` and `dirichlet`.
         progress: called with sites written and to write.
 
@@ -83,11 +88,14 @@ def partition(
         The sites and how patients came to them.
 
     Raises:
-        DataError: the dataset has no patients, or none has a code under any prefix or a value in the column, or all
-            fall in one group.
+        DataError: the dataset has no patients, or none has a code under any prefix or a value in the
+            column, or all fall in one group.
     """
     if not dataset.subjects:
         raise DataError(f"{dataset.path}: no patients to split into sites; give a dataset with events")
+    made_from = {"rule": rule.model_dump(mode="json"), "seed": seed, "source": dataset.fingerprint()}
+    if (known := _known(out, made_from)) is not None:
+        return known
     found = _groups(dataset, rule)
     table, put_together = _sites(found, rule, seed)
     names = sorted(table["site"].unique()) if rule.by in ("code", "column") else _numbered(rule.sites or 0)
@@ -96,20 +104,42 @@ def partition(
             f"{dataset.path}: all {dataset.subjects} patients fall in the one site {names[0]!r}; "
             "choose another prefix or column, or lower min_patients"
         )
-    sites = []
-    with durable.directory(out) as aside:
-        for number, name in enumerate(names):
+    (out / _ACCOUNT).unlink(missing_ok=True)
+    sites: list[Site] = []
+    try:
+        for name in names:
             members = table.filter(pl.col("site") == name).select("subject_id")
             tally = _Tally()
-            write_meds(aside / name, _share(dataset, members, tally), name=f"{dataset.name}, site {name}")
-            sites.append(Site(name, out / name, members.height, tally.events))
+            sites.append(Site(name, out / name, members.height, 0))
+            write_meds(out / name, _share(dataset, members, tally), name=f"{dataset.name}, site {name}")
+            sites[-1] = replace(sites[-1], events=tally.events)
             if progress is not None:
-                progress(number + 1, len(names))
-        parts = Parts(tuple(sites), found.key, found.without, found.several, put_together)
-        account = asdict(parts) | {"rule": rule.model_dump(mode="json"), "seed": seed, "source": dataset.name}
-        account["sites"] = [asdict(site) | {"path": site.name} for site in sites]
-        (aside / _REPORT).write_text(json.dumps(account, indent=2, sort_keys=True) + "\n")
+                progress(len(sites), len(names))
+    except BaseException:
+        _remove(out, sites)
+        raise
+    parts = Parts(tuple(sites), found.key, found.without, found.several, put_together)
+    account = made_from | asdict(parts) | {"sites": [asdict(site) | {"path": site.name} for site in sites]}
+    durable.write_bytes(out / _ACCOUNT, json.dumps(account, indent=1, sort_keys=True).encode() + b"\n")
     return parts
+
+
+def _known(out: Path, made_from: dict[str, object]) -> Parts | None:
+    """Find what an earlier call has made of the same."""
+    if not (out / _ACCOUNT).exists():
+        return None
+    account = json.loads((out / _ACCOUNT).read_bytes())
+    if {key: account.pop(key, None) for key in made_from} != made_from:
+        return None
+    sites = tuple(Site(**site | {"path": out / site["path"]}) for site in account.pop("sites"))
+    return Parts(sites, **account)
+
+
+def _remove(out: Path, sites: list[Site]) -> None:
+    for site in sites:
+        shutil.rmtree(site.path, ignore_errors=True)
+    with contextlib.suppress(OSError):  # other things lie in the folder: it stays
+        out.rmdir()
 
 
 @dataclass
@@ -195,10 +225,7 @@ def _sites(found: _Found, rule: Partition, seed: int) -> tuple[pl.DataFrame, dic
     table = found.table.with_columns(order=_order(found.table["subject_id"], seed)).sort("order")
     if rule.by in ("iid", "dirichlet"):
         return _dealt(table, rule.sites or 0, rule.alpha if rule.by == "dirichlet" else None, seed), {}
-    names = {
-        group: OTHER if group is None else _slug(f"{found.key}-{group}" if group else found.key)
-        for group in table["group"].unique().sort()
-    }
+    names = {group: _name(found.key, group) for group in table["group"].unique().sort()}
     if len(set(names.values())) < len(names):
         # Two values may look alike once they are file names.
         taken = sorted(names.values())
@@ -244,6 +271,14 @@ def _order(ids: pl.Series, seed: int) -> pl.Series:
     key = seed.to_bytes(16, "little", signed=True)
     digests = (hashlib.blake2b(str(one).encode(), key=key, digest_size=8).digest() for one in ids)
     return pl.Series([int.from_bytes(digest, "little") for digest in digests], dtype=pl.UInt64)
+
+
+def _name(key: str, group: str | None) -> str:
+    """A folder name; values of several words speak for themselves, others carry the prefix or column."""
+    if group is None:
+        return OTHER
+    value = _slug(group)
+    return value if "-" in value else _slug(f"{key}-{group}")
 
 
 def _slug(text: str) -> str:

@@ -6,9 +6,14 @@ import polars as pl
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from model.tasks import Task, cohort
 from simulation.hospital import PROFILES, Records, generate, write_hospital
+from tokenizer.codebook import Codebook, TokenizerOptions
 from tokenizer.errors import ConfigError
 from tokenizer.events import MedsDataset, canonical_order
+from tokenizer.split import SplitRule
+from tokenizer.store import build_store
+from tokenizer.survey import survey
 
 TASKS = ("death_90d", "readmission_30d")
 
@@ -135,3 +140,26 @@ def test_wrong_profiles_are_named():
         replace(PROFILES["heart"], practice=replace(PROFILES["heart"].practice, reasons=(0.0,) * 10))
     with pytest.raises(ConfigError, match="patients must be 0 or more, not -1"):
         generate(PROFILES["heart"], -1, seed=0)
+
+
+def test_questions_asked_of_tokens_find_the_same_answers_as_the_truth(tmp_path: Path):
+    profile = PROFILES["general"]
+    write_hospital(tmp_path, profile, 300, seed=3)
+    dataset = MedsDataset.open(tmp_path / "records")
+    rule = SplitRule("key", tuning=0.0, held_out=0.0)
+    codebook = Codebook.build(survey(dataset, rule, TokenizerOptions(min_patients=2)))
+    split = build_store(dataset, codebook, rule, tmp_path / "store").split("train")
+    truth = pl.read_parquet(tmp_path / "truth.parquet")
+    for task in (
+        Task("death_90d", "?", ("HOSPITAL_DISCHARGE",), ("MEDS_DEATH",), (), 0.0, 90, "each"),
+        Task(
+            "readmission_30d", "?", ("HOSPITAL_DISCHARGE",), ("HOSPITAL_ADMISSION",), ("MEDS_DEATH",), 0.0, 30, "each"
+        ),
+    ):
+        found = cohort(task, split, codebook)
+        rows = truth.filter(pl.col("task") == task.name).sort("subject_id", "prediction_time")
+        # Who dies in hospital is discharged and dead at one moment: decided, not asked.
+        assert found.subject_ids.tolist() == rows["subject_id"].to_list()
+        assert found.prediction_us.tolist() == rows["prediction_time"].to_physical().to_list()
+        assert found.labels.tolist() == rows["label"].to_list()
+        assert found.notes == ()

@@ -69,7 +69,7 @@ def test_every_patient_lands_whole_at_exactly_one_site(rule: Partition, units: l
         original = _events(whole.path)
         assert together.drop("site").sort(together.columns[:4]).equals(original.sort(original.columns))
         assert [site.events for site in parts.sites] == [frame.height for frame in sites]
-        assert sum(site.patients for site in parts.sites) == whole.subjects
+        assert sum(site.patients for site in parts.sites) == len(people)
 
 
 def test_patients_go_by_their_first_code_and_all_others_are_counted(tmp_path: Path):
@@ -139,16 +139,28 @@ def test_a_small_alpha_makes_sites_differ_and_a_large_one_alike(tmp_path: Path):
 
 
 def test_the_account_beside_the_sites_tells_how_they_came_about(tmp_path: Path):
-    dataset = _dataset(tmp_path / "all", _frame({1: ["UNIT//A"], 2: ["UNIT//B"]}))
-    partition(dataset, UNIT, tmp_path / "sites", seed=7)
+    source = _dataset(tmp_path / "all", _frame({1: ["UNIT//A"], 2: ["UNIT//B"]}))
+    partition(source, UNIT, tmp_path / "sites", seed=7)
     account = json.loads((tmp_path / "sites/partition.json").read_text())
-    assert account["rule"]["by"] == "code"
-    assert (account["seed"], account["source"]) == (7, "all")
-    assert [site["patients"] for site in account["sites"]] == [1, 1]
+    assert (account["rule"]["by"], account["seed"], account["source"]) == ("code", 7, source.fingerprint())
+    assert [(site["path"], site["patients"]) for site in account["sites"]] == [("unit-a", 1), ("unit-b", 1)]
+
+
+def test_what_was_split_before_is_found_again_and_left_alone(tmp_path: Path):
+    source = _dataset(tmp_path / "all", _frame({1: ["UNIT//A"], 2: ["UNIT//B"]}))
+    first = partition(source, UNIT, tmp_path / "sites", seed=0)
+    other = tmp_path / "sites/notes.txt"
+    other.touch()
+    marks = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet")}
+    assert partition(source, UNIT, tmp_path / "sites", seed=0) == first
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet")} == marks
+    more = _dataset(tmp_path / "all", _frame({1: ["UNIT//A"], 2: ["UNIT//B"], 3: ["UNIT//B"]}))
+    assert _patients(partition(more, UNIT, tmp_path / "sites", seed=0)) == {"unit-a": {1}, "unit-b": {2, 3}}
+    assert other.exists()
 
 
 def test_what_cannot_be_split_is_refused_and_leaves_nothing(tmp_path: Path):
-    dataset = _dataset(tmp_path / "all", _frame({1: ["UNIT//A"], 2: ["UNIT//A"]}))
+    source = _dataset(tmp_path / "all", _frame({1: ["UNIT//A"], 2: ["UNIT//A"]}))
     cases = {
         Partition(by="code", prefixes=("WARD", "BED")): "no patient has a code under WARD, BED",
         Partition(by="column", column="clinic"): "no column clinic; it has subject_id",
@@ -156,18 +168,30 @@ def test_what_cannot_be_split_is_refused_and_leaves_nothing(tmp_path: Path):
     }
     for rule, message in cases.items():
         with pytest.raises(DataError, match=message):
-            partition(dataset, rule, tmp_path / "sites", seed=0)
+            partition(source, rule, tmp_path / "sites", seed=0)
     write_meds(tmp_path / "none", [], name="none")
     with pytest.raises(DataError, match="no patients to split"):
         partition(MedsDataset.open(tmp_path / "none"), UNIT, tmp_path / "sites", seed=0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["all", "none"]
 
 
+def test_a_split_that_breaks_off_leaves_no_site(tmp_path: Path):
+    source = _dataset(tmp_path / "all", _frame({1: ["UNIT//A"], 2: ["UNIT//B"]}))
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        partition(source, UNIT, tmp_path / "sites", seed=0, progress=interrupt)
+    assert not (tmp_path / "sites").exists()
+
+
 def test_a_synthetic_hospital_splits_by_diagnosis(tmp_path: Path):
     write_meds(tmp_path / "all", [("0", generate(PROFILES["general"], 200, seed=0).events)], name="general")
     rule = Partition(by="dirichlet", prefixes=("DIAGNOSIS",), sites=3, alpha=0.3)
     done = []
-    dataset = MedsDataset.open(tmp_path / "all")
-    parts = partition(dataset, rule, tmp_path / "sites", seed=0, progress=lambda *step: done.append(step))
+    parts = partition(
+        MedsDataset.open(tmp_path / "all"), rule, tmp_path / "sites", seed=0, progress=lambda *step: done.append(step)
+    )
     assert sum(site.patients for site in parts.sites) == 200
     assert done == [(1, 3), (2, 3), (3, 3)]

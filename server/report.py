@@ -1,0 +1,147 @@
+"""The report of a study: one JSON file, one HTML page, and tables for the terminal, all made from `server.results`.
+
+The page is one file that needs no network: pictures are inline SVG drawn by `server.plots`, colours follow the reader's
+light or dark setting, tables have captions and pictures descriptions. `load` and `write_report` make it again from the
+JSON file alone.
+"""
+
+from pathlib import Path
+
+import jinja2
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from federation import canonical
+from server import plots
+from server.results import KINDS, ArmResult, Figure, Question, Report
+from tokenizer import durable
+from tokenizer.errors import DataError
+
+
+def write_report(path: Path, report: Report) -> None:
+    """Write the HTML page `path`, and beside it the same as `report.json` (the page's name with `.json`)."""
+    durable.write_bytes(path.with_suffix(".json"), canonical.encode(report))
+    durable.write_bytes(path, render(report).encode())
+
+
+def load(path: Path) -> Report:
+    """Read the JSON that `write_report` wrote.
+
+    Raises:
+        DataError: the file is missing, or is no report of this version; the field that doesn't fit is named.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as problem:
+        raise DataError(f"{path}: can't be read ({problem.strerror}); run the study, or name its folder") from None
+    return canonical.decode(Report, data, str(path), DataError)
+
+
+def render(report: Report) -> str:
+    """Give the HTML page."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(
+        number=_show_number, interval=_show_interval, bytes=show_bytes, count=show_count, share=_show_share
+    )
+    pictures = {question.name: plots.question(question) for question in report.questions}
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        pictures=pictures,
+        training=plots.training(report.training),
+        headlines={question.name: headline(question) for question in report.questions},
+        kinds=KINDS,
+    )
+
+
+def question_table(question: Question) -> Table:
+    """Give a question's answers as a table for a terminal."""
+    counts = question.counts
+    title = f"{question.question}\n{counts.positive} yes, {counts.negative} no; {question.patients} held-out patients"
+    table = Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("", "AUROC (95 %)", f"minus {question.reference} (paired)", "AUPRC", "Brier", "ECE"):
+        table.add_column(escape(heading), justify="right" if heading else "left", no_wrap=True)
+    for arm in question.arms:
+        numbers = (_show_number(figure, False) for figure in (arm.auprc, arm.brier, arm.ece))
+        difference = "reference" if arm.difference is None else show_figure(arm.difference, signed=True)
+        cells = (arm.arm, show_figure(arm.auroc), difference, *numbers)
+        style = {"federated": "bold", "truth": "italic"}.get(arm.kind, "")
+        table.add_row(*map(escape, cells), style=style)
+    return table
+
+
+def terminal_tables(report: Report) -> list[Table]:
+    """Give the results as tables for a terminal: one for each question, one of the sites."""
+    table = Table(title="Sites", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("", "patients", "train", "tuning", "held out", "tokens to train on", "sent to the server"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for site in report.sites:
+        sent = sum(row.bytes_sent for row in report.outbound if row.site == site.name)
+        numbers = (show_count(n) for n in (site.patients, site.train, site.tuning, site.held_out, site.tokens))
+        table.add_row(escape(site.name + (f" ({site.note})" if site.note else "")), *numbers, show_bytes(sent))
+    return [*map(question_table, report.questions), table]
+
+
+def headline(question: Question) -> str:
+    """Say the main result in a sentence or two."""
+    by_kind: dict[str, list[ArmResult]] = {}
+    for arm in question.arms:
+        if arm.auroc.value is not None:
+            by_kind.setdefault(arm.kind, []).append(arm)
+    if "federated" not in by_kind:
+        return "No ranking can be measured: " + (question.arms[0].auroc.note if question.arms else "no arm") + "."
+    federated = by_kind["federated"][0]
+    said = [f"The federated model ranks patients with an AUROC of {show_figure(federated.auroc)}"]
+    if "alone" in by_kind:
+        best = max(by_kind["alone"], key=lambda arm: arm.auroc.value or 0.0)
+        said.append(f"the best single site reaches {show_figure(best.auroc)} ({best.arm})")
+    if "pooled" in by_kind:
+        said.append(f"all records pooled give {show_figure(by_kind['pooled'][0].auroc)}")
+    if "truth" in by_kind:
+        said.append(f"the true risks themselves score {show_figure(by_kind['truth'][0].auroc)}: nothing can do better")
+    return "; ".join(said) + "."
+
+
+def show_figure(figure: Figure | None, *, signed: bool = False) -> str:
+    """Write a figure with its interval: `0.812 (0.774–0.848)`; with signs `−0.012 (−0.031 to +0.008)`."""
+    if figure is None or figure.value is None:
+        return "–"
+    interval = _show_interval(figure, signed)
+    return f"{_show_number(figure, signed)} ({interval})" if interval else _show_number(figure, signed)
+
+
+def _show_number(figure: Figure, signed: bool) -> str:
+    return "–" if figure.value is None else _decimals(figure.value, signed)
+
+
+def _show_interval(figure: Figure, signed: bool) -> str:
+    if figure.low is None or figure.high is None:
+        return ""
+    between = " to " if signed else "–"
+    return _decimals(figure.low, signed) + between + _decimals(figure.high, signed)
+
+
+def _decimals(number: float, signed: bool) -> str:
+    return f"{number:+.3f}".replace("-", "−") if signed else f"{number:.3f}"
+
+
+def show_bytes(size: int) -> str:
+    """Write a size: `1.3 MB`."""
+    amount = float(size)
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 1000 or unit == "GB":
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    raise AssertionError
+
+
+def show_count(number: int) -> str:
+    """Write a count with thin spaces between thousands."""
+    return f"{number:,}".replace(",", "\u202f")
+
+
+def _show_share(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f} %"
