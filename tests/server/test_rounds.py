@@ -307,6 +307,22 @@ def test_an_aggregated_round_takes_no_more_updates(run: Run) -> None:
     assert not run.rounds.collecting
 
 
+@pytest.mark.parametrize("size", [2**62, 2**64, 10**30])
+def test_numbers_that_no_ledger_holds_are_malformed(ram_path: Path, size: int) -> None:
+    run = Run(ram_path / "run", agreement(local=LocalWork(epochs=1, batch_tokens=8192)))
+    run.rounds.open()
+    assert run.rounds.receive("icu-a", reply(run, "icu-a", steps=size, tokens=size)) is Status.MALFORMED
+    for site in SITES[1:]:
+        run.rounds.receive(site, reply(run, site))
+    run.rounds.aggregate()
+    request = run.rounds.evaluation(TUNING, 1e12)
+    assert request is not None
+    huge = dataclasses.replace(score(request, "icu-b"), tokens=size)
+    run.rounds.score(request, {"icu-b": huge, "icu-c": score(request, "icu-c")})
+    assert [entry.status for entry in run.journal.scores()] == [Status.MALFORMED, Status.ACCEPTED]
+    run.journal.close()
+
+
 def test_local_epochs_bound_the_tokens_too(ram_path: Path) -> None:
     run = Run(ram_path / "run", agreement(local=LocalWork(epochs=1, batch_tokens=64)))
     run.rounds.open()
