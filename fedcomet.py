@@ -16,8 +16,8 @@ from tokenizer.errors import FedcometError
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
-    from server.results import Report
 
+    from server.results import Report
     from simulation.arms import Step
 
 app = typer.Typer(
@@ -207,9 +207,9 @@ def evaluate(
 ) -> None:
     """Ask a trained model the questions of a study about the patients of a store."""
     from rich.console import Console
-    from server.report import question_table
 
     from server.futures import Model
+    from server.report import question_table
     from simulation import config
     from simulation.findings import question_of
     from simulation.pool import Pool
@@ -234,6 +234,7 @@ def evaluate(
 def _show(folder: Path, make: "Callable[[], Report]") -> None:
     """Write a study's report into its folder, and print its tables."""
     from rich.console import Console
+
     from server.report import terminal_tables, write_report
 
     console = Console()
