@@ -25,7 +25,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _SITE, _RESEARCH = "For a site", "For a researcher"
@@ -73,8 +73,8 @@ def tokenize(
 ) -> None:
     """Turn a MEDS dataset into tokens.
 
-    Surveys the records, makes a codebook from the survey (or takes the one given), encodes every timeline, and prints
-    how a first patient reads. Nothing leaves the machine.
+    Surveys the records, makes a codebook from the survey (or takes the one given), and encodes every timeline. Nothing
+    leaves the machine.
     """
     from rich.console import Console
 
