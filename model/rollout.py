@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _KEPT_SHARE = 0.75
 # New prompts wait until this share of the rows is free, so that they move in as one lane.
 _LANE_SHARE = 0.25
-_MOST_LANES = 4
+_MOST_LANES = 6
 # Tokens of prompts in one pass of the decoder.
 _PREFILL_TOKENS = 8192
 _NO_TOKENS = np.empty(0, dtype=np.int32)
@@ -212,7 +212,7 @@ class _Run:
         self._decoder, self._clock, self._settings = decoder, clock, settings
         self._shape = (len(prompts), trajectories)
         self._device = decoder.embed_tokens.weight.device
-        self._never = torch.from_numpy(clock.never).to(self._device)
+        self._never = self._to_device(np.flatnonzero(clock.never))
         outcomes = np.stack([*stop.outcomes, np.ones(len(clock.never), dtype=bool)])
         first = outcomes.argmax(0)
         self._event_of = np.where(first < len(stop.outcomes), first, -1).astype(np.int32)
@@ -263,17 +263,18 @@ class _Run:
         for lane, logits in zip(lanes, self._decoder.logits(hidden_BD).split(sizes), strict=True):
             self._draw(lane, logits)
 
-    def unload_full(self, lane: Lane) -> Iterator[_Task]:
+    def unload_full(self, lane: Lane) -> list[_Task]:
         """Take rows out of the lane whose window has no place for the newest token; their shorter windows follow."""
         context = self._decoder.config.context
         full = lane.positions() >= context
-        if not full.any():
-            return
+        tasks = []
         for row in lane.rows[full].tolist():
             window, held = self._window[row]
             grown = np.concatenate([window, self._drawn[row][held:]])
-            yield _Task(self._clock.crop(grown, _kept_length(context)), np.array([row]))
-        lane.drop(full)
+            tasks.append(_Task(self._clock.crop(grown, _kept_length(context)), np.array([row])))
+        if tasks:
+            lane.drop(full)
+        return tasks
 
     def result(self) -> Rollouts:
         """Everything in the shape [P, R]."""
@@ -337,7 +338,7 @@ class _Run:
 
     def _forbid_(self, logits_BV: Tensor, now_us: np.ndarray) -> None:
         """Exclude what can't be sampled: never-tokens, and before the prediction all that doesn't reach it."""
-        logits_BV.masked_fill_(self._never, -torch.inf)
+        logits_BV.index_fill_(1, self._never, -torch.inf)
         advance = self._clock.advance_us
         early = np.flatnonzero(now_us < 0)
         if not len(early) or not advance.any():
