@@ -167,8 +167,7 @@ def rollout(
         waiting.extendleft(task for lane in lanes for task in run.unload_full(lane))
         lanes = _tidied(lanes)
         if progress is not None and (now := int((run.reason >= 0).sum())) > ended:
-            ended = now
-            progress(ended, len(run.reason))
+            progress(ended := now, len(run.reason))
     return run.result()
 
 
@@ -220,8 +219,7 @@ class _Run:
         self._key = np.repeat(np.array(keys, dtype=np.int64), trajectories)
         self._trajectory = np.tile(np.arange(trajectories), len(prompts))
         rows = len(self._key)
-        elapsed = np.array([prompt.elapsed_us for prompt in prompts], dtype=np.int64)
-        self._now_us = -np.repeat(elapsed, trajectories)
+        self._now_us = -np.repeat(np.array([prompt.elapsed_us for prompt in prompts], dtype=np.int64), trajectories)
         self._count = np.zeros(rows, dtype=np.int64)
         self._newest = np.zeros(rows, dtype=np.int64)
         self._event = np.full(rows, -1, dtype=np.int32)
@@ -238,13 +236,13 @@ class _Run:
         owner = np.repeat(np.arange(len(tasks)), [len(task.rows) for task in tasks])
         for task in tasks:
             for row in task.rows.tolist():
-                drawn = self._drawn.setdefault(row, [])
-                self._window[row] = (task.window, len(drawn))
-        prefix = _empty_prefix(self._decoder, lengths)
+                self._window[row] = (task.window, len(self._drawn.setdefault(row, [])))
+        config = self._decoder.config
+        shape = (config.layers, 2, len(tasks), config.kv_heads, int(lengths.max()), config.head_width)
+        prefix = torch.zeros(shape, device=self._device)
         last_WD = torch.cat([self._prefill(prefix, tasks, part) for part in _parts(lengths)])
         lane = Lane(prefix, lengths, owner, rows)
-        logits_WV = self._decoder.logits(last_WD)
-        self._draw(lane, logits_WV.index_select(0, torch.from_numpy(owner).to(self._device)))
+        self._draw(lane, self._decoder.logits(last_WD).index_select(0, self._to_device(owner)))
         return lane
 
     def advance(self, lanes: Sequence[Lane]) -> None:
@@ -387,12 +385,6 @@ def _tidied(lanes: list[Lane]) -> list[Lane]:
         pair = min(range(len(lanes) - 1), key=lambda place: len(lanes[place]) + len(lanes[place + 1]))
         lanes[pair].absorb(lanes.pop(pair + 1))
     return lanes
-
-
-def _empty_prefix(decoder: Decoder, lengths: np.ndarray) -> Tensor:
-    config = decoder.config
-    shape = (config.layers, 2, len(lengths), config.kv_heads, int(lengths.max()), config.head_width)
-    return torch.zeros(shape, device=decoder.embed_tokens.weight.device)
 
 
 def _parts(lengths: np.ndarray) -> Iterator[slice]:
