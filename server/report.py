@@ -62,11 +62,13 @@ def question_table(question: Question) -> Table:
     counts = question.counts
     title = f"{question.question}\n{counts.positive} yes, {counts.negative} no; {question.patients} held-out patients"
     table = Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("", "AUROC (95 %)", f"minus {question.reference} (paired)", "AUPRC", "Brier", "ECE"):
-        table.add_column(escape(heading), justify="right" if heading else "left", no_wrap=True)
+    # As wide as a terminal of 80 columns; the page has the rest.
+    table.add_column("", overflow="fold", max_width=20)
+    for heading in ("AUROC (95 %)", f"minus {question.reference}", "AUPRC", "Brier"):
+        table.add_column(escape(heading), justify="right", no_wrap=True)
     for arm in question.arms:
-        numbers = (_show_number(figure, False) for figure in (arm.auprc, arm.brier, arm.ece))
-        difference = "reference" if arm.difference is None else show_figure(arm.difference, signed=True)
+        numbers = (_show_number(figure, False) for figure in (arm.auprc, arm.brier))
+        difference = "reference" if arm.difference is None else show_figure(arm.difference, signed=True).replace(" to ", ", ")
         cells = (arm.arm, show_figure(arm.auroc), difference, *numbers)
         style = {"federated": "bold", "truth": "italic"}.get(arm.kind, "")
         table.add_row(*map(escape, cells), style=style)
@@ -76,8 +78,9 @@ def question_table(question: Question) -> Table:
 def terminal_tables(report: Report) -> list[Table]:
     """Give the results as tables for a terminal: one for each question, one of the sites."""
     table = Table(title="Sites", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("", "patients", "train", "tuning", "held out", "tokens to train on", "sent to the server"):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    table.add_column("", overflow="fold", max_width=30)
+    for heading in ("patients", "train", "tuning", "held out", "tokens", "sent"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for site in report.sites:
         sent = sum(row.bytes_sent for row in report.outbound if row.site == site.name)
         numbers = (show_count(n) for n in (site.patients, site.train, site.tuning, site.held_out, site.tokens))

@@ -136,7 +136,12 @@ class Rounds:
         return request
 
     def receive(self, site: str, answer: Answer) -> Status:
-        """Decide on a site's answer of the open round, and keep it when it is good; the first answer counts."""
+        """Decide on a site's answer of the open round, and keep it when it is good; the first answer counts.
+
+        An answer of an earlier round, which was late then, is passed over.
+        """
+        if isinstance(answer, TrainReply) and answer.round < self.number:
+            return Status.LATE
         decided = {entry.site: entry.status for entry in self._journal.replies(self.number)}
         if site in decided:
             return decided[site]

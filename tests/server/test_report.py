@@ -247,14 +247,15 @@ def test_the_headline_compares_the_arms(question: Question):
 
 
 def test_terminal_tables_hold_the_results(report: Report):
-    console = Console(width=140, record=True, file=None, quiet=False, force_terminal=False)
+    console = Console(width=80)
     with console.capture() as captured:
         for table in terminal_tables(report):
             console.print(table)
     said = captured.get()
     for arm in report.questions[0].arms:
         assert show_figure(arm.auroc) in said
-    assert "south (refused: too few)" in said
+    assert "south (refused:" in said
+    assert "…" not in said
     assert "2.0 MB" in said
 
 

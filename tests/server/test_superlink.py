@@ -1,4 +1,7 @@
-"""The same apps on a real SuperLink with three SuperNodes: TLS, node authentication, real processes, on loopback."""
+"""The same apps on a real SuperLink with three SuperNodes: TLS, node authentication, real processes, on loopback.
+
+The coordinator's process is killed in the second round and the run is started again.
+"""
 
 import datetime as dt
 import ipaddress
@@ -110,8 +113,13 @@ class Service:
             found = self._more.wait_for(lambda: any(text in line for line in self.lines), timeout_s)
         assert found, "".join(self.lines)
 
+    def wait(self, timeout_s: float = 300) -> int:
+        code = self._process.wait(timeout_s)
+        self._reader.join(60)
+        return code
+
     def stop(self) -> None:
-        self._process.send_signal(signal.SIGTERM)
+        self._process.terminate()
         try:
             self._process.wait(60)
         finally:
@@ -193,7 +201,7 @@ def write_node_key(path: Path) -> None:
     path.with_suffix(".pub").write_bytes(public + b"\n")
 
 
-def start_superlink(place: Machine, port: int) -> None:
+def start_superlink(place: Machine, port: int) -> Service:
     root = place.root
     write_certificates(root)
     (root / "flwr").mkdir()
@@ -206,6 +214,7 @@ def start_superlink(place: Machine, port: int) -> None:
     rules = ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
     superlink = place.start(str(BIN / "flower-superlink"), *tls, *where, *rules)
     superlink.wait_for("running on")
+    return superlink
 
 
 def start_supernode(place: Machine, files: SiteFiles, superlink: int, port: int) -> Service:
@@ -218,6 +227,15 @@ def start_supernode(place: Machine, files: SiteFiles, superlink: int, port: int)
     return place.start(str(BIN / "flower-supernode"), *link, *own)
 
 
+def kill_coordinator(place: Machine) -> None:
+    killed = 0
+    for pid in place.processes():
+        if b"flwr-serverapp" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            tiny.kill(pid)
+            killed += 1
+    assert killed
+
+
 def test_a_real_superlink_gives_what_the_engine_on_one_machine_gives(tmp_path: Path) -> None:
     files = tiny.sites(tmp_path)
     plan = tiny.plan(outer=OuterOptions.nesterov(), expect_sites=3, join_s=120.0, deadline_s=600.0, min_sites=3)
@@ -225,15 +243,19 @@ def test_a_real_superlink_gives_what_the_engine_on_one_machine_gives(tmp_path: P
     run_dir.mkdir(parents=True)
     (run_dir / "plan.json").write_bytes(plan.to_bytes())
     with machine(tmp_path) as place:
-        superlink, *ports = free_ports(4)
-        start_superlink(place, superlink)
-        nodes = [start_supernode(place, one, superlink, port) for one, port in zip(files, ports, strict=True)]
-        app = str(REPOSITORY / "deploy/flower-app")
-        told = place.call(str(BIN / "flwr"), "run", app, "test", "--stream", "--run-config", 'run="first"')
-        output = "".join("".join(node.lines) for node in nodes)
+        port, *ports = free_ports(4)
+        superlink = start_superlink(place, port)
+        for one, own in zip(files, ports, strict=True):
+            start_supernode(place, one, port, own)
+        run = [str(BIN / "flwr"), "run", str(REPOSITORY / "deploy/flower-app"), "test", "--stream"]
+        first = place.start(*run, "--run-config", 'run="first"')
+        first.wait_for("update.accepted round 2", 400)
+        kill_coordinator(place)
+        first.wait()
+        told = place.call(*run, "--run-config", 'run="first"')
 
     with Journal(run_dir / "ledger.sqlite") as journal:
-        assert journal.committed() == plan.rounds, told + output
+        assert journal.committed() == plan.rounds, told + "".join(superlink.lines)
         assert [entry.status for entry in journal.replies(2)] == [Status.ACCEPTED] * 3
         fingerprint = journal.fingerprint()
     fresh = [SiteFiles(one.name, one.data, tmp_path / "fresh" / one.name) for one in files]
