@@ -1,0 +1,178 @@
+"""The command line: what a person types, sees, and gets back as exit codes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from tests import tiny
+
+REPOSITORY = Path(__file__).parents[1]
+HELP = Path(__file__).parent / "golden" / "help.txt"
+COMMANDS = ("tokenize", "simulate", "report", "rollout", "evaluate")
+STUDY = """
+name = "tiny"
+arms = ["federated", "alone", "pooled", "ensemble"]
+[data]
+kind = "synthetic"
+hospitals = ["heart", "general"]
+patients = 120
+[tokenizer]
+values = "fused"
+[model]
+context = 128
+[training]
+rounds = 1
+local_epochs = 0.2
+batch_tokens = 1024
+[[task]]
+name = "readmission_30d"
+question = "Will the patient be admitted again within 30 days?"
+trigger = ["HOSPITAL_DISCHARGE"]
+occurrence = "each"
+outcome = ["HOSPITAL_ADMISSION"]
+competing = ["MEDS_DEATH"]
+horizon_days = 30
+[evaluation]
+trajectories = 2
+max_tokens = 16
+resamples = 100
+"""
+
+
+def fedcomet(*arguments: object, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": "100", "TERM": "dumb", "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+    command = [sys.executable, str(REPOSITORY / "fedcomet.py"), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture(scope="module")
+def finished(root: Path) -> Path:
+    """A finished study's folder."""
+    (root / "study.toml").write_text(STUDY)
+    done = fedcomet("simulate", "study.toml", "--workers", 2, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert "0 yes" not in done.stdout
+    for name in ("federated", "heart alone", "general alone", "pooled", "ensemble", "true risk"):
+        assert name in done.stdout
+    return root / "runs" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def tokens(root: Path, finished: Path) -> Path:
+    """Another hospital's records as tokens of the study's codebook."""
+    records = finished / "records" / "heart" / "records"
+    done = fedcomet("tokenize", records, "--out", root / "tokens", "--codebook", finished / "model" / "codebook.json")
+    assert done.returncode == 0, done.stderr
+    return root / "tokens" / "store"
+
+
+def test_the_help_of_every_command_is_the_golden_one() -> None:
+    """`python -m tests.test_cli` writes the golden file anew."""
+    assert help_texts() == HELP.read_text(encoding="utf-8")
+
+
+def help_texts() -> str:
+    texts = [fedcomet("--help"), *(fedcomet(command, "--help") for command in COMMANDS)]
+    assert all(text.returncode == 0 for text in texts)
+    lines = "\n".join(text.stdout for text in texts).splitlines()
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def test_a_study_ends_with_a_table_and_a_report(finished: Path) -> None:
+    assert (finished / "report.html").read_text().startswith("<!DOCTYPE html>")
+    assert "http://" not in (finished / "report.html").read_text().replace("http://www.w3.org/", "")
+    assert sorted(path.name for path in (finished / "model").iterdir()) == ["checkpoint.safetensors", "codebook.json"]
+
+
+def test_the_report_is_shown_again_byte_for_byte(finished: Path) -> None:
+    before = (finished / "report.html").read_bytes()
+    done = fedcomet("report", finished)
+    assert done.returncode == 0
+    assert "federated" in done.stdout
+    assert (finished / "report.html").read_bytes() == before
+
+
+def test_nothing_half_written_is_left(finished: Path) -> None:
+    assert not list(finished.rglob("*.partial"))
+
+
+def test_tokenize_makes_a_codebook_of_its_own(tmp_path: Path) -> None:
+    site = tiny.site(tmp_path, "here", seed=1)
+    done = fedcomet("tokenize", site.data, "--out", tmp_path / "out", "--min-patients", 5)
+    assert done.returncode == 0
+    assert "train: " in done.stdout
+    assert (tmp_path / "out" / "codebook.json").exists()
+
+
+def test_futures_of_a_patient_are_shown_and_written(finished: Path, tokens: Path, tmp_path: Path) -> None:
+    subject = next(iter(pl.read_parquet(finished / "records/heart/records/data/**/*.parquet")["subject_id"]))
+    arguments = ("--subject", subject, "--days", 30, "--trajectories", 2, "--max-tokens", 20)
+    done = fedcomet("rollout", finished / "model", tokens, *arguments, "--out", tmp_path / "futures.parquet")
+    assert done.returncode == 0, done.stderr
+    assert "future 2:" in done.stdout
+    assert set(pl.read_parquet(tmp_path / "futures.parquet")["trajectory"]) <= {-1, 0, 1}
+
+
+def test_a_model_is_evaluated_on_a_store(root: Path, finished: Path, tokens: Path, tmp_path: Path) -> None:
+    arguments = (finished / "model", tokens, root / "study.toml", "--split", "train", "--workers", 1)
+    done = fedcomet("evaluate", *arguments, "--out", tmp_path / "risks.parquet")
+    assert done.returncode == 0, done.stderr
+    assert "AUROC" in done.stdout
+    risks = pl.read_parquet(tmp_path / "risks.parquet")
+    assert risks.height > 50
+    assert risks["model"].is_between(0, 1).all()
+
+
+def refused(*arguments: object) -> str:
+    done = fedcomet(*arguments)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert not done.stdout
+    return done.stderr
+
+
+def test_what_is_wrong_is_said_without_a_traceback_and_with_exit_code_1(
+    root: Path, finished: Path, tokens: Path, tmp_path: Path
+) -> None:
+    broken = tiny.site(tmp_path, "broken", seed=2).data
+    shard = next(broken.rglob("data/**/*.parquet"))
+    shard.write_bytes(b"PAR1")
+    assert str(shard) in refused("tokenize", broken, "--out", tmp_path / "out")
+    assert not (tmp_path / "out" / "store").exists()
+    assert "none.toml: can't be read" in refused("simulate", tmp_path / "none.toml")
+    assert "report.json" in refused("report", tmp_path)
+    assert "checkpoint.safetensors is missing" in refused("rollout", tmp_path, tokens, "--subject", 1)
+    assert "no subject 77" in refused("rollout", finished / "model", tokens, "--subject", 77)
+    own = tiny.site(tmp_path, "own", seed=3).data
+    assert fedcomet("tokenize", own, "--out", tmp_path / "own-tokens", "--min-patients", 5).returncode == 0
+    told = refused("evaluate", finished / "model", tmp_path / "own-tokens" / "store", root / "study.toml")
+    assert "codebook" in told
+
+
+def test_wrong_arguments_have_exit_code_2(finished: Path, tokens: Path, root: Path) -> None:
+    for arguments in (
+        ("simulate",),
+        ("nonsense",),
+        ("tokenize", root, "--out", root / "x", "--values", "odd"),
+        ("rollout", finished / "model", tokens, "--subject", 1, "--at", "yesterday"),
+        ("evaluate", finished / "model", tokens, root / "study.toml", "--split", "odd"),
+    ):
+        assert fedcomet(*arguments).returncode == 2
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    assert "Traceback" in fedcomet("simulate", tmp_path / "none.toml", "--debug").stderr
+
+
+if __name__ == "__main__":
+    HELP.parent.mkdir(exist_ok=True)
+    HELP.write_text(help_texts(), encoding="utf-8")
