@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from simulation.engine import run_federation
-from simulation.pool import Pool
+from server.app import coordinate
 from tests import tiny
 
 REPOSITORY = Path(__file__).parents[2]
@@ -32,8 +31,8 @@ class Ended(NamedTuple):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Result:
     root = tmp_path_factory.mktemp("undisturbed")
-    with Pool(2) as pool:
-        outcome = run_federation(tiny.plan(), tiny.sites(root), root / "run", pool)
+    grid = tiny.FunctionGrid(dict(enumerate(map(tiny.honest, tiny.sites(root)), 1)))
+    outcome = coordinate(grid, root / "run", tiny.plan())
     return Result(outcome.ledger_fingerprint, outcome.checkpoint.read_bytes())
 
 
