@@ -61,7 +61,7 @@ def peer_step(decoder: Decoder, batch: Batch) -> Callable[[], float]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(qwen.parameters(), 1.0)
         optimizer.step()
-        return float(loss)
+        return loss.item()
 
     return step
 
