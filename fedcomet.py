@@ -16,8 +16,8 @@ from tokenizer.errors import FedcometError
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
-    from server.results import Report
 
+    from server.results import Report
     from simulation.arms import Step
 
 app = typer.Typer(
@@ -25,7 +25,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _SITE, _RESEARCH = "For a site", "For a researcher"
@@ -73,8 +73,8 @@ def tokenize(
 ) -> None:
     """Turn a MEDS dataset into tokens.
 
-    Surveys the records, makes a codebook from the survey (or takes the one given), encodes every timeline, and prints
-    how a first patient reads. Nothing leaves the machine.
+    Surveys the records, makes a codebook from the survey (or takes the one given), and encodes every timeline. Nothing
+    leaves the machine.
     """
     from rich.console import Console
 
@@ -207,9 +207,9 @@ def evaluate(
 ) -> None:
     """Ask a trained model the questions of a study about the patients of a store."""
     from rich.console import Console
-    from server.report import question_table
 
     from server.futures import Model
+    from server.report import question_table
     from simulation import config
     from simulation.findings import question_of
     from simulation.pool import Pool
@@ -234,6 +234,7 @@ def evaluate(
 def _show(folder: Path, make: "Callable[[], Report]") -> None:
     """Write a study's report into its folder, and print its tables."""
     from rich.console import Console
+
     from server.report import terminal_tables, write_report
 
     console = Console()

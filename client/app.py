@@ -1,9 +1,10 @@
 """The Flower ClientApp of a site: it takes Flower messages, asks `client.site.Site`, and never breaks down.
 
 The site's own configuration comes from the node (`flower-supernode --node-config`): `name`, `data` (the folder of its
-MEDS dataset) and `state` (a folder of its own). Whatever goes wrong is answered by a refusal. The text of an error
-travels only when it is about the protocol or settings; errors about records travel as their mere fact, and unexpected
-ones as the name of their type. The full story is in `state/site.log`.
+MEDS dataset), `state` (a folder of its own) and, where it is not "cpu", the torch `device`. Whatever goes wrong is
+answered by a refusal. The text of an error travels only when it is about the protocol or settings; errors about
+records travel as their mere fact, and unexpected ones as the name of their type. The full story is in
+`state/site.log`.
 """
 
 from pathlib import Path
@@ -58,7 +59,8 @@ def site_files(context: Context) -> SiteFiles:
         if not isinstance(value, str) or not value:
             raise ConfigError(f"The node's configuration lacks {key!r}; give it by --node-config '{key}=\"...\"'.")
         values[key] = value
-    return SiteFiles(values["name"], Path(values["data"]), Path(values["state"]))
+    device = str(context.node_config.get("device", "cpu"))
+    return SiteFiles(values["name"], Path(values["data"]), Path(values["state"]), device)
 
 
 def _answer(message: Message, context: Context) -> Message:

@@ -38,7 +38,7 @@ from federation.messages import (
     Vector,
     is_site_name,
 )
-from federation.update import Layout, load_vector_, to_vector
+from federation.update import Layout, to_decoder, to_vector
 from model.decoder import Decoder
 from model.train import Trainer, TrainOptions, evaluate
 from tokenizer.codebook import Codebook
@@ -52,11 +52,15 @@ from tokenizer.windows import Batch, Windows
 
 @dataclass(frozen=True)
 class SiteFiles:
-    """A site's name, its records (a MEDS dataset's folder) and the folder for what it must not forget."""
+    """A site's name, its records (a MEDS dataset's folder) and the folder for what it must not forget.
+
+    `device` is the torch device that it trains on; only on "cpu" does the same work give the same bits.
+    """
 
     name: str
     data: Path
     state: Path
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if not is_site_name(self.name):
@@ -120,7 +124,7 @@ class Site:
                     f"The records of {self.files.name} have changed since this run began; begin a new run."
                 )
             store = self._store(dataset, codebook, manifest.split, name)
-            work = _Work(self.files.name, manifest, codebook, store)
+            work = _Work(self.files, manifest, codebook, store)
             work.check()
             if run.agreement() is None:
                 run.agree(manifest, codebook, agreement)
@@ -131,6 +135,7 @@ class Site:
     def train(self, request: TrainRequest) -> TrainReply:
         """Do a round's local work from the global weights and give the difference."""
         run = self.archive.run(request.manifest_hash)
+        self._agreement(run)
         with run.working():
             if (known := self._answered(run, request)) is not None:
                 return known
@@ -193,13 +198,16 @@ class Site:
             raise SiteRefusal(f"Round {request.round} is over: round {last} was answered already.")
         return None
 
-    def _work(self, run: RunArchive) -> "_Work":
+    def _agreement(self, run: RunArchive) -> Agreement:
         agreement = run.agreement()
         if agreement is None:
             raise SiteRefusal(f"{self.files.name} takes no part in run {run.path.name}: ask it to prepare first.")
+        return agreement
+
+    def _work(self, run: RunArchive) -> "_Work":
         codebook = run.codebook()
-        store = TokenStore.open(self.archive.store_path(agreement.store), codebook.hash)
-        return _Work(self.files.name, run.manifest(), codebook, store)
+        store = TokenStore.open(self.archive.store_path(self._agreement(run).store), codebook.hash)
+        return _Work(self.files, run.manifest(), codebook, store)
 
     def _store(self, dataset: MedsDataset, codebook: Codebook, rule: SplitRule, name: str) -> TokenStore:
         path = self.archive.store_path(name)
@@ -214,8 +222,9 @@ class Site:
 class _Work:
     """The work that one run asks of one site, as a function of the round."""
 
-    def __init__(self, site: str, manifest: Manifest, codebook: Codebook, store: TokenStore) -> None:
-        self._site, self._manifest, self._codebook, self._store = site, manifest, codebook, store
+    def __init__(self, files: SiteFiles, manifest: Manifest, codebook: Codebook, store: TokenStore) -> None:
+        self._site, self._device = files.name, files.device
+        self._manifest, self._codebook, self._store = manifest, codebook, store
 
     @property
     def keeps_optimizer(self) -> bool:
@@ -292,9 +301,7 @@ class _Work:
         )
 
     def _decoder(self, weights: Vector) -> Decoder:
-        decoder = Decoder.create(self._manifest.model, 0)
-        load_vector_(decoder, weights)
-        return decoder
+        return to_decoder(self._manifest.model, weights, self._device)
 
     def _seed(self, use: str) -> int:
         key = f"{self._manifest.seed}/{self._site}/{use}".encode()

@@ -44,9 +44,9 @@ def from_record(record: RecordDict) -> Message:
     return from_wire(Wire(text.encode("utf-8", "surrogatepass"), {k: _payload(k, v) for k, v in payloads.items()}))
 
 
-def request(message: Message, node: int, *, group: str, ttl_s: float) -> FlowerMessage:
-    """Address a request to a Flower node; its kind is Flower's message type."""
-    return FlowerMessage(to_record(message), node, message.kind, ttl=ttl_s, group_id=group)
+def request(record: RecordDict, kind: str, node: int, *, group: str, ttl_s: float) -> FlowerMessage:
+    """Address a packed request to a Flower node; its kind is Flower's message type. Messages may share a record."""
+    return FlowerMessage(record, node, kind, ttl=ttl_s, group_id=group)
 
 
 def reply(message: Message, to: FlowerMessage) -> FlowerMessage:

@@ -236,12 +236,18 @@ def is_site_name(name: str) -> bool:
     return _SITE_NAME.fullmatch(name) is not None
 
 
+def printable(text: str) -> str:
+    """Make a text from elsewhere fit for ledgers and terminals: one line of printable characters, at most 500."""
+    return "".join(c if c.isprintable() else " " for c in text[:500])
+
+
 def _header(data: bytes) -> dict[str, Any]:
     if len(data) > _HEADER_LIMIT:
         raise ProtocolError(f"The message's header has {len(data)} bytes; at most {_HEADER_LIMIT} are read.")
     try:
         header = json.loads(data.decode())
-    except (UnicodeDecodeError, ValueError, RecursionError):
+        json.dumps(header, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
+    except (ValueError, RecursionError):
         raise ProtocolError("The message's header is not JSON.") from None
     if not isinstance(header, dict):
         raise ProtocolError("The message's header is not a JSON object.")

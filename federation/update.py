@@ -61,6 +61,19 @@ def to_vector(decoder: Decoder) -> NDArray[np.float32]:
     return array
 
 
+def to_decoder(config: DecoderConfig, vector: NDArray[np.float32], device: str = "cpu") -> Decoder:
+    """Build the decoder that a vector [P] describes, on a torch device.
+
+    Raises:
+        DataError: the vector has another length than such a decoder has parameters.
+    """
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    decoder.to_empty(device=device)
+    load_vector_(decoder, vector)
+    return decoder
+
+
 @torch.no_grad()
 def load_vector_(decoder: Decoder, vector: NDArray[np.float32]) -> None:
     """Overwrite a decoder's parameters by a float32 vector [P].

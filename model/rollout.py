@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _KEPT_SHARE = 0.75
 # New prompts wait until this share of the rows is free, so that they move in as one lane.
 _LANE_SHARE = 0.25
-_MOST_LANES = 4
+_MOST_LANES = 6
 # Tokens of prompts in one pass of the decoder.
 _PREFILL_TOKENS = 8192
 _NO_TOKENS = np.empty(0, dtype=np.int32)
@@ -167,8 +167,7 @@ def rollout(
         waiting.extendleft(task for lane in lanes for task in run.unload_full(lane))
         lanes = _tidied(lanes)
         if progress is not None and (now := int((run.reason >= 0).sum())) > ended:
-            ended = now
-            progress(ended, len(run.reason))
+            progress(ended := now, len(run.reason))
     return run.result()
 
 
@@ -212,7 +211,7 @@ class _Run:
         self._decoder, self._clock, self._settings = decoder, clock, settings
         self._shape = (len(prompts), trajectories)
         self._device = decoder.embed_tokens.weight.device
-        self._never = torch.from_numpy(clock.never).to(self._device)
+        self._never = self._to_device(np.flatnonzero(clock.never))
         outcomes = np.stack([*stop.outcomes, np.ones(len(clock.never), dtype=bool)])
         first = outcomes.argmax(0)
         self._event_of = np.where(first < len(stop.outcomes), first, -1).astype(np.int32)
@@ -220,8 +219,7 @@ class _Run:
         self._key = np.repeat(np.array(keys, dtype=np.int64), trajectories)
         self._trajectory = np.tile(np.arange(trajectories), len(prompts))
         rows = len(self._key)
-        elapsed = np.array([prompt.elapsed_us for prompt in prompts], dtype=np.int64)
-        self._now_us = -np.repeat(elapsed, trajectories)
+        self._now_us = -np.repeat(np.array([prompt.elapsed_us for prompt in prompts], dtype=np.int64), trajectories)
         self._count = np.zeros(rows, dtype=np.int64)
         self._newest = np.zeros(rows, dtype=np.int64)
         self._event = np.full(rows, -1, dtype=np.int32)
@@ -238,13 +236,13 @@ class _Run:
         owner = np.repeat(np.arange(len(tasks)), [len(task.rows) for task in tasks])
         for task in tasks:
             for row in task.rows.tolist():
-                drawn = self._drawn.setdefault(row, [])
-                self._window[row] = (task.window, len(drawn))
-        prefix = _empty_prefix(self._decoder, lengths)
+                self._window[row] = (task.window, len(self._drawn.setdefault(row, [])))
+        config = self._decoder.config
+        shape = (config.layers, 2, len(tasks), config.kv_heads, int(lengths.max()), config.head_width)
+        prefix = torch.zeros(shape, device=self._device)
         last_WD = torch.cat([self._prefill(prefix, tasks, part) for part in _parts(lengths)])
         lane = Lane(prefix, lengths, owner, rows)
-        logits_WV = self._decoder.logits(last_WD)
-        self._draw(lane, logits_WV.index_select(0, torch.from_numpy(owner).to(self._device)))
+        self._draw(lane, self._decoder.logits(last_WD).index_select(0, self._to_device(owner)))
         return lane
 
     def advance(self, lanes: Sequence[Lane]) -> None:
@@ -263,17 +261,18 @@ class _Run:
         for lane, logits in zip(lanes, self._decoder.logits(hidden_BD).split(sizes), strict=True):
             self._draw(lane, logits)
 
-    def unload_full(self, lane: Lane) -> Iterator[_Task]:
+    def unload_full(self, lane: Lane) -> list[_Task]:
         """Take rows out of the lane whose window has no place for the newest token; their shorter windows follow."""
         context = self._decoder.config.context
         full = lane.positions() >= context
-        if not full.any():
-            return
+        tasks = []
         for row in lane.rows[full].tolist():
             window, held = self._window[row]
             grown = np.concatenate([window, self._drawn[row][held:]])
-            yield _Task(self._clock.crop(grown, _kept_length(context)), np.array([row]))
-        lane.drop(full)
+            tasks.append(_Task(self._clock.crop(grown, _kept_length(context)), np.array([row])))
+        if tasks:
+            lane.drop(full)
+        return tasks
 
     def result(self) -> Rollouts:
         """Everything in the shape [P, R]."""
@@ -337,7 +336,7 @@ class _Run:
 
     def _forbid_(self, logits_BV: Tensor, now_us: np.ndarray) -> None:
         """Exclude what can't be sampled: never-tokens, and before the prediction all that doesn't reach it."""
-        logits_BV.masked_fill_(self._never, -torch.inf)
+        logits_BV.index_fill_(1, self._never, -torch.inf)
         advance = self._clock.advance_us
         early = np.flatnonzero(now_us < 0)
         if not len(early) or not advance.any():
@@ -386,12 +385,6 @@ def _tidied(lanes: list[Lane]) -> list[Lane]:
         pair = min(range(len(lanes) - 1), key=lambda place: len(lanes[place]) + len(lanes[place + 1]))
         lanes[pair].absorb(lanes.pop(pair + 1))
     return lanes
-
-
-def _empty_prefix(decoder: Decoder, lengths: np.ndarray) -> Tensor:
-    config = decoder.config
-    shape = (config.layers, 2, len(lengths), config.kv_heads, int(lengths.max()), config.head_width)
-    return torch.zeros(shape, device=decoder.embed_tokens.weight.device)
 
 
 def _parts(lengths: np.ndarray) -> Iterator[slice]:

@@ -60,7 +60,8 @@ def pick(logits_BV: Tensor, uniform: np.ndarray, temperature: float) -> np.ndarr
     Raises:
         DataError: when a row holds no finite distribution, as after a diverged training.
     """
-    cumulated_BV = torch.softmax(logits_BV / temperature, dim=1).cumsum(1, dtype=torch.float64)
+    scores_BV = logits_BV if temperature == 1.0 else logits_BV / temperature
+    cumulated_BV = torch.softmax(scores_BV, dim=1).cumsum(1, dtype=torch.float64)
     total_B1 = cumulated_BV[:, -1:]
     if not bool(torch.isfinite(total_B1).all()):
         raise DataError(

@@ -68,7 +68,9 @@ def question_table(question: Question) -> Table:
         table.add_column(escape(heading), justify="right", no_wrap=True)
     for arm in question.arms:
         numbers = (_show_number(figure, False) for figure in (arm.auprc, arm.brier))
-        difference = "reference" if arm.difference is None else show_figure(arm.difference, signed=True).replace(" to ", ", ")
+        difference = (
+            "reference" if arm.difference is None else show_figure(arm.difference, signed=True).replace(" to ", ", ")
+        )
         cells = (arm.arm, show_figure(arm.auroc), difference, *numbers)
         style = {"federated": "bold", "truth": "italic"}.get(arm.kind, "")
         table.add_row(*map(escape, cells), style=style)

@@ -24,6 +24,7 @@ from federation.messages import (
     TrainReply,
     TrainRequest,
     Vector,
+    printable,
 )
 from server.aggregate import GlobalState, outer_step
 from server.journal import Journal, Phase, ReplyEntry, ScoreEntry, Status
@@ -31,6 +32,9 @@ from tokenizer.errors import FedcometError
 
 TUNING = "tuning"
 """The split whose loss is followed from round to round."""
+
+
+_MOST = 2**40  # of steps or tokens: far above what can be, far below what a ledger can't hold
 
 
 class RoundFailed(FedcometError):
@@ -132,13 +136,18 @@ class Rounds:
         return request
 
     def receive(self, site: str, answer: Answer) -> Status:
-        """Decide on a site's answer of the open round, and keep it when it is good; the first answer counts."""
+        """Decide on a site's answer of the open round, and keep it when it is good; the first answer counts.
+
+        An answer of an earlier round, which was late then, is passed over.
+        """
+        if isinstance(answer, TrainReply) and answer.round < self.number:
+            return Status.LATE
         decided = {entry.site: entry.status for entry in self._journal.replies(self.number)}
         if site in decided:
             return decided[site]
         if self.phase is Phase.TRAINING:
             self._journal.enter(self.number, Phase.COLLECTING)
-        reason = self._objection(site, answer)
+        reason = printable(self._objection(site, answer))
         if reason or not isinstance(answer, TrainReply):
             status = _bad(answer)
             self._journal.note_reply(ReplyEntry(self.number, site, status, reason))
@@ -255,7 +264,7 @@ class Rounds:
 
     def _wrong_work(self, reply: TrainReply) -> str:
         local = self.manifest.local
-        if reply.steps < 1 or (local.steps is not None and reply.steps != local.steps):
+        if not 1 <= reply.steps <= _MOST or (local.steps is not None and reply.steps != local.steps):
             return f"{reply.steps} steps are not the agreed local work"
         if not 1 <= reply.tokens <= reply.steps * local.batch_tokens:
             return f"{reply.tokens} tokens can't come from {reply.steps} steps of {local.batch_tokens}"
@@ -278,9 +287,9 @@ class Rounds:
         if answer is None:
             return ScoreEntry(*head, Status.LATE, "no answer before the deadline")
         if isinstance(answer, (ProtocolError, Refusal)):
-            return ScoreEntry(*head, _bad(answer), str(getattr(answer, "reason", answer)))
+            return ScoreEntry(*head, _bad(answer), printable(str(getattr(answer, "reason", answer))))
         fits = isinstance(answer, EvaluateReply) and (answer.site, answer.request_digest) == (site, digest)
-        if not fits or not isinstance(answer, EvaluateReply) or answer.tokens < 0 or answer.nll < 0:
+        if not fits or not isinstance(answer, EvaluateReply) or not 0 <= answer.tokens <= _MOST or answer.nll < 0:
             return ScoreEntry(*head, Status.MALFORMED, "it does not answer this evaluation")
         return ScoreEntry(*head, Status.ACCEPTED, "", answer.nll, answer.tokens)
 

@@ -17,7 +17,7 @@ import torch
 
 from federation.manifest import Manifest
 from federation.messages import Vector
-from federation.update import load_vector_, to_vector
+from federation.update import to_decoder, to_vector
 from model import checkpoint
 from model.decoder import Decoder
 from server.aggregate import GlobalState
@@ -57,14 +57,10 @@ class Spool:
 
     def save(self, number: int, state: GlobalState) -> str:
         """Keep the state after a round as a checkpoint and give the sha256 of its file."""
-        decoder = Decoder.create(self._manifest.model, 0)
-        load_vector_(decoder, state.weights)
+        decoder = to_decoder(self._manifest.model, state.weights)
         momentum = {} if state.momentum is None else {_MOMENTUM: torch.from_numpy(state.momentum)}
-        extra = {
-            "round": number,
-            "manifest_hash": self._manifest.hash,
-            "codebook_hash": self._manifest.codebook_hash,
-        }
+        manifest = self._manifest
+        extra = {"round": number, "manifest_hash": manifest.hash, "codebook_hash": manifest.codebook_hash}
         path = self.checkpoint_path(number)
         path.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.save(path, decoder, extra=extra, arrays=momentum)

@@ -51,7 +51,7 @@ def play(site: SiteFiles, node: int, message: Message) -> Message:
     """Answer a message as a site: through the ClientApp that runs at real sites, in a worker process."""
     from client.app import app
 
-    config: dict[str, bool | float | int | str] = {"name": site.name, "data": str(site.data), "state": str(site.state)}
+    config: dict[str, bool | float | int | str] = {key: str(value) for key, value in vars(site).items()}
     return app(message, Context(0, node, config, RecordDict(), {}))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib import metadata
 
+from federation.manifest import software_version
 from server.journal import Journal, Status
 from server.results import Codebook as CodebookSummary
 from server.results import Kind, Outbound, Question, Report, Round, SiteSummary, Training, ask
@@ -18,7 +19,7 @@ from simulation.study import Result
 from tokenizer.codebook import Codebook
 from tokenizer.split import SPLITS
 
-_TOLD = ("fedcomet", "torch", "flwr", "numpy", "polars")
+_TOLD = ("torch", "flwr", "numpy", "polars")
 
 
 _KINDS: dict[str, Kind] = {
@@ -66,6 +67,7 @@ def report_of(result: Result, command: str) -> Report:
         ),
         command=command,
         versions=(
+            ("fedcomet", software_version()),
             ("python", platform.python_version()),
             *((name, metadata.version(name)) for name in _TOLD),
             ("machine", f"{platform.system()} {platform.machine()}"),

@@ -1,8 +1,8 @@
 """A study: make or split the records, train every arm, put the same questions to all of them.
 
 Everything lies under one folder, and the same call on the same folder goes on where the last one stopped:
-`study.json`, `records/<site>/`, `state/<site>/`, `pooled/`, `arms/<arm>/` (a run directory of `server.app` each) and
-`answers/`.
+`study.json`, `records/<site>/`, `state/<site>/`, `pooled/`, `arms/<arm>/` (a run directory of `server.app` each),
+`model/` (the federation's) and `answers/`.
 """
 
 import fcntl
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from client.site import SiteFiles
+from server.futures import Model
 from simulation.arms import Arm, Step, Watch, train
 from simulation.config import Study
 from simulation.hospital import PROFILES, write_hospital
@@ -53,8 +54,16 @@ def run_study(study: Study, folder: Path, *, workers: int | None = None, watch: 
         sites, notes = _sites(study, folder, watch)
         with Pool(workers) as pool:
             arms = train(study, sites, folder, pool, watch)
+            _release(arms, folder)
             answers = answer(study, sites, arms, folder, pool, watch)
         return Result(study, folder, sites, arms, answers, notes)
+
+
+def _release(arms: tuple[Arm, ...], folder: Path) -> None:
+    """Lay the federation's model and its codebook where people look for them."""
+    outcome = arms[0].outcome
+    if outcome is not None and not (folder / "model").exists():
+        Model(outcome.best_checkpoint, outcome.codebook).save(folder / "model")
 
 
 @contextmanager

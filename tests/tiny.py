@@ -1,6 +1,9 @@
 """Small hospitals, a small plan and a grid of plain functions, for tests that need a whole federation in seconds."""
 
 import datetime as dt
+import os
+import select
+import signal
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,12 @@ from tokenizer.events import write_meds
 from tokenizer.split import SplitRule
 
 MODEL = DecoderConfig(vocab=8, layers=1, width=16, heads=2, kv_heads=2, ff=32, context=64)
-SCHEMA = {"subject_id": pl.Int64, "time": pl.Datetime("us"), "code": pl.String, "numeric_value": pl.Float32}
+SCHEMA: dict[str, Any] = {
+    "subject_id": pl.Int64,
+    "time": pl.Datetime("us"),
+    "code": pl.String,
+    "numeric_value": pl.Float32,
+}
 
 Node = Callable[[Message], Message | None]
 
@@ -66,7 +74,7 @@ def plan(**changes: Any) -> FederationPlan:
 
 def honest(files: SiteFiles) -> Node:
     """A node that runs the real ClientApp in this process."""
-    config = {"name": files.name, "data": str(files.data), "state": str(files.state)}
+    config: dict[str, Any] = {"name": files.name, "data": str(files.data), "state": str(files.state)}
     return lambda message: client_app.app(message, Context(0, message.metadata.dst_node_id, config, RecordDict(), {}))
 
 
@@ -110,3 +118,11 @@ class FunctionGrid(Grid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         return self.pull_messages(self.push_messages(messages))
+
+
+def kill(pid: int) -> None:
+    """Kill a process and wait until it is gone."""
+    descriptor = os.pidfd_open(pid)
+    with os.fdopen(descriptor):
+        os.kill(pid, signal.SIGKILL)
+        select.select([descriptor], [], [])

@@ -22,7 +22,7 @@ def deliver(files: SiteFiles | None, message: Message) -> object:
 
 def address(request: SurveyRequest | TrainRequest) -> Message:
     flower.assume_identity()
-    return flower.request(request, 7, group="1", ttl_s=60)
+    return flower.request(flower.to_record(request), request.kind, 7, group="1", ttl_s=60)
 
 
 def test_a_request_is_answered(ram_path: Path) -> None:

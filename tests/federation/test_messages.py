@@ -28,6 +28,7 @@ from federation.messages import (
     TrainRequest,
     Wire,
     from_wire,
+    printable,
     to_wire,
 )
 from tokenizer.codebook import TokenizerOptions
@@ -117,6 +118,7 @@ def with_payload(array: Array, name: str = "survey") -> RecordDict:
         (RecordDict({"header": ConfigRecord({"json": "\ud800"}), "payloads": ArrayRecord()}), "not JSON"),
         (RecordDict({"header": ConfigRecord({"json": "[]"}), "payloads": ArrayRecord()}), "not a JSON object"),
         (RecordDict({"header": ConfigRecord({"json": " " * 2**21}), "payloads": ArrayRecord()}), "bytes"),
+        (hostile(reason="\ud800"), "not JSON"),
         (hostile(version=2), "version 2"),
         (hostile(version=None), "version None"),
         (hostile(kind="exec"), "no message of kind 'exec'"),
@@ -153,6 +155,11 @@ def test_an_error_of_flower_is_a_delivery_error() -> None:
         flower.read(flower.failure("the node is gone", message))
     with pytest.raises(DeliveryError, match="error 3"):
         flower.read(FlowerMessage(Error(3, "x"), reply_to=message))
+
+
+def test_texts_from_elsewhere_are_one_printable_line() -> None:
+    assert printable("a\x1b[31mred\nline\u202e") == "a [31mred line "
+    assert len(printable("x" * 10_000)) == 500
 
 
 def test_a_digest_names_the_work_and_not_its_deadline() -> None:

@@ -12,6 +12,7 @@ from model.clock import Clock
 from model.decoder import Decoder, DecoderConfig
 from model.rollout import Prompt, Reason, Rollouts, Stop, rollout
 from model.sampling import uniforms
+from tokenizer.codebook import Codebook, Token, TokenizerOptions
 from tokenizer.errors import ConfigError, DataError
 
 # A language of ten tokens: specials, one static, two ages, two intervals, an event and an outcome.
@@ -257,6 +258,22 @@ def test_a_crop_keeps_static_tokens_the_last_age_before_it_and_the_newest() -> N
     assert CLOCK.crop(np.array([SEX] * 9 + [AGE_40, LAB]), 4).tolist() == [SEX, SEX, AGE_40, LAB]
     for length in range(1, 11):
         assert len(CLOCK.crop(window, length)) == length
+
+
+def test_a_clock_is_read_from_a_codebook() -> None:
+    words = [("special", "pad"), ("special", "eot"), ("special", "unk"), ("static", "SEX//F"), ("age", "40-45")]
+    tokens = [Token(*word) for word in [*words, ("interval", "1-2d"), ("code", "LAB//1")]]
+    codebook = Codebook(TokenizerOptions(), tokens, {"1-2d": 5}, {}, {})
+    clock = Clock.of(codebook)
+    assert clock.advance_us.tolist() == [0, 0, 0, 0, 0, 5, 0]
+    assert np.flatnonzero(clock.never).tolist() == [codebook.pad, codebook.unk]
+    assert (np.flatnonzero(clock.is_static).tolist(), np.flatnonzero(clock.is_age).tolist()) == ([3], [4])
+    decoder = Decoder.create(DecoderConfig(7, 1, 8, 1, 1, 8, 16), 0)
+    prompts = [Prompt(np.array([3, 4, 6], dtype=np.int32))]
+    stop = Stop([codebook.matching(["LAB"])], 7, 20)
+    given, read = (rollout(decoder, it, prompts, trajectories=50, stop=stop, seed=0) for it in (codebook, clock))
+    assert same(given, read)
+    assert set(given.reason.ravel()) == {Reason.EVENT, Reason.HORIZON, Reason.END}
 
 
 def test_progress_counts_up_to_all_and_no_prompt_is_no_problem() -> None:

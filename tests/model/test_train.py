@@ -46,6 +46,31 @@ def test_training_lowers_the_loss_on_new_batches() -> None:
     assert results[0].tokens == int((counting_batch(0).targets >= 0).sum())
 
 
+def test_training_reaches_the_entropy_of_its_language_and_cannot_pass_it() -> None:
+    rng = np.random.default_rng(0)
+    chances = rng.dirichlet(np.full(8, 0.3), 8)
+    cumulated = chances.cumsum(1)
+
+    def batch(seed: int) -> Batch:
+        uniform = np.random.default_rng(seed).random((16, 64))
+        tokens = np.zeros((16, 64), np.int64)
+        for place in range(1, 64):
+            chosen = (uniform[:, place, None] > cumulated[tokens[:, place - 1]]).sum(1)
+            tokens[:, place] = np.minimum(chosen, 7)
+        targets = np.concatenate([tokens[:, 1:], np.full((16, 1), -1)], 1)
+        return Batch(tokens.ravel(), targets.ravel(), np.full(16, 64), np.arange(16))
+
+    decoder = Decoder.create(DecoderConfig(8, 1, 32, 2, 2, 48, 64), 0)
+    trainer = Trainer(decoder, TrainOptions(lr=1e-2, warmup_steps=5, total_steps=80))
+    for step in range(80):
+        trainer.step(batch(step))
+    held_out = [batch(1000 + step) for step in range(10)]
+    loss, tokens = evaluate(decoder, held_out)
+    seen = [(b.tokens[b.targets >= 0], b.targets[b.targets >= 0]) for b in held_out]
+    truth = -sum(np.log(chances[before, after]).sum() for before, after in seen) / tokens
+    assert truth < loss < truth + 0.02
+
+
 def test_the_same_seed_and_batches_give_the_same_bits() -> None:
     first, results = trained(range(8))
     torch.manual_seed(99)  # nobody reads the global generator

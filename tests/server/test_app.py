@@ -81,7 +81,7 @@ def test_a_run_ends_with_a_checkpoint_of_its_codebook(ram_path: Path) -> None:
     codebook = Codebook.load(outcome.codebook)
     decoder, extra, _ = checkpoint.load(outcome.checkpoint, codebook.hash)
     assert decoder.config.vocab == len(codebook)
-    assert extra == {"round": 2, "manifest_hash": outcome.manifest.hash}
+    assert extra == {"round": 2, "manifest_hash": outcome.manifest.hash, "codebook_hash": codebook.hash}
     assert outcome.best_checkpoint.exists()
     losses = [event.values["loss"] for event in coordinator.events if event.kind == "round.evaluated"]
     assert losses == sorted(losses, reverse=True)
@@ -200,6 +200,32 @@ def test_a_survey_that_breaks_its_floor_is_left_out(ram_path: Path) -> None:
     outcome = coordinator.lead(tiny.plan())
     assert [event.site for event in coordinator.events if event.kind == "survey.refused"] == ["site-1"]
     assert b"RARE" not in outcome.codebook.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "survey",
+    [
+        b"[" * 100_000,
+        Survey(TokenizerOptions(min_patients=5), 9, {"\ud800": 9}),
+        Survey(TokenizerOptions(min_patients=5), 9, {"A": 9}, values={"A": {5: 10**400}}),
+        Survey(TokenizerOptions(min_patients=5), 9, gaps={"1-5min": {40_000: 9}}),
+    ],
+    ids=["deep", "surrogate", "huge", "far"],
+)
+def test_a_survey_that_breaks_the_codebook_is_left_out(ram_path: Path, survey: bytes | Survey) -> None:
+    def poison(reply: SurveyReply, to: Message) -> Message:
+        data = survey if isinstance(survey, bytes) else json.dumps({"format": "fedcomet-survey/1", **vars_of(survey)})
+        return flower.reply(dataclasses.replace(reply, survey=data if isinstance(data, bytes) else data.encode()), to)
+
+    nodes = hospitals(ram_path)
+    nodes[2] = altered(nodes[2], "query.survey", poison)
+    coordinator = Coordinator(ram_path / "run", nodes)
+    coordinator.lead(tiny.plan(rounds=1))
+    assert coordinator.events[-1].kind == "run.finished"
+
+
+def vars_of(survey: Survey) -> dict[str, Any]:
+    return dataclasses.asdict(survey)
 
 
 def test_a_survey_under_other_options_is_left_out(ram_path: Path) -> None:

@@ -81,10 +81,15 @@ def score(request: EvaluateRequest, site: str) -> EvaluateReply:
     return EvaluateReply(*head, request.digest, 10.0 * (1 + SITES.index(site)) / request.round, 10)
 
 
-def finish_round(run: Run, order: Sequence[str] = SITES, pause: Callable[[], None] = lambda: None) -> None:
+def finish_round(
+    run: Run, order: Sequence[str] = SITES, pause: Callable[[], None] = lambda: None, late: Sequence[str] = ()
+) -> None:
+    """Lead a round; answers of the round before come from `late` once more."""
     run.rounds.open()
     pause()
     for site in order:
+        if run.rounds.collecting and site in late:
+            run.rounds.receive(site, reply(run, site, round=run.rounds.number - 1))
         if run.rounds.collecting and site in run.rounds.missing(SITES):
             run.rounds.receive(site, reply(run, site))
             pause()
@@ -111,9 +116,13 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, bytes]:
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(orders=st.lists(st.permutations(SITES), min_size=2, max_size=2), crashes=st.sets(st.integers(0, 11)))
-def test_neither_order_nor_crashes_change_the_result(
-    ram_path: Path, expected: tuple[str, bytes], orders: list[list[str]], crashes: set[int]
+@given(
+    orders=st.lists(st.permutations(SITES), min_size=2, max_size=2),
+    crashes=st.sets(st.integers(0, 11)),
+    late=st.sets(st.sampled_from(SITES)),
+)
+def test_neither_order_nor_crashes_nor_late_answers_change_the_result(
+    ram_path: Path, expected: tuple[str, bytes], orders: list[list[str]], crashes: set[int], late: set[str]
 ) -> None:
     shutil.rmtree(ram_path / "run", ignore_errors=True)
     run = Run(ram_path / "run")
@@ -125,7 +134,7 @@ def test_neither_order_nor_crashes_change_the_result(
             run.rounds.open()
 
     for order in orders:
-        finish_round(run, order, pause)
+        finish_round(run, order, pause, sorted(late))
     result = run.result()
     run.journal.close()
     assert result == expected
@@ -305,6 +314,22 @@ def test_an_aggregated_round_takes_no_more_updates(run: Run) -> None:
     run.rounds.open()
     assert run.rounds.phase is Phase.AGGREGATED
     assert not run.rounds.collecting
+
+
+@pytest.mark.parametrize("size", [2**62, 2**64, 10**30])
+def test_numbers_that_no_ledger_holds_are_malformed(ram_path: Path, size: int) -> None:
+    run = Run(ram_path / "run", agreement(local=LocalWork(epochs=1, batch_tokens=8192)))
+    run.rounds.open()
+    assert run.rounds.receive("icu-a", reply(run, "icu-a", steps=size, tokens=size)) is Status.MALFORMED
+    for site in SITES[1:]:
+        run.rounds.receive(site, reply(run, site))
+    run.rounds.aggregate()
+    request = run.rounds.evaluation(TUNING, 1e12)
+    assert request is not None
+    huge = dataclasses.replace(score(request, "icu-b"), tokens=size)
+    run.rounds.score(request, {"icu-b": huge, "icu-c": score(request, "icu-c")})
+    assert [entry.status for entry in run.journal.scores()] == [Status.MALFORMED, Status.ACCEPTED]
+    run.journal.close()
 
 
 def test_local_epochs_bound_the_tokens_too(ram_path: Path) -> None:

@@ -1,0 +1,173 @@
+"""How the coordinator reaches its sites: one question to many, answers one at a time, and who is behind which node."""
+
+from collections.abc import Callable, Iterator
+
+from flwr.serverapp import Grid
+
+from federation import canonical, flower
+from federation.manifest import Manifest
+from federation.messages import (
+    DeliveryError,
+    PrepareReply,
+    PrepareRequest,
+    ProtocolError,
+    Refusal,
+    Request,
+    printable,
+)
+from server.journal import Journal, SiteEntry, Status
+from server.plan import FederationPlan
+from server.rounds import Answer, Event, Listener
+from tokenizer.codebook import Codebook
+from tokenizer.errors import ConfigError, FedcometError
+
+_POLL_S = 1.0
+_GRACE_S = 60.0
+
+
+class TooFewSites(FedcometError):
+    """Fewer sites than agreed are there or take part; the run can be started again when they are."""
+
+
+class Post:
+    """Asks many nodes one question and hands their answers over one at a time."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        plan: FederationPlan,
+        listen: Listener,
+        clock: Callable[[], float],
+        pause: Callable[[float], None],
+    ) -> None:
+        self._grid, self._plan, self._clock, self._pause = grid, plan, clock, pause
+        self.tell = listen
+
+    def deadline(self) -> float:
+        """Give the time, in seconds since the epoch, until which a question that is asked now may be answered."""
+        return self._clock() + self._plan.deadline_s
+
+    def nodes(self) -> list[int]:
+        """Give the nodes that are there; at the beginning, wait until enough are."""
+        wanted = max(self._plan.expect_sites, self._plan.min_sites)
+        until = self._clock() + self._plan.join_s
+        nodes = sorted(self._grid.get_node_ids())
+        while len(nodes) < wanted and self._clock() < until:
+            self._pause(_POLL_S)
+            nodes = sorted(self._grid.get_node_ids())
+        if len(nodes) < self._plan.min_sites:
+            raise TooFewSites(f"{len(nodes)} sites are connected, at least {self._plan.min_sites} are needed.")
+        return nodes
+
+    def present(self) -> list[int]:
+        """Give the nodes that are there now."""
+        return sorted(self._grid.get_node_ids())
+
+    def ask(self, nodes: list[int], request: Request, group: str) -> Iterator[tuple[int, Answer]]:
+        """Send a request to nodes and give each answer as it comes; nodes that miss the deadline give none."""
+        self.tell(Event("asked", text=request.kind, values={"sites": len(nodes)}))
+        pending: dict[str, int] = {}
+        record, ttl_s = flower.to_record(request), request.deadline_s - self._clock() + _GRACE_S
+        for node in nodes:
+            message = flower.request(record, request.kind, node, group=group, ttl_s=ttl_s)
+            sent = [name for name in self._grid.push_messages([message]) if name]
+            if sent:
+                pending[sent[0]] = node
+            else:
+                yield node, DeliveryError("Flower did not take the request.")
+        while pending:
+            arrived = False
+            for name in list(pending):
+                if (answer := self._pull(name)) is not None:
+                    arrived = True
+                    yield pending.pop(name), answer
+            if not arrived:
+                if self._clock() >= request.deadline_s:
+                    return
+                self._pause(_POLL_S)
+
+    def _pull(self, name: str) -> Answer | None:
+        try:
+            for message in self._grid.pull_messages([name]):
+                content = flower.read(message)
+                if isinstance(content, Request):
+                    return ProtocolError(f"A {content.kind} came in the place of an answer.")
+                return content
+        except ProtocolError as error:
+            return error
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            # Flower itself could not make a message of what the site sent.
+            return ProtocolError(f"The answer can't be read ({type(error).__name__}).")
+        return None
+
+
+class Roster:
+    """Which site is behind which node, and whether it takes part."""
+
+    def __init__(self, post: Post, journal: Journal, manifest: Manifest, codebook: Codebook) -> None:
+        self._post, self._journal, self._manifest, self._codebook = post, journal, manifest, codebook
+        self._names: dict[int, str] = {}
+        self._known: set[int] = set()
+
+    def sites(self) -> dict[str, int]:
+        """Give the nodes of the sites that take part; nodes that are new are asked to prepare first.
+
+        Raises:
+            ConfigError: two nodes call themselves by one name.
+            TooFewSites: fewer than `min_sites` take part.
+        """
+        nodes = self._post.present() if self._known else self._post.nodes()
+        if fresh := [node for node in nodes if node not in self._known]:
+            self._prepare(fresh)
+        if len(self._names) < self._manifest.min_sites:
+            told = "; ".join(f"{e.site}: {e.reason}" for e in self._journal.sites() if e.reason) or "none answered"
+            raise TooFewSites(
+                f"{len(self._names)} sites take part, at least {self._manifest.min_sites} are needed ({told})."
+            )
+        return {name: node for node, name in self._names.items()}
+
+    def name(self, node: int) -> str:
+        """Give the name of the site behind a node."""
+        return self._names[node]
+
+    def _prepare(self, nodes: list[int]) -> None:
+        request = PrepareRequest(self._manifest.to_bytes(), self._codebook.to_bytes(), self._post.deadline())
+        answers = dict(self._post.ask(nodes, request, "prepare"))
+        for node in nodes:
+            answer = answers.get(node)
+            if answer is not None:
+                self._known.add(node)
+                self._admit(node, answer)
+
+    def _admit(self, node: int, answer: Answer) -> None:
+        name = site_name(node, answer)
+        if isinstance(answer, PrepareReply) and answer.manifest_hash == self._manifest.hash:
+            present = self._post.present()
+            self._names = {n: other for n, other in self._names.items() if other != name or n in present}
+            if name in self._names.values():
+                raise ConfigError(f"Two nodes call themselves {name}; give every site a name of its own.")
+            self._names[node] = name
+            counts = {"splits": answer.splits, "fallbacks": answer.fallbacks}
+            self._journal.note_site(SiteEntry(name, Status.ACCEPTED, "", canonical.encode(counts).decode()))
+            train = answer.splits.get("train")
+            values = {"patients": train.patients, "tokens": train.tokens} if train else {}
+            self._post.tell(Event("site.ready", site=name, values=values))
+            return
+        told = reason(answer)
+        status = Status.REFUSED if isinstance(answer, Refusal) else Status.MALFORMED
+        self._journal.note_site(SiteEntry(name, status, told))
+        self._post.tell(Event("site.refused", site=name, text=told))
+
+
+def site_name(node: int, answer: Answer) -> str:
+    """Give the name that an answer bears; an answer without one is known by its node."""
+    return str(getattr(answer, "site", f"node-{node}"))
+
+
+def reason(answer: Answer) -> str:
+    """Say why an answer is not the one that was wanted."""
+    if isinstance(answer, Refusal):
+        return printable(answer.reason)
+    if isinstance(answer, ProtocolError):
+        return printable(str(answer))
+    return f"a {answer.kind} came in the place of the answer"
