@@ -2,8 +2,8 @@
 
 Takes the patients' facts and stays as `simulation.course` made them and gives MEDS events. What moves a risk is always
 written (age, the conditions at the first stay, lactate values whose range is the acuity, admissions); everything else
-here is realistic noise, or an echo of those facts: which labs are ordered, their drift, drugs, transfers, where patients
-are discharged to, visits in quiet times.
+is realistic noise or an echo of those facts: which labs are ordered, their drift, drugs, transfers, where patients are
+discharged to, visits in quiet times.
 """
 
 from dataclasses import dataclass
