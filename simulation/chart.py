@@ -2,7 +2,8 @@
 
 Takes the patients' facts and stays as `simulation.course` made them and gives MEDS events. What moves a risk is always
 written (age, the conditions at the first stay, lactate values whose range is the acuity, admissions); everything else
-here is realistic noise: which labs are ordered, their drift, drugs, transfers, visits in quiet times.
+is realistic noise or an echo of those facts: which labs are ordered, their drift, drugs, transfers, where patients are
+discharged to, visits in quiet times.
 """
 
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ _REASON_DRUGS = (
     "CISPLATIN",
     "NITROGLYCERIN",
 )
+_ONWARD = ("HOME", "HOME HEALTH CARE", "SKILLED NURSING FACILITY", "HOSPICE")
+_ONWARD_FROM = np.log(np.array([0.08, 0.25, 0.6]) / np.array([0.92, 0.75, 0.4]))  # log-odds of death
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,15 @@ class Practice:
 
 
 def chart(
-    rng: np.random.Generator, practice: Practice, facts: Facts, stays: Stays, *, entry: Ints, death: Ints, closed: Ints
+    rng: np.random.Generator,
+    practice: Practice,
+    facts: Facts,
+    stays: Stays,
+    *,
+    entry: Ints,
+    death: Ints,
+    closed: Ints,
+    outlook: Floats,
 ) -> pl.DataFrame:
     """Write the records of P patients.
 
@@ -129,6 +140,8 @@ def chart(
         entry: int64 [P], first admission.
         death: int64 [P], time of death, `NEVER` where none was reached.
         closed: int64 [P], when the record is closed; nothing later is written.
+        outlook: float64 [N], what a doctor expects at each discharge: the risk of death. Where patients are discharged
+            to follows from it, with a doctor's error; it says nothing that the facts don't.
 
     Returns:
         MEDS columns (subject_id is the row of the patient), by patient, then time; static facts have no time.
@@ -139,7 +152,7 @@ def chart(
     sheet.add(everyone, np.full(len(entry), _STATIC), sex)
     birth = entry - np.round(facts.age * 365.25).astype(np.int64) * DAY_US
     sheet.add(everyone, birth // DAY_US * DAY_US, "MEDS_BIRTH")
-    _admissions(rng, sheet, practice, facts, stays)
+    _admissions(rng, sheet, practice, facts, stays, outlook)
     _diagnoses_and_drugs(rng, sheet, practice, facts, stays)
     _panels(rng, sheet, practice, facts, stays)
     end = np.minimum(death, closed)
@@ -184,7 +197,9 @@ class _Sheet:
         )
 
 
-def _admissions(rng: np.random.Generator, sheet: _Sheet, practice: Practice, facts: Facts, stays: Stays) -> None:
+def _admissions(
+    rng: np.random.Generator, sheet: _Sheet, practice: Practice, facts: Facts, stays: Stays, outlook: Floats
+) -> None:
     """Write arrival, admission, intensive care and discharge."""
     who, start, count = stays.patient, stays.admitted, len(stays.patient)
     planned = stays.first & (rng.random(count) < practice.planned)
@@ -195,8 +210,8 @@ def _admissions(rng: np.random.Generator, sheet: _Sheet, practice: Practice, fac
     sheet.add(who, start, np.where(planned, "HOSPITAL_ADMISSION//ELECTIVE", "HOSPITAL_ADMISSION//EMERGENCY"))
     intensive = (stays.acuity == 2) & (rng.random(count) < 0.7)
     sheet.add(who[intensive], start[intensive] + 3 * _HOUR, "TRANSFER_TO//ICU")
-    nursed = 0.08 + 0.25 * facts.conditions[who, CONDITIONS.index("dementia")] + 0.12 * stays.acuity
-    onward = np.where(rng.random(count) < nursed, "SKILLED NURSING FACILITY", "HOME")
+    judged = np.log(outlook / (1 - outlook)) + 0.7 * rng.normal(size=count)
+    onward = np.array(_ONWARD)[np.searchsorted(_ONWARD_FROM, judged)]
     whither = np.char.add("HOSPITAL_DISCHARGE//", np.where(stays.died, "DIED", onward))
     sheet.add(who, stays.left, whither)
 

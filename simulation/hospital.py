@@ -20,9 +20,20 @@ import numpy as np
 import polars as pl
 
 from simulation.chart import REASONS, Practice, chart
-from simulation.course import CONDITIONS, DAY_US, NEVER, Facts, Floats, Ints, Law, Stays, follow, law
-from simulation.course import death_risk as _death_risk
-from simulation.course import readmission_risk as _readmission_risk
+from simulation.course import (
+    CONDITIONS,
+    DAY_US,
+    NEVER,
+    Facts,
+    Floats,
+    Ints,
+    Law,
+    Stays,
+    death_risk,
+    follow,
+    law,
+    readmission_risk,
+)
 from tokenizer import durable
 from tokenizer.errors import ConfigError
 from tokenizer.events import write_meds
@@ -156,8 +167,10 @@ def generate(profile: HospitalProfile, patients: int, seed: int) -> Records:
     closed = entry + rng.integers(360 * 24, 900 * 24, patients) * 60 * minute
     rules = law(facts)
     stays, death = follow(rng, rules, entry, closed)
-    events = chart(rng, profile.practice, facts, stays, entry=entry, death=death, closed=closed)
-    truth = _truth(rules, stays, death, closed)
+    risks = {"death_90d": death_risk(rules, DEATH_DAYS), "readmission_30d": readmission_risk(rules, READMISSION_DAYS)}
+    outlook = risks["death_90d"][rules.kind[stays.patient], stays.acuity, stays.run]
+    events = chart(rng, profile.practice, facts, stays, entry=entry, death=death, closed=closed, outlook=outlook)
+    truth = _truth(rules, risks, stays, death, closed)
     number = pl.col("subject_id") + profile.first_subject_id
     return Records(events.with_columns(number), truth.with_columns(number))
 
@@ -184,7 +197,7 @@ def _ages(rng: np.random.Generator, profile: HospitalProfile, patients: int) -> 
     return np.clip(age, age // 5 * 5 + 0.02, age // 5 * 5 + 4.98)
 
 
-def _truth(rules: Law, stays: Stays, death: Ints, closed: Ints) -> pl.DataFrame:
+def _truth(rules: Law, risks: dict[str, Floats], stays: Stays, death: Ints, closed: Ints) -> pl.DataFrame:
     """Tabulate the exact risks and what came to pass, at every live discharge within the record."""
     asked = np.nonzero(~stays.died & (stays.left <= closed[stays.patient]))[0]
     who, left = stays.patient[asked], stays.left[asked]
@@ -192,11 +205,11 @@ def _truth(rules: Law, stays: Stays, death: Ints, closed: Ints) -> pl.DataFrame:
     back, dies = stays.next_admission()[asked], death[who]
     never = np.full(len(asked), NEVER)
     questions = (
-        ("death_90d", DEATH_DAYS, _death_risk(rules, DEATH_DAYS), dies, never),
-        ("readmission_30d", READMISSION_DAYS, _readmission_risk(rules, READMISSION_DAYS), back, dies),
+        ("death_90d", DEATH_DAYS, dies, never),
+        ("readmission_30d", READMISSION_DAYS, back, dies),
     )
     tables = []
-    for task, days, risk, outcome, competing in questions:
+    for task, days, outcome, competing in questions:
         horizon = left + days * DAY_US
         complete = closed[who] >= horizon
         seen = np.minimum(horizon, closed[who])
@@ -206,7 +219,7 @@ def _truth(rules: Law, stays: Stays, death: Ints, closed: Ints) -> pl.DataFrame:
             "subject_id": who,
             "prediction_time": pl.Series(left).cast(pl.Datetime("us")),
             "task": np.full(len(asked), task),
-            "risk": risk[cell],
+            "risk": risks[task][cell],
             "label": label.astype(np.int8),
             "complete": complete,
         }
