@@ -140,7 +140,9 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab, config.width)
+        # Its own weight, because the default one is drawn, which on the meta device imports torch's compiler: seconds.
+        table = torch.empty(config.vocab, config.width)
+        self.embed_tokens = nn.Embedding(config.vocab, config.width, _weight=table)
         self.layers = nn.ModuleList(_Block(config) for _ in range(config.layers))
         self.norm = _RMSNorm(config.width, config.eps)
         self.lm_head = None if config.tied else nn.Linear(config.width, config.vocab, bias=False)

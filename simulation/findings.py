@@ -62,7 +62,7 @@ def report_of(result: Result, command: str) -> Report:
         outbound=outbound,
         codebook=CodebookSummary(
             codebook.hash,
-            dict(Counter(token.kind for token in codebook.tokens)),
+            dict(sorted(Counter(token.kind for token in codebook.tokens).items())),
             f"built from counts and histograms of at least {codebook.options.min_patients} patients each",
         ),
         command=command,
