@@ -281,10 +281,9 @@ def _start(
     model: Model, task: Task, cohort: Cohort, evaluation: Evaluation, seed: int, pool: Pool, tally: _Tally
 ) -> list["Future[_Part]"]:
     """Give the predictions of a cohort to the pool, in parts that don't depend on the number of workers."""
-    prompts = [replace(prompt, key=key) for key, prompt in enumerate(cohort.prompts)]
     parts = []
-    for begin in range(0, len(prompts), _CHUNK):
-        part = replace(cohort, prompts=tuple(prompts[begin : begin + _CHUNK]))
+    for begin in range(0, len(cohort.prompts), _CHUNK):
+        part = replace(cohort, prompts=cohort.prompts[begin : begin + _CHUNK])
         future = pool.submit(
             "rollouts", roll_out, model, task, part, evaluation.trajectories, evaluation.max_tokens, seed
         )
