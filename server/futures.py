@@ -147,7 +147,8 @@ def futures(
         progress=progress,
     )
     first, last = int(times[times != STATIC][0]), int(times[known - 1])
-    told = [_events(decode(prompt.tokens, codebook, start_us=first), -1)]
+    history = _events(decode(prompt.tokens, codebook, start_us=first), -1)
+    told = [_with_times(history, prompt.tokens, times[:known], codebook)]
     for number in range(trajectories):
         told.append(_events(decode(rolled.trajectory(0, number), codebook, start_us=last), number))
     ends = tuple(_ENDS[Reason(int(reason))] for reason in rolled.reason[0])
@@ -180,15 +181,28 @@ def _events(frame: pl.DataFrame, trajectory: int) -> pl.DataFrame:
     )
 
 
+def _with_times(history: pl.DataFrame, tokens: np.ndarray, times: np.ndarray, codebook: Codebook) -> pl.DataFrame:
+    """Put the recorded times in the place of those that the intervals stand for."""
+    told = np.array([token.kind in ("static", "code", "other") for token in codebook.tokens])[tokens]
+    recorded = pl.Series("time", times[told])
+    if len(recorded) != history.height:
+        raise DataError("the history's tokens don't follow the grammar of timelines; tokenize the records again")
+    return history.with_columns(
+        pl.when(recorded == STATIC).then(None).otherwise(recorded).cast(pl.Datetime("us")).alias("time")
+    )
+
+
 def _when(time_us: int) -> datetime:
     return datetime.fromtimestamp(time_us / 1e6, UTC).replace(tzinfo=None)
 
 
 def _table(title: str, events: pl.DataFrame) -> Table:
-    table = Table(title=title, title_justify="left", expand=False)
+    table = Table(title=title, title_justify="left", min_width=72)
     table.add_column("time")
     table.add_column("event")
     table.add_column("value", justify="right")
     for _, time, code, value in events.iter_rows():
         table.add_row("" if time is None else f"{time:%Y-%m-%d %H:%M}", code, "" if value is None else f"{value:g}")
+    if not events.height:
+        table.add_row("", "no event", "")
     return table
