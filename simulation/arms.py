@@ -91,6 +91,11 @@ def train(study: Study, sites: tuple[SiteFiles, ...], folder: Path, pool: Pool, 
     return tuple(trained[name] for name in [FEDERATED, *wanted])
 
 
+def _asked_for(study: Study) -> tuple[str, ...]:
+    """The codes of the questions: without tokens of their own, their answers would hide among those of other codes."""
+    return tuple(code for task in study.task for code in (*task.trigger, *task.outcome, *task.competing))
+
+
 def _train_federated(
     study: Study, sites: tuple[SiteFiles, ...], folder: Path, pool: Pool, watch: Watch, ready: "Future[bytes]"
 ) -> Arm:
@@ -197,7 +202,7 @@ def _plan(study: Study, name: str, **changes: object) -> FederationPlan:
             clip=train.clip,
         ),
         outer=outer,
-        tokenizer=TokenizerOptions(**study.tokenizer.model_dump()),
+        tokenizer=TokenizerOptions(**study.tokenizer.model_dump(), named=_asked_for(study)),
         seed=study.seed,
         min_sites=train.min_sites,
         deadline_s=60 * train.round_deadline_minutes,

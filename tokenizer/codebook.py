@@ -91,6 +91,8 @@ class TokenizerOptions:
         min_patients: A site tells nothing about fewer patients than this.
         sketch_accuracy: Relative accuracy of the sketches, 0.001 to 0.1.
         age_years: Width of an age bucket.
+        named: Codes that have a token however rare they are, because questions ask for them; whoever
+            asks names them, so that they are in the codebook tells nothing about any record.
     """
 
     values: Literal["separate", "fused"] = "separate"
@@ -98,8 +100,11 @@ class TokenizerOptions:
     min_patients: int = 10
     sketch_accuracy: float = 0.01
     age_years: int = 5
+    named: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        # The order, and how JSON gives it back, make no difference.
+        object.__setattr__(self, "named", tuple(sorted(set(self.named))))
         checks = (
             (self.values in ("separate", "fused"), 'values must be "separate" or "fused"'),
             (2 <= self.value_bins <= 100, "value_bins must be 2 to 100"),
@@ -269,7 +274,7 @@ class Codebook:
         statics = {*survey.statics, *(f"{text}//*" for text in survey.static_prefixes), "*"}
         codes = [
             Token("code", text, n)
-            for text in sorted({*survey.codes, *breaks, DEATH})
+            for text in sorted({*survey.codes, *breaks, *options.named, DEATH})
             for n in range(len(medians.get(text, ())) + 1 if options.values == "fused" else 1)
         ]
         separate = options.values == "separate"
