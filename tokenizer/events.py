@@ -9,7 +9,7 @@ Source: the schemas of the `meds` package, https://github.com/Medical-Event-Data
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -112,7 +112,13 @@ def canonical_order(frame: pl.DataFrame) -> pl.DataFrame:
     return frame.with_columns(rank).sort(order, nulls_last=False, maintain_order=True).drop("_rank")
 
 
-def write_meds(path: Path, shards: Iterable[tuple[str, pl.DataFrame]], *, name: str) -> None:
+def write_meds(
+    path: Path,
+    shards: Iterable[tuple[str, pl.DataFrame]],
+    *,
+    name: str,
+    finish: Callable[[Path], None] | None = None,
+) -> None:
     """Write a MEDS dataset; the folder appears whole or not at all.
 
     Args:
@@ -120,6 +126,7 @@ def write_meds(path: Path, shards: Iterable[tuple[str, pl.DataFrame]], *, name: 
         shards: Names (`train/0`) and events; columns beyond MEDS' own are kept. No shard at all
             gives an empty one.
         name: The dataset's name.
+        finish: Called with the folder before it is in its place, to put further files there.
 
     Raises:
         DataError: Events that don't fit MEDS, a name given twice, or a subject in two shards.
@@ -139,6 +146,8 @@ def write_meds(path: Path, shards: Iterable[tuple[str, pl.DataFrame]], *, name: 
             _write_shard(aside, "0", pl.DataFrame(schema=_EMPTY))
         _refuse_shared_subjects(subjects)
         _write_metadata(aside, name, sorted(codes))
+        if finish is not None:
+            finish(aside)
 
 
 _EMPTY: dict[str, type[pl.DataType] | pl.DataType] = {
