@@ -279,7 +279,7 @@ def intake(out: Path, source: str, *, name: str, quarantine: bool = False) -> It
     Raises:
         DataError: no event was left, or one that doesn't fit MEDS.
     """
-    aside = out.with_name(f"{out.name}.spill.partial")
+    aside = out.with_name(f".{out.name}.spill")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
