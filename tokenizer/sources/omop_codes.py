@@ -25,80 +25,85 @@ _LOCAL = 2_000_000_000
 class Concepts:
     """What the concept tables of a source say; filled piece by piece, then `close`d.
 
+    Of every concept the code is held, in about 50 bytes; names and units only of the few where they are asked for.
+
     Attributes:
         known: whether there is a concept table at all.
     """
 
     def __init__(self) -> None:
         self.known = False
-        self._pieces: list[pl.DataFrame] = []
-        self._map_pieces: list[pl.DataFrame] = []
-        self._concepts = _no_concepts()
-        self._ids = np.zeros(0, np.int64)
-        self._maps = pl.DataFrame(schema={"id": pl.Int64, "target": pl.Int64})
-        self._map_ids = np.zeros(0, np.int64)
+        self._pieces = [pl.DataFrame(schema={"id": pl.Int64, "code": pl.String, "standard": pl.Boolean})]
+        self._texts = {what: [pl.DataFrame(schema={"id": pl.Int64, what: pl.String})] for what in ("unit", "name")}
+        self._map_pieces = [pl.DataFrame(schema={"id": pl.Int64, "target": pl.Int64})]
 
     def add(self, frame: pl.DataFrame) -> None:
         """Take rows of `concept`: concept_id int64, and texts."""
         self.known = True
         vocabulary, code = clean(pl.col("vocabulary_id")), clean(pl.col("concept_code"))
         named = pl.col("domain_id").is_in(_NAMED_DOMAINS) | (pl.col("concept_id") >= _LOCAL)
-        self._pieces.append(
-            frame.filter(pl.col("concept_id") != 0).select(
-                id="concept_id",
-                code=vocabulary + "//" + _dotted(vocabulary, code),
-                unit=pl.when(vocabulary == "UCUM").then(pl.col("concept_code")),
-                name=pl.when(named).then(clean(pl.col("concept_name")).str.to_uppercase()),
-                standard=pl.col("standard_concept") == "S",
-            )
+        concepts = frame.filter(pl.col("concept_id") != 0).select(
+            id="concept_id",
+            code=vocabulary + "//" + _dotted(vocabulary, code),
+            standard=pl.col("standard_concept") == "S",
+            unit=pl.when(vocabulary == "UCUM").then("concept_code"),
+            name=pl.when(named).then(clean(pl.col("concept_name")).str.to_uppercase()),
         )
+        self._pieces.append(concepts.select("id", "code", "standard").drop_nulls("code"))
+        for what, pieces in self._texts.items():
+            pieces.append(concepts.select("id", what).drop_nulls())
 
     def add_maps(self, frame: pl.DataFrame) -> None:
         """Take rows of `concept_relationship`: which concept maps to which standard one."""
         valid = pl.col("invalid_reason").is_null() & (pl.col("concept_id_1") != pl.col("concept_id_2"))
         chosen = frame.filter((pl.col("relationship_id") == "Maps to") & valid)
-        self._map_pieces.append(chosen.select(id="concept_id_1", target="concept_id_2"))
+        self._map_pieces.append(chosen.select(id="concept_id_1", target="concept_id_2").drop_nulls())
 
     def close(self) -> None:
         """Order what was taken, for look-ups."""
-        if self._pieces:
-            concepts = pl.concat(self._pieces).drop_nulls(["id", "code"]).unique("id", keep="first").sort("id")
-            self._concepts, self._ids = concepts, concepts["id"].to_numpy()
-            self._pieces = []
-        if self._map_pieces:
-            maps = pl.concat(self._map_pieces).unique().sort("id", "target")
-            known = pl.Series(np.isin(maps["target"].to_numpy(), self._ids))
-            self._maps = maps.filter(known)
-            self._map_ids = self._maps["id"].to_numpy()
-            self._map_pieces = []
+        concepts = pl.concat(self._pieces).sort("id", maintain_order=True)
+        self._concepts = concepts.filter((pl.col("id") != pl.col("id").shift()).fill_null(value=True))
+        self._ids = self._concepts["id"].to_numpy()
+        self._named = {
+            what: pl.concat(pieces).unique("id", keep="first", maintain_order=True)
+            for what, pieces in self._texts.items()
+        }
+        maps = pl.concat(self._map_pieces).unique().sort("id", "target")
+        self._maps = maps.filter(pl.Series(self._place(maps["target"].to_numpy())[1], dtype=pl.Boolean))
+        self._map_ids = self._maps["id"].to_numpy()
+        self._pieces, self._map_pieces, self._texts = [], [], {}
 
-    def look_up(self, ids: pl.Series) -> pl.DataFrame:
-        """Rows of the concept table: id, code, unit (UCUM), name (upper case), standard; none for unknown ids."""
-        wanted = ids.drop_nulls().unique().sort().to_numpy()
-        at = np.searchsorted(self._ids, wanted)
-        inside = at < len(self._ids)
-        at, wanted = at[inside], wanted[inside]
-        return self._concepts[at[self._ids[at] == wanted]]
+    def own(self, ids: pl.Series) -> pl.DataFrame:
+        """Id and code of known concepts, as they are."""
+        return self._look_up(ids).select("id", "code")
 
     def standard(self, ids: pl.Series) -> pl.DataFrame:
         """Id and code of known concepts, in standard ones where a map says how; one concept may become several."""
-        concepts = self.look_up(ids)
+        concepts = self._look_up(ids)
         other = concepts.filter(~pl.col("standard").fill_null(value=False))["id"].to_numpy()
         start, end = np.searchsorted(self._map_ids, other), np.searchsorted(self._map_ids, other, side="right")
         rows = np.concatenate([np.arange(a, b) for a, b in zip(start, end, strict=True)] or [np.zeros(0, np.int64)])
         pairs = self._maps[rows.astype(np.int64)]
-        targets = self.look_up(pairs["target"]).select(target="id", code="code")
+        targets = self._look_up(pairs["target"]).select(target="id", code="code")
         mapped = pairs.join(targets, on="target").select("id", "code").sort("id", "code")
         return pl.concat([concepts.join(mapped, on="id", how="anti").select("id", "code"), mapped])
 
-    def own(self, ids: pl.Series) -> pl.DataFrame:
-        """Id and code of known concepts, as they are."""
-        return self.look_up(ids).select("id", "code")
+    def text(self, ids: pl.Series, what: Literal["unit", "name"]) -> pl.Series:
+        """Unit (as UCUM writes it) or name (upper case) of each concept; null where nothing is known."""
+        table = self._named[what]
+        return ids.alias("id").to_frame().join(table, on="id", how="left", maintain_order="left")[what]
 
-    def text(self, ids: pl.Series, what: Literal["code", "unit", "name"]) -> pl.Series:
-        """One column of the concept table for each id; null where nothing is known."""
-        table = self.look_up(ids).select("id", value=what)
-        return ids.alias("id").to_frame().join(table, on="id", how="left", maintain_order="left")["value"]
+    def _look_up(self, ids: pl.Series) -> pl.DataFrame:
+        """Rows of the concept table: id, code, standard; none for unknown ids."""
+        at, known = self._place(ids.drop_nulls().unique().sort().to_numpy())
+        return self._concepts[at[known]]
+
+    def _place(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where ids stand in the concept table, int64 [N], and whether they do, bool [N]."""
+        at = np.searchsorted(self._ids, ids)
+        known = at < len(self._ids)
+        known[known] = self._ids[at[known]] == ids[known]
+        return at, known
 
 
 class Codes:
@@ -155,9 +160,9 @@ class Codes:
         """Codes of concepts that are answers; null for 0 and null."""
         some = ids.set(ids == 0, None).alias("id")
         distinct = some.unique().drop_nulls()
-        known = self._concepts.text(distinct, "code")
-        codes = known.zip_with(known.is_not_null(), "OMOP//" + distinct.cast(pl.String))
-        return some.replace_strict(distinct, codes, default=None, return_dtype=pl.String)
+        table = distinct.to_frame().join(self._concepts.own(distinct), on="id", how="left")
+        coded = table.with_columns(pl.coalesce("code", pl.lit("OMOP//") + pl.col("id").cast(pl.String)).alias("code"))
+        return some.to_frame().join(coded, on="id", how="left", maintain_order="left")["code"]
 
     def units(self, ids: pl.Series, texts: pl.Series) -> pl.Series:
         """Units as UCUM writes them where the concept says it, else as the source does."""
@@ -235,10 +240,4 @@ def _dotted(vocabulary: pl.Expr, code: pl.Expr) -> pl.Expr:
         .when(vocabulary.str.starts_with("ICD"))
         .then(upper)
         .otherwise(code)
-    )
-
-
-def _no_concepts() -> pl.DataFrame:
-    return pl.DataFrame(
-        schema={"id": pl.Int64, "code": pl.String, "unit": pl.String, "name": pl.String, "standard": pl.Boolean}
     )
