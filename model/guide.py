@@ -54,6 +54,9 @@ class Guide:
         self._known = classes if grammar is None else grammar.decided(classes)
         self._late = np.where(self._known == -2, classes, -1)
         self._known = np.maximum(self._known, -1)
+        # One column per outcome: the tokens that bring it whatever came before.
+        members = self._known[: len(never), None] == np.arange(len(outcomes))
+        self._members = torch.from_numpy(members.astype(np.float32)).to(device)
         self._never = torch.from_numpy(never).to(device)
         self._place: dict[int, int] = {}
         self._table = self._never[None]
@@ -74,6 +77,40 @@ class Guide:
         places = torch.tensor([self._place[key] for key in keys.tolist()], device=self._never.device)
         return self._table[places]
 
+    def chances(self, rows: np.ndarray, chances_BV: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """How probable it is that the next token brings each outcome.
+
+        Args:
+            rows: int64 [B].
+            chances_BV: float32 [B, V], of the next token.
+
+        Returns:
+            found: float64 [B, K].
+            before: bool [B], rows that have an outcome unless their code goes on.
+        """
+        found = (chances_BV @ self._members).cpu().numpy().astype(np.float64)
+        before = np.zeros(len(rows), dtype=bool)
+        if self._grammar is None or not self._grammar.is_piece.any():
+            return found, before
+        late = self._late_class(rows)
+        before = late >= 0
+        row, token, node = self._grammar.children(self._state[rows])
+        index = torch.from_numpy(np.stack([row, token])).to(chances_BV.device)
+        pieces = chances_BV[index[0], index[1]].cpu().numpy().astype(np.float64)
+        on = np.bincount(row, weights=pieces, minlength=len(rows))
+        found[before] = 0.0
+        found[before, late[before]] = np.maximum(1.0 - on[before], 0.0)
+        told = self._known[node] >= 0
+        np.add.at(found, (row[told], self._known[node[told]]), pieces[told])
+        return found, before
+
+    def _late_class(self, rows: np.ndarray) -> np.ndarray:
+        """The outcome that each row has reached if its code ends here, int64 [B]; -1 for none or one told already."""
+        assert self._grammar is not None
+        node = self._grammar.node(self._state[rows])
+        # What the prompt told is no event of the future.
+        return np.where((node >= 0) & ~self._fresh[rows], self._late[node], -1)
+
     def advance(self, rows: np.ndarray, token: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Move the rows on by one token each.
 
@@ -83,13 +120,12 @@ class Guide:
         """
         if self._grammar is None:
             return self._known[token], np.zeros(len(rows), dtype=bool)
-        old, fresh = self._grammar.node(self._state[rows]), self._fresh[rows]
+        late = self._late_class(rows)
         state = self._grammar.follow(self._state[rows], token)
         self._state[rows], self._fresh[rows] = state, False
         new = self._grammar.node(state)
         goes_on = self._grammar.is_piece[token] & (new >= 0)
-        # What the prompt told is no event of the future.
-        late = np.where((old >= 0) & ~fresh & ~goes_on, self._late[old], -1)
+        late = np.where(goes_on, -1, late)
         known = np.where(new >= 0, self._known[new], -1)
         return np.where(late >= 0, late, known), late >= 0
 

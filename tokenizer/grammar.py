@@ -113,10 +113,16 @@ class Grammar:
         ages = slice(self._first_age, self._first_age + self._slots - 1)
         ranks = np.arange(1, self._slots)
         mask[aging, ages] &= self._may_age(kind[aging], slot[aging])[:, None] & (ranks > slot[aging, None])
-        first, last = self._first_edge[mode], self._first_edge[mode + 1]
-        rows = np.repeat(np.arange(len(mode)), last - first)
-        mask[rows, self._edge_token[_ranges(first, last - first)]] = True
+        rows, tokens, _ = self.children(state)
+        mask[rows, tokens] = True
         return mask
+
+    def children(self, state: Ints) -> tuple[Ints, Ints, Ints]:
+        """The pieces that may follow in each state: int64 [K] each, its row, the piece, and the node it leads to."""
+        mode = state // self._slots
+        first, last = self._first_edge[mode], self._first_edge[mode + 1]
+        at = _ranges(first, last - first)
+        return np.repeat(np.arange(len(mode)), last - first), self._edge_token[at], self._child[at]
 
     def same_mask(self, state: Ints) -> Ints:
         """A state with the same allowed tokens, equal for many states: int64 [B]."""
