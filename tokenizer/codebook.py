@@ -417,13 +417,13 @@ class Codebook:
         of: dict[str, int] = {}
         inner = set(self.spelled_prefixes)
         for text in sorted(self.spelled | self.spelled_prefixes):
-            node, above = -1, ""
+            node = -1
             for (_, path), token in zip(self._pieces(text), self._path(text), strict=True):
-                if node >= 0:
-                    inner.add(above)
                 node = token if node < 0 else edges.setdefault((node, token), len(self.tokens) + len(edges))
                 of[path] = node
-                above = path
+            # Only levels of the system's hierarchy can stand for a code below them.
+            levels = set(spelling.ancestors(text))
+            inner.update(path for _, path in self._pieces(text) if path in levels)
         deeper = sorted((node, text) for text, node in of.items() if node >= len(self.tokens))
         texts = [_Event(text, below=text not in self.spelled) for _, text in deeper]
         ends = {of[text] for text in self.spelled}
@@ -438,7 +438,7 @@ class Codebook:
         """Which token may follow which; a mask over its nodes names events."""
         kinds = np.array([token.kind for token in self.tokens])
         trie, nodes = self._trie, len(self.tokens) + len(self._trie.texts)
-        categories = {self._pieces(text)[0][1] for text in trie.of}
+        categories = {text for text, node in trie.of.items() if node < len(self.tokens)}
         ends = np.zeros(nodes, bool)
         ends[: len(self.tokens)] = [
             token.kind == "other" or (token.kind == "code" and token.text not in categories) for token in self.tokens
