@@ -196,6 +196,7 @@ def _plan(study: Study, name: str, **changes: object) -> FederationPlan:
         context=study.model.context,
         dropout=study.model.dropout,
         train=TrainOptions(
+            optimizer=train.optimizer,
             lr=train.learning_rate,
             min_lr_ratio=train.min_learning_rate_ratio,
             weight_decay=train.weight_decay,
@@ -206,6 +207,7 @@ def _plan(study: Study, name: str, **changes: object) -> FederationPlan:
         seed=study.seed,
         min_sites=train.min_sites,
         deadline_s=60 * train.round_deadline_minutes,
+        evaluate_every=train.evaluate_every,
         purposes=tuple(question.question for question in study.task),
     )
     return replace(plan, **changes)  # type: ignore[arg-type]
