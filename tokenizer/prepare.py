@@ -18,11 +18,11 @@ from dataclasses import asdict, dataclass, field
 from datetime import date, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
 import polars as pl
 
 from tokenizer import cohort, maps, units
+from tokenizer.accounting import Accounting
 from tokenizer.codebook import BIRTH, STATIC, parents
 from tokenizer.cohort import DAY_US, Filters, Lives, Step
 from tokenizer.errors import ConfigError
@@ -32,7 +32,6 @@ from tokenizer.maps import VocabularyMap
 EXTRA = ("unit", "encounter_id")
 """Columns beyond MEDS' own that the step reads where they are."""
 
-_Key = TypeVar("_Key")
 _FORMAT = "fedcomet-preparation/1"
 _VOCABULARIES = frozenset(
     (
@@ -129,60 +128,6 @@ class Preparation:
         """SHA-256 (hex) of everything, map files by what they do."""
         parts = (self.common_digest, *(one.digest for one in self.maps))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Accounting:
-    """What the step saw and did; the sum of the shards' accountings is the site's. It stays at the site.
-
-    Attributes:
-        flow: Steps in order, the first one what was read; then each filter that is on, then the maps.
-        unmapped: Events per code that a map (or ICD-9 to ICD-10) was for and had no target.
-        local: Events per code that is of no shared vocabulary, after mapping.
-        units: Values per (code, unit as recorded or "", key that they went to).
-        faults: Events or patients per kind of odd time.
-    """
-
-    flow: tuple[Step, ...] = ()
-    unmapped: Mapping[str, int] = field(default_factory=dict)
-    local: Mapping[str, int] = field(default_factory=dict)
-    units: Mapping[tuple[str, str, str], int] = field(default_factory=dict)
-    faults: Mapping[str, int] = field(default_factory=dict)
-
-    def __add__(self, other: "Accounting") -> "Accounting":
-        flow = self.flow or other.flow
-        if self.flow and other.flow:
-            flow = tuple(mine + theirs for mine, theirs in zip(self.flow, other.flow, strict=True))
-        return Accounting(
-            flow,
-            _sum(self.unmapped, other.unmapped),
-            _sum(self.local, other.local),
-            _sum(self.units, other.units),
-            _sum(self.faults, other.faults),
-        )
-
-    @property
-    def converted(self) -> dict[tuple[str, str, str], int]:
-        """Values whose unit as recorded is spelled other than in their key."""
-        return {place: n for place, n in self.units.items() if place[1] and not place[2].endswith(f"//{place[1]}")}
-
-    @property
-    def collisions(self) -> dict[str, dict[str, int]]:
-        """Values per key, of codes whose values did not all go to one key."""
-        keys: dict[str, dict[str, int]] = {}
-        for (code, _, key), n in self.units.items():
-            found = keys.setdefault(code, {})
-            found[key] = found.get(key, 0) + n
-        return {code: found for code, found in keys.items() if len(found) > 1}
-
-    @property
-    def unknown_units(self) -> dict[str, int]:
-        """Values per unit text that is not understood."""
-        found: dict[str, int] = {}
-        for (_, text, _), n in self.units.items():
-            if units.parse(text) is None:
-                found[text] = found.get(text, 0) + n
-        return found
 
 
 def prepare(
@@ -423,10 +368,3 @@ def _faults(frame: pl.DataFrame, today: date | None) -> dict[str, int]:
         limit = int((midnight - datetime(1970, 1, 1)) / timedelta(microseconds=1))
         counts["events in the future"] = int((lives.time >= limit).sum())
     return counts
-
-
-def _sum(mine: Mapping[_Key, int], theirs: Mapping[_Key, int]) -> dict[_Key, int]:
-    total = dict(mine)
-    for key, n in theirs.items():
-        total[key] = total.get(key, 0) + n
-    return total

@@ -6,11 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tokenizer import hospital
+from tokenizer.accounting import Accounting
+from tokenizer.codebook import Codebook, TokenizerOptions
 from tokenizer.cohort import Filters
 from tokenizer.errors import ConfigError
 from tokenizer.events import CORE, MedsDataset, canonical_order, write_meds
 from tokenizer.maps import VocabularyMap
-from tokenizer.prepare import Accounting, Preparation, Prepared, UnitRule, prepare
+from tokenizer.prepare import Preparation, Prepared, UnitRule, prepare
+from tokenizer.split import SplitRule
+from tokenizer.store import build_store
+from tokenizer.survey import survey
 
 
 def events(*rows, unit=True):
@@ -273,3 +278,17 @@ def test_reading_extra_columns_leaves_datasets_without_them_as_they_are(tmp_path
     dataset = MedsDataset.open(tmp_path / "meds")
     assert dataset.read("data/0.parquet", ("unit", "encounter_id")).equals(dataset.read("data/0.parquet"))
     assert Prepared(dataset, Preparation()).read("data/0.parquet").equals(dataset.read("data/0.parquet"))
+
+
+def test_survey_and_store_take_a_prepared_dataset_as_it_is(tmp_path):
+    mixed = hospital.stays(range(60)).with_columns(
+        unit=pl.when(pl.col("code") == "LAB//HR").then(pl.lit("bpm")), numeric_value=pl.col("numeric_value")
+    )
+    write_meds(tmp_path / "meds", [("0", mixed)], name="small")
+    prepared = Prepared(MedsDataset.open(tmp_path / "meds"), Preparation())
+    rule = SplitRule("key", tuning=0.2, held_out=0.2)
+    words = Codebook.build(survey(prepared, rule, TokenizerOptions(min_patients=2)))
+    assert "LAB//HR//1/min" in words.breaks
+    store = build_store(prepared, words, rule, tmp_path / "store")
+    assert store.manifest["dataset_fingerprint"] == prepared.fingerprint()
+    assert sum(counts["patients"] for counts in store.manifest["splits"].values()) == 60

@@ -1,10 +1,11 @@
+import doctest
 import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenizer import units
+from tokenizer import maps, units
 
 # Figures of ucumvert 0.3.2 on pint 0.25.3, a full UCUM implementation. Mercury differs in the sixth digit: pint takes
 # its own density, we UCUM's 133.322 Pa.
@@ -136,3 +137,10 @@ def test_any_text_is_read_or_refused_and_its_canonical_text_means_the_same(text)
         assert scale > 0
         assert math.isfinite(scale)
         assert math.isfinite(shift)
+
+
+@pytest.mark.parametrize("module", [units, maps])
+def test_examples_in_the_docstrings_are_true(module):
+    result = doctest.testmod(module)
+    assert result.attempted
+    assert not result.failed
