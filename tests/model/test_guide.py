@@ -110,6 +110,19 @@ def test_a_code_that_may_go_on_is_told_by_what_follows() -> None:
     assert found.elapsed_us.ravel().tolist() == times
 
 
+@pytest.mark.parametrize("book", BOOKS)
+def test_summed_chances_agree_with_how_trajectories_end(book: Codebook) -> None:
+    masks = [book.matching(["ICD10CM//E11.6"]), book.matching(["ICD10CM//E11"])]
+    masks[1] &= ~masks[0]
+    stop = Stop(masks, 40 * 86_400_000_000, 25)
+    found = rollout(wordy(book), book, [prompt(book)], trajectories=3000, stop=stop, seed=2, batch_rows=1500)
+    for column, ended in enumerate([found.event == 0, found.event == 1, found.reason == Reason.HORIZON]):
+        difference = found.chances[0, :, column] - ended[0]
+        # Both have the same mean: the difference is a sum of martingale steps.
+        assert ended.any()
+        assert abs(difference.mean()) < 4 * difference.std() / 3000**0.5
+
+
 @pytest.mark.parametrize("days", [1, 200, 900])
 def test_known_silence_is_kept_and_so_is_the_grammar(days: int) -> None:
     book, waited = BOOKS[0], days * 86_400_000_000
