@@ -193,6 +193,16 @@ def test_codes_are_spelled_and_fall_back_along_their_hierarchy(code, tokens, lev
     assert Codebook.from_bytes(book.to_bytes()).tell(code) == book.tell(code)
 
 
+def test_a_code_can_also_stand_for_rarer_ones_below_it():
+    names = {"codes": {"ICD10CM//E11": 20}, "prefixes": {"ICD10CM//E11": 20}}
+    book = Codebook.build(Survey(OPTIONS, **names))
+    assert [t.text for t in told(book, "ICD10CM//E11")] == ["ICD10CM//E11"]
+    assert [t.text for t in told(book, "ICD10CM//E11.9")] == ["ICD10CM//E11", "*"]
+    alone = Codebook.build(Survey(OPTIONS, codes=names["codes"]))
+    assert alone.tell("ICD10CM//E11.9").tokens == alone.tell("ICD10CM//E11").tokens
+    assert alone.tell("ICD10CM//E11.9").level == "ancestor"
+
+
 def test_splits_are_settings():
     book = spelling_codebook(icd10cm_split=(3, 1), atc_split=(), icd10pcs_split=(1,) * 6)
     assert [t.text for t in told(book, "ICD10CM//E11.65")] == ["ICD10CM//E11", "ICD10CM//2//6", "ICD10CM//3//5"]
