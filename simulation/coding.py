@@ -110,7 +110,7 @@ COMPLAINTS: dict[str, str] = {
     "C34.90": "COUGH",
     "R07.9": "CHEST PAIN",
 }
-"""What patients say in the emergency department, by the reason of the admission that follows; LOINC: chief complaint."""
+"""What patients say in the emergency department, by the reason of the admission to come; LOINC: chief complaint."""
 
 PLACES = tuple(dict.fromkeys([*DEPARTMENTS.values(), EMERGENCY_DEPARTMENT, CLINIC]))
 EXPIRED = "EXPIRED"

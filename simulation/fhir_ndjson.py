@@ -67,7 +67,7 @@ class FhirWriter:
     def add(self, piece: Extract) -> None:
         """Write some patients."""
         self._append("Patient", piece.patients, pl.col("subject_id").cast(pl.String), _patient())
-        self._append("Encounter", piece.encounters, pl.format("encounter-{}", "encounter_id"), _encounter())
+        self._append("Encounter", piece.encounters, pl.col("encounter_id").cast(pl.String), _encounter())
         self._numbered("Condition", piece.diagnoses, _condition())
         self._numbered("MedicationRequest", piece.drugs.filter(~pl.col("administered")), _prescription())
         self._numbered("MedicationAdministration", piece.drugs.filter("administered"), _administration())
@@ -139,7 +139,7 @@ def _whose() -> dict[str, _Json]:
 
 
 def _stay() -> dict[str, _Json]:
-    return _refer("Encounter", pl.format("encounter-{}", "encounter_id"))
+    return _refer("Encounter", pl.col("encounter_id"))
 
 
 def _coded(system: str, code: str | pl.Expr = "code", **more: _Json) -> dict[str, _Json]:
