@@ -21,7 +21,7 @@ class TablesWriter:
     def __init__(self, folder: Path, title: str) -> None:
         self._folder = folder
         self._begun: set[str] = set()
-        (folder / "mapping.toml").write_text(_MAPPING.format(title=title), encoding="utf-8")
+        (folder / "mapping.toml").write_text(_MAPPING.format(title=title, time=_TIME), encoding="utf-8")
 
     def add(self, piece: Extract) -> None:
         """Write some patients."""
@@ -51,10 +51,14 @@ class TablesWriter:
                 "discharge_to",
             ),
         )
-        named = {"diagnoses": "icd10", "procedures": "icd10pcs", "vaccinations": "cvx"}
-        for table, column in named.items():
-            frame: pl.DataFrame = getattr(piece, table)
-            self._append(table, frame.select(_patient(), _encounter(), when, pl.col("code").alias(column)))
+        coded = (
+            # Billing systems keep ICD codes without their dot.
+            ("diagnoses", piece.diagnoses, pl.col("code").str.replace(".", "", literal=True).alias("icd10")),
+            ("procedures", piece.procedures, pl.col("code").alias("icd10pcs")),
+            ("vaccinations", piece.vaccinations, pl.col("code").alias("cvx")),
+        )
+        for table, frame, code in coded:
+            self._append(table, frame.select(_patient(), _encounter(), when, code))
         drugs = piece.drugs.join(begin, on="encounter_id", how="left", maintain_order="left")
         self._append("drugs", drugs.select(_patient(), _encounter(), _offset(), "name", pl.col("code").alias("rxnorm")))
         results = piece.results.join(begin, on="encounter_id", how="left", maintain_order="left")
@@ -86,5 +90,91 @@ def _offset() -> pl.Expr:
 
 
 _MAPPING = """\
-name = "{title}"
+# SYNTHETIC: the records of a {title}; no row is about a real person.
+about = "{title}"
+
+[[lookup]]                                 # for times that count from the begin of an encounter
+name = "begins"
+files = "encounters.csv"
+key = "encounter"
+
+[[table]]
+name = "patients"
+files = "patients.csv"
+subject = "patient"
+unique = "patient"
+event = [
+    {{ code = "GENDER//{{sex}}", static = true }},
+    {{ code = "RACE//{{race}}", static = true }},
+    {{ code = "ETHNICITY//{{ethnicity}}", static = true }},
+    {{ code = "MEDS_BIRTH", time = {{ column = "born", format = "%m/%d/%Y" }} }},
+    {{ code = "MEDS_DEATH", time = {{ column = "died", format = "{time}" }}, optional = true }},
+]
+
+[[table]]
+name = "encounters"
+files = "encounters.csv"
+subject = "patient"
+encounter = "encounter"
+time = {{ column = "begin", format = "{time}" }}
+event = [
+    {{ code = "ENCOUNTER_START//{{type}}" }},
+    {{ code = "DEPARTMENT//{{department}}" }},
+    {{ code = "CHIEF_COMPLAINT//{{complaint}}", optional = true }},
+    {{ code = "ENCOUNTER_END//{{type}}", time = {{ column = "end", format = "{time}" }}, optional = true }},
+    {{ code = "DISCHARGE_TO//{{discharge_to}}", time = {{ column = "end", format = "{time}" }}, optional = true }},
+]
+
+[[table]]
+name = "diagnoses"
+files = "diagnoses.csv"
+subject = "patient"
+encounter = "encounter"
+time = {{ column = "time", format = "{time}" }}
+event = [{{ code = "ICD10CM//{{icd10:icd10cm}}" }}]
+
+[[table]]
+name = "procedures"
+files = "procedures.csv"
+subject = "patient"
+encounter = "encounter"
+time = {{ column = "time", format = "{time}" }}
+event = [{{ code = "ICD10PCS//{{icd10pcs}}" }}]
+
+[[table]]
+name = "vaccinations"
+files = "vaccinations.csv"
+subject = "patient"
+encounter = "encounter"
+time = {{ column = "time", format = "{time}" }}
+event = [{{ code = "CVX//{{cvx}}" }}]
+
+[[table]]
+name = "drugs"
+files = "drugs.csv"
+subject = "patient"
+encounter = "encounter"
+join = [{{ lookup = "begins", on = "encounter" }}]
+time = {{ offset = "minutes", unit = "minutes", origin = {{ column = "begins.begin", format = "{time}" }} }}
+event = [{{ code = "RxNorm//{{rxnorm}}" }}]
+
+[[table]]
+name = "values"
+files = "values.csv"
+subject = "patient"
+encounter = "encounter"
+join = [{{ lookup = "begins", on = "encounter" }}]
+time = {{ offset = "minutes", unit = "minutes", origin = {{ column = "begins.begin", format = "{time}" }} }}
+event = [{{ code = "LOINC//{{loinc}}", value = "value", unit = "{{unit}}" }}]
+
+[[table]]
+name = "answers"
+files = "answers.csv"
+subject = "patient"
+encounter = "encounter"
+time = {{ column = "time", format = "{time}" }}
+event = [
+    {{ code = "LOINC//{{loinc}}//LOINC//{{answer}}", where = {{ answer = {{ missing = false }} }} }},
+    {{ code = "LOINC//{{loinc}}", text = "text", where = {{ answer = {{ missing = true }} }} }},
+]
 """
