@@ -188,7 +188,7 @@ def _collect(collected: Intake, results: list[tuple[Piece, Result]]) -> None:
     for part, result in results:
         gone = by_piece.get((part.number,))
         for file, _ in result.files:
-            events = pl.read_ipc(file, memory_map=False)
+            events = pl.read_ipc(file)
             if gone is not None:
                 parts = events.filter(pl.col("_table") == len(TABLES) - 1, pl.col("_at").is_in(gone["_at"].implode()))
                 collected.drop(TABLES[-1], OLDER, parts.height)
@@ -209,12 +209,12 @@ def _older(files: list[tuple[int, Path]]) -> pl.DataFrame:
     kinds = {"piece": pl.Int64, "_at": pl.UInt32, "kept": pl.Boolean, "_table": pl.UInt8}
     if not files:
         return pl.DataFrame(schema=kinds)
-    keys = pl.concat([pl.read_ipc(file, columns=["key"], memory_map=False) for _, file in files])["key"]
+    keys = pl.concat([pl.read_ipc(file, columns=["key"]) for _, file in files])["key"]
     twice = keys.filter(keys.is_duplicated()).unique()
     if not len(twice):
         return pl.DataFrame(schema=kinds)
     found = [
-        pl.read_ipc(file, memory_map=False)
+        pl.read_ipc(file)
         .filter(pl.col("key").is_in(twice.implode()))
         .with_columns(piece=pl.lit(number, pl.Int64))
         for number, file in files

@@ -386,14 +386,16 @@ class Reader:
         batch.encounters = [name.removeprefix("Encounter/") if name else None for name in batch.keys]
         ends = [each.period.end if each.period else None for each in objects]
         begun, ended = index.times(batch.times), index.times(ends)
+        instants = index.times(batch.times, zoned=True), index.times(ends, zoned=True)
         for at, each in enumerate(objects):
             end = ends[at]
             if end is not None:
                 if ended[at] == index.NO_TIME:
                     batch.bads[at] = ("period.end", "not a date or time", end)
                 elif ended[at] < begun[at]:
-                    if len(end) == 10 and (batch.times[at] or "")[:10] == end:
-                        end = batch.times[at]  # it ended at some time of that day
+                    whole_day = len(end) == 10 and (batch.times[at] or "")[:10] == end
+                    if whole_day or instants[1][at] >= instants[0][at]:
+                        end = batch.times[at]  # at some time of that day, or the clocks were set back meanwhile
                     else:
                         batch.bads[at] = ("period.end", "ends before it starts", end)
             try:
