@@ -30,11 +30,11 @@ IMPORTERS: dict[str, Callable[[Path, Path], Flow]] = {
     "omop": lambda records, out: import_omop(records, out, name="omop"),
     "omop, codes of the source": lambda records, out: import_omop(records, out, name="omop", codes="source"),
     "fhir": lambda records, out: import_fhir(records, out, name="fhir"),
-    "tables": lambda records, out: import_tables(records / "mapping.toml", out, name="tables"),
+    "tables": lambda records, out: import_tables(records, out, records / "mapping.toml", name="tables"),
 }
 
-# A blood pressure's panel has no value of its own; places and medications are what others refer to.
-NO_EVENTS = {"panel, its parts are read", "resource type not read"}
+# A blood pressure's panel has no value of its own; places, medications and lookups are what others refer to.
+NO_EVENTS = {"panel, its parts are read", "resource type not read", "looked up"}
 
 
 @dataclass(frozen=True)
