@@ -96,6 +96,7 @@ DEPARTMENTS: dict[str, str] = {
 }
 """The ward that takes each reason of admission."""
 
+INTENSIVE_CARE = "INTENSIVE CARE UNIT"
 EMERGENCY_DEPARTMENT, CLINIC, ANY_WARD = "EMERGENCY DEPARTMENT", "OUTPATIENT CLINIC", "INTERNAL MEDICINE"
 COMPLAINT = "8661-1"
 COMPLAINTS: dict[str, str] = {
@@ -112,7 +113,7 @@ COMPLAINTS: dict[str, str] = {
 }
 """What patients say in the emergency department, by the reason of the admission to come; LOINC: chief complaint."""
 
-PLACES = tuple(dict.fromkeys([*DEPARTMENTS.values(), EMERGENCY_DEPARTMENT, CLINIC]))
+PLACES = tuple(dict.fromkeys([*DEPARTMENTS.values(), EMERGENCY_DEPARTMENT, CLINIC, INTENSIVE_CARE]))
 EXPIRED = "EXPIRED"
 
 RACES, RACE_SHARES = ("WHITE", "BLACK", "ASIAN"), (0.7, 0.2, 0.1)

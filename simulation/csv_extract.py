@@ -10,6 +10,7 @@ from pathlib import Path
 
 import polars as pl
 
+from simulation import coding
 from simulation.extract import Extract
 
 _TIME, _DAY = "%Y-%m-%d %H:%M", "%m/%d/%Y"
@@ -51,6 +52,9 @@ class TablesWriter:
                 "discharge_to",
             ),
         )
+        moves = piece.encounters.drop_nulls("intensive")
+        unit = pl.lit(coding.INTENSIVE_CARE).alias("unit")
+        self._append("moves", moves.select(_patient(), _encounter(), _clock("intensive").alias("time"), unit))
         coded = (
             # Billing systems keep ICD codes without their dot.
             ("diagnoses", piece.diagnoses, pl.col("code").str.replace(".", "", literal=True).alias("icd10")),
@@ -124,6 +128,14 @@ event = [
     {{ code = "ENCOUNTER_END//{{type}}", time = {{ column = "end", format = "{time}" }}, optional = true }},
     {{ code = "DISCHARGE_TO//{{discharge_to}}", time = {{ column = "end", format = "{time}" }}, optional = true }},
 ]
+
+[[table]]
+name = "moves"
+files = "moves.csv"
+subject = "patient"
+encounter = "encounter"
+time = {{ column = "time", format = "{time}" }}
+event = [{{ code = "DEPARTMENT//{{unit}}" }}]
 
 [[table]]
 name = "diagnoses"

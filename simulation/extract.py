@@ -5,7 +5,7 @@ every event and adds what moves no risk: race and ethnicity, tobacco status, blo
 Every form that a hospital is written in (`simulation.forms`) comes from these tables, and `events` says which MEDS
 events each of them holds. Times are whole minutes, values as many decimals as a laboratory reports: text loses nothing.
 
-Left out, because not every form has a place for it: moves to intensive care and the mark of the end of a record.
+Left out, because not every form has a place for it: the mark of the end of a record.
 """
 
 import zlib
@@ -23,6 +23,7 @@ EMERGENCY, INPATIENT, OUTPATIENT = "EMERGENCY", "INPATIENT", "OUTPATIENT"
 
 _DIAGNOSIS, _DRUG = "DIAGNOSIS//ICD10CM//", "MEDICATION//"
 _ADMISSION, _DISCHARGE = "HOSPITAL_ADMISSION//", "HOSPITAL_DISCHARGE//"
+_TO_INTENSIVE_CARE = "TRANSFER_TO//ICU"
 _STARTS = {"ED_REGISTRATION": EMERGENCY, "OUTPATIENT//CLINIC": OUTPATIENT}
 _VISIT = pl.duration(minutes=30)
 _TOBACCO_SHARE, _OPERATED, _VACCINATED = 0.5, 0.8, 0.5
@@ -36,8 +37,8 @@ class Extract:
         patients: subject_id int64, sex (M, F), race, ethnicity, birth, death (null: none known), opened and
             closed (first admission and end of the record).
         encounters: encounter_id int64, subject_id, kind (EMERGENCY, INPATIENT, OUTPATIENT), start, end (null: still
-            going on when the record was closed), department, complaint (null: none), discharge_to (null: none, or not
-            known).
+            going on when the record was closed), department, intensive (time of the move to intensive care, null:
+            none), complaint (null: none), discharge_to (null: none, or not known).
         diagnoses: subject_id, encounter_id, time, code (ICD-10-CM with dot).
         drugs: subject_id, encounter_id, time, code (RxNorm ingredient), name, administered bool (else
             prescribed; by chance).
@@ -82,7 +83,7 @@ def extract(records: Records, profile: HospitalProfile, seed: int) -> Extract:
     drugs = located.filter(pl.col("code").str.starts_with(_DRUG)).with_columns(
         name=pl.col("code").str.strip_prefix(_DRUG)
     )
-    encounters = _reasons(rng, encounters, diagnoses)
+    encounters = _reasons(rng, _intensive(encounters, located), diagnoses)
     place = ["subject_id", "encounter_id", "time"]
     return Extract(
         patients,
@@ -115,6 +116,7 @@ def events(tables: Extract) -> pl.DataFrame:
         _named(who.drop_nulls("death"), pl.col("death"), DEATH),
         _named(stays, pl.col("start"), "ENCOUNTER_START//", pl.col("kind")),
         _named(stays, pl.col("start"), "DEPARTMENT//", pl.col("department")),
+        _named(stays.drop_nulls("intensive"), pl.col("intensive"), f"DEPARTMENT//{coding.INTENSIVE_CARE}"),
         _named(stays.drop_nulls("complaint"), pl.col("start"), "CHIEF_COMPLAINT//", pl.col("complaint")),
         _named(stays.drop_nulls("end"), pl.col("end"), "ENCOUNTER_END//", pl.col("kind")),
         _named(stays.drop_nulls("discharge_to"), pl.col("end"), "DISCHARGE_TO//", pl.col("discharge_to")),
@@ -213,6 +215,12 @@ def _reasons(rng: np.random.Generator, encounters: pl.DataFrame, diagnoses: pl.D
         department=pl.col("kind").replace_strict(elsewhere, default=ward, return_dtype=pl.String),
         complaint=pl.when(pl.col("kind") == EMERGENCY).then(coming.fill_null(other)),
     ).drop("reason")
+
+
+def _intensive(encounters: pl.DataFrame, located: pl.DataFrame) -> pl.DataFrame:
+    """Add the time of the move to intensive care; a stay has one at most."""
+    moves = located.filter(pl.col("code") == _TO_INTENSIVE_CARE).select("encounter_id", intensive="time")
+    return encounters.join(moves, on="encounter_id", how="left", maintain_order="left")
 
 
 def _located(events: pl.DataFrame, encounters: pl.DataFrame) -> pl.DataFrame:

@@ -60,7 +60,7 @@ class FhirWriter:
         for kind in _RESOURCES:
             (folder / f"{kind}.ndjson").touch()
         places = pl.DataFrame({"name": coding.PLACES})
-        self._append("Location", places, _place("name"), {"description": title, "name": _quoted("name")})
+        self._append("Location", places, _place(pl.col("name")), {"description": title, "name": _quoted("name")})
         drugs = pl.DataFrame({"code": list(coding.RXNORM.values()), "name": list(coding.RXNORM)})
         self._append("Medication", drugs, pl.format("rxnorm-{}", "code"), {"code": _drug()})
 
@@ -121,8 +121,8 @@ def _time(column: str = "time") -> pl.Expr:
     return _quoted(pl.col(column).dt.strftime(f"%Y-%m-%dT%H:%M:%S{_ZONE}"))
 
 
-def _place(name: str) -> pl.Expr:
-    return pl.format("location-{}", pl.col(name).str.to_lowercase().str.replace_all(" ", "-", literal=True))
+def _place(name: pl.Expr) -> pl.Expr:
+    return pl.format("location-{}", name.str.to_lowercase().str.replace_all(" ", "-", literal=True))
 
 
 def _mapped(column: str, names: dict[str, str]) -> pl.Expr:
@@ -176,6 +176,11 @@ def _patient() -> dict[str, _Json]:
 def _encounter() -> dict[str, _Json]:
     ended = pl.col("end").is_not_null()
     disposition = {"system": f"{_TERMINOLOGY}/discharge-disposition", "code": _mapped("discharge_to", _DISPOSITION)}
+    ward: _Json = {"location": _refer("Location", _place(pl.col("department")))}
+    intensive: _Json = {
+        "location": _refer("Location", _place(pl.lit(coding.INTENSIVE_CARE))),
+        "period": {"start": _time("intensive")},
+    }
     return {
         "status": _quoted(pl.when(ended).then(pl.lit("finished")).otherwise(pl.lit("in-progress"))),
         "class": {"system": f"{_TERMINOLOGY}/v3-ActCode", "code": _mapped("kind", _CLASS)},
@@ -185,7 +190,7 @@ def _encounter() -> dict[str, _Json]:
         "hospitalization?": {
             "dischargeDisposition": {"text": _quoted("discharge_to"), "coding?": [disposition]},
         },
-        "location": [{"location": _refer("Location", _place("department"))}],
+        "location": pl.coalesce(_line([ward, intensive]), _line([ward])),
     }
 
 

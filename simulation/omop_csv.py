@@ -26,6 +26,7 @@ _EHR, _ADMINISTERED, _PRESCRIBED, _STILL_PATIENT = 32817, 32818, 32838, 32220
 _SEX = {"M": 8507, "F": 8532}
 _RACE = {"WHITE": 8527, "BLACK": 8516, "ASIAN": 8515}
 _ETHNICITY = {"HISPANIC": 38003563, "NOT HISPANIC": 38003564}
+_INTENSIVE_CARE = 32037
 _VISIT = {INPATIENT: 9201, OUTPATIENT: 9202, EMERGENCY: 9203}
 
 # id, name, domain, vocabulary, class, code
@@ -41,6 +42,7 @@ _FIXED = (
     (9201, "Inpatient Visit", "Visit", "Visit", "Visit", "IP"),
     (9202, "Outpatient Visit", "Visit", "Visit", "Visit", "OP"),
     (9203, "Emergency Room Visit", "Visit", "Visit", "Visit", "ER"),
+    (_INTENSIVE_CARE, "Intensive Care", "Visit", "Visit", "Visit", "OMOP4822460"),
     (_EHR, "EHR", "Type Concept", "Type Concept", "Type Concept", "OMOP4976890"),
     (_ADMINISTERED, "EHR administration record", "Type Concept", "Type Concept", "Type Concept", "OMOP4976891"),
     (_PRESCRIBED, "EHR prescription", "Type Concept", "Type Concept", "Type Concept", "OMOP4976911"),
@@ -58,6 +60,11 @@ _COLUMNS = {
     " visit_end_date visit_end_datetime visit_type_concept_id provider_id care_site_id visit_source_value"
     " visit_source_concept_id admitted_from_concept_id admitted_from_source_value discharged_to_concept_id"
     " discharged_to_source_value preceding_visit_occurrence_id",
+    "visit_detail": "visit_detail_id person_id visit_detail_concept_id visit_detail_start_date"
+    " visit_detail_start_datetime visit_detail_end_date visit_detail_end_datetime visit_detail_type_concept_id"
+    " provider_id care_site_id visit_detail_source_value visit_detail_source_concept_id admitted_from_concept_id"
+    " admitted_from_source_value discharged_to_source_value discharged_to_concept_id preceding_visit_detail_id"
+    " parent_visit_detail_id visit_occurrence_id",
     "condition_occurrence": "condition_occurrence_id person_id condition_concept_id condition_start_date"
     " condition_start_datetime condition_end_date condition_end_datetime condition_type_concept_id"
     " condition_status_concept_id stop_reason provider_id visit_occurrence_id visit_detail_id condition_source_value"
@@ -128,6 +135,7 @@ class OmopWriter:
         closed = piece.patients.select("subject_id", "closed")
         visits = piece.encounters.join(closed, on="subject_id", how="left", maintain_order="left")
         self._append("visit_occurrence", visits, **_visit())
+        self._append("visit_detail", visits.drop_nulls("intensive"), **_detail())
         source = {"condition_concept_id": 0, "condition_status_concept_id": 0}
         self._append(
             "condition_occurrence", piece.diagnoses, **_row("condition", "ICD10CM", "condition_start"), **source
@@ -219,6 +227,22 @@ def _visit() -> dict[str, _Value]:
         "visit_source_concept_id": 0,
         "discharged_to_concept_id": 0,
         "discharged_to_source_value": pl.col("discharge_to"),
+    }
+
+
+def _detail() -> dict[str, _Value]:
+    end = pl.col("end").fill_null(pl.col("closed"))
+    return {
+        "person_id": pl.col("subject_id"),
+        "visit_detail_concept_id": _INTENSIVE_CARE,
+        **_when("visit_detail_start", "intensive"),
+        "visit_detail_end_date": end.dt.date(),
+        "visit_detail_end_datetime": end,
+        "visit_detail_type_concept_id": _EHR,
+        "care_site_id": coding.PLACES.index(coding.INTENSIVE_CARE) + 1,
+        "visit_detail_source_value": "ICU",
+        "visit_detail_source_concept_id": 0,
+        "visit_occurrence_id": pl.col("encounter_id"),
     }
 
 
