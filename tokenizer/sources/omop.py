@@ -172,39 +172,26 @@ class _Import:
             visits.add_sites(_required_id(frame, rows, "care_site_id"))
         for rows, frame in self._pieces("provider", PROVIDER, [("provider_id",)], counted=False):
             visits.add_providers(_required_id(frame, rows, "provider_id"))
-        needs: list[tuple[str, ...]] = [
-            ("visit_occurrence_id",), ("person_id",), ("visit_concept_id", "visit_source_value"),
-            ("visit_start_date", "visit_start_datetime"),
-        ]  # fmt: skip
-        for rows, frame in self._pieces("visit_occurrence", VISIT, needs):
-            frame = rows.timed(frame, "time", "visit_start_datetime", "visit_start_date")
-            frame = self._people.known(visits.ended(frame, rows), rows, "visit_occurrence")
-            visits.add(self._people.observed(frame, "visit_occurrence"))
+        needs = [("visit_occurrence_id",), ("visit_concept_id", "visit_source_value")]
+        for rows, frame in self._timed("visit_occurrence", VISIT, needs, "visit_start"):
+            numbered = _required_id(frame, rows, "visit_occurrence_id")
+            visits.add(self._people.observed(visits.ended(numbered, rows), "visit_occurrence"))
         if details:
-            needs = [("person_id",), ("visit_detail_start_date", "visit_detail_start_datetime")]
-            for rows, frame in self._pieces("visit_detail", DETAIL, needs):
-                frame = rows.timed(frame, "time", "visit_detail_start_datetime", "visit_detail_start_date")
-                frame = self._people.known(frame, rows, "visit_detail")
+            for _, frame in self._timed("visit_detail", DETAIL, [], "visit_detail_start"):
                 visits.add_details(self._people.observed(frame, "visit_detail"))
         visits.note()
 
     def events(self, table: EventTable) -> None:
         kinds, needs = _event_columns(table)
-        for rows, frame in self._pieces(table.name, kinds, needs):
-            frame = rows.timed(frame, "time", f"{table.start}_datetime", f"{table.start}_date")
-            frame = self._people.observed(self._people.known(frame, rows, table.name), table.name)
-            names = {
-                f"{table.code}_concept_id": "concept",
-                f"{table.code}_source_concept_id": "source_concept",
-                f"{table.code}_source_value": "source_value",
-            }
-            coded = self._codes.resolve(frame.rename(names), table.name, table.kind)
+        names = {f"{table.code}_{end}": end for end in ("concept_id", "source_concept_id", "source_value")}
+        for _, frame in self._timed(table.name, kinds, needs, table.start):
+            kept = self._people.observed(frame, table.name).rename(names)
+            coded = self._codes.resolve(kept, table.name, table.kind)
             self._intake.add(table.name, self._valued(coded, table) if table.number else _plain(coded))
 
     def deaths(self) -> None:
-        for rows, frame in self._pieces("death", DEATH, [("person_id",), ("death_date", "death_datetime")]):
-            frame = rows.timed(frame, "time", "death_datetime", "death_date")
-            self._people.die(self._people.known(frame, rows, "death"))
+        for _, frame in self._timed("death", DEATH, [], "death"):
+            self._people.die(frame)
         self._people.close()
 
     def notes(self) -> None:
@@ -235,6 +222,14 @@ class _Import:
             done += frame.height
             if self._progress:
                 self._progress(table, done)
+
+    def _timed(
+        self, table: str, kinds: Mapping[str, Kind], needs: list[tuple[str, ...]], start: str
+    ) -> Iterator[tuple[Rows, pl.DataFrame]]:
+        """Give a table in typed pieces, its rows those of known people, with `time` from `start`'s columns."""
+        exact, day = f"{start}_datetime", f"{start}_date"
+        for rows, frame in self._pieces(table, kinds, [("person_id",), (day, exact), *needs]):
+            yield rows, rows.timed(self._people.known(frame, rows, table), "time", exact, day)
 
     def _valued(self, frame: pl.DataFrame, table: EventTable) -> pl.DataFrame:
         """Events of rows with a value: a number with its unit, an answer in the code, or the code alone."""
@@ -287,9 +282,9 @@ def _event_columns(table: EventTable) -> tuple[dict[str, Kind], list[tuple[str, 
     }
     if table.number:
         kinds |= {table.number: "number", "unit_concept_id": "id", "unit_source_value": "text"}
-        kinds |= {"value_as_concept_id": "id"} | dict.fromkeys(table.texts, "text")
-    codes = (f"{code}_concept_id", f"{code}_source_concept_id", f"{code}_source_value")
-    return kinds, [("person_id",), codes, (f"{start}_date", f"{start}_datetime")]
+        kinds["value_as_concept_id"] = "id"
+        kinds.update({text: "text" for text in table.texts})
+    return kinds, [(f"{code}_concept_id", f"{code}_source_concept_id", f"{code}_source_value")]
 
 
 def _plain(frame: pl.DataFrame) -> pl.DataFrame:

@@ -72,7 +72,7 @@ class Concepts:
             self._map_pieces = []
 
     def look_up(self, ids: pl.Series) -> pl.DataFrame:
-        """Rows of the concept table: id, code, unit (as UCUM), name (upper case), standard; unknown ids are left out."""
+        """Rows of the concept table: id, code, unit (UCUM), name (upper case), standard; none for unknown ids."""
         wanted = ids.drop_nulls().unique().sort().to_numpy()
         at = np.searchsorted(self._ids, wanted)
         inside = at < len(self._ids)
@@ -113,16 +113,16 @@ class Codes:
         """Add the column `code`; a row whose concept maps to several standard ones becomes several.
 
         Args:
-            frame: with `concept` and `source_concept`, int64 (0 and null: none), and `source_value`, text.
+            frame: with `concept_id` and `source_concept_id`, int64 (0 and null: none), and `source_value`, text.
             table: for notes.
             kind: first part of codes that only the source knows.
         """
         frame = frame.with_columns(
-            pl.when(pl.col(name) != 0).then(pl.col(name)).alias(name) for name in ("concept", "source_concept")
+            pl.when(pl.col(name) != 0).then(pl.col(name)).alias(name) for name in ("concept_id", "source_concept_id")
         )
         by_concept, by_source = self._tables(frame)
-        first, second = ("concept", "source_concept")[:: 1 if self._choice == "standard" else -1]
-        found = {"concept": by_concept, "source_concept": by_source}
+        first, second = ("concept_id", "source_concept_id")[:: 1 if self._choice == "standard" else -1]
+        found = {"concept_id": by_concept, "source_concept_id": by_source}
         value = pl.lit(f"{kind}//") + clean(pl.col("source_value")).str.slice(0, LONGEST_CODE)
         numbers = [_numbered(name) for name in (first, second)]
         rest = [*numbers, value] if self._choice == "standard" else [value, *numbers]
@@ -159,16 +159,16 @@ class Codes:
         """Say in the flow's notes what could not be told."""
         if not self._concepts.known:
             intake.note(
-                "There is no concept table: codes are OMOP//<concept_id>, or the source's own where there is no concept."
+                "There is no concept table: codes are OMOP//<concept_id>, or the source's own where it has none."
             )
         for (table, what), count in sorted(self._fallbacks.items()):
             intake.note(f"{table}: {count} rows {what}.")
 
     def _tables(self, frame: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
         if self._choice == "standard":
-            return self._concepts.standard(frame["concept"]), self._concepts.standard(frame["source_concept"])
-        own = self._concepts.look_up(frame["source_concept"]).select("id", "code")
-        return self._concepts.standard(frame["concept"]), own
+            return self._concepts.standard(frame["concept_id"]), self._concepts.standard(frame["source_concept_id"])
+        own = self._concepts.look_up(frame["source_concept_id"]).select("id", "code")
+        return self._concepts.standard(frame["concept_id"]), own
 
     def _key(self, found: dict[str, pl.DataFrame], first: str, second: str) -> list[pl.Expr]:
         has_first = pl.col(first).is_in(found[first]["id"].implode())

@@ -1,4 +1,4 @@
-"""Columns of an OMOP table get their types: whole numbers, numbers, times and texts, with every cell that isn't one named.
+"""Columns of an OMOP table get their types: whole numbers, numbers, times, texts; every cell that is none is named.
 
 A table comes as text (CSV, databases) or with types of its own (parquet); both end in the same four kinds.
 """

@@ -17,7 +17,8 @@ import sqlalchemy as sa
 
 from tokenizer.errors import ConfigError, DataError
 from tokenizer.sources.intake import Intake
-from tokenizer.sources.omop_files import missing_column, number_rows, read_csv
+from tokenizer.sources.omop_csv import number_rows, read_csv
+from tokenizer.sources.omop_files import missing_column
 from tokenizer.sources.omop_tables import READ, UNREAD
 
 _PIECE_ROWS = 50_000
@@ -86,11 +87,12 @@ class DatabaseRecords:
     def _streamed(
         self, here: Any, chosen: list[str], wanted: list[str], label: str, table: str, intake: Intake
     ) -> Iterator[pl.DataFrame]:
-        # As text, every database says the same thing, and dates that Python can't hold are rows like others.
-        query = sa.select(*(sa.cast(column, sa.String) for column in here.columns))
+        # As text, every database says the same thing, and dates that Python can't hold are rows like others. SQLite
+        # doesn't check that text is UTF-8: as bytes, the bad cell can be named.
+        raw = self._connection.dialect.name == "sqlite"
+        query = sa.select(*(sa.cast(column, sa.LargeBinary() if raw else sa.String()) for column in here.columns))
         result = self._connection.execution_options(yield_per=_PIECE_ROWS).execute(query)
-        binary = self._connection.dialect.name == "sqlite"
-        kind = pl.Binary if binary else pl.String
+        kind = pl.Binary if raw else pl.String
         frames = (
             pl.DataFrame([tuple(row) for row in rows], schema=dict.fromkeys(chosen, kind), orient="row", strict=False)
             for rows in result.partitions()
@@ -152,14 +154,9 @@ def _open(connection: sa.Connection, place: str, schema: str | None, vocabulary:
             # One snapshot for all tables; dates as ISO 8601 has them whatever the server's setting.
             connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
             connection.execute(sa.text("SET LOCAL datestyle TO 'ISO, YMD'"))
-        records = DatabaseRecords(connection, place, schema, vocabulary)
+        return DatabaseRecords(connection, place, schema, vocabulary)
     except sa.exc.SQLAlchemyError as problem:
         raise _failed(f"OMOP {place}", problem) from None
-    if connection.dialect.name == "sqlite":
-        # SQLite doesn't check that text is UTF-8; as bytes, the bad cell can be named.
-        driver: Any = connection.connection.driver_connection
-        driver.text_factory = bytes
-    return records
 
 
 def _address(url: str) -> sa.URL:
@@ -184,7 +181,9 @@ def _engine(address: sa.URL, place: str) -> sa.Engine:
         return sa.create_engine(address, poolclass=sa.pool.NullPool)
     file = Path(address.database or "")
     if not file.is_file():
-        raise DataError(f"{place}: there is no such file. An absolute path needs four slashes: sqlite:////data/omop.db.")
+        raise DataError(
+            f"{place}: there is no such file. An absolute path needs four slashes: sqlite:////data/omop.db."
+        )
     uri = f"file:{quote(str(file.resolve()))}?mode=ro"
     return sa.create_engine("sqlite://", creator=lambda: sqlite3.connect(uri, uri=True), poolclass=sa.pool.NullPool)
 

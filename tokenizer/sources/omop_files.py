@@ -4,15 +4,12 @@ What a file is called says which table it holds: `PERSON.csv`, `person.parquet`,
 `measurement/part-00000.parquet`. Names and headers may have any case.
 """
 
-import csv
 import gzip
-import io
 import re
 import shutil
 import tempfile
 import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,18 +18,15 @@ from typing import IO, Any
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet
 
 from tokenizer.errors import DataError
 from tokenizer.sources.intake import Intake
-from tokenizer.sources.omop_tables import KNOWN_COLUMNS, READ, UNREAD
+from tokenizer.sources.omop_csv import complete, guarded, head_of, layout_of, number_rows, read_csv
+from tokenizer.sources.omop_tables import READ, UNREAD
 
-_BLOCK_BYTES = 16 << 20
 _BATCH_ROWS = 200_000
-_HEAD_BYTES = 1 << 20
-_NULLS = ["", "NULL", "\\N"]
-_DAMAGE = (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError, NotImplementedError, pa.ArrowException)
+_NO_HEADER = "Add the header, or say which CDM version's order holds (--cdm 5.3), or give a table spec."
 
 
 @dataclass(frozen=True)
@@ -49,17 +43,6 @@ class _Part:
     @property
     def label(self) -> str:
         return f"{self.path}!{self.member}" if self.member else str(self.path)
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """How a CSV file is written."""
-
-    names: tuple[str, ...]
-    delimiter: str
-    quoted: bool
-    header_rows: int
-    empty: bool
 
 
 class FileRecords:
@@ -140,11 +123,9 @@ class FileRecords:
             self.others.append(file.name)
 
     def _archive(self, path: Path) -> Iterator[_Part]:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                members = sorted(entry.filename for entry in archive.infolist() if not entry.is_dir())
-        except _DAMAGE as problem:
-            raise _damaged(str(path), problem) from None
+        archive = guarded(str(path), lambda: zipfile.ZipFile(path))
+        with archive:
+            members = sorted(entry.filename for entry in archive.infolist() if not entry.is_dir())
         for member in members:
             if _is_hidden(PurePosixPath(member).parts):
                 continue
@@ -156,8 +137,10 @@ class FileRecords:
     def _read_csv(
         self, part: _Part, wanted: list[str], required: Sequence[tuple[str, ...]], intake: Intake
     ) -> Iterator[pl.DataFrame]:
+        order = self._spec.get(part.table, ()) if self._spec is not None else None
         with _opened(part) as stream:
-            layout = _layout(part, _guarded(part.label, lambda: _head(stream)), self._spec)
+            head = guarded(part.label, lambda: head_of(stream))
+        layout = layout_of(head, part.label, part.table, order, _NO_HEADER)
         _require(part, layout.names, required)
         if layout.empty:
             return
@@ -180,7 +163,7 @@ class FileRecords:
     ) -> Iterator[pl.DataFrame]:
         del intake
         with _opened(part) as stream:
-            file = _guarded(part.label, lambda: pyarrow.parquet.ParquetFile(stream))
+            file = guarded(part.label, lambda: pyarrow.parquet.ParquetFile(stream))
             names = {name.strip().lower(): name for name in file.schema_arrow.names}
             if len(names) < len(file.schema_arrow.names):
                 raise DataError(f"{part.label}: two columns have the same name but for its case; rename one.")
@@ -188,127 +171,11 @@ class FileRecords:
             columns = [names[name] for name in wanted if name in names]
             batches = file.iter_batches(batch_size=_BATCH_ROWS, columns=columns)
             start = 0
-            while (batch := _guarded(part.label, lambda: next(batches, None))) is not None:
+            while (batch := guarded(part.label, lambda: next(batches, None))) is not None:
                 frame = pl.DataFrame(pl.from_arrow(batch))
                 frame = frame.rename({original: original.strip().lower() for original in frame.columns})
-                yield _complete(frame, wanted, np.arange(start + 1, start + 1 + frame.height))
+                yield complete(frame, wanted, np.arange(start + 1, start + 1 + frame.height))
                 start += frame.height
-
-
-def read_csv(
-    stream: Any,
-    names: Sequence[str],
-    columns: list[str],
-    *,
-    delimiter: str,
-    quoted: bool,
-    skip: int,
-    invalid: list[Any],
-    label: str,
-) -> Iterator[pl.DataFrame]:
-    """Read CSV in blocks: the chosen columns as bytes, null where a field is empty.
-
-    Args:
-        stream: of bytes.
-        names: of all columns.
-        columns: those to give.
-        delimiter: between fields.
-        quoted: whether fields may stand in double quotes.
-        skip: rows of the header.
-        invalid: gets the rows with too few or too many fields (their `number` and `text`); they are left out.
-        label: the file, for messages.
-
-    Raises:
-        DataError: damaged, or quotes that are not closed.
-    """
-
-    def note(row: Any) -> str:
-        invalid.append(row)
-        return "skip"
-
-    options = {
-        "read_options": pyarrow.csv.ReadOptions(
-            use_threads=False, block_size=_BLOCK_BYTES, column_names=list(names), skip_rows=skip
-        ),
-        "parse_options": pyarrow.csv.ParseOptions(
-            delimiter=delimiter,
-            quote_char='"' if quoted else False,
-            newlines_in_values=quoted,
-            invalid_row_handler=note,
-        ),
-        "convert_options": pyarrow.csv.ConvertOptions(
-            include_columns=columns,
-            column_types={name: pa.binary() for name in columns},
-            strings_can_be_null=True,
-            null_values=_NULLS,
-        ),
-    }
-    reader = _guarded(label, lambda: pyarrow.csv.open_csv(stream, **options))
-    with reader:
-        while (batch := _guarded(label, lambda: next(reader, None))) is not None:
-            yield pl.DataFrame(pl.from_arrow(batch))
-
-
-def number_rows(
-    batches: Iterator[pl.DataFrame],
-    invalid: list[Any],
-    wanted: list[str],
-    label: str,
-    table: str,
-    intake: Intake,
-    header_rows: int = 0,
-) -> Iterator[pl.DataFrame]:
-    """Give CSV blocks their row numbers and turn bytes to text; rows that are none of the table's are set aside."""
-    at = header_rows + 1
-    ahead = np.zeros(0, np.int64)
-    for frame in batches:
-        # The reader may be a block ahead: rows that it left out can lie behind this piece.
-        ahead = np.concatenate([ahead[ahead >= at], [row.number for row in invalid]]).astype(np.int64)
-        _set_aside(invalid, label, table, intake)
-        numbers = np.arange(at, at + frame.height + len(ahead))
-        numbers = numbers[~np.isin(numbers, ahead)][: frame.height]
-        at = int(numbers[-1]) + 1 if len(numbers) else at
-        yield _decode(_complete(frame, wanted, numbers), label, table, intake)
-    _set_aside(invalid, label, table, intake)
-
-
-def _set_aside(invalid: list[Any], label: str, table: str, intake: Intake) -> None:
-    for row in invalid:
-        reason = f"{row.actual_columns} fields where {row.expected_columns} are needed"
-        advice = "A quote that isn't closed joins rows" if "\n" in row.text else "Quote fields that hold a delimiter"
-        intake.rows(table, 1)
-        intake.bad(label, table, row.number, "", reason, row.text, advice)
-    invalid.clear()
-
-
-def _decode(frame: pl.DataFrame, label: str, table: str, intake: Intake) -> pl.DataFrame:
-    for column in frame.columns:
-        if frame[column].dtype != pl.Binary:
-            continue
-        try:
-            frame = frame.with_columns(pl.col(column).cast(pl.String))
-        except pl.exceptions.ComputeError:
-            texts = [_text(cell) for cell in frame[column]]
-            for row, cell, text in zip(frame["_row"], frame[column], texts, strict=True):
-                if cell is not None and text is None:
-                    intake.rows(table, 1)
-                    advice = "Save the file as UTF-8 (iconv -f latin1 -t utf-8 file > new)"
-                    intake.bad(label, table, row, column, "not UTF-8", repr(cell), advice)
-            good = pl.Series([cell is None or text is not None for cell, text in zip(frame[column], texts, strict=True)])
-            frame = frame.with_columns(pl.Series(column, texts, dtype=pl.String)).filter(good)
-    return frame
-
-
-def _text(cell: bytes | None) -> str | None:
-    try:
-        return None if cell is None else cell.decode()
-    except UnicodeDecodeError:
-        return None
-
-
-def _complete(frame: pl.DataFrame, wanted: list[str], numbers: np.ndarray) -> pl.DataFrame:
-    missing = [pl.lit(None, pl.String).alias(name) for name in wanted if name not in frame.columns]
-    return frame.with_columns(*missing, pl.Series("_row", numbers, dtype=pl.Int64)).select("_row", *wanted)
 
 
 def _is_hidden(parts: Sequence[str]) -> bool:
@@ -340,7 +207,7 @@ def _opened(part: _Part) -> Iterator[Any]:
     with _archived(part) if part.member else _on_disk(part) as stream:
         if part.kind == "parquet" and (part.member or part.gzipped):
             with tempfile.TemporaryFile() as aside:
-                _guarded(part.label, lambda: shutil.copyfileobj(stream, aside))
+                guarded(part.label, lambda: shutil.copyfileobj(stream, aside))
                 aside.seek(0)
                 yield aside
         else:
@@ -349,74 +216,22 @@ def _opened(part: _Part) -> Iterator[Any]:
 
 @contextmanager
 def _on_disk(part: _Part) -> Iterator[Any]:
-    file = _guarded(part.label, lambda: pa.OSFile(str(part.path)))
+    file = guarded(part.label, lambda: pa.OSFile(str(part.path)))
     with file:
         yield pa.CompressedInputStream(file, "gzip") if part.gzipped else file
 
 
 @contextmanager
 def _archived(part: _Part) -> Iterator[IO[bytes]]:
-    archive = _guarded(part.label, lambda: zipfile.ZipFile(part.path))
+    archive = guarded(part.label, lambda: zipfile.ZipFile(part.path))
     with archive:
-        member = _guarded(part.label, lambda: archive.open(part.member or ""))
+        member = guarded(part.label, lambda: archive.open(part.member or ""))
         with member:
-            yield gzip.open(member) if part.gzipped else member  # type: ignore[misc]
-
-
-def _head(stream: Any) -> bytes:
-    """The first bytes, at least one of which lies behind the header if there is any."""
-    head = b""
-    while len(head) < _HEAD_BYTES and (more := stream.read(_HEAD_BYTES - len(head))):
-        head += more
-    return head
-
-
-def _layout(part: _Part, head: bytes, spec: dict[str, tuple[str, ...]] | None) -> _Layout:
-    """Find delimiter and header in a file's first bytes."""
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(f"{part.label}: written as UTF-16. Save it as UTF-8 (iconv -f utf-16 -t utf-8 file > new).")
-    text = head.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
-    lines = text.splitlines(keepends=True)
-    if not text.strip():
-        raise DataError(f"{part.label}: empty, without even a header. Remove the file, or export the table again.")
-    delimiter = "\t" if "\t" in lines[0] else ","
-    quoted = delimiter == "," or '"' in lines[0]
-    rows = [_cells(line, delimiter, quoted) for line in lines[:2]]
-    known = KNOWN_COLUMNS.get(part.table, frozenset())
-    # An export that lost its header may have it as the first row, below made-up names.
-    header = next((at for at, cells in enumerate(rows) if known & set(cells)), None)
-    if header is not None:
-        names = tuple(rows[header])
-    else:
-        names = _spec_names(part, len(rows[0]), spec, lines[0])
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise DataError(f"{part.label}: the column {twice!r} is there twice. Rename or remove one.")
-    header_rows = 0 if header is None else header + 1
-    empty = len(head) < _HEAD_BYTES and not "".join(lines[header_rows:]).strip()
-    return _Layout(names, delimiter, quoted, header_rows, empty)
-
-
-def _spec_names(part: _Part, fields: int, spec: dict[str, tuple[str, ...]] | None, line: str) -> tuple[str, ...]:
-    if spec is None:
-        raise DataError(
-            f"{part.label}: no header with columns of {part.table}, separated by comma or tab; the first row is"
-            f" {line.strip()[:80]!r}. Add the header, or say which CDM version's order (--cdm 5.3) or table spec holds."
-        )
-    if part.table not in spec:
-        raise DataError(f"{part.label}: no header, and the table spec has no {part.table}. Add it there.")
-    if len(spec[part.table]) != fields:
-        raise DataError(
-            f"{part.label}: no header, and {fields} columns where the table spec has {len(spec[part.table])} for"
-            f" {part.table}. Choose the version that fits, or give a table spec."
-        )
-    return spec[part.table]
-
-
-def _cells(line: str, delimiter: str, quoted: bool) -> list[str]:
-    row = next(csv.reader(io.StringIO(line), delimiter=delimiter, quotechar='"' if quoted else None,
-                          quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE), [])  # fmt: skip
-    return [cell.strip().lower() for cell in row]
+            if part.gzipped:
+                with gzip.open(member) as unpacked:
+                    yield unpacked  # type: ignore[misc]
+            else:
+                yield member
 
 
 def _require(part: _Part, names: Sequence[str], required: Sequence[tuple[str, ...]]) -> None:
@@ -431,18 +246,3 @@ def missing_column(label: str, table: str, group: tuple[str, ...], names: Sequen
         f"{label}: {table} has no column {' or '.join(group)} (it has {', '.join(names)[:300]})."
         " Export the table with it, or rename the column that holds it."
     )
-
-
-def _guarded(label: str, act: Callable[[], Any]) -> Any:
-    """Do something with a file; damage is an error that names it."""
-    try:
-        return act()
-    except _DAMAGE as problem:
-        raise _damaged(label, problem) from None
-
-
-def _damaged(label: str, problem: BaseException) -> DataError:
-    reason = (str(problem) or type(problem).__name__).splitlines()[0]
-    if "straddl" in reason or "out of sync" in reason:
-        return DataError(f"{label}: a quote is opened and not closed within {_BLOCK_BYTES >> 20} MiB. Close it.")
-    return DataError(f"{label}: damaged or cut short ({reason}). Export or copy the file again.")

@@ -74,7 +74,9 @@ class People:
 
     def add(self, frame: pl.DataFrame, rows: Rows, codes: Codes) -> None:
         """Take rows of `person` (the columns of `PERSON`, typed): birth and demographics."""
-        frame = rows.without(frame, frame["person_id"].is_null(), "person_id", "no person_id", "Give the row its person")
+        frame = rows.without(
+            frame, frame["person_id"].is_null(), "person_id", "no person_id", "Give the row its person"
+        )
         again = frame["person_id"].is_first_distinct().not_() | pl.Series(self._has(frame["person_id"]))
         advice = "Keep one row for each person"
         frame = rows.without(frame, again, "person_id", "a person for the second time", advice)
@@ -86,7 +88,9 @@ class People:
 
     def known(self, frame: pl.DataFrame, rows: Rows, table: str) -> pl.DataFrame:
         """Give the rows of people; rows of nobody are set aside, those of a person who isn't listed dropped by name."""
-        frame = rows.without(frame, frame["person_id"].is_null(), "person_id", "no person_id", "Give the row its person")
+        frame = rows.without(
+            frame, frame["person_id"].is_null(), "person_id", "no person_id", "Give the row its person"
+        )
         if not self._listed:
             return frame
         listed = pl.Series(self._has(frame["person_id"]), dtype=pl.Boolean)
