@@ -64,8 +64,10 @@ class MedsDataset:
         dataset.notes += notes
         return dataset
 
-    def read(self, shard: str) -> pl.DataFrame:
+    def read(self, shard: str, extra: tuple[str, ...] = ()) -> pl.DataFrame:
         """One shard in canonical order: subject_id i64, time datetime[us], code str, numeric_value f32.
+
+        Of the columns `extra`, those that the shard has go along, as text.
 
         Values that are not finite become null; that, and a shard that was not sorted, is said in
         `notes`.
@@ -74,8 +76,10 @@ class MedsDataset:
             DataError: The file is damaged, or a row has no subject or no code.
         """
         file = self.path / shard
-        present = [column for column in CORE if column in _schema(file)]
+        schema = _schema(file)
+        present = [column for column in (*CORE, *extra) if column in schema]
         frame = _canonical_types(_read(file, present), str(file))
+        frame = _cast(frame, str(file), **{column: pl.String() for column in extra if column in schema})
         broken = int((~frame["numeric_value"].is_finite()).sum())
         if broken:
             self._note(f"{shard}: {broken} values were NaN or infinite; they are read as missing.")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tokenizer.encode import Encoded
     from tokenizer.events import MedsDataset
 
-_FORMAT = "fedcomet-store/1"
+_FORMAT = "fedcomet-store/2"
 _FIELDS = {"tokens": "<i4", "times": "<i8", "offsets": "<i8", "subject_ids": "<i8"}
 
 
@@ -70,7 +70,8 @@ class TokenStore:
     Attributes:
         path: Its folder.
         manifest: Format, codebook hash, dataset name and fingerprint, split rule, counts per split,
-            and events per code that had no token of its own.
+            and events per code that had no path of its own: under `ancestor` those told by the nearest
+            ancestor, under `unknown` those of which at most the system is told.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
@@ -157,15 +158,16 @@ def build_store(
 
     with durable.directory(path) as aside:
         writers = {split: _Writer(aside, split) for split in SPLITS}
-        fallbacks: dict[str, int] = {}
+        fallbacks: dict[str, dict[str, int]] = {"ancestor": {}, "unknown": {}}
         for done, shard in enumerate(dataset.shards, 1):
             frame = dataset.read(shard)
             encoded = encode(frame, codebook)
             split_of = rule.assign(encoded.subject_ids)
             for place, split in enumerate(SPLITS):
                 writers[split].append(encoded, split_of == place)
-            for code, rows in encoded.fallbacks.items():
-                fallbacks[code] = fallbacks.get(code, 0) + rows
+            for level, codes in encoded.fallbacks.items():
+                for code, rows in codes.items():
+                    fallbacks[level][code] = fallbacks[level].get(code, 0) + rows
             if progress:
                 progress(done, len(dataset.shards))
         manifest = {
@@ -176,7 +178,7 @@ def build_store(
             "dataset_fingerprint": dataset.fingerprint(),
             "split_rule": asdict(rule),
             "splits": {split: writer.counts for split, writer in writers.items()},
-            "events_told_by_parents": fallbacks,
+            "fallbacks": fallbacks,
             "notes": dataset.notes,
         }
         text = json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False)
