@@ -28,7 +28,7 @@ from model.attention import SegmentPlan
 from model.clock import Clock
 from model.decoder import Decoder
 from model.lanes import Lane
-from model.sampling import pick, uniforms
+from model.sampling import pick, probabilities, uniforms
 from tokenizer.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -92,6 +92,9 @@ class Rollouts:
         event: int32 [P, R], index of the outcome that ended it, or -1.
         elapsed_us: int64 [P, R], time from the prediction to its end.
         tokens_sampled: int32 [P, R].
+        chances: float64 [P, R, K + 1], for each of the K outcomes, and last for the horizon: the probabilities that
+            the next token brings it, summed over the steps of the trajectory. Their mean over trajectories is the
+            chance that a trajectory ends so.
         tokens: int32 [sum], all sampled tokens in the order of `offsets`; None unless kept.
         offsets: int64 [P * R + 1]; None unless kept.
     """
@@ -100,6 +103,7 @@ class Rollouts:
     event: np.ndarray
     elapsed_us: np.ndarray
     tokens_sampled: np.ndarray
+    chances: np.ndarray
     tokens: np.ndarray | None = None
     offsets: np.ndarray | None = None
 
@@ -215,6 +219,10 @@ class _Run:
         outcomes = np.stack([*stop.outcomes, np.ones(len(clock.never), dtype=bool)])
         first = outcomes.argmax(0)
         self._event_of = np.where(first < len(stop.outcomes), first, -1).astype(np.int32)
+        # One column per outcome; a token belongs to the first that holds it.
+        members = self._event_of[:, None] == np.arange(len(stop.outcomes))
+        self._members = self._to_device(members.astype(np.float32))
+        self._passing = np.flatnonzero(clock.advance_us)
         keys = [place if prompt.key is None else prompt.key for place, prompt in enumerate(prompts)]
         self._key = np.repeat(np.array(keys, dtype=np.int64), trajectories)
         self._trajectory = np.tile(np.arange(trajectories), len(prompts))
@@ -223,6 +231,7 @@ class _Run:
         self._count = np.zeros(rows, dtype=np.int64)
         self._newest = np.zeros(rows, dtype=np.int64)
         self._event = np.full(rows, -1, dtype=np.int32)
+        self._chances = np.zeros((rows, len(stop.outcomes) + 1))
         self.reason = np.full(rows, -1, dtype=np.int8)
         # Of rows under way: the tokens drawn, the window, and how many of the drawn tokens that window already holds.
         self._drawn: dict[int, list[int]] = {}
@@ -276,8 +285,11 @@ class _Run:
 
     def result(self) -> Rollouts:
         """Everything in the shape [P, R]."""
-        columns = (self.reason, self._event, self._now_us, self._count.astype(np.int32))
-        result = Rollouts(*(x.reshape(self._shape) for x in columns))
+        reason, event, now_us, count = (
+            x.reshape(self._shape) for x in (self.reason, self._event, self._now_us, self._count.astype(np.int32))
+        )
+        chances = self._chances.reshape(*self._shape, self._chances.shape[1])
+        result = Rollouts(reason, event, now_us, count, chances)
         if self._kept is None:
             return result
         offsets = np.concatenate([[0], np.cumsum(self._count)])
@@ -303,7 +315,9 @@ class _Run:
         rows = lane.rows
         self._forbid_(logits_BV, self._now_us[rows])
         uniform = uniforms(self._settings.seed, self._key[rows], self._trajectory[rows], self._count[rows])
-        token = pick(logits_BV, uniform, self._settings.temperature)
+        chances_BV = probabilities(logits_BV, self._settings.temperature)
+        token = pick(chances_BV, uniform)
+        self._chances[rows] += self._end_chances(chances_BV, self._now_us[rows])
         self._newest[rows] = token
         self._count[rows] += 1
         self._now_us[rows] += self._clock.advance_us[token]
@@ -320,6 +334,16 @@ class _Run:
                 if self._kept is not None:
                     self._kept[row] = np.array(drawn_tokens, dtype=np.int32)
             lane.drop(ends)
+
+    def _end_chances(self, chances_BV: Tensor, now_us: np.ndarray) -> np.ndarray:
+        """Chance that the next token brings each outcome or, last, passes the horizon: float64 [B, K + 1]."""
+        found = (chances_BV @ self._members).cpu().numpy()
+        late = np.zeros((len(now_us), 1))
+        if self._settings.stop.horizon_us is not None and len(self._passing):
+            passing = chances_BV[:, self._to_device(self._passing)].cpu().numpy()
+            beyond = now_us[:, None] + self._clock.advance_us[self._passing] > self._settings.stop.horizon_us
+            late = (passing * beyond).sum(1, keepdims=True)
+        return np.concatenate([found, late], axis=1)
 
     def _reasons(self, rows: np.ndarray, token: np.ndarray) -> np.ndarray:
         """Why each row ends at this token, or -1: a horizon that has passed hides the event behind it."""

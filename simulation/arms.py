@@ -206,6 +206,7 @@ def _plan(study: Study, name: str, **changes: object) -> FederationPlan:
         seed=study.seed,
         min_sites=train.min_sites,
         deadline_s=60 * train.round_deadline_minutes,
+        evaluate_every=train.evaluate_every,
         purposes=tuple(question.question for question in study.task),
     )
     return replace(plan, **changes)  # type: ignore[arg-type]

@@ -105,7 +105,11 @@ class Model(_Section):
 
 
 class Training(_Section):
-    """Rounds and the local work in each: either `local_epochs` (0.25: a quarter of a pass) or `local_steps`."""
+    """Rounds and the local work in each: either `local_epochs` (0.25: a quarter of a pass) or `local_steps`.
+
+    Every `evaluate_every` rounds, and after the last, the loss of the tuning patients is measured; an arm ends with the
+    best of these rounds.
+    """
 
     rounds: _Positive
     local_epochs: Annotated[float, Field(gt=0.0)] | None = None
@@ -121,6 +125,7 @@ class Training(_Section):
     outer_learning_rate: Annotated[float, Field(gt=0.0)] | None = None
     outer_momentum: _Share = 0.9
     min_sites: _Positive = 1
+    evaluate_every: _Positive = 1
     round_deadline_minutes: Annotated[float, Field(gt=0.0)] = 120.0
 
     @model_validator(mode="after")

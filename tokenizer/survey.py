@@ -9,8 +9,8 @@ between shards, so joined cells are counted exactly (a patient in both counts on
 memory.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
@@ -39,32 +39,84 @@ def survey(
     Returns:
         The survey; an empty one (0 patients) if fewer patients than the floor train here.
     """
-    accuracy, floor = options.sketch_accuracy, options.min_patients
-    patients = 0
-    codes, statics, values, gaps = (_Tally(floor) for _ in range(4))
+    counted = Partial.empty(options)
     for done, shard in enumerate(dataset.shards, 1):
-        events = _training(dataset.read(shard), rule)
-        patients += events["subject_id"].n_unique()
-        events = events.filter(pl.col("code") != BIRTH)
-        timed = events.filter(pl.col("time").is_not_null())
-        untimed = events.filter(pl.col("time").is_null())
-        buckets = _buckets(timed["numeric_value"], accuracy)
-        cells = _count(timed.select("subject_id", key="code", bucket=buckets))
-        codes.add(cells.with_columns(bucket=pl.lit(0, pl.Int64)))
-        values.add(cells.drop_nulls("bucket"))
-        statics.add(_count(untimed.select("subject_id", key="code", bucket=pl.lit(0, pl.Int64))))
-        gaps.add(_count(_gaps(timed, accuracy)))
+        counted = join([counted, survey_shard(dataset.read(shard), rule, options)])
         if progress:
             progress(done, len(dataset.shards))
-    return Survey(
-        options,
-        patients=patients if patients >= floor else 0,
-        codes=codes.named(),
-        prefixes=codes.rolled_up(),
-        statics=statics.named(),
-        static_prefixes=statics.rolled_up(),
-        values=values.sketches(),
-        gaps=gaps.sketches(),
+    return counted.release()
+
+
+@dataclass(frozen=True)
+class Partial:
+    """What some shards hold, before anything is released: it names patients and never leaves the site.
+
+    Partials of different shards join exactly, in any order and grouping (no subject is in two shards).
+    They can be pickled.
+    """
+
+    options: TokenizerOptions
+    patients: int
+    codes: "_Tally"
+    statics: "_Tally"
+    values: "_Tally"
+    gaps: "_Tally"
+
+    @classmethod
+    def empty(cls, options: TokenizerOptions) -> "Partial":
+        """No shard at all."""
+        nothing = _Tally.of(pl.DataFrame(schema=_PAIRS), options.min_patients)
+        return cls(options, 0, nothing, nothing, nothing, nothing)
+
+    def release(self) -> Survey:
+        """The survey: only what the floor lets through."""
+        enough = self.patients >= self.options.min_patients
+        return Survey(
+            self.options,
+            patients=self.patients if enough else 0,
+            codes=self.codes.named(),
+            prefixes=self.codes.rolled_up(),
+            statics=self.statics.named(),
+            static_prefixes=self.statics.rolled_up(),
+            values=self.values.sketches(),
+            gaps=self.gaps.sketches(),
+        )
+
+
+def survey_shard(events: pl.DataFrame, rule: SplitRule, options: TokenizerOptions) -> Partial:
+    """Count one shard's train patients.
+
+    Args:
+        events: A shard, as `MedsDataset.read` gives it.
+        rule: Decides which patients train.
+        options: The floor, the sketches' accuracy and the rest.
+    """
+    accuracy, floor = options.sketch_accuracy, options.min_patients
+    events = _training(events, rule)
+    patients = events["subject_id"].n_unique()
+    events = events.filter(pl.col("code") != BIRTH)
+    timed = events.filter(pl.col("time").is_not_null())
+    untimed = events.filter(pl.col("time").is_null())
+    buckets = _buckets(timed["numeric_value"], accuracy)
+    cells = _count(timed.select("subject_id", key="code", bucket=buckets))
+    codes = cells.with_columns(bucket=pl.lit(0, pl.Int64)).group_by("key", "bucket", "subject_id").sum()
+    statics = _count(untimed.select("subject_id", key="code", bucket=pl.lit(0, pl.Int64)))
+    gaps = _count(_gaps(timed, accuracy))
+    return Partial(
+        options, patients, *(_Tally.of(pairs, floor) for pairs in (codes, statics, cells.drop_nulls("bucket"), gaps))
+    )
+
+
+def join(partials: Sequence[Partial]) -> Partial:
+    """Put the partials of different shards together."""
+    first, *_ = partials
+    return Partial(
+        first.options,
+        sum(partial.patients for partial in partials),
+        *(
+            _join_tallies([getattr(partial, name) for partial in partials])
+            for name in ("codes", "statics", "values", "gaps")
+        ),
     )
 
 
@@ -104,31 +156,34 @@ def _count(rows: pl.DataFrame) -> pl.DataFrame:
     return cells.agg(events=pl.len().cast(pl.Int64))
 
 
-@dataclass
+_PAIRS: dict[str, type[pl.DataType]] = {
+    "key": pl.String,
+    "bucket": pl.Int64,
+    "subject_id": pl.Int64,
+    "events": pl.Int64,
+}
+_CELL = ["key", "bucket"]
+
+
+@dataclass(frozen=True)
 class _Tally:
-    """Events and distinct patients per (key, bucket), summed over shards."""
+    """Events and distinct patients per cell, and who is in the cells still below the floor.
+
+    Attributes:
+        floor: Patients that a released cell needs.
+        cells: key, bucket, events, patients.
+        few: key, bucket, subject_id of the cells below the floor.
+    """
 
     floor: int
-    cells: pl.DataFrame = field(
-        default_factory=lambda: pl.DataFrame(
-            schema={"key": pl.String, "bucket": pl.Int64, "events": pl.Int64, "patients": pl.Int64}
-        )
-    )
-    few: pl.DataFrame = field(
-        default_factory=lambda: pl.DataFrame(schema={"key": pl.String, "bucket": pl.Int64, "subject_id": pl.Int64})
-    )
+    cells: pl.DataFrame
+    few: pl.DataFrame
 
-    def add(self, pairs: pl.DataFrame) -> None:
-        """Add a shard's events per key, bucket and subject."""
-        cell = ["key", "bucket"]
-        pairs = pairs.group_by(*cell, "subject_id").agg(pl.col("events").sum())
-        fresh = pairs.group_by(cell).agg(pl.col("events").sum(), patients=pl.len().cast(pl.Int64))
-        # No subject is in two shards, so patients add up.
-        joined = pl.concat([self.cells, fresh.select(self.cells.columns)])
-        self.cells = joined.group_by(cell).sum()
-        below = self.cells.filter(pl.col("patients") < self.floor)
-        known = pl.concat([self.few, pairs.select(self.few.columns)])
-        self.few = known.join(below, on=cell, how="semi")
+    @classmethod
+    def of(cls, pairs: pl.DataFrame, floor: int) -> "_Tally":
+        """Count events per key, bucket and subject, one row each."""
+        cells = pairs.group_by(_CELL).agg(pl.col("events").sum(), patients=pl.len().cast(pl.Int64))
+        return cls(floor, cells, _below(cells, pairs.select(*_CELL, "subject_id"), floor))
 
     def named(self) -> dict[str, int]:
         """Patients per key that reached the floor."""
@@ -165,6 +220,18 @@ class _Tally:
             cells.setdefault(key, []).append(_Cell(bucket, events, subjects.get((key, bucket))))
         folded = {key: _fold(buckets, self.floor) for key, buckets in cells.items()}
         return {key: buckets for key, buckets in folded.items() if buckets}
+
+
+def _join_tallies(tallies: Sequence[_Tally]) -> _Tally:
+    # Patients add up, as no subject is in two shards. A cell below the floor in all was so in each.
+    floor = tallies[0].floor
+    cells = pl.concat([tally.cells for tally in tallies]).group_by(_CELL).sum()
+    return _Tally(floor, cells, _below(cells, pl.concat([tally.few for tally in tallies]), floor))
+
+
+def _below(cells: pl.DataFrame, who: pl.DataFrame, floor: int) -> pl.DataFrame:
+    """The rows of `who` whose cell has fewer patients than the floor."""
+    return who.join(cells.filter(pl.col("patients") < floor), on=_CELL, how="semi")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """A survey counts the training patients exactly and tells nothing of fewer than the floor."""
 
+import pickle
 from collections import defaultdict
 
 import numpy as np
@@ -12,7 +13,7 @@ from tokenizer import sketch
 from tokenizer.codebook import Codebook, Survey, TokenizerOptions, merge, parents
 from tokenizer.events import MedsDataset, write_meds
 from tokenizer.split import SplitRule
-from tokenizer.survey import _Cell, _fold, survey
+from tokenizer.survey import _Cell, _fold, join, survey, survey_shard
 
 EVERYBODY = SplitRule("key", tuning=0, held_out=0)
 
@@ -158,3 +159,17 @@ def test_sites_that_split_one_hospital_agree_with_it_but_for_the_floor(tmp_path_
 
 def test_parents_are_longest_first():
     assert parents("A//B//C") == ["A//B", "A"]
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(0, 4), min_size=40, max_size=40), st.randoms(use_true_random=False), st.integers(1, 15))
+def test_partials_of_shards_join_in_any_order_and_grouping(shards, random, floor):
+    whole, options = stays(range(40)), TokenizerOptions(min_patients=floor)
+    where = np.array(shards)[whole["subject_id"].to_numpy()]
+    parts = [survey_shard(whole.filter(where == n), EVERYBODY, options) for n in range(5)]
+    random.shuffle(parts)
+    cut = random.randint(1, 4)
+    grouped = join([join(parts[:cut]), join(parts[cut:])])
+    expected = survey_shard(whole, EVERYBODY, options).release().to_bytes()
+    assert grouped.release().to_bytes() == expected
+    assert pickle.loads(pickle.dumps(grouped)).release().to_bytes() == expected
