@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tokenizer.errors import FedcometError
+from tokenizer.progress import Step
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from server.results import Report
-    from simulation.arms import Step
 
 app = typer.Typer(
     help="Train generative medical event models across hospitals that may not pool their records.",
@@ -247,7 +247,7 @@ def _show(folder: Path, make: "Callable[[], Report]") -> None:
 
 
 @contextmanager
-def _bars() -> "Iterator[Callable[[Step], None]]":
+def _bars() -> Iterator[Callable[[Step], None]]:
     """Draw a bar for every label that is told of; on a pipe, only a line when one is full."""
     from rich.console import Console
     from rich.progress import (
@@ -272,7 +272,7 @@ def _bars() -> "Iterator[Callable[[Step], None]]":
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         rows: dict[str, TaskID] = {}
 
-        def watch(step: "Step") -> None:
+        def watch(step: Step) -> None:
             if step.label not in rows:
                 rows[step.label] = progress.add_task(step.label, total=step.total, note="")
             progress.update(rows[step.label], completed=step.done, total=step.total, note=step.note)
@@ -282,9 +282,7 @@ def _bars() -> "Iterator[Callable[[Step], None]]":
         yield watch
 
 
-def _counter(watch: "Callable[[Step], None]", label: str) -> Callable[[int, int], None]:
-    from simulation.arms import Step
-
+def _counter(watch: Callable[[Step], None], label: str) -> Callable[[int, int], None]:
     return lambda done, total: watch(Step(label, done, total))
 
 

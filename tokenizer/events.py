@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +83,11 @@ class MedsDataset:
         """Rows of all shards."""
         return sum(piece.rows for piece in self.pieces)
 
+    @property
+    def reader(self) -> "Reader":
+        """What gives a piece's rows as `read` does, and what was odd in them; it can be pickled."""
+        return partial(read, self.path)
+
     def read(self, part: str | Piece) -> pl.DataFrame:
         """One shard or piece in canonical order: subject_id i64, time datetime[us], code str, numeric_value f32.
 
@@ -143,6 +148,9 @@ class Faults:
         if self.unsorted:
             said.append(f"{shard}: {self.unsorted} rows were not sorted by subject and time; they are sorted here.")
         return said
+
+
+Reader = Callable[[Piece], tuple[pl.DataFrame, Faults]]
 
 
 def read(path: Path, part: str | Piece) -> tuple[pl.DataFrame, Faults]:

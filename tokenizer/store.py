@@ -31,7 +31,7 @@ from tokenizer.split import SPLITS, SplitRule
 
 if TYPE_CHECKING:
     from tokenizer.encode import Encoded
-    from tokenizer.events import Faults, MedsDataset
+    from tokenizer.events import Faults, MedsDataset, Reader
     from tokenizer.pieces import Piece
 
 _FORMAT = "fedcomet-store/1"
@@ -167,7 +167,7 @@ def build_store(
         writers = {split: _Writer(aside, split) for split in SPLITS}
         fallbacks: dict[str, int] = {}
         jobs = [
-            (dataset.path, piece, parts / f"{codebook.hash}.json", rule, parts / str(number))
+            (dataset.reader, piece, parts / f"{codebook.hash}.json", rule, parts / str(number))
             for number, piece in enumerate(dataset.pieces)
         ]
         with closing(each(_encode_piece, jobs, crew, events=dataset.events, what="the encoding")) as encoded:
@@ -207,13 +207,12 @@ class _Part:
     faults: "Faults"
 
 
-def _encode_piece(records: Path, piece: "Piece", codebook: Path, rule: SplitRule, folder: Path) -> _Part:
+def _encode_piece(read: "Reader", piece: "Piece", codebook: Path, rule: SplitRule, folder: Path) -> _Part:
     """Encode a piece into files of their own, as those of a store; offsets count from 0."""
     # Late: a reader of stores has no need of polars.
     from tokenizer.encode import encode
-    from tokenizer.events import read
 
-    frame, faults = read(records, piece)
+    frame, faults = read(piece)
     encoded = encode(frame, _load(codebook))
     split_of = rule.assign(encoded.subject_ids)
     folder.mkdir(exist_ok=True)

@@ -51,6 +51,14 @@ def test_stores_are_byte_identical_whoever_builds_them(site, tmp_path):
     assert told == [(done, len(site.pieces)) for done in range(1, len(site.pieces) + 1)]
 
 
+def test_surveys_are_byte_identical_whoever_takes_them(site, tmp_path):
+    options = TokenizerOptions(min_patients=7)
+    whole = MedsDataset.open(site.path)
+    assert len(whole.pieces) == 3
+    taken = [survey(site, RULE, options, crew=crew).to_bytes() for crew in (ALONE, TWO)]
+    assert taken == [survey(whole, RULE, options, crew=ALONE).to_bytes()] * 2
+
+
 def test_results_come_in_the_order_of_the_jobs():
     work = [(number,) for number in range(20)]
     assert listed(jobs.double, work, TWO) == listed(jobs.double, work, ALONE) == [2 * number for number in range(20)]
