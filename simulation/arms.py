@@ -184,6 +184,7 @@ def _plan(study: Study, name: str, **changes: object) -> FederationPlan:
         context=study.model.context,
         dropout=study.model.dropout,
         train=TrainOptions(
+            optimizer=train.optimizer,
             lr=train.learning_rate,
             min_lr_ratio=train.min_learning_rate_ratio,
             weight_decay=train.weight_decay,
