@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import polars as pl
@@ -70,9 +71,8 @@ class MedsDataset:
                 " give the folder that holds data/ and metadata/."
             )
         name, notes = _read_name(path)
-        cuts = {
-            shard: _cut(path, shard, piece_events) for shard in (file.relative_to(path).as_posix() for file in files)
-        }
+        shards = (file.relative_to(path).as_posix() for file in files)
+        cuts = {shard: _cut(path, shard, piece_events) for shard in shards}
         _refuse_shared_subjects({shard: pl.Series(found.subjects) for shard, found in cuts.items()})
         dataset = cls(path, name, cuts)
         dataset._said += notes
@@ -84,12 +84,19 @@ class MedsDataset:
         return sum(piece.rows for piece in self.pieces)
 
     @property
+    def prepared(self) -> tuple[str, ...]:
+        """Nothing is done to the records before they are read."""
+        return ()
+
+    @property
     def reader(self) -> "Reader":
         """What gives a piece's rows as `read` does, and what was odd in them; it can be pickled."""
         return partial(read, self.path)
 
-    def read(self, part: str | Piece) -> pl.DataFrame:
+    def read(self, part: str | Piece, extra: tuple[str, ...] = ()) -> pl.DataFrame:
         """One shard or piece in canonical order: subject_id i64, time datetime[us], code str, numeric_value f32.
+
+        Of the columns `extra`, those that the shard has go along, as text.
 
         Values that are not finite become null; that, and a shard that was not sorted, is said in
         `notes`.
@@ -97,7 +104,7 @@ class MedsDataset:
         Raises:
             DataError: The file is damaged, or a row has no subject or no code.
         """
-        frame, faults = read(self.path, part)
+        frame, faults = read(self.path, part, extra)
         self.count_faults(part, faults)
         return frame
 
@@ -153,12 +160,48 @@ class Faults:
 Reader = Callable[[Piece], tuple[pl.DataFrame, Faults]]
 
 
-def read(path: Path, part: str | Piece) -> tuple[pl.DataFrame, Faults]:
+class Records(Protocol):
+    """What survey and store need of a dataset: its pieces, who reads them, and a place for what was odd."""
+
+    @property
+    def name(self) -> str:
+        """The dataset's name."""
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """Parts of bounded size, each with all events of its subjects."""
+
+    @property
+    def events(self) -> int:
+        """Rows of all pieces."""
+
+    @property
+    def reader(self) -> Reader:
+        """What gives a piece's rows in canonical order, and what was odd in them; it can be pickled."""
+
+    @property
+    def prepared(self) -> tuple[str, ...]:
+        """Digests of what the rows go through before they are given."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What was odd, in sentences."""
+
+    def count_faults(self, part: str | Piece, faults: Faults) -> None:
+        """Note what was odd in a part."""
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of what the rows come from."""
+
+
+def read(path: Path, part: str | Piece, extra: tuple[str, ...] = ()) -> tuple[pl.DataFrame, Faults]:
     """Read one shard or piece of the dataset at `path`, as `MedsDataset.read` does, and say what was odd."""
     shard, start, rows = (part, 0, None) if isinstance(part, str) else (part.shard, part.start, part.rows)
     file = path / shard
-    present = [column for column in CORE if column in _schema(file)]
+    schema = _schema(file)
+    present = [column for column in (*CORE, *extra) if column in schema]
     frame = _canonical_types(_read(file, present, start, rows), str(file), start)
+    frame = _cast(frame, str(file), **{column: pl.String() for column in extra if column in schema})
     if broken := int((~frame["numeric_value"].is_finite()).sum()):
         value = pl.col("numeric_value")
         frame = frame.with_columns(pl.when(value.is_finite()).then(value))

@@ -31,7 +31,7 @@ from tokenizer.split import SPLITS, SplitRule
 
 if TYPE_CHECKING:
     from tokenizer.encode import Encoded
-    from tokenizer.events import Faults, MedsDataset, Reader
+    from tokenizer.events import Faults, Reader, Records
     from tokenizer.pieces import Piece
 
 _FORMAT = "fedcomet-store/1"
@@ -143,7 +143,7 @@ class TokenStore:
 
 
 def build_store(
-    dataset: "MedsDataset",
+    dataset: "Records",
     codebook: Codebook,
     rule: SplitRule,
     path: Path,

@@ -19,14 +19,14 @@ import polars as pl
 
 from tokenizer import sketch
 from tokenizer.codebook import BIRTH, INTERVALS, LONGEST, Survey, TokenizerOptions, parents
-from tokenizer.events import Faults, MedsDataset, Reader
+from tokenizer.events import Faults, Reader, Records
 from tokenizer.pieces import Piece
 from tokenizer.shards import AS_IT_FITS, Crew, each
 from tokenizer.split import SplitRule
 
 
 def survey(
-    dataset: MedsDataset,
+    dataset: Records,
     rule: SplitRule,
     options: TokenizerOptions,
     progress: Callable[[int, int], None] | None = None,
@@ -104,7 +104,32 @@ def survey_shard(events: pl.DataFrame, rule: SplitRule, options: TokenizerOption
         rule: Decides which patients train.
         options: The floor, the sketches' accuracy and the rest.
     """
-    accuracy, floor = options.sketch_accuracy, options.min_patients
+    pairs = pairs_of(events, rule, options)
+    told = (pairs.codes, pairs.statics, pairs.values, pairs.gaps)
+    return Partial(options, pairs.patients, *(_Tally.of(frame, options.min_patients) for frame in told))
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Who has what in a shard's train split: columns key, bucket, subject_id and events, one row a pair.
+
+    Attributes:
+        patients: Patients in all.
+        codes, statics: Codes with and without a time; the bucket is 0.
+        values: Buckets of the codes' values.
+        gaps: Interval classes and buckets of the gaps.
+    """
+
+    patients: int
+    codes: pl.DataFrame
+    statics: pl.DataFrame
+    values: pl.DataFrame
+    gaps: pl.DataFrame
+
+
+def pairs_of(events: pl.DataFrame, rule: SplitRule, options: TokenizerOptions) -> Pairs:
+    """Find the pairs of a shard's train patients."""
+    accuracy = options.sketch_accuracy
     events = _training(events, rule)
     patients = events["subject_id"].n_unique()
     events = events.filter(pl.col("code") != BIRTH)
@@ -115,9 +140,7 @@ def survey_shard(events: pl.DataFrame, rule: SplitRule, options: TokenizerOption
     codes = cells.with_columns(bucket=pl.lit(0, pl.Int64)).group_by("key", "bucket", "subject_id").sum()
     statics = _count(untimed.select("subject_id", key="code", bucket=pl.lit(0, pl.Int64)))
     gaps = _count(_gaps(timed, accuracy))
-    return Partial(
-        options, patients, *(_Tally.of(pairs, floor) for pairs in (codes, statics, cells.drop_nulls("bucket"), gaps))
-    )
+    return Pairs(patients, codes, statics, cells.drop_nulls("bucket"), gaps)
 
 
 def join(partials: Sequence[Partial]) -> Partial:
