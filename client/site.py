@@ -41,9 +41,10 @@ from federation.messages import (
 from federation.update import Layout, to_decoder, to_vector
 from model.decoder import Decoder
 from model.train import Trainer, TrainOptions, evaluate
-from tokenizer.codebook import Codebook
+from tokenizer.codebook import Codebook, TokenizerOptions
 from tokenizer.errors import ConfigError, DataError
-from tokenizer.events import MedsDataset
+from tokenizer.events import MedsDataset, Records
+from tokenizer.shards import AS_IT_FITS, Crew
 from tokenizer.split import SPLITS, SplitRule
 from tokenizer.store import TokenStore, build_store
 from tokenizer.survey import survey
@@ -107,7 +108,7 @@ class Site:
         dataset = MedsDataset.open(self.files.data)
         if dataset.subjects == 0:
             raise SiteRefusal(f"{self.files.name} has no patients.")
-        return SurveyReply(self.files.name, survey(dataset, request.split, request.tokenizer).to_bytes())
+        return SurveyReply(self.files.name, survey_bytes(dataset, request.split, request.tokenizer))
 
     def prepare(self, request: PrepareRequest) -> PrepareReply:
         """Check manifest and codebook, and encode the records with them; a store that fits is used again."""
@@ -217,6 +218,17 @@ class Site:
             except DataError as damage:
                 self.archive.log("a damaged store is built again", damage)
         return build_store(dataset, codebook, rule, path)
+
+
+def survey_bytes(
+    records: Records,
+    rule: SplitRule,
+    options: TokenizerOptions,
+    progress: Callable[[int, int], None] | None = None,
+    crew: Crew = AS_IT_FITS,
+) -> bytes:
+    """What a site answers to a survey request; `client.check` shows the same before anything leaves."""
+    return survey(records, rule, options, progress, crew).to_bytes()
 
 
 class _Work:

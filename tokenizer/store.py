@@ -242,6 +242,12 @@ def _write_part(folder: Path, split: str, encoded: "Encoded", chosen: NDArray[np
     }
 
 
+def bytes_needed(patients: int, tokens: int) -> int:
+    """Bytes of one split's files."""
+    lengths = {"tokens": tokens, "times": tokens, "offsets": patients + 1, "subject_ids": patients}
+    return sum(length * np.dtype(_FIELDS[field]).itemsize for field, length in lengths.items())
+
+
 class _Writer:
     """Appends parts to one split's files."""
 
