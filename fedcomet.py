@@ -106,9 +106,12 @@ def tokenize(
         console.print(
             f"{name:>9}: {counts['patients']:,} patients, {counts['events']:,} events, {counts['tokens']:,} tokens"
         )
-    by_parent = sum(store.manifest["events_told_by_parents"].values())
-    if by_parent:
-        console.print(f"{by_parent:,} events have codes too rare to be named; their parents stand for them")
+    by_ancestor, unknown = (sum(store.manifest["fallbacks"][level].values()) for level in ("ancestor", "unknown"))
+    if by_ancestor or unknown:
+        console.print(
+            f"{by_ancestor + unknown:,} events have codes too rare to be named: {by_ancestor:,} are told by an"
+            f" ancestor, of {unknown:,} only the code's system is told"
+        )
 
 
 @app.command(rich_help_panel=_RESEARCH)

@@ -130,7 +130,7 @@ class Site:
             if run.agreement() is None:
                 run.agree(manifest, codebook, agreement)
         counts = {split: SplitCounts(**store.manifest["splits"][split]) for split in SPLITS}
-        fallbacks = sum(store.manifest["events_told_by_parents"].values())
+        fallbacks = sum(sum(codes.values()) for codes in store.manifest["fallbacks"].values())
         return PrepareReply(self.files.name, manifest.hash, counts, fallbacks)
 
     def train(self, request: TrainRequest) -> TrainReply:

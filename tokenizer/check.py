@@ -172,7 +172,7 @@ def _count_piece(read: Reader, piece: Piece, codebook: Path, rule: SplitRule) ->
         np.diff(encoded.offsets),
         _headers(encoded, book),
         encoded.events,
-        {"ancestor": encoded.fallbacks},
+        encoded.fallbacks,
         faults,
     )
 

@@ -31,7 +31,7 @@ import math
 import secrets
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Literal
 
@@ -179,7 +179,8 @@ def noisy_survey(
             dataset.count_faults(piece, faults)
             if progress:
                 progress(done, len(jobs))
-    return release(counted, options, privacy)
+    told, spend = release(counted, options, privacy)
+    return replace(told, prepared=tuple(sorted(set(dataset.prepared)))), spend
 
 
 def _count_piece(

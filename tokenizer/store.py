@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from tokenizer.events import Faults, Reader, Records
     from tokenizer.pieces import Piece
 
-_FORMAT = "fedcomet-store/1"
+_FORMAT = "fedcomet-store/2"
 _FIELDS = {"tokens": "<i4", "times": "<i8", "offsets": "<i8", "subject_ids": "<i8"}
 
 
@@ -76,7 +76,8 @@ class TokenStore:
     Attributes:
         path: Its folder.
         manifest: Format, codebook hash, dataset name and fingerprint, split rule, counts per split,
-            and events per code that had no token of its own.
+            and events per code that had no path of its own: under `ancestor` those told by the nearest
+            ancestor, under `unknown` those of which at most the system is told.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
@@ -165,7 +166,7 @@ def build_store(
         parts.mkdir()
         codebook.save(parts / f"{codebook.hash}.json")
         writers = {split: _Writer(aside, split) for split in SPLITS}
-        fallbacks: dict[str, int] = {}
+        fallbacks: dict[str, dict[str, int]] = {"ancestor": {}, "unknown": {}}
         jobs = [
             (dataset.reader, piece, parts / f"{codebook.hash}.json", rule, parts / str(number))
             for number, piece in enumerate(dataset.pieces)
@@ -176,8 +177,9 @@ def build_store(
                     writers[split].append(job[-1], counts)
                 job[-1].rmdir()
                 dataset.count_faults(job[1], part.faults)
-                for code, rows in part.fallbacks.items():
-                    fallbacks[code] = fallbacks.get(code, 0) + rows
+                for level, codes in part.fallbacks.items():
+                    for code, rows in codes.items():
+                        fallbacks[level][code] = fallbacks[level].get(code, 0) + rows
                 if progress:
                     progress(done, len(jobs))
         (parts / f"{codebook.hash}.json").unlink()
@@ -190,7 +192,7 @@ def build_store(
             "dataset_fingerprint": dataset.fingerprint(),
             "split_rule": asdict(rule),
             "splits": {split: writer.counts for split, writer in writers.items()},
-            "events_told_by_parents": fallbacks,
+            "fallbacks": fallbacks,
             "notes": dataset.notes,
         }
         text = json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False)
@@ -203,7 +205,7 @@ class _Part:
     """What became of a piece: patients, tokens and events per split, rare codes, what was odd."""
 
     counts: dict[str, dict[str, int]]
-    fallbacks: dict[str, int]
+    fallbacks: dict[str, dict[str, int]]
     faults: "Faults"
 
 

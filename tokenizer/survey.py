@@ -2,7 +2,7 @@
 
 A pass over the shards, one in memory at a time. A cell (a code, a bucket of a code's values) is
 told only if at least `min_patients` distinct patients are in it; smaller ones are joined first:
-rare codes with their siblings under a `//` parent, buckets with the next bucket towards the median.
+rare codes with their siblings under an ancestor, buckets with the next bucket towards the median.
 
 Notable choice: besides counts, only the patients of cells still below the floor are remembered
 between shards, so joined cells are counted exactly (a patient in both counts once) in little
@@ -18,10 +18,11 @@ import numpy as np
 import polars as pl
 
 from tokenizer import sketch
-from tokenizer.codebook import BIRTH, INTERVALS, LONGEST, Survey, TokenizerOptions, parents
+from tokenizer.codebook import BIRTH, LONGEST, Survey, TokenizerOptions
 from tokenizer.events import Faults, Reader, Records
 from tokenizer.pieces import Piece
 from tokenizer.shards import AS_IT_FITS, Crew, each
+from tokenizer.spelling import ancestors, canonical
 from tokenizer.split import SplitRule
 
 
@@ -52,7 +53,7 @@ def survey(
             dataset.count_faults(piece, faults)
             if progress:
                 progress(done, len(jobs))
-    return counted.release()
+    return counted.release(dataset.prepared)
 
 
 def _survey_piece(read: Reader, piece: Piece, rule: SplitRule, options: TokenizerOptions) -> "tuple[Partial, Faults]":
@@ -81,18 +82,28 @@ class Partial:
         nothing = _Tally.of(pl.DataFrame(schema=_PAIRS), options.min_patients)
         return cls(options, 0, nothing, nothing, nothing, nothing)
 
-    def release(self) -> Survey:
-        """The survey: only what the floor lets through."""
-        enough = self.patients >= self.options.min_patients
+    def release(self, prepared: Sequence[str] = ()) -> Survey:
+        """The survey: only what the floor lets through.
+
+        Args:
+            prepared: Digests of the maps and unit tables that the events went through.
+        """
+        floor = self.options.min_patients
+
+        def told(counts: dict[str, int]) -> dict[str, int]:
+            # All but a few patients would tell of those few.
+            return {key: n if n <= self.patients - floor else self.patients for key, n in counts.items()}
+
         return Survey(
             self.options,
-            patients=self.patients if enough else 0,
-            codes=self.codes.named(),
-            prefixes=self.codes.rolled_up(),
-            statics=self.statics.named(),
-            static_prefixes=self.statics.rolled_up(),
+            patients=self.patients if self.patients >= floor else 0,
+            codes=told(self.codes.named()),
+            prefixes=told(self.codes.rolled_up()),
+            statics=told(self.statics.named()),
+            static_prefixes=told(self.statics.rolled_up()),
             values=self.values.sketches(),
             gaps=self.gaps.sketches(),
+            prepared=tuple(sorted(set(prepared))),
         )
 
 
@@ -136,10 +147,10 @@ def pairs_of(events: pl.DataFrame, rule: SplitRule, options: TokenizerOptions) -
     timed = events.filter(pl.col("time").is_not_null())
     untimed = events.filter(pl.col("time").is_null())
     buckets = _buckets(timed["numeric_value"], accuracy)
-    cells = _count(timed.select("subject_id", key="code", bucket=buckets))
+    cells = _canonical_names(_count(timed.select("subject_id", key="code", bucket=buckets)))
     codes = cells.with_columns(bucket=pl.lit(0, pl.Int64)).group_by("key", "bucket", "subject_id").sum()
     statics = _count(untimed.select("subject_id", key="code", bucket=pl.lit(0, pl.Int64)))
-    gaps = _count(_gaps(timed, accuracy))
+    gaps = _count(_gaps(timed, options))
     return Pairs(patients, codes, statics, cells.drop_nulls("bucket"), gaps)
 
 
@@ -169,19 +180,20 @@ def _buckets(values: pl.Series, accuracy: float) -> pl.Series:
     return pl.select(pl.when(values.is_not_null()).then(buckets)).to_series()
 
 
-def _gaps(timed: pl.DataFrame, accuracy: float) -> pl.DataFrame:
+def _gaps(timed: pl.DataFrame, options: TokenizerOptions) -> pl.DataFrame:
     """Gaps between a subject's times but the longest class: subject_id, key (class), bucket."""
     subject, time = timed["subject_id"].to_numpy(), timed["time"].to_physical().to_numpy()
     gap = np.where(subject[1:] == subject[:-1], time[1:] - time[:-1], 0)
-    edges = np.array(list(INTERVALS.values()))
-    at = np.flatnonzero((gap >= edges[0]) & (gap < INTERVALS[LONGEST]))
-    classes = pl.Series(list(INTERVALS))[np.searchsorted(edges, gap[at], side="right") - 1]
+    table = options.interval_edges
+    edges = np.array(list(table.values()))
+    at = np.flatnonzero((gap >= edges[0]) & (gap < table[LONGEST]))
+    classes = pl.Series(list(table))[np.searchsorted(edges, gap[at], side="right") - 1]
     seconds = pl.Series(gap[at] / 1e6, dtype=pl.Float64)
     return pl.DataFrame(
         {
             "subject_id": pl.Series(subject[1:][at], dtype=pl.Int64),
             "key": classes,
-            "bucket": _buckets(seconds, accuracy),
+            "bucket": _buckets(seconds, options.sketch_accuracy),
         }
     )
 
@@ -190,6 +202,16 @@ def _count(rows: pl.DataFrame) -> pl.DataFrame:
     """Events per key, bucket and subject."""
     cells = rows.group_by("key", "bucket", "subject_id")
     return cells.agg(events=pl.len().cast(pl.Int64))
+
+
+def _canonical_names(cells: pl.DataFrame) -> pl.DataFrame:
+    """The same under the codes' canonical names; two ways of writing a code are one code."""
+    names = {name: canonical(name) for name in cells["key"].unique()}
+    other = {name: right for name, right in names.items() if name != right}
+    if not other:
+        return cells
+    renamed = cells.with_columns(pl.col("key").replace(other))
+    return renamed.group_by("key", "bucket", "subject_id").agg(pl.col("events").sum())
 
 
 _PAIRS: dict[str, type[pl.DataType]] = {
@@ -227,17 +249,17 @@ class _Tally:
         return dict(enough.select("key", "patients").sort("key").iter_rows())
 
     def rolled_up(self) -> dict[str, int]:
-        """Patients per `//` parent of keys below the floor; a key counts in one parent only."""
+        """Patients per ancestor of keys below the floor; a key counts in one ancestor only, the nearest that can."""
         waiting: dict[str, set[int]] = {}
         for key, subject in self.few.select("key", "subject_id").iter_rows():
             waiting.setdefault(key, set()).add(subject)
+        above = {key: ancestors(key) for key in waiting}
         released: dict[str, int] = {}
-        for depth in range(max((len(parents(key)) for key in waiting), default=0), 0, -1):
+        for depth in range(max(map(len, above.values()), default=0), 0, -1):
             groups: dict[str, list[str]] = {}
             for key in waiting:
-                above = parents(key)
-                if len(above) >= depth:
-                    groups.setdefault(above[-depth], []).append(key)
+                if len(above[key]) >= depth:
+                    groups.setdefault(above[key][-depth], []).append(key)
             for prefix, keys in groups.items():
                 together = set().union(*(waiting[key] for key in keys))
                 if len(together) >= self.floor:
