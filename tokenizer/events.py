@@ -209,11 +209,12 @@ def read(path: Path, part: str | Piece, extra: tuple[str, ...] = ()) -> tuple[pl
 
 
 def canonical_order(frame: pl.DataFrame) -> pl.DataFrame:
-    """Sort events in the canonical order; further columns go along."""
+    """Sort events in the canonical order; further columns go along, `unit` and `encounter_id` break ties."""
     code = pl.col("code")
     death = (code == meds.death_code) | code.str.starts_with(f"{meds.death_code}//")
     rank = (death.cast(pl.Int8) - (code == meds.birth_code).cast(pl.Int8)).alias("_rank")
     order = ["subject_id", "time", "_rank", "code", "numeric_value"]
+    order += [column for column in ("unit", "encounter_id") if column in frame.columns]
     return frame.with_columns(rank).sort(order, nulls_last=False, maintain_order=True).drop("_rank")
 
 
