@@ -24,7 +24,8 @@ from tokenizer.check import Timelines, count_timelines
 from tokenizer.codebook import Codebook, Survey, TokenizerOptions, merge
 from tokenizer.encode import encode
 from tokenizer.errors import ConfigError
-from tokenizer.prepare import Prepared
+from tokenizer.events import MedsDataset
+from tokenizer.prepare import Preparation, Prepared
 from tokenizer.progress import Step, Watch
 from tokenizer.shards import AS_IT_FITS, Crew
 from tokenizer.sources.intake import Flow
@@ -126,6 +127,7 @@ class SiteCheck:
         codebook: Its hash.
         vocabulary: Tokens per kind.
         own_codebook: Whether the codebook was made of this site's survey alone.
+        prepared: Whether anything is done to the records; if not, `accounting` tells what would be found.
         timelines: The records as tokens.
         outgoing: What would be sent.
         training: None where nothing was measured; `training_note` says why.
@@ -143,6 +145,7 @@ class SiteCheck:
     codebook: str
     vocabulary: Mapping[str, int]
     own_codebook: bool
+    prepared: bool
     timelines: Timelines
     outgoing: Outgoing
     training: Training | None
@@ -156,7 +159,7 @@ class SiteCheck:
 
 
 def check(
-    records: Prepared,
+    records: MedsDataset | Prepared,
     plan: Plan,
     *,
     codebook: Codebook | None = None,
@@ -167,7 +170,8 @@ def check(
     """Look at a site's records as a federation would.
 
     Args:
-        records: With the preparation that the site would join with.
+        records: With the preparation that the site would join with. Where they stay as they are, the accounting tells
+            what the standard preparation would find in them.
         plan: What is supposed of the federation. With a codebook, its options count.
         codebook: The federation's, if it is known; otherwise one is made of this site's survey alone.
         source: What became of the rows of the source.
@@ -180,7 +184,10 @@ def check(
 
     if codebook is not None:
         plan = dataclasses.replace(plan, options=codebook.options)
-    accounting = records.account(progress("filters and units"), crew)
+    prepared = records if isinstance(records, Prepared) else Prepared(records, Preparation())
+    accounting = prepared.account(progress("filters and units"), crew)
+    if prepared is not records:
+        accounting = dataclasses.replace(accounting, flow=accounting.flow[:1])
     data = survey_bytes(records, plan.rule, plan.options, progress("survey"), crew)
     told = Survey.from_bytes(data)
     book = codebook or Codebook.build(merge([told]))
@@ -198,6 +205,7 @@ def check(
         codebook=book.hash,
         vocabulary={kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
         own_codebook=codebook is None,
+        prepared=prepared is records,
         timelines=timelines,
         outgoing=Outgoing(data, told),
         training=training,
@@ -207,7 +215,7 @@ def check(
     )
 
 
-def _measure(records: Prepared, book: Codebook, targets: int, plan: Plan) -> tuple[Training | None, str]:
+def _measure(records: MedsDataset | Prepared, book: Codebook, targets: int, plan: Plan) -> tuple[Training | None, str]:
     """Take real steps on the tokens of one piece for a while."""
     if not plan.seconds:
         return None, "not measured, as asked"
@@ -238,7 +246,7 @@ def _measure(records: Prepared, book: Codebook, targets: int, plan: Plan) -> tup
     return training, ""
 
 
-def _sample(records: Prepared, book: Codebook, rule: SplitRule) -> TokenSplit | None:
+def _sample(records: MedsDataset | Prepared, book: Codebook, rule: SplitRule) -> TokenSplit | None:
     """The training timelines of the first piece that has something to predict, in memory."""
     for piece in records.pieces:
         encoded = encode(records.read(piece), book)

@@ -27,6 +27,12 @@ from tokenizer.pieces import CHUNK_ROWS, PIECE_EVENTS, Cut, Piece, cut
 
 _MEDS_VERSION = importlib.metadata.version("meds")
 CORE = ("subject_id", "time", "code", "numeric_value")
+_CORE_TYPES: dict[str, pl.DataType] = {
+    "subject_id": pl.Int64(),
+    "time": pl.Datetime("us"),
+    "code": pl.String(),
+    "numeric_value": pl.Float32(),
+}
 
 
 class MedsDataset:
@@ -63,15 +69,8 @@ class MedsDataset:
             DataError: No data files, a file that isn't parquet, a missing column or one of the
                 wrong type, a null subject id, a subject in two files.
         """
-        folder = path / meds.data_subdirectory
-        files = sorted(folder.glob("**/*.parquet"))
-        if not files:
-            raise DataError(
-                f"{folder}: no parquet files. A MEDS dataset keeps its events in data/**/*.parquet;"
-                " give the folder that holds data/ and metadata/."
-            )
+        shards = [file.relative_to(path).as_posix() for file in _data_files(path)]
         name, notes = _read_name(path)
-        shards = (file.relative_to(path).as_posix() for file in files)
         cuts = {shard: _cut(path, shard, piece_events) for shard in shards}
         _refuse_shared_subjects({shard: pl.Series(found.subjects) for shard, found in cuts.items()})
         dataset = cls(path, name, cuts)
@@ -206,6 +205,56 @@ def read(path: Path, part: str | Piece, extra: tuple[str, ...] = ()) -> tuple[pl
         value = pl.col("numeric_value")
         frame = frame.with_columns(pl.when(value.is_finite()).then(value))
     return canonical_order(frame), Faults(broken, _count_unsorted(frame))
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows of a shard as they stand: from row `start` on, of `total` in all shards."""
+
+    shard: str
+    start: int
+    total: int
+    frame: pl.DataFrame
+
+
+def rows(path: Path, extra: tuple[str, ...] = ()) -> Iterator[Chunk]:
+    """Give all rows of a dataset as they stand, a million at a time, nulls and all.
+
+    Args:
+        path: Its folder.
+        extra: Columns to give besides MEDS' own, as text, where they are.
+
+    Raises:
+        DataError: No data files, a damaged one, a missing column or one of a wrong type.
+    """
+    files = {file.relative_to(path).as_posix(): file for file in _data_files(path)}
+    total = sum(_count_rows(file) for file in files.values())
+    for shard, file in files.items():
+        schema = _schema(file)
+        _check_types(schema, str(file))
+        present = [column for column in (*CORE, *extra) if column in schema]
+        kinds = {**_CORE_TYPES, **dict.fromkeys(extra, pl.String())}
+        start = 0
+        while len(frame := _read(file, present, start, PIECE_EVENTS)):
+            yield Chunk(shard, start, total, _cast(frame, str(file), **{name: kinds[name] for name in present}))
+            start += len(frame)
+
+
+def _data_files(path: Path) -> list[Path]:
+    folder = path / meds.data_subdirectory
+    if files := sorted(folder.glob("**/*.parquet")):
+        return files
+    raise DataError(
+        f"{folder}: no parquet files. A MEDS dataset keeps its events in data/**/*.parquet;"
+        " give the folder that holds data/ and metadata/."
+    )
+
+
+def _count_rows(file: Path) -> int:
+    try:
+        return pl.scan_parquet(file, hive_partitioning=False, glob=False).select(pl.len()).collect().item()
+    except (pl.exceptions.PolarsError, OSError) as problem:
+        raise _damaged(file, problem) from None
 
 
 def canonical_order(frame: pl.DataFrame) -> pl.DataFrame:
@@ -355,9 +404,7 @@ def _canonical_types(frame: pl.DataFrame, place: str, first_row: int = 0) -> pl.
         frame = frame.with_columns(numeric_value=pl.lit(None, pl.Float32))
     _refuse_nulls(frame, "subject_id", place, first_row)
     _refuse_nulls(frame, "code", place, first_row)
-    return _cast(
-        frame, place, subject_id=pl.Int64(), time=pl.Datetime("us"), code=pl.String(), numeric_value=pl.Float32()
-    )
+    return _cast(frame, place, **_CORE_TYPES)
 
 
 def _refuse_nulls(frame: pl.DataFrame, column: str, place: str, first_row: int = 0) -> None:

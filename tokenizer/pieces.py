@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 
 PIECE_EVENTS = 1_000_000
+# A file of more rows whose subjects lie scattered must be written anew before it is read.
+LARGEST_SCATTERED = 4_000_000
 # Rows of the subject column that are looked at together.
 CHUNK_ROWS = 4_000_000
 

@@ -273,6 +273,11 @@ class Prepared:
         return hashlib.sha256(f"{self.dataset.fingerprint()}\n{self.preparation.digest}".encode()).hexdigest()
 
 
+def records_of(dataset: MedsDataset, preparation: Preparation | None) -> MedsDataset | Prepared:
+    """The dataset as it is to be read; without a preparation it stays as it is."""
+    return dataset if preparation is None else Prepared(dataset, preparation)
+
+
 def _read_prepared(path: Path, preparation: Preparation, piece: Piece) -> tuple[pl.DataFrame, Faults]:
     frame, faults = read(path, piece, EXTRA)
     return prepare(frame, preparation, count=False)[0], faults
