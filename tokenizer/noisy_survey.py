@@ -30,7 +30,8 @@ private SQL with bounded user contribution", PoPETs 2020 (bounding and threshold
 import math
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Literal
 
@@ -39,7 +40,9 @@ import polars as pl
 from tokenizer import noise
 from tokenizer.codebook import Survey, TokenizerOptions
 from tokenizer.errors import ConfigError
-from tokenizer.events import MedsDataset
+from tokenizer.events import Faults, Reader, Records
+from tokenizer.pieces import Piece
+from tokenizer.shards import AS_IT_FITS, Crew, each
 from tokenizer.sketch import SHIFT
 from tokenizer.split import SplitRule
 from tokenizer.survey import Pairs, pairs_of
@@ -160,19 +163,31 @@ class Counted:
 
 
 def noisy_survey(
-    dataset: MedsDataset,
+    dataset: Records,
     rule: SplitRule,
     options: TokenizerOptions,
     privacy: SurveyPrivacy,
     progress: Callable[[int, int], None] | None = None,
+    crew: Crew = AS_IT_FITS,
 ) -> tuple[Survey, Spend]:
     """Survey the train split of a dataset, as `tokenizer.survey.survey` does, under differential privacy."""
     counted = Counted()
-    for done, shard in enumerate(dataset.shards, 1):
-        counted += count(pairs_of(dataset.read(shard), rule, options), privacy)
-        if progress:
-            progress(done, len(dataset.shards))
-    return release(counted, options, privacy)
+    jobs = [(dataset.reader, piece, rule, options, privacy) for piece in dataset.pieces]
+    with closing(each(_count_piece, jobs, crew, events=dataset.events, what="the survey")) as counts:
+        for done, (piece, (fresh, faults)) in enumerate(zip(dataset.pieces, counts, strict=True), 1):
+            counted += fresh
+            dataset.count_faults(piece, faults)
+            if progress:
+                progress(done, len(jobs))
+    told, spend = release(counted, options, privacy)
+    return replace(told, prepared=tuple(sorted(set(dataset.prepared)))), spend
+
+
+def _count_piece(
+    read: Reader, piece: Piece, rule: SplitRule, options: TokenizerOptions, privacy: SurveyPrivacy
+) -> tuple[Counted, Faults]:
+    frame, faults = read(piece)
+    return count(pairs_of(frame, rule, options), privacy), faults
 
 
 def count(pairs: Pairs, privacy: SurveyPrivacy, seed: int | None = None) -> Counted:

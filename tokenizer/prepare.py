@@ -13,10 +13,11 @@ nothing is skipped; what was counted is a value that sums over shards.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from datetime import date, datetime, timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import polars as pl
@@ -26,8 +27,10 @@ from tokenizer.accounting import Accounting
 from tokenizer.codebook import BIRTH, STATIC, parents
 from tokenizer.cohort import DAY_US, Filters, Lives, Step
 from tokenizer.errors import ConfigError
-from tokenizer.events import CORE, MedsDataset, canonical_order
+from tokenizer.events import CORE, Faults, MedsDataset, Reader, canonical_order, read
 from tokenizer.maps import VocabularyMap
+from tokenizer.pieces import Piece
+from tokenizer.shards import AS_IT_FITS, Crew, each
 
 EXTRA = ("unit", "encounter_id")
 """Columns beyond MEDS' own that the step reads where they are."""
@@ -182,7 +185,7 @@ class Prepared:
     """A dataset as seen through a preparation: `MedsDataset`'s interface, for survey and store.
 
     Attributes:
-        path, name, shards, subjects, notes: As of the dataset (subjects before filters).
+        path, name, shards, pieces, events, subjects, notes: As of the dataset (before filters).
     """
 
     def __init__(self, dataset: MedsDataset, preparation: Preparation, *, today: date | None = None) -> None:
@@ -206,6 +209,16 @@ class Prepared:
         return self.dataset.shards
 
     @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """The dataset's pieces."""
+        return self.dataset.pieces
+
+    @property
+    def events(self) -> int:
+        """Events before filters."""
+        return self.dataset.events
+
+    @property
     def subjects(self) -> int:
         """Patients before filters."""
         return self.dataset.subjects
@@ -220,25 +233,59 @@ class Prepared:
         """What was odd."""
         return self.dataset.notes
 
-    def read(self, shard: str) -> pl.DataFrame:
-        """One shard, prepared."""
-        return self.read_counted(shard, count=False)[0]
+    @property
+    def reader(self) -> Reader:
+        """What gives a piece's rows as `read` does, and what was odd in them; it can be pickled."""
+        return partial(_read_prepared, self.path, self.preparation)
 
-    def read_counted(self, shard: str, *, count: bool = True) -> tuple[pl.DataFrame, Accounting]:
-        """One shard, prepared, and what was seen in it (the flow only, unless all is counted)."""
-        frame = self.dataset.read(shard, EXTRA)
+    def count_faults(self, part: str | Piece, faults: Faults) -> None:
+        """Note what was odd in a part that another process has read."""
+        self.dataset.count_faults(part, faults)
+
+    def read(self, part: str | Piece) -> pl.DataFrame:
+        """One shard or piece, prepared."""
+        return self.read_counted(part, count=False)[0]
+
+    def read_counted(self, part: str | Piece, *, count: bool = True) -> tuple[pl.DataFrame, Accounting]:
+        """One shard or piece, prepared, and what was seen in it (the flow only, unless all is counted)."""
+        frame = self.dataset.read(part, EXTRA)
         return prepare(frame, self.preparation, count=count, today=self._today)
 
-    def account(self) -> Accounting:
-        """What is seen in all shards; reads them."""
+    def account(self, progress: Callable[[int, int], None] | None = None, crew: Crew = AS_IT_FITS) -> Accounting:
+        """What is seen in all pieces; reads them.
+
+        Args:
+            progress: Called with the pieces done and the pieces in all.
+            crew: Who reads.
+        """
         total = Accounting()
-        for shard in self.shards:
-            total += self.read_counted(shard)[1]
+        jobs = [(self.path, piece, self.preparation, self._today) for piece in self.pieces]
+        with closing(each(_account_piece, jobs, crew, events=self.events, what="the accounting")) as counted:
+            for done, (piece, (accounting, faults)) in enumerate(zip(self.pieces, counted, strict=True), 1):
+                total += accounting
+                self.count_faults(piece, faults)
+                if progress:
+                    progress(done, len(jobs))
         return total
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the records and of what is done to them."""
         return hashlib.sha256(f"{self.dataset.fingerprint()}\n{self.preparation.digest}".encode()).hexdigest()
+
+
+def records_of(dataset: MedsDataset, preparation: Preparation | None) -> MedsDataset | Prepared:
+    """The dataset as it is to be read; without a preparation it stays as it is."""
+    return dataset if preparation is None else Prepared(dataset, preparation)
+
+
+def _read_prepared(path: Path, preparation: Preparation, piece: Piece) -> tuple[pl.DataFrame, Faults]:
+    frame, faults = read(path, piece, EXTRA)
+    return prepare(frame, preparation, count=False)[0], faults
+
+
+def _account_piece(path: Path, piece: Piece, preparation: Preparation, today: date | None) -> tuple[Accounting, Faults]:
+    frame, faults = read(path, piece, EXTRA)
+    return prepare(frame, preparation, today=today)[1], faults
 
 
 def _volume(frame: pl.DataFrame) -> dict[str, int]:

@@ -35,6 +35,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tokenizer import cohort
+from tokenizer.codebook import Codebook
 from tokenizer.cohort import Filters
 from tokenizer.errors import ConfigError
 from tokenizer.maps import VocabularyMap
@@ -67,9 +68,9 @@ class _File(_Section):
 
 @dataclass(frozen=True)
 class Settings:
-    """What to do to the events, and how to protect the survey (None: by the floor alone)."""
+    """What to do to the events (None: nothing), and how to protect the survey (None: by the floor alone)."""
 
-    preparation: Preparation
+    preparation: Preparation | None
     survey_privacy: SurveyPrivacy | None = None
 
 
@@ -88,6 +89,37 @@ def read(path: Path) -> Settings:
         return parse(content, path.parent)
     except ConfigError as problem:
         raise ConfigError(f"{path}: {problem}") from None
+
+
+AS_THEY_ARE = "none"
+
+
+def agreed(config: str | None, codebook: Codebook | None = None) -> Settings:
+    """Decide what to do to a site's records, and see that a codebook was made of records that the same was done to.
+
+    Args:
+        config: A TOML file; "none" leaves the records as they are; None is the standard preparation, or what a
+            codebook says: one whose records were left as they are asks for the same.
+        codebook: The federation's, if there is one yet.
+
+    Raises:
+        ConfigError: The file can't be used, or the codebook's records went through something else.
+        DataError: A map file can't be used.
+    """
+    if config == AS_THEY_ARE or (config is None and codebook is not None and not codebook.prepared):
+        asked = Settings(None)
+    else:
+        asked = Settings(Preparation()) if config is None else read(Path(config))
+    if codebook is None:
+        return asked
+    ours = None if asked.preparation is None else asked.preparation.common_digest
+    if (ours is None and codebook.prepared) or (ours is not None and ours not in codebook.prepared):
+        raise ConfigError(
+            f"The codebook {codebook.hash[:16]} was made of records to which other filters, names or units were applied"
+            f" ({', '.join(digest[:16] for digest in codebook.prepared) or 'none'}) than here"
+            f" ({ours[:16] if ours else 'none'}). Use the federation's settings file."
+        )
+    return asked
 
 
 def parse(content: Mapping[str, Any], folder: Path) -> Settings:

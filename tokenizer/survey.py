@@ -10,6 +10,7 @@ memory.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -18,34 +19,46 @@ import polars as pl
 
 from tokenizer import sketch
 from tokenizer.codebook import BIRTH, LONGEST, Survey, TokenizerOptions
-from tokenizer.events import MedsDataset
+from tokenizer.events import Faults, Reader, Records
+from tokenizer.pieces import Piece
+from tokenizer.shards import AS_IT_FITS, Crew, each
 from tokenizer.spelling import ancestors, canonical
 from tokenizer.split import SplitRule
 
 
 def survey(
-    dataset: MedsDataset,
+    dataset: Records,
     rule: SplitRule,
     options: TokenizerOptions,
     progress: Callable[[int, int], None] | None = None,
+    crew: Crew = AS_IT_FITS,
 ) -> Survey:
     """Survey the train split of a dataset.
 
     Args:
-        dataset: The site's events; anything with `shards`, `read` and, if it changes codes or units, `prepared`.
+        dataset: The site's events.
         rule: Decides which patients train.
         options: The floor, the sketches' accuracy and the rest.
-        progress: Called with the shards done and the shards in all.
+        progress: Called with the pieces done and the pieces in all.
+        crew: Who counts; the survey is the same whoever does.
 
     Returns:
         The survey; an empty one (0 patients) if fewer patients than the floor train here.
     """
     counted = Partial.empty(options)
-    for done, shard in enumerate(dataset.shards, 1):
-        counted = join([counted, survey_shard(dataset.read(shard), rule, options)])
-        if progress:
-            progress(done, len(dataset.shards))
-    return counted.release(getattr(dataset, "prepared", ()))
+    jobs = [(dataset.reader, piece, rule, options) for piece in dataset.pieces]
+    with closing(each(_survey_piece, jobs, crew, events=dataset.events, what="the survey")) as partials:
+        for done, (piece, (partial, faults)) in enumerate(zip(dataset.pieces, partials, strict=True), 1):
+            counted = join([counted, partial])
+            dataset.count_faults(piece, faults)
+            if progress:
+                progress(done, len(jobs))
+    return counted.release(dataset.prepared)
+
+
+def _survey_piece(read: Reader, piece: Piece, rule: SplitRule, options: TokenizerOptions) -> "tuple[Partial, Faults]":
+    frame, faults = read(piece)
+    return survey_shard(frame, rule, options), faults
 
 
 @dataclass(frozen=True)
