@@ -91,22 +91,24 @@ def _frames(
         collected.rows(source.name, frame.height)
         nulls = layout.null if layout.null is not None else ("",)
         yield frame.with_columns(
-            _without(frame[column], (*nulls, *source.column_nulls.get(column, ())))
-            for column in frame.columns
+            _without(column, kind, {*nulls, *source.column_nulls.get(column, ())})
+            for column, kind in frame.schema.items()
             if column not in ("_row", "_file")
         )
 
 
-def _without(column: pl.Series, marks: Sequence[str]) -> pl.Series:
-    if column.dtype in (pl.Categorical, pl.Enum, pl.Binary):
-        column = column.cast(pl.String, strict=False)
-    if column.dtype == pl.String:
+def _without(name: str, kind: pl.DataType, marks: set[str]) -> pl.Expr:
+    """A column without blanks around texts, null where it has a mark for missing."""
+    column = pl.col(name)
+    if kind in (pl.Categorical, pl.Enum, pl.Binary):
+        column, kind = column.cast(pl.String, strict=False), pl.String()
+    if kind == pl.String:
         text = column.str.strip_chars()
-        return text.set(text.is_in(list(marks)), None)
-    if column.dtype.is_numeric():
-        numbers = pl.Series(marks, dtype=pl.String).cast(pl.Float64, strict=False).drop_nulls()
+        return pl.when(text != "" if marks == {""} else ~text.is_in(sorted(marks))).then(text).alias(name)
+    if kind.is_numeric():
+        numbers = pl.Series(sorted(marks), dtype=pl.String).cast(pl.Float64, strict=False).drop_nulls()
         missing = column.cast(pl.Float64).is_in(numbers.to_list())
-        return column.set(missing | column.is_nan() if column.dtype.is_float() else missing, None)
+        return pl.when(~(missing | column.is_nan() if kind.is_float() else missing)).then(column).alias(name)
     return column
 
 

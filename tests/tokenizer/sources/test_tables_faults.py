@@ -357,3 +357,111 @@ def test_a_patient_with_ten_million_events(tmp_path):
     shards = sorted((tmp_path / "out/data").glob("*.parquet"))
     subjects = [pl.read_parquet(file)["subject_id"].unique().to_list() for file in shards]
     assert sorted(subjects) == [[1], [2]]
+
+
+def test_parquet_columns_keep_their_types(tmp_path):
+    table = pl.DataFrame(
+        {
+            "id": [1, 2, 3],
+            "time": [datetime(2020, 1, 1, 10), datetime(2020, 1, 2), None],
+            "test": pl.Series(["K", "K", "Na"], dtype=pl.Categorical),
+            "value": [4.5, float("nan"), -9.0],
+        }
+    ).with_columns(pl.col("time").dt.replace_time_zone("Europe/Berlin"))
+    (tmp_path / "site").mkdir()
+    table.write_parquet(tmp_path / "site/labs.parquet")
+    mapping = TABLE.replace("labs.csv", "labs.parquet").replace('time = "time"', 'time = "time"\nnull = [-9]')
+    with pytest.raises(DataError, match=r"labs\.parquet: labs, row 3, time: no time"):
+        run(tmp_path, {}, mapping)
+    flow, events = run(tmp_path, {}, mapping, quarantine=True)
+    assert events.select("time", "code", "numeric_value").rows() == [(datetime(2020, 1, 1, 10), "LAB//K", 4.5)]
+    assert flow.dropped == {"labs": {"no value": 1}}
+    (tmp_path / "site/labs.parquet").write_bytes(b"PAR1 no parquet PAR1")
+    with pytest.raises(DataError, match=r"labs\.parquet: not a readable parquet file"):
+        run(tmp_path, {}, mapping)
+
+
+@pytest.mark.parametrize(
+    ("text", "spec", "expected"),
+    [
+        ("2020-01-02T03:04:05.5Z", '"time"', datetime(2020, 1, 2, 3, 4, 5, 500_000)),
+        ("2020-01-02 03:04:05+02:00", '"time"', datetime(2020, 1, 2, 3, 4, 5)),
+        ("2020-01-02 03:04", '"time"', datetime(2020, 1, 2, 3, 4)),
+        (
+            "02.01.2020 03:04",
+            '{ column = "time", format = ["%d.%m.%Y", "%d.%m.%Y %H:%M"] }',
+            datetime(2020, 1, 2, 3, 4),
+        ),
+        ("20200102", '{ column = "time", format = "%Y%m%d" }', datetime(2020, 1, 2)),
+        (
+            "2020-01-02 03:04:05 +0200",
+            '{ column = "time", format = "%Y-%m-%d %H:%M:%S %z" }',
+            datetime(2020, 1, 2, 3, 4, 5),
+        ),
+        ("2020", '{ year = "time" }', datetime(2020, 1, 1)),
+        ("1577836800", '{ offset = "time", unit = "seconds", origin = 1970-01-01 }', datetime(2020, 1, 1)),
+        ("-1.5", '{ offset = "time", unit = "hours", origin = 2020-01-01 }', datetime(2019, 12, 31, 22, 30)),
+        ("-1.5", '{ offset = "time", unit = "days", before = true, origin = 2020-01-01 }', datetime(2020, 1, 2, 12)),
+        ("-0:30", '{ offset = "time", unit = "HH:MM", origin = 2020-01-01 }', datetime(2019, 12, 31, 23, 30)),
+        ("25:00:01", '{ offset = "time", unit = "HH:MM", origin = 2020-01-01 }', datetime(2020, 1, 2, 1, 0, 1)),
+        ("40", '{ age = "time", origin = 2020-02-29 }', datetime(1980, 2, 29)),
+        ("1", '{ age = "time", origin = 2020-02-29 }', datetime(2019, 2, 28)),
+        ("0.5", '{ age = "time", origin = 2020-08-31 }', datetime(2020, 2, 29)),
+        ("30", '{ age = "time", unit = "months", origin = 2020-08-31 }', datetime(2018, 2, 28)),
+        ("30", '{ age = "time", unit = "days", origin = 2020-08-31 }', datetime(2020, 8, 1)),
+        ("> 89", '{ age = "time", ages = { "> 89" = 90 }, origin = 2020-01-01 }', datetime(1930, 1, 1)),
+        ("2020-01-02", '{ column = "time", clock = "test" }', datetime(2020, 1, 2, 7, 30)),
+    ],
+)
+def test_ways_to_tell_a_time(tmp_path, text, spec, expected):
+    mapping = TABLE.replace('time = "time"', f"time = {spec}")
+    _, events = run(tmp_path, {"labs.csv": f"id,time,test,value\n1,{text},07:30,1\n"}, mapping)
+    assert events["time"].to_list() == [expected]
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "code"),
+    [
+        ("{test:upper}", "äß", "ÄSS"),
+        ("{test:int}", "220045.0", "220045"),
+        ("{test:int}", "x1", "x1"),
+        ("ICD10CM//{test:icd10cm}", "e1165", "ICD10CM//E11.65"),
+        ("ICD10CM//{test:icd10cm}", "I10", "ICD10CM//I10"),
+        ("ICD10CM//{test:icd10cm}", "E11.65", "ICD10CM//E11.65"),
+        ("ICD9CM//{test:icd9cm}", "25000", "ICD9CM//250.00"),
+        ("ICD9CM//{test:icd9cm}", "E8798", "ICD9CM//E879.8"),
+        ("ICD9CM//{test:icd9cm}", "V290", "ICD9CM//V29.0"),
+        ("ICD9Proc//{test:icd9proc}", "5491", "ICD9Proc//54.91"),
+        ("{{{test}}}", "x", "{x}"),
+    ],
+)
+def test_templates_of_codes(tmp_path, template, text, code):
+    _, events = run(
+        tmp_path, {"labs.csv": f"id,time,test,value\n1,2020-01-01,{text},1\n"}, TABLE.replace("LAB//{test}", template)
+    )
+    assert events["code"].to_list() == [code]
+
+
+CONDITIONS = {
+    "where.value = 5": {5},
+    "where.value = [5, 6]": {5, 6},
+    "where.value.not = [5, 6]": {7, 8, 9},
+    "where.value.above = 7": {8, 9},
+    "where.value.below = 7": {5, 6},
+    "where.value = { above = 5, below = 8 }": {6, 7},
+    "where.test.missing = true": {9},
+    "where.test.missing = false": {5, 6, 7, 8},
+    "where.test.not = 'a'": {7, 8, 9},
+    "where.test.matches = '^[ab]$'": {5, 6, 7},
+    "where = { test = 'a', value = 6 }": {6},
+}
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_conditions(tmp_path, condition):
+    tests = ["a", "a", "b", "cd", ""]
+    rows = "".join(f"1,2020-01-01,{test},{value}\n" for value, test in enumerate(tests, 5))
+    mapping = TABLE.replace("LAB//{test}", "LAB") + condition
+    flow, events = run(tmp_path, {"labs.csv": "id,time,test,value\n" + rows}, mapping)
+    assert set(events["numeric_value"]) == CONDITIONS[condition]
+    assert flow.dropped.get("labs", {}) == ({"no event fits": 5 - events.height} if events.height < 5 else {})
