@@ -246,7 +246,7 @@ def check(
     from rich.console import Console
 
     from client import check as checks
-    from client.check_report import terminal_tables, write_page
+    from client.check_report import terminal, write_page
     from tokenizer.codebook import Codebook
     from tokenizer.prepare import records_of
     from tokenizer.settings import agreed
@@ -273,9 +273,7 @@ def check(
     if json:
         print(found.to_json())
     else:
-        for table in terminal_tables(found):
-            console.print(table)
-            console.print()
+        console.print(terminal(found))
     if out is not None:
         write_page(out, found)
         Console(stderr=True).print(f"all of it: [bold]{out}[/]")

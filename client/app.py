@@ -2,7 +2,7 @@
 
 The site's own configuration comes from the node (`flower-supernode --node-config`): `name`, `data` (the folder of its
 MEDS dataset), `state` (a folder of its own) and, where it is not "cpu", the torch `device`; `settings` is the file that
-says what is done to the records (when not given the standard preparation; "none": they stay as they are). Whatever goes
+says what is done to the records (when not given: "standard"; with "none" they stay as they are). Whatever goes
 wrong is answered by a refusal. The text of an error travels only when it is about the protocol or settings; errors
 about records travel as their mere fact, and unexpected ones as the name of their type. The full story is in
 `state/site.log`.
@@ -17,8 +17,8 @@ from client.site import Site, SiteFiles
 from federation import flower
 from federation.messages import ProtocolError, Refusal, Reply, Request, SiteRefusal
 from model.train import TrainingDiverged
-from tokenizer import settings
-from tokenizer.errors import ConfigError, DataError, FedcometError
+from tokenizer.errors import ConfigError, FedcometError
+from tokenizer.settings import STANDARD
 
 app = ClientApp()
 
@@ -62,14 +62,8 @@ def site_files(context: Context) -> SiteFiles:
             raise ConfigError(f"The node's configuration lacks {key!r}; give it by --node-config '{key}=\"...\"'.")
         values[key] = value
     device = str(context.node_config.get("device", "cpu"))
-    config = context.node_config.get("settings")
-    try:
-        asked = settings.agreed(None if config is None else str(config))
-    except DataError as problem:  # of a map file, whose content must stay here
-        raise ConfigError(
-            "A map file that the node's settings name can't be used; `fedcomet site check` says why."
-        ) from problem
-    return SiteFiles(values["name"], Path(values["data"]), Path(values["state"]), device, asked.preparation)
+    settings = str(context.node_config.get("settings", STANDARD))
+    return SiteFiles(values["name"], Path(values["data"]), Path(values["state"]), device, settings)
 
 
 def _answer(message: Message, context: Context) -> Message:

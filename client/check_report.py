@@ -6,8 +6,10 @@ from typing import Any
 
 from markupsafe import Markup, escape
 from rich import box
+from rich.console import Group
 from rich.markup import escape as literally
 from rich.table import Table
+from rich.text import Text
 
 from client.check import SiteCheck
 from federation import page
@@ -47,21 +49,24 @@ def render(check: SiteCheck) -> str:
     )
 
 
-def terminal_tables(check: SiteCheck) -> list[Table]:
-    """Give everything but the longest lists as tables for a terminal."""
-    tables = [_records_table(check)]
-    if check.source is not None:
-        tables.append(_source_table(check))
-    tables += [_flow_table(check)]
-    tables += [_list_table(title, codes) for title, _, codes in _code_lists(check) if codes]
-    tables += [
-        _list_table("Values whose unit could not be brought together (events)", _conflicts(check)),
-        _list_table("Times that are odd", {name: n for name, n in check.accounting.faults.items() if n}),
-        _timeline_table(check),
-        _cost_table(check),
-        _outgoing_table(check),
+def terminal(check: SiteCheck) -> Group:
+    """Give everything but the longest lists, for a terminal."""
+    odd = {name: n for name, n in check.accounting.faults.items() if n}
+    parts = [
+        ("Records", _records(check)),
+        ("What became of the source's rows", _source(check)),
+        ("Filters and maps, in order" if check.prepared else "Nothing is done to the records", _flow(check)),
+        *((title, _list(codes)) for title, _, codes in _code_lists(check)),
+        ("Values whose units can't be brought together", _list(_conflicts(check), "values")),
+        ("Times that are odd", _list(odd)),
+        ("Tokens per patient", _lengths(check)),
+        ("What a context costs", _contexts(check)),
+        ("Tokens, disk and time", _cost(check)),
+        ("What the survey would send", _outgoing(check)),
     ]
-    return [table for table in tables if table.row_count]
+    notes = [Text(note, "yellow") for note in check.notes]
+    shown = [Group(Text(title, "bold"), table, "") for title, table in parts if table.row_count]
+    return Group(*shown, *notes)
 
 
 def source_rows(check: SiteCheck) -> list[tuple[str, int, int, Mapping[str, int], Mapping[str, int]]]:
@@ -82,18 +87,18 @@ def source_rows(check: SiteCheck) -> list[tuple[str, int, int, Mapping[str, int]
     ]
 
 
-def _table(title: str, *headings: str, wide: int = 0) -> Table:
+def _table(*headings: str, wide: int) -> Table:
     """A table whose first column is text and the others numbers."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     first, *others = headings
-    table.add_column(first, overflow="fold", max_width=wide or None)
+    table.add_column(first, overflow="fold", min_width=min(wide, 24), max_width=wide)
     for heading in others:
         table.add_column(heading, justify="right", no_wrap=True)
     return table
 
 
-def _facts(title: str, facts: Iterable[tuple[str, str]]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
+def _facts(facts: Iterable[tuple[str, str]]) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 1))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts:
@@ -101,107 +106,114 @@ def _facts(title: str, facts: Iterable[tuple[str, str]]) -> Table:
     return table
 
 
-def _records_table(check: SiteCheck) -> Table:
-    made = "this site's survey alone" if check.own_codebook else "the codebook given"
+def _records(check: SiteCheck) -> Table:
+    made = "of this site's survey alone" if check.own_codebook else "as given"
     return _facts(
-        "Records",
         [
             ("dataset", check.name),
-            ("patients", show_count(check.subjects)),
-            ("events", show_count(check.events)),
+            ("patients", f"{check.subjects:,}"),
+            ("events", f"{check.events:,}"),
             ("fingerprint", check.fingerprint[:16]),
-            ("codebook", f"{check.codebook[:16]}, {show_count(sum(check.vocabulary.values()))} tokens, from {made}"),
-        ],
+            ("codebook", f"{check.codebook[:16]}, {sum(check.vocabulary.values()):,} tokens, {made}"),
+        ]
     )
 
 
-def _source_table(check: SiteCheck) -> Table:
-    table = _table("What became of the source's rows", "table", "rows", "events", "dropped", "set aside", wide=34)
+def _source(check: SiteCheck) -> Table:
+    table = _table("table", "rows", "events", "dropped", "set aside", wide=40)
     for name, rows, events, dropped, aside in source_rows(check):
-        table.add_row(literally(name), *map(show_count, (rows, events, sum(dropped.values()), sum(aside.values()))))
+        counts = (rows, events, sum(dropped.values()), sum(aside.values()))
+        table.add_row(literally(name), *(f"{n:,}" for n in counts))
         for reason, n in dropped.items():
-            table.add_row(f"  [dim]dropped: {literally(reason)}[/]", "", "", show_count(n), "")
+            table.add_row(f"  [dim]{literally(reason)}[/]", "", "", f"{n:,}", "")
         for reason, n in aside.items():
-            table.add_row(f"  [dim]set aside: {literally(reason)}[/]", "", "", "", show_count(n))
+            table.add_row(f"  [dim]{literally(reason)}[/]", "", "", "", f"{n:,}")
     return table
 
 
-def _flow_table(check: SiteCheck) -> Table:
-    table = _table("Filters and maps, in order", "step", "patients", "events", "patients gone", "events gone", wide=24)
+def _flow(check: SiteCheck) -> Table:
+    table = _table("step", "patients", "events", "patients gone", "events gone", wide=24)
     for step in check.accounting.flow:
-        gone = (step.patients_before - step.patients_after, step.events_before - step.events_after)
-        table.add_row(literally(step.name), *map(show_count, (step.patients_after, step.events_after, *gone)))
+        table.add_row(
+            literally(step.name),
+            *(f"{n:,}" for n in (step.patients_after, step.events_after)),
+            _gone(step.patients_before - step.patients_after),
+            _gone(step.events_before - step.events_after),
+        )
     return table
 
 
-def _list_table(title: str, counts: Mapping[str, int]) -> Table:
-    table = _table(title, "", "events", wide=62)
+def _list(counts: Mapping[str, int], heading: str = "events") -> Table:
+    table = _table("", heading, wide=64)
     for name, n in _most(counts, _FEW):
-        table.add_row(literally(name), show_count(n))
+        table.add_row(literally(name), f"{n:,}")
     if len(counts) > _FEW:
         rest = sum(counts.values()) - sum(n for _, n in _most(counts, _FEW))
-        table.add_row(f"[dim]and {show_count(len(counts) - _FEW)} more[/]", show_count(rest))
+        table.add_row(f"[dim]and {len(counts) - _FEW:,} more[/]", f"{rest:,}")
     return table
 
 
-def _timeline_table(check: SiteCheck) -> Table:
+def _lengths(check: SiteCheck) -> Table:
     lengths = check.timelines.lengths
-    spread = ", ".join(f"{_quantile_name(share)} {show_count(n)}" for share, n in lengths.quantiles.items())
-    table = _table(
-        f"Tokens per patient: mean {lengths.mean:.0f}; {spread}\nWhat a context costs",
-        *("context", "patients longer", "", "tokens out of sight", "", "windows a pass"),
-    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for share in lengths.quantiles:
+        table.add_column(_quantile_name(share), justify="right")
+    if lengths.quantiles:
+        table.add_column("mean", justify="right")
+        table.add_row(*(f"{n:,}" for n in lengths.quantiles.values()), f"{lengths.mean:,.0f}")
+    return table
+
+
+def _contexts(check: SiteCheck) -> Table:
+    table = _table("tokens", "patients longer", "of all", "tokens unseen", "of all", "windows", wide=6)
     patients, tokens = max(check.timelines.patients, 1), max(check.timelines.tokens, 1)
     for cut in check.timelines.truncation:
         cells = (
-            show_count(cut.patients),
-            show_share(cut.patients / patients),
-            show_count(cut.tokens),
-            show_share(cut.tokens / tokens),
-            show_count(cut.windows),
+            *(f"{cut.patients:,}", show_share(cut.patients / patients)),
+            *(f"{cut.tokens:,}", show_share(cut.tokens / tokens), f"{cut.windows:,}"),
         )
-        table.add_row(show_count(cut.context), *cells, style="bold" if cut.context == check.plan.context else "")
+        table.add_row(f"{cut.context:,}", *cells, style="bold" if cut.context == check.plan.context else "")
     return table
 
 
-def _cost_table(check: SiteCheck) -> Table:
-    splits = check.timelines.splits
+def _cost(check: SiteCheck) -> Table:
     facts = [
-        (
-            name,
-            f"{show_count(c['patients'])} patients, {show_count(c['events'])} events, {show_count(c['tokens'])} tokens",
-        )
-        for name, c in splits.items()
+        (name.replace("_", " "), f"{c['patients']:,} patients, {c['events']:,} events, {c['tokens']:,} tokens")
+        for name, c in check.timelines.splits.items()
     ]
-    facts.append(("disk", f"{show_bytes(check.timelines.store_bytes)} for the tokens"))
+    disk = f"{show_bytes(check.timelines.store_bytes)} for the tokens"
     if (training := check.training) is None:
-        facts.append(("training", check.training_note))
-    else:
-        facts[-1] = ("disk", f"{facts[-1][1]}, {show_bytes(training.state_bytes)} for the model's state")
-        facts.append(
-            (
-                "training",
-                f"about {show_duration(training.seconds_per_pass)} a pass, {show_duration(training.seconds)} for"
-                f" {training.passes:g} (an estimate: {show_count(round(training.rate))} tokens/s in"
-                f" {training.steps} steps of preset {training.model} here, on {training.device})",
-            )
-        )
-    return _facts("Tokens, disk and time", facts)
+        return _facts([*facts, ("disk", disk), ("training", check.training_note)])
+    disk += f", {show_bytes(training.state_bytes)} for the model's state"
+    estimate = (
+        f"about {show_duration(training.seconds_per_pass)} a pass, {show_duration(training.seconds)} for"
+        f" {training.passes:g} passes. An estimate: {training.rate:,.0f} tokens/s, measured here in {training.steps}"
+        f" step{'s' * (training.steps > 1)} of preset {training.model} on {training.device}"
+    )
+    return _facts([*facts, ("disk", disk), ("training", estimate)])
 
 
-def _outgoing_table(check: SiteCheck) -> Table:
+def _outgoing(check: SiteCheck) -> Table:
     survey = check.outgoing.survey
-    buckets = sum(map(len, survey.values.values()))
-    rows = [
-        ("size", f"{show_bytes(len(check.outgoing.data))}, sha256 {check.outgoing.sha256[:16]}"),
-        ("patients", show_count(survey.patients)),
-        ("codes", f"{show_count(len(survey.codes))} with a time, {show_count(len(survey.statics))} without"),
-        ("parents", f"{show_count(len(survey.prefixes) + len(survey.static_prefixes))}, for codes that are too rare"),
-        ("values", f"histograms of {show_count(len(survey.values))} codes, {show_count(buckets)} cells"),
-        ("gaps", f"histograms of {len(survey.gaps)} interval classes"),
-        ("floor", f"no count and no cell stands for fewer than {survey.options.min_patients} patients"),
-    ]
-    return _facts("What the survey would send (--out or --json shows all of it)", rows)
+    cells = sum(map(len, survey.values.values()))
+    parents = len(survey.prefixes) + len(survey.static_prefixes)
+    return _facts(
+        [
+            ("size", f"{len(check.outgoing.data):,} bytes, sha256 {check.outgoing.sha256[:16]}"),
+            ("patients", f"{survey.patients:,}, of the train split"),
+            ("codes", f"{len(survey.codes):,} with a time, {len(survey.statics):,} without, each with its patients"),
+            ("parents", f"{parents:,}, for codes that are too rare"),
+            ("values", f"histograms of {len(survey.values):,} codes, {cells:,} cells"),
+            ("gaps", f"histograms of {len(survey.gaps)} interval classes"),
+            ("floor", f"no count and no cell stands for fewer than {survey.options.min_patients} patients"),
+            ("all of it", "in the page (--out) and in the JSON (--json)"),
+        ]
+    )
+
+
+def _gone(number: int) -> str:
+    """Write what went; what a map added has a plus."""
+    return f"{number:,}" if number >= 0 else f"+{-number:,}"
 
 
 def _quantile_name(share: float) -> str:
@@ -213,22 +225,22 @@ def _code_lists(check: SiteCheck) -> list[tuple[str, str, Mapping[str, int]]]:
     levels = check.timelines.fallbacks
     return [
         (
-            "Codes that a map was for, and that it does not have (events)",
+            "Codes that a map was for, and that it does not have",
             "Add them to the map file, or leave them as they are.",
             check.accounting.unmapped,
         ),
         (
-            "Codes of no shared vocabulary (events)",
+            "Codes of no shared vocabulary",
             "Other sites can't know these names: give them a map file with their LOINC, RxNorm or ICD codes.",
             check.accounting.local,
         ),
         (
-            "Codes too rare to be named, told by an ancestor (events)",
+            "Codes too rare to be named, told by an ancestor",
             "Fewer patients have them than the floor asks for, or the codebook doesn't know them.",
             levels.get("ancestor", {}),
         ),
         (
-            "Codes of which only the system is told, if that (events)",
+            "Codes of which only the system is told, if that",
             "No ancestor of theirs is in the codebook.",
             levels.get("unknown", {}),
         ),

@@ -44,7 +44,8 @@ from model.train import Trainer, TrainOptions, evaluate
 from tokenizer.codebook import Codebook, TokenizerOptions
 from tokenizer.errors import ConfigError, DataError
 from tokenizer.events import MedsDataset, Records
-from tokenizer.prepare import Preparation, Prepared, records_of
+from tokenizer.prepare import Prepared, records_of
+from tokenizer.settings import AS_THEY_ARE, agreed
 from tokenizer.shards import AS_IT_FITS, Crew
 from tokenizer.split import SPLITS, SplitRule
 from tokenizer.store import TokenStore, build_store
@@ -56,15 +57,15 @@ from tokenizer.windows import Batch, Windows
 class SiteFiles:
     """A site's name, its records (a MEDS dataset's folder) and the folder for what it must not forget.
 
-    `device` is the torch device that it trains on; only on "cpu" does the same work give the same bits. `preparation`
-    is what is done to the records before they are surveyed or encoded; None leaves them as they are.
+    `device` is the torch device that it trains on; only on "cpu" does the same work give the same bits. `settings` says
+    what is done to the records before they are surveyed or encoded: a TOML file, "standard", or "none".
     """
 
     name: str
     data: Path
     state: Path
     device: str = "cpu"
-    preparation: Preparation | None = None
+    settings: str = AS_THEY_ARE
 
     def __post_init__(self) -> None:
         if not is_site_name(self.name):
@@ -72,9 +73,13 @@ class SiteFiles:
                 f"{self.name!r} can't be the name of a site: use up to 64 letters, digits, '.', '_' and '-'."
             )
 
-    def records(self) -> MedsDataset | Prepared:
-        """Open the records, as they are to be read."""
-        return records_of(MedsDataset.open(self.data), self.preparation)
+    def records(self, codebook: Codebook | None = None) -> MedsDataset | Prepared:
+        """Open the records as they are to be read, and by this codebook.
+
+        Raises:
+            ConfigError: The codebook was made of records to which something else was done.
+        """
+        return records_of(MedsDataset.open(self.data), agreed(self.settings, codebook).preparation)
 
 
 class Site:
@@ -122,8 +127,7 @@ class Site:
         self._in_time(request.deadline_s)
         manifest, codebook = Manifest.from_bytes(request.manifest), _read_codebook(request.codebook)
         _check_agreement(manifest, codebook)
-        self._check_preparation(codebook)
-        dataset = self.files.records()
+        dataset = self.files.records(codebook)
         run = self.archive.run(manifest.hash)
         with self.archive.building():
             name = _store_name(dataset.fingerprint(), codebook, manifest.split)
@@ -190,14 +194,6 @@ class Site:
         return EvaluateReply(
             self.files.name, request.manifest_hash, request.round, request.split, request.digest, nll, tokens
         )
-
-    def _check_preparation(self, codebook: Codebook) -> None:
-        ours = None if self.files.preparation is None else self.files.preparation.common_digest
-        if (ours is None and codebook.prepared) or (ours is not None and ours not in codebook.prepared):
-            raise SiteRefusal(
-                f"The codebook was made of records that were prepared otherwise than those of {self.files.name}"
-                f" (here {ours or 'they stay as they are'}); all sites need the federation's settings."
-            )
 
     def _in_time(self, deadline_s: float) -> None:
         if self._clock() > deadline_s:

@@ -91,15 +91,15 @@ def read(path: Path) -> Settings:
         raise ConfigError(f"{path}: {problem}") from None
 
 
-AS_THEY_ARE = "none"
+AS_THEY_ARE, STANDARD = "none", "standard"
 
 
 def agreed(config: str | None, codebook: Codebook | None = None) -> Settings:
     """Decide what to do to a site's records, and see that a codebook was made of records that the same was done to.
 
     Args:
-        config: A TOML file; "none" leaves the records as they are; None is the standard preparation, or what a
-            codebook says: one whose records were left as they are asks for the same.
+        config: A TOML file; "standard" is the preparation with its defaults, "none" leaves the records as they are;
+            None is the standard, but for a codebook whose records were left as they are.
         codebook: The federation's, if there is one yet.
 
     Raises:
@@ -109,7 +109,7 @@ def agreed(config: str | None, codebook: Codebook | None = None) -> Settings:
     if config == AS_THEY_ARE or (config is None and codebook is not None and not codebook.prepared):
         asked = Settings(None)
     else:
-        asked = Settings(Preparation()) if config is None else read(Path(config))
+        asked = Settings(Preparation()) if config in (None, STANDARD) else read(Path(config))
     if codebook is None:
         return asked
     ours = None if asked.preparation is None else asked.preparation.common_digest
