@@ -12,6 +12,7 @@ from tests.tokenizer.hospital import DAY, MINUTE, frame, stays
 from tokenizer import sketch
 from tokenizer.codebook import Codebook, Survey, TokenizerOptions, merge, parents
 from tokenizer.events import MedsDataset, write_meds
+from tokenizer.prepare import Preparation, Prepared
 from tokenizer.spelling import ancestors
 from tokenizer.split import SplitRule
 from tokenizer.survey import _Cell, _fold, join, survey, survey_shard
@@ -155,12 +156,8 @@ def test_gaps_follow_the_table_that_was_chosen(tmp_path):
 
 def test_a_dataset_that_was_prepared_says_so(tmp_path):
     data = dataset(tmp_path / "a", stays(range(30)))
-
-    class Prepared:
-        shards, prepared = data.shards, ("f00d", "c0de")
-        read = data.read
-
-    assert survey(Prepared(), EVERYBODY, TokenizerOptions()).prepared == ("c0de", "f00d")
+    prepared = Prepared(data, Preparation())
+    assert survey(prepared, EVERYBODY, TokenizerOptions()).prepared == (prepared.preparation.common_digest,)
     assert survey(data, EVERYBODY, TokenizerOptions()).prepared == ()
 
 
