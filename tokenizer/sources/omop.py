@@ -233,29 +233,34 @@ class _Import:
 
     def _valued(self, frame: pl.DataFrame, table: EventTable) -> pl.DataFrame:
         """Events of rows with a value: a number with its unit, an answer in the code, or the code alone."""
-        texts = pl.coalesce(*table.texts) if table.texts else pl.lit(None, pl.String)
-        frame = frame.with_columns(
-            answer=self._codes.answers(frame["value_as_concept_id"]),
-            unit=self._codes.units(frame["unit_concept_id"], frame["unit_source_value"]),
-            text=texts,
-        )
-        number, in_words = pl.col(table.number or ""), pl.col("answer").is_null() & pl.col("text").is_not_null()
-        read = pl.when(in_words).then(pl.col("text").cast(pl.Float32, strict=False))
-        frame = frame.with_columns(number=pl.coalesce(number, pl.when(read.is_finite()).then(read)))
-        answered = pl.col("number").is_null()
-        words = clean(pl.col("text")).str.to_uppercase()
-        free = answered & in_words & (words.str.len_chars() > LONGEST_ANSWER)
+        number = table.number or ""
+        numbered = frame.filter(pl.col(number).is_not_null())
+        units = self._codes.units(numbered["unit_concept_id"], numbered["unit_source_value"]).alias("unit")
+        plain = numbered.select(*_SHARED, "code", pl.col(number).alias("numeric_value"), units)
+        rest = frame.filter(pl.col(number).is_null())
+        return pl.concat([plain, self._answered(rest, table)]) if rest.height else plain
+
+    def _answered(self, frame: pl.DataFrame, table: EventTable) -> pl.DataFrame:
+        """Events of rows without a number: an answer as part of the code, a number that stands as text, or nothing."""
+        text = pl.coalesce(*table.texts) if table.texts else pl.lit(None, pl.String)
+        answers = self._codes.answers(frame["value_as_concept_id"]).alias("answer")
+        units = self._codes.units(frame["unit_concept_id"], frame["unit_source_value"]).alias("unit")
+        frame = frame.with_columns(answers, units, text=text)
+        read = pl.when(pl.col("answer").is_null()).then(pl.col("text").cast(pl.Float32, strict=False))
+        words = pl.coalesce("answer", clean(pl.col("text")).str.to_uppercase())
+        frame = frame.with_columns(number=pl.when(read.is_finite()).then(read), words=words)
+        no_number = pl.col("number").is_null()
+        free = no_number & pl.col("answer").is_null() & (pl.col("words").str.len_chars() > LONGEST_ANSWER)
         kept = frame.filter(~free.fill_null(value=False))
         # One row may be several events by now; it is dropped once.
         self._intake.drop(table.name, "free text", frame["_row"].n_unique() - kept["_row"].n_unique())
-        answer = pl.when(answered).then(pl.coalesce("answer", words))
-        complaint = pl.col("code").is_in(_COMPLAINTS) & answer.is_not_null()
-        code = pl.when(complaint).then(pl.lit("CHIEF_COMPLAINT")).otherwise("code")
+        answer = pl.when(no_number).then("words")
+        code = pl.when(pl.col("code").is_in(_COMPLAINTS)).then(pl.lit("CHIEF_COMPLAINT")).otherwise("code")
         return kept.select(
             *_SHARED,
-            code=pl.when(answer.is_not_null()).then(code + "//" + answer).otherwise("code"),
-            numeric_value="number",
-            unit=pl.when(pl.col("number").is_not_null()).then("unit"),
+            pl.coalesce(code + "//" + answer, "code"),
+            pl.col("number").alias("numeric_value"),
+            pl.when(~no_number).then("unit").alias("unit"),
         )
 
 
@@ -281,9 +286,10 @@ def _event_columns(table: EventTable) -> tuple[dict[str, Kind], list[tuple[str, 
         "visit_occurrence_id": "id",
     }
     if table.number:
-        texts: dict[str, Kind] = dict.fromkeys(table.texts, "text")
-        kinds |= {table.number: "number", "unit_concept_id": "id", "unit_source_value": "text"} | texts
-        kinds["value_as_concept_id"] = "id"
+        kinds |= {table.number: "number", "value_as_concept_id": "id"}
+        kinds |= {"unit_concept_id": "id", "unit_source_value": "text"}
+        for text in table.texts:
+            kinds[text] = "text"
     return kinds, [(f"{code}_concept_id", f"{code}_source_concept_id", f"{code}_source_value")]
 
 

@@ -15,6 +15,7 @@ from tokenizer.sources.intake import Intake
 Choice = Literal["standard", "source"]
 
 LONGEST_CODE = 100
+_MEANING = ["concept_id", "source_concept_id", "source_value"]
 
 # Names are kept only where one is shown as such: departments, destinations, races, visit types.
 _NAMED_DOMAINS = ("Visit", "Place of Service", "Provider", "Provider Specialty", "Race", "Ethnicity", "Gender")
@@ -90,6 +91,10 @@ class Concepts:
         mapped = pairs.join(targets, on="target").select("id", "code").sort("id", "code")
         return pl.concat([concepts.join(mapped, on="id", how="anti").select("id", "code"), mapped])
 
+    def own(self, ids: pl.Series) -> pl.DataFrame:
+        """Id and code of known concepts, as they are."""
+        return self.look_up(ids).select("id", "code")
+
     def text(self, ids: pl.Series, what: Literal["code", "unit", "name"]) -> pl.Series:
         """One column of the concept table for each id; null where nothing is known."""
         table = self.look_up(ids).select("id", value=what)
@@ -117,39 +122,52 @@ class Codes:
             table: for notes.
             kind: first part of codes that only the source knows.
         """
-        frame = frame.with_columns(
-            pl.when(pl.col(name) != 0).then(pl.col(name)).alias(name) for name in ("concept_id", "source_concept_id")
-        )
-        by_concept, by_source = self._tables(frame)
+        # A table has millions of rows and thousands of meanings; texts are put together once for each of these.
+        meanings = frame.group_by(_MEANING).agg(_rows=pl.len())
+        coded = self._coded(meanings, table, kind).select(*_MEANING, "code")
+        return frame.join(coded, on=_MEANING, how="left", nulls_equal=True, maintain_order="left_right")
+
+    def _coded(self, meanings: pl.DataFrame, table: str, kind: str) -> pl.DataFrame:
         first, second = ("concept_id", "source_concept_id")[:: 1 if self._choice == "standard" else -1]
-        found = {"concept_id": by_concept, "source_concept_id": by_source}
+        key = {name: pl.when(pl.col(name) != 0).then(pl.col(name)) for name in (first, second)}
+        keyed = meanings.with_columns(key[first].alias("_first"), key[second].alias("_second"))
+        found = {
+            "_first": self._concepts.own(keyed["_first"])
+            if self._choice == "source"
+            else self._concepts.standard(keyed["_first"]),
+            "_second": self._concepts.standard(keyed["_second"]),
+        }
         value = pl.lit(f"{kind}//") + clean(pl.col("source_value")).str.slice(0, LONGEST_CODE)
-        numbers = [_numbered(name) for name in (first, second)]
+        numbers = [_numbered("_first"), _numbered("_second")]
         rest = [*numbers, value] if self._choice == "standard" else [value, *numbers]
-        joined = frame.with_columns(self._key(found, first, second)).join(
-            pl.concat([found[first].with_columns(_second=False), found[second].with_columns(_second=True)]),
-            left_on=["_id", "_second"],
-            right_on=["id", "_second"],
+        joined = keyed.with_columns(self._key(found)).join(
+            pl.concat([table.with_columns(_by=pl.lit(by)) for by, table in found.items()]),
+            left_on=["_id", "_by"],
+            right_on=["id", "_by"],
             how="left",
             maintain_order="left_right",
         )
-        self._count(joined.filter(pl.col("code").is_null()).select(pl.coalesce(*rest, pl.lit("")).alias("code")), table)
-        return joined.with_columns(pl.coalesce("code", *rest, pl.lit(f"{kind}//UNMAPPED")).alias("code")).drop(
-            "_id", "_second"
-        )
+        fallback = joined.with_columns(_rest=pl.coalesce(*rest, pl.lit(f"{kind}//UNMAPPED")))
+        self._count(fallback.filter(pl.col("code").is_null()), table, kind)
+        return fallback.with_columns(code=pl.coalesce("code", "_rest"))
 
     def answers(self, ids: pl.Series) -> pl.Series:
         """Codes of concepts that are answers; null for 0 and null."""
         some = ids.set(ids == 0, None).alias("id")
-        table = pl.DataFrame([some, self._concepts.text(some, "code").alias("code")])
-        return table.select(pl.coalesce("code", pl.lit("OMOP//") + pl.col("id").cast(pl.String))).to_series()
+        distinct = some.unique().drop_nulls()
+        known = self._concepts.text(distinct, "code")
+        codes = known.zip_with(known.is_not_null(), "OMOP//" + distinct.cast(pl.String))
+        return some.replace_strict(distinct, codes, default=None, return_dtype=pl.String)
 
     def units(self, ids: pl.Series, texts: pl.Series) -> pl.Series:
         """Units as UCUM writes them where the concept says it, else as the source does."""
-        some = ids.set(ids == 0, None).alias("id")
-        table = pl.DataFrame([some, self._concepts.text(some, "unit").alias("unit"), texts.alias("text")])
-        other = self.answers(ids).alias("other")
-        return table.with_columns(other).select(pl.coalesce("unit", "text", "other").alias("unit")).to_series()
+        some = ids.set(ids == 0, None)
+        table = pl.DataFrame([self._concepts.text(some, "unit").alias("unit"), texts.alias("text")])
+        return (
+            table.with_columns(self.answers(some).alias("other"))
+            .select(pl.coalesce("unit", "text", "other").alias("unit"))
+            .to_series()
+        )
 
     def names(self, ids: pl.Series) -> pl.Series:
         """Names of concepts, in upper case; null for 0, null and what the concept table lacks."""
@@ -164,35 +182,29 @@ class Codes:
         for (table, what), count in sorted(self._fallbacks.items()):
             intake.note(f"{table}: {count} rows {what}.")
 
-    def _tables(self, frame: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
-        if self._choice == "standard":
-            return self._concepts.standard(frame["concept_id"]), self._concepts.standard(frame["source_concept_id"])
-        own = self._concepts.look_up(frame["source_concept_id"]).select("id", "code")
-        return self._concepts.standard(frame["concept_id"]), own
-
-    def _key(self, found: dict[str, pl.DataFrame], first: str, second: str) -> list[pl.Expr]:
-        has_first = pl.col(first).is_in(found[first]["id"].implode())
-        has_second = pl.col(second).is_in(found[second]["id"].implode())
+    def _key(self, found: dict[str, pl.DataFrame]) -> list[pl.Expr]:
+        has = {by: pl.col(by).is_in(table["id"].implode()).fill_null(value=False) for by, table in found.items()}
+        second = pl.col("_second")
         if self._choice == "source":
             # The source's own text is nearer to what was asked for than the concept that somebody made of it.
-            has_second &= pl.col("source_value").is_null()
+            has["_second"] &= pl.col("source_value").is_null()
         else:
             # A standard concept speaks everywhere, even by its number alone; a site's own concept speaks only there.
-            has_second &= (pl.col(second) < _LOCAL) | ~(pl.col(first) < _LOCAL).fill_null(value=False)
+            has["_second"] &= (second < _LOCAL) | ~(pl.col("_first") < _LOCAL).fill_null(value=False)
         return [
-            pl.when(has_first).then(first).when(has_second).then(second).alias("_id"),
-            (~has_first).fill_null(value=True).alias("_second"),
+            pl.when(has["_first"]).then("_first").when(has["_second"]).then("_second").alias("_id"),
+            pl.when(has["_first"]).then(pl.lit("_first")).otherwise(pl.lit("_second")).alias("_by"),
         ]
 
-    def _count(self, codes: pl.DataFrame, table: str) -> None:
-        numbered = int(codes["code"].str.starts_with("OMOP//").sum())
-        unmapped = int((codes["code"] == "").sum())
-        for what, count in (
+    def _count(self, rest: pl.DataFrame, table: str, kind: str) -> None:
+        numbered = pl.col("_rest").str.starts_with("OMOP//")
+        unmapped = pl.col("_rest") == f"{kind}//UNMAPPED"
+        for what, which in (
             ("have a concept that the concept table lacks (OMOP//<concept_id>)", numbered),
             ("have neither a concept nor a code (UNMAPPED)", unmapped),
-            ("have no concept that is known, only the source's code", codes.height - numbered - unmapped),
+            ("have no concept that is known, only the source's code", ~numbered & ~unmapped),
         ):
-            if count:
+            if count := int(rest.filter(which)["_rows"].sum()):
                 self._fallbacks[table, what] += count
 
 

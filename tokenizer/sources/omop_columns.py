@@ -71,7 +71,7 @@ class Rows:
         """
         for column, kind in kinds.items():
             parsed = _PARSE[kind](frame[column])
-            if kind != "text":
+            if kind != "text" and parsed.null_count() > frame[column].null_count():
                 wrong = parsed.is_null() & ~_is_missing(frame[column])
                 if wrong.any():
                     frame = self.without(frame, wrong, column, *_REASONS[kind])
@@ -175,9 +175,16 @@ def _parse(column: pl.Series, fits: pl.Series, format_: str) -> pl.Series | None
 
 
 def _texts(column: pl.Series) -> pl.Series:
-    # Control characters and line ends would break tables that list codes.
     if column.dtype != pl.String:
         column = column.cast(pl.String, strict=False)
+    distinct = column.unique()
+    if len(distinct) * 4 > len(column):
+        return _clean(column)
+    return column.replace_strict(distinct, _clean(distinct), return_dtype=pl.String)
+
+
+def _clean(column: pl.Series) -> pl.Series:
+    # Control characters and line ends would break tables that list codes.
     clean = column.str.replace_all(r"[\s\p{Cc}]+", " ").str.strip_chars()
     return clean.set(clean == "", None)
 

@@ -133,19 +133,18 @@ class _Marked(io.RawIOBase):
     def _next(self, size: int) -> bytes:
         if not (data := self._stream.read(size)):
             rest, self._cut, self._end = self._cut + self._end, b"", b""
-            return _marked(rest)
+            return self._marked(rest)
         data = self._cut + bytes(data) if self._cut else bytes(data)
         whole = len(data) - _started(data)
         self._cut = data[whole:]
-        return _marked(data[:whole]) or self._next(size)
+        return self._marked(data[:whole]) or self._next(size)
 
-
-def _marked(data: bytes) -> bytes:
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return data.decode("utf-8", "fedcomet-mark").encode()
-    return data
+    def _marked(self, data: bytes) -> bytes:
+        try:
+            data.decode()
+        except UnicodeDecodeError:
+            return data.decode("utf-8", "fedcomet-mark").encode()
+        return data
 
 
 def _started(data: bytes) -> int:
