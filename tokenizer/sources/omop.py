@@ -258,7 +258,7 @@ class _Import:
         code = pl.when(pl.col("code").is_in(_COMPLAINTS)).then(pl.lit("CHIEF_COMPLAINT")).otherwise("code")
         return kept.select(
             *_SHARED,
-            pl.coalesce(code + "//" + answer, "code"),
+            pl.coalesce(code + "//" + answer, "code").alias("code"),
             pl.col("number").alias("numeric_value"),
             pl.when(~no_number).then("unit").alias("unit"),
         )
