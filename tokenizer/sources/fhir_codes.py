@@ -104,7 +104,7 @@ _LOCAL_VOCABULARIES = re.compile(r"[^A-Za-z0-9._-]+")
 _BLANKS = re.compile(r"[\s\x00-\x1f\x7f-\x9f]+")
 
 
-class Coding(Struct, gc=False):
+class Coding(Struct, gc=False, rename="camel"):
     """A code of a system."""
 
     system: str | None = None
@@ -112,21 +112,21 @@ class Coding(Struct, gc=False):
     display: str | None = None
 
 
-class Concept(Struct, gc=False):
+class Concept(Struct, gc=False, rename="camel"):
     """A CodeableConcept."""
 
     coding: list[Coding] | None = None
     text: str | None = None
 
 
-class Extension(Struct, gc=False):
+class Extension(Struct, gc=False, rename="camel"):
     """An extension with the values that are read here."""
 
     url: str | None = None
-    valueCode: str | None = None
-    valueCoding: Coding | None = None
-    valueString: str | None = None
-    valueDateTime: str | None = None
+    value_code: str | None = None
+    value_coding: Coding | None = None
+    value_string: str | None = None
+    value_date_time: str | None = None
     extension: list["Extension"] | None = None
 
 
@@ -291,7 +291,7 @@ def demographics(gender: str | None, extensions: list[Extension] | None) -> list
     codes = []
     sex = {"male": "M", "female": "F", "other": "OTHER"}.get(gender or "")
     if sex is None and (birthsex := by_url.get(_BIRTHSEX_URL)) is not None:
-        sex = {"M": "M", "F": "F"}.get(birthsex.valueCode or "")
+        sex = {"M": "M", "F": "F"}.get(birthsex.value_code or "")
     if sex:
         codes.append(f"GENDER//{sex}")
     for prefix, url, names in (("RACE", _RACE_URL, _RACE), ("ETHNICITY", _ETHNICITY_URL, _ETHNICITY)):
@@ -304,13 +304,13 @@ def _us_core(extension: Extension, names: dict[str, str]) -> str | None:
     """The category of a US Core race or ethnicity; MULTIPLE for several, the text where there is none."""
     parts = extension.extension or []
     categories = {
-        clean(part.valueCoding.code) for part in parts if part.url == "ombCategory" and part.valueCoding is not None
+        clean(part.value_coding.code) for part in parts if part.url == "ombCategory" and part.value_coding is not None
     } - _UNSAID
     if len(categories) > 1:
         return "MULTIPLE"
     if categories:
         return names.get(next(iter(categories)), "OTHER")
-    words = [clean(part.valueString).upper() for part in parts if part.url == "text"]
+    words = [clean(part.value_string).upper() for part in parts if part.url == "text"]
     return next((word for word in words if word and word not in _UNSAID and len(word) <= ANSWER_LIMIT), None)
 
 

@@ -1,25 +1,25 @@
-"""FHIR files to raw resources, in pieces: ndjson, bundles and single resources, gzipped or not, in folders or archives.
+"""FHIR files to raw resources, in pieces: ndjson, bundles, single resources, with gzip or not, in folders or archives.
 
-A resource stays the bytes it was; what kind it is comes from a look at its first member, so that kinds which nobody
-reads are never parsed. Only a block of a file is in memory, or one document of at most `_WHOLE` bytes; larger bundles
-are cut into their entries while they are read.
+Only a block of a file is in memory, or one document of at most `_WHOLE` bytes; larger bundles are cut into their
+entries while they are read.
 """
 
 import gzip
 import re
 import tarfile
 import zlib
-from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import Raw
 
 from tokenizer.errors import DataError
 from tokenizer.sources.fhir_codes import READ_ERRORS, fault
 from tokenizer.sources.fhir_cut import cut
+from tokenizer.sources.fhir_kinds import Block, Chunk, Lost, by_kind, entries, first_kind, is_object
 
 _LINES, _DOCUMENT, _ARCHIVES = (".ndjson", ".jsonl"), (".json",), (".tar", ".tar.gz", ".tgz")
 _BLOCK = 8 << 20
@@ -27,38 +27,8 @@ _RANGE = 64 << 20
 _WHOLE = 64 << 20
 _LINE = 256 << 20
 
-UNREADABLE = "unreadable"
-"""The table that rows are counted in whose resource type can't be told."""
-
-_NOTHING = Raw(b"")
-_MEMBER = re.compile(rb'[\s\xef\xbb\xbf]*\{\s*"resourceType"\s*:\s*"([A-Za-z]{1,64})"')
+_RAWS = msgspec.json.Decoder(list[Raw])
 _DAMAGE = (EOFError, OSError, zlib.error, tarfile.TarError)
-
-
-class _Kind(Struct, gc=False):
-    resourceType: str | None = None
-    exportId: str | None = None
-    eventId: str | None = None
-    transactionTime: str | None = None
-    output: Raw = _NOTHING
-
-
-class _Request(Struct, gc=False):
-    method: str | None = None
-
-
-class _Entry(Struct, gc=False):
-    fullUrl: str | None = None
-    resource: Raw = _NOTHING
-    request: _Request | None = None
-
-
-class _Bundle(Struct, gc=False, tag="Bundle", tag_field="resourceType"):
-    entry: list[_Entry] | None = None
-
-
-_KIND, _BUNDLE = msgspec.json.Decoder(_Kind), msgspec.json.Decoder(_Bundle)
-_ENTRY, _LIST = msgspec.json.Decoder(_Entry), msgspec.json.Decoder(list[Raw])
 
 
 @dataclass(frozen=True)
@@ -81,71 +51,6 @@ class Piece:
     kind: str | None = None
 
 
-@dataclass
-class Chunk:
-    """Some resources of one file and kind.
-
-    Attributes:
-        file: as people know it; an archive's member behind "!".
-        kind: resource type, or `UNREADABLE`.
-        raws: their JSON.
-        rows: line in an ndjson file, or entry in a bundle, from 1.
-        urls: `fullUrl` of each, where they come from a bundle; empty for whole blocks.
-    """
-
-    file: str
-    kind: str
-    raws: list[bytes] = field(default_factory=list)
-    rows: list[int] | range = field(default_factory=list)
-    urls: list[str | None] = field(default_factory=list)
-
-
-@dataclass
-class Block:
-    """Whole lines whose first is a resource of a kind that was asked for; the others most likely too.
-
-    Attributes:
-        file, kind: as in `Chunk`.
-        data: the lines.
-        first_row: number of the first one.
-        lines: how many there are.
-    """
-
-    file: str
-    kind: str
-    data: bytes
-    first_row: int
-    lines: int
-
-    def split(self) -> "Iterator[Chunk | Lost]":
-        """The lines one by one, by kind."""
-        lines = self.data.removesuffix(b"\n").split(b"\n")
-        rows = range(self.first_row, self.first_row + len(lines))
-        yield from _sorted(self.file, lines, rows, [None] * len(lines))
-
-
-@dataclass
-class Lost:
-    """Something that can't be read, or is named as not to be read.
-
-    Attributes:
-        file, row: where it is.
-        reason: what is wrong; or, if `dropped`, the filter's name.
-        content: what stands there, for the quarantine file.
-        dropped: it is left out by a filter.
-        table: it is counted in.
-        advice: what to do.
-    """
-
-    file: str
-    row: int
-    reason: str
-    content: str = ""
-    dropped: bool = False
-    table: str = UNREADABLE
-    advice: str = ""
-
-
 def pieces(source: Path) -> tuple[list[Piece], list[str]]:
     """Find the files of a source and cut large ndjson files into ranges; also what to tell people.
 
@@ -159,8 +64,8 @@ def pieces(source: Path) -> tuple[list[Piece], list[str]]:
     wanted = [p for p in found if _form(p.name) and not _hidden(p.relative_to(root))]
     if not wanted:
         raise DataError(
-            f"{source}: no FHIR files among {len(found)} files; wanted are .ndjson, .jsonl or .json, each also with .gz,"
-            " and .tar, .tar.gz or .tgz archives of them."
+            f"{source}: no FHIR files among {len(found)} files. Wanted are .ndjson, .jsonl or .json, also with .gz,"
+            " and archives of them as .tar, .tar.gz or .tgz."
         )
     cut_up: list[Piece] = []
     notes = []
@@ -243,7 +148,7 @@ def _archive(piece: Piece, whole: Container[str]) -> Iterator[Chunk | Block | Lo
 def _file(
     file: IO[bytes], name: str, form: str | None, piece: Piece, first_row: int, whole: Container[str]
 ) -> Iterator[Chunk | Block | Lost]:
-    opened: IO[bytes] = gzip.open(file) if name.lower().endswith(".gz") else file  # type: ignore[assignment]
+    opened = cast(IO[bytes], gzip.GzipFile(fileobj=file)) if name.lower().endswith(".gz") else file
     if form == "document":
         yield from _document(opened, name)
     else:
@@ -311,8 +216,8 @@ def _lines(
                 continue
             lines = data.count(b"\n") + (not data.endswith(b"\n"))
             block = Block(name, "", data.removeprefix(b"\xef\xbb\xbf") if row == 1 else data, row, lines)
-            match = _MEMBER.match(block.data)
-            if match and (kind := match[1].decode()) in whole:
+            kind = first_kind(block.data)
+            if kind and kind in whole:
                 block.kind = kind
                 yield block
             else:
@@ -322,7 +227,7 @@ def _lines(
         yield Lost(name, row, "file is cut off or damaged", str(problem), advice="Copy or export the file again")
 
 
-def _document(file: IO[bytes], name: str) -> Iterator[Chunk | Lost]:
+def _document(file: IO[bytes], name: str) -> Iterator[Chunk | Block | Lost]:
     """A bundle or a resource, a list of resources, or ndjson under a name that doesn't tell."""
     try:
         start = file.read(_WHOLE + 1)
@@ -335,10 +240,10 @@ def _document(file: IO[bytes], name: str) -> Iterator[Chunk | Lost]:
         elif not start.strip():
             yield Lost(name, 1, "file is empty", advice="Export the file again")
         elif start.lstrip()[:1] == b"[":
-            raws = [bytes(raw) for raw in _LIST.decode(start)]
-            yield from _sorted(name, raws, range(1, len(raws) + 1), [None] * len(raws))
+            raws = [bytes(raw) for raw in _RAWS.decode(start)]
+            yield from by_kind(name, raws, range(1, len(raws) + 1), [None] * len(raws))
         else:
-            yield from _sorted(name, [start], [1], [None], top=True)
+            yield from by_kind(name, [start], [1], [None], top=True)
     except _DAMAGE as problem:
         yield Lost(name, 1, "file is cut off or damaged", str(problem), advice="Copy or export the file again")
     except READ_ERRORS as problem:
@@ -360,119 +265,18 @@ def _whole_first_line(start: bytes) -> bool:
     line, newline, rest = start.partition(b"\n")
     if not newline or not rest.strip() or line.strip()[-1:] != b"}":
         return False
-    try:
-        _KIND.decode(line)
-    except READ_ERRORS:
-        return False
-    return True
+    return is_object(line)
 
 
 def _large(file: "_Chained", name: str, *, bare: bool) -> Iterator[Chunk | Lost]:
     """A bundle, or a bare list of resources, that is cut into its entries."""
     row = 1
-    for entries in cut(file, _LINE):
-        if isinstance(entries, str):
-            yield Lost(name, row, entries, advice="Export the file again")
+    for found in cut(file, _LINE):
+        if isinstance(found, str):
+            yield Lost(name, row, found, advice="Export the file again")
             return
-        rows = range(row, row + len(entries))
-        yield from _sorted(name, entries, rows, [None] * len(rows)) if bare else _entries(name, entries, rows)
-        row += len(entries)
+        rows = range(row, row + len(found))
+        yield from by_kind(name, found, rows, [None] * len(rows)) if bare else entries(name, found, rows)
+        row += len(found)
     if row == 1:
         yield Lost(name, 1, f"document of more than {_WHOLE >> 20} MiB without entries", advice="Leave it out")
-
-
-def _sorted(
-    name: str, raws: "list[bytes]", rows: "range | list[int]", urls: list[str | None], *, top: bool = False
-) -> Iterator[Chunk | Lost]:
-    """Resources by kind; bundles are opened, other JSON is lost."""
-    if raws and (match := _MEMBER.match(raws[0])) and match[1] != b"Bundle":
-        begin = match[0]
-        if all([raw.startswith(begin) for raw in raws]):
-            yield Chunk(name, match[1].decode(), raws, rows, urls)
-            return
-    chunks: dict[str, Chunk] = {}
-    numbers: dict[str, list[int]] = {}
-    prefix, chunk, rows_of = b"\n", Chunk(name, ""), [0]
-    for raw, row, url in zip(raws, rows, urls, strict=True):
-        # Most lines begin as the one before: a comparison instead of a search.
-        if not raw.startswith(prefix):
-            if match := _MEMBER.match(raw):
-                prefix, kind = match[0], match[1].decode()
-            elif not raw or raw.isspace():
-                continue
-            else:
-                found = _kind(name, row, raw)
-                if isinstance(found, Lost):
-                    yield found
-                    continue
-                prefix, kind = b"\n", found
-            if kind == "Bundle":
-                prefix = b"\n"
-                yield from _opened(name, raw, row, top)
-                continue
-            chunk = chunks.setdefault(kind, Chunk(name, kind))
-            rows_of = numbers.setdefault(kind, [])
-        chunk.raws.append(raw)
-        chunk.urls.append(url)
-        rows_of.append(row)
-    for kind, chunk in chunks.items():
-        chunk.rows = numbers[kind]
-        yield chunk
-
-
-def _kind(name: str, row: int, raw: bytes) -> "str | Lost":
-    content = raw[:2000].decode(errors="replace")
-    try:
-        seen = _KIND.decode(raw)
-    except READ_ERRORS as problem:
-        if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            return Lost(name, row, "UTF-16 text", content, advice="Convert the file to UTF-8")
-        return Lost(name, row, fault(problem), content)
-    if seen.resourceType and re.fullmatch("[A-Za-z]{1,64}", seen.resourceType):
-        return seen.resourceType
-    if seen.exportId and seen.eventId:
-        return Lost(name, row, "log of a bulk export", dropped=True, table="export log")
-    if seen.transactionTime and seen.output:
-        return Lost(name, row, "manifest of a bulk export", dropped=True, table="export manifest")
-    return Lost(name, row, "no resourceType", content)
-
-
-def _opened(name: str, raw: bytes, row: int, top: bool) -> Iterator[Chunk | Lost]:
-    """The resources of a bundle; entries of a file's only bundle are numbered, others have the bundle's row."""
-    try:
-        entries = _BUNDLE.decode(raw).entry or []
-    except READ_ERRORS as problem:
-        yield Lost(name, row, fault(problem), raw[:2000].decode(errors="replace"), table="Bundle")
-        return
-    yield from _resources(name, entries, range(1, len(entries) + 1) if top else [row] * len(entries))
-
-
-def _entries(name: str, raws: list[bytes], rows: range) -> Iterator[Chunk | Lost]:
-    """The resources of a large bundle's entries."""
-    good, numbers = [], []
-    for raw, row in zip(raws, rows, strict=True):
-        try:
-            good.append(_ENTRY.decode(raw))
-            numbers.append(row)
-        except READ_ERRORS as problem:
-            yield Lost(name, row, fault(problem), raw[:2000].decode(errors="replace"), table="Bundle")
-    yield from _resources(name, good, numbers)
-
-
-def _resources(name: str, entries: list[_Entry], rows: "range | list[int]") -> Iterator[Chunk | Lost]:
-    raws, numbers, urls = [], [], []
-    for entry, row in zip(entries, rows, strict=True):
-        raw = bytes(entry.resource)
-        if raw in (b"", b"null"):
-            method = entry.request.method if entry.request else None
-            why = (
-                f"entry without resource ({method})"
-                if method in ("DELETE", "GET", "HEAD")
-                else "entry without resource"
-            )
-            yield Lost(name, row, why, dropped=True, table="Bundle")
-        else:
-            raws.append(raw)
-            numbers.append(row)
-            urls.append(entry.fullUrl)
-    yield from _sorted(name, raws, numbers, urls)

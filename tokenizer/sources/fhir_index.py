@@ -17,7 +17,7 @@ import polars as pl
 from msgspec import Raw, Struct
 
 from tokenizer.sources.fhir_codes import NAME_LIMIT, READ_ERRORS, Coded, clean, given
-from tokenizer.sources.fhir_files import Chunk
+from tokenizer.sources.fhir_kinds import Chunk
 
 INDEXED = frozenset({"Patient", "Encounter", "Medication", "Location", "Organization"})
 """Resource types that others refer to for what is read here."""
@@ -39,20 +39,20 @@ _PLAIN = re.compile(
 _SEARCH = re.compile(r"(?:^|/)([A-Z][A-Za-z]{1,63})\?(?:.*&)?identifier(?::[a-z]+)?=([^&]+)")
 
 
-class Meta(Struct, gc=False):
+class Meta(Struct, gc=False, rename="camel"):
     """When a version of a resource was written."""
 
-    lastUpdated: str | None = None
+    last_updated: str | None = None
 
 
-class Identifier(Struct, gc=False):
+class Identifier(Struct, gc=False, rename="camel"):
     """A business identifier."""
 
     system: str | None = None
     value: str | None = None
 
 
-class Reference(Struct, gc=False):
+class Reference(Struct, gc=False, rename="camel"):
     """A reference to another resource."""
 
     reference: str | None = None
@@ -61,19 +61,19 @@ class Reference(Struct, gc=False):
     display: str | None = None
 
 
-class Period(Struct, gc=False):
+class Period(Struct, gc=False, rename="camel"):
     """A span of time."""
 
     start: str | None = None
     end: str | None = None
 
 
-class _Link(Struct, gc=False):
+class _Link(Struct, gc=False, rename="camel"):
     other: Reference | None = None
     type: str | None = None
 
 
-class _Indexed(Struct, gc=False):
+class _Indexed(Struct, gc=False, rename="camel"):
     """The members of all indexed resource types that the index needs."""
 
     id: str | None = None
@@ -85,7 +85,7 @@ class _Indexed(Struct, gc=False):
     name: Raw = _NOTHING
 
 
-class _Plain(Struct, gc=False):
+class _Plain(Struct, gc=False, rename="camel"):
     id: str | None = None
     meta: Meta | None = None
     period: Period | None = None
@@ -120,9 +120,9 @@ def times(texts: "Iterable[str | None]", *, zoned: bool = False) -> npt.NDArray[
 
 def _moments(texts: list[str | None], *, zoned: bool) -> list[int]:
     frame = pl.DataFrame({"text": pl.Series(texts, dtype=pl.String)})
-    text = pl.when(pl.col("text").str.contains(_TIME)).then("text")
+    text = pl.when(pl.col("text").str.contains(_TIME)).then("text").otherwise(None)
     length = text.str.len_bytes()
-    full = text
+    full: pl.Expr = text
     if any(len(each or "") < 19 for each in texts):
         for size, rest in ((4, "-01-01T00:00:00"), (7, "-01T00:00:00"), (10, "T00:00:00")):
             full = pl.when(length == size).then(text + rest).otherwise(full)
@@ -192,8 +192,8 @@ class Seen:
     """What a piece of the source adds to the index; frames of hashes, in the order of the source.
 
     Attributes:
-        found: per kind: key u64, value (a patient's id, the code of a medication, the name of a place: string; the start
-            of an encounter: int64 microseconds), updated int64.
+        found: per kind: key u64, value (string: a patient's id, the code of a medication, the name of a place; int64
+            microseconds: the start of an encounter), updated int64.
         others: per kind: key u64 by which a resource can also be found, own key u64.
         aliases: keys by `fullUrl`, where it tells another one.
         replaced: key of a patient record, reference to the one that replaces it.
@@ -224,7 +224,7 @@ def note(seen: Seen, chunk: Chunk, code: Callable[[bytes], Coded]) -> None:
         name = f"{kind}/{own}"
         keys.append(name)
         values.append(own if kind == "Patient" else value)
-        updated.append(resource.meta.lastUpdated if resource.meta else None)
+        updated.append(resource.meta.last_updated if resource.meta else None)
         if isinstance(resource, _Indexed):
             others += [(other, name) for other in identifier_keys(kind, resource.identifier)]
             for link in resource.link or () if kind == "Patient" else ():

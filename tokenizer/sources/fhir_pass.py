@@ -14,9 +14,11 @@ import polars as pl
 
 from tokenizer.errors import DataError
 from tokenizer.sources import fhir_index as index
+from tokenizer.sources.fhir_batch import Batch, Events
 from tokenizer.sources.fhir_codes import Namer
-from tokenizer.sources.fhir_events import Batch, Events, Reader
-from tokenizer.sources.fhir_files import Block, Chunk, Lost, Piece, read
+from tokenizer.sources.fhir_events import Reader
+from tokenizer.sources.fhir_files import Piece, read
+from tokenizer.sources.fhir_kinds import Block, Chunk, Lost
 from tokenizer.sources.fhir_resources import READ
 from tokenizer.sources.intake import EARLIEST, EVENTS, LATEST
 
@@ -124,7 +126,7 @@ def read_piece(
             break
     sink.flush()
     sink.result.locals = namer.locals
-    sink.result.dangling_encounters = reader.dangling_encounters
+    sink.result.dangling_encounters = reader.refer.dangling_encounters
     return sink.result
 
 
@@ -317,7 +319,7 @@ def _own_times(events: Events, when: npt.NDArray[np.int64], batch: Batch) -> npt
     return moments
 
 
-def _marked(places: "dict[int, object] | dict[int, str]", size: int) -> npt.NDArray[np.bool_]:
+def _marked(places: Mapping[int, object], size: int) -> npt.NDArray[np.bool_]:
     marks = np.zeros(size, np.bool_)
     if places:
         marks[list(places)] = True

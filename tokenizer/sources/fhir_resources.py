@@ -16,7 +16,7 @@ from tokenizer.sources.fhir_index import Meta, Period
 _NOTHING = Raw(b"")
 
 
-class Resource(Struct, gc=False, tag_field="resourceType"):
+class Resource(Struct, gc=False, rename="camel", tag_field="resourceType"):
     """What all resources have."""
 
     id: str | None = None
@@ -49,24 +49,24 @@ class Patient(Resource, tag="Patient"):
     """A person's record."""
 
     gender: str | None = None
-    birthDate: str | None = None
-    birthDate_: Raw = field(default=_NOTHING, name="_birthDate")
-    deceasedBoolean: bool | None = None
-    deceasedDateTime: str | None = None
+    birth_date: str | None = None
+    birth_date_: Raw = field(default=_NOTHING, name="_birthDate")
+    deceased_boolean: bool | None = None
+    deceased_date_time: str | None = None
     extension: list[Extension] | None = None
 
 
-class Place(Struct, gc=False):
+class Place(Struct, gc=False, rename="camel"):
     """Where a patient was during an encounter."""
 
     location: Raw = _NOTHING
     period: Period | None = None
 
 
-class Hospitalization(Struct, gc=False):
+class Hospitalization(Struct, gc=False, rename="camel"):
     """Details of a stay."""
 
-    dischargeDisposition: Raw = _NOTHING
+    discharge_disposition: Raw = _NOTHING
 
 
 class Encounter(Resource, tag="Encounter"):
@@ -76,11 +76,11 @@ class Encounter(Resource, tag="Encounter"):
 
     class_: Raw = field(default=_NOTHING, name="class")
     period: Period | None = None
-    serviceType: Raw = _NOTHING
-    reasonCode: list[Raw] | None = None
+    service_type: Raw = _NOTHING
+    reason_code: list[Raw] | None = None
     hospitalization: Hospitalization | None = None
     location: list[Place] | None = None
-    serviceProvider: Raw = _NOTHING
+    service_provider: Raw = _NOTHING
 
     def event_time(self) -> str | None:  # noqa: D102
         return self.period.start if self.period else None
@@ -89,35 +89,35 @@ class Encounter(Resource, tag="Encounter"):
 class Condition(Resource, tag="Condition"):
     """A diagnosis or problem; its status is `verificationStatus`, looked at where concepts are."""
 
-    verificationStatus: Raw = _NOTHING
-    onsetDateTime: str | None = None
-    onsetPeriod: Period | None = None
-    recordedDate: str | None = None
+    verification_status: Raw = _NOTHING
+    onset_date_time: str | None = None
+    onset_period: Period | None = None
+    recorded_date: str | None = None
 
     def event_time(self) -> str | None:  # noqa: D102
-        return self.onsetDateTime or (self.onsetPeriod.start if self.onsetPeriod else None)
+        return self.onset_date_time or (self.onset_period.start if self.onset_period else None)
 
     def told_time(self) -> str | None:  # noqa: D102
-        return self.recordedDate
+        return self.recorded_date
 
 
 class AllergyIntolerance(Resource, tag="AllergyIntolerance"):
     """An allergy or intolerance."""
 
     subject: Raw = field(default=_NOTHING, name="patient")
-    verificationStatus: Raw = _NOTHING
-    onsetDateTime: str | None = None
-    onsetPeriod: Period | None = None
-    recordedDate: str | None = None
+    verification_status: Raw = _NOTHING
+    onset_date_time: str | None = None
+    onset_period: Period | None = None
+    recorded_date: str | None = None
 
     def event_time(self) -> str | None:  # noqa: D102
-        return self.onsetDateTime or (self.onsetPeriod.start if self.onsetPeriod else None)
+        return self.onset_date_time or (self.onset_period.start if self.onset_period else None)
 
     def told_time(self) -> str | None:  # noqa: D102
-        return self.recordedDate
+        return self.recorded_date
 
 
-class Quantity(Struct, gc=False):
+class Quantity(Struct, gc=False, rename="camel"):
     """A number with its unit."""
 
     value: float | None = None
@@ -126,33 +126,33 @@ class Quantity(Struct, gc=False):
     code: str | None = None
 
 
-class Span(Struct, gc=False):
+class Span(Struct, gc=False, rename="camel"):
     """A range of quantities."""
 
     low: Quantity | None = None
     high: Quantity | None = None
 
 
-class Ratio(Struct, gc=False):
+class Ratio(Struct, gc=False, rename="camel"):
     """A ratio of quantities."""
 
     numerator: Quantity | None = None
     denominator: Quantity | None = None
 
 
-class _Valued(Struct, gc=False):
-    valueQuantity: Quantity | None = None
-    valueCodeableConcept: Raw = _NOTHING
-    valueString: str | None = None
-    valueInteger: int | None = None
-    valueBoolean: bool | None = None
-    valueRange: Span | None = None
-    valueRatio: Ratio | None = None
-    valueTime: str | None = None
-    valueDateTime: str | None = None
-    valuePeriod: Raw = _NOTHING
-    valueSampledData: Raw = _NOTHING
-    dataAbsentReason: Raw = _NOTHING
+class _Valued(Struct, gc=False, rename="camel"):
+    value_quantity: Quantity | None = None
+    value_codeable_concept: Raw = _NOTHING
+    value_string: str | None = None
+    value_integer: int | None = None
+    value_boolean: bool | None = None
+    value_range: Span | None = None
+    value_ratio: Ratio | None = None
+    value_time: str | None = None
+    value_date_time: str | None = None
+    value_period: Raw = _NOTHING
+    value_sampled_data: Raw = _NOTHING
+    data_absent_reason: Raw = _NOTHING
 
 
 class Component(_Valued):
@@ -170,22 +170,22 @@ class Observation(_Valued, tag="Observation", tag_field="resourceType"):
     subject: Raw = _NOTHING
     encounter: Raw = _NOTHING
     code: Raw = _NOTHING
-    effectiveDateTime: str | None = None
-    effectiveInstant: str | None = None
-    effectivePeriod: Period | None = None
+    effective_date_time: str | None = None
+    effective_instant: str | None = None
+    effective_period: Period | None = None
     issued: str | None = None
     component: list[Component] | None = None
-    hasMember: Raw = _NOTHING
+    has_member: Raw = _NOTHING
 
     unread: ClassVar[frozenset[str]] = frozenset({"registered", "cancelled", "entered-in-error"})
-    usual_time: ClassVar[str | None] = "effectiveDateTime"
+    usual_time: ClassVar[str | None] = "effective_date_time"
 
     def event_time(self) -> str | None:
         """When it was true; when it was issued, where that isn't said."""
         return (
-            self.effectiveDateTime
-            or self.effectiveInstant
-            or (self.effectivePeriod.start if self.effectivePeriod else None)
+            self.effective_date_time
+            or self.effective_instant
+            or (self.effective_period.start if self.effective_period else None)
             or self.issued
         )
 
@@ -202,48 +202,50 @@ class DiagnosticReport(Resource, tag="DiagnosticReport"):
     """A report; its results are observations of their own."""
 
     unread = frozenset({"registered", "cancelled", "entered-in-error"})
-    usual_time = "effectiveDateTime"
+    usual_time = "effective_date_time"
 
-    effectiveDateTime: str | None = None
-    effectivePeriod: Period | None = None
+    effective_date_time: str | None = None
+    effective_period: Period | None = None
     issued: str | None = None
-    conclusionCode: list[Raw] | None = None
+    conclusion_code: list[Raw] | None = None
 
     def event_time(self) -> str | None:  # noqa: D102
-        return self.effectiveDateTime or (self.effectivePeriod.start if self.effectivePeriod else None) or self.issued
+        return (
+            self.effective_date_time or (self.effective_period.start if self.effective_period else None) or self.issued
+        )
 
 
 class Procedure(Resource, tag="Procedure"):
     """Something done to a patient."""
 
     unread = frozenset({"preparation", "not-done", "entered-in-error"})
-    usual_time = "performedDateTime"
+    usual_time = "performed_date_time"
 
-    performedDateTime: str | None = None
-    performedPeriod: Period | None = None
+    performed_date_time: str | None = None
+    performed_period: Period | None = None
 
     def event_time(self) -> str | None:  # noqa: D102
-        return self.performedDateTime or (self.performedPeriod.start if self.performedPeriod else None)
+        return self.performed_date_time or (self.performed_period.start if self.performed_period else None)
 
 
 class Immunization(Resource, tag="Immunization"):
     """A vaccination."""
 
     unread = frozenset({"not-done", "entered-in-error"})
-    usual_time = "occurrenceDateTime"
+    usual_time = "occurrence_date_time"
 
     subject: Raw = field(default=_NOTHING, name="patient")
     code: Raw = field(default=_NOTHING, name="vaccineCode")
-    occurrenceDateTime: str | None = None
+    occurrence_date_time: str | None = None
     recorded: str | None = None
 
     def event_time(self) -> str | None:  # noqa: D102
-        return self.occurrenceDateTime or self.recorded
+        return self.occurrence_date_time or self.recorded
 
 
 class _Medicated(Resource):
     code: Raw = field(default=_NOTHING, name="medicationCodeableConcept")
-    medicationReference: Raw = _NOTHING
+    medication_reference: Raw = _NOTHING
     contained: Raw = _NOTHING
 
 
@@ -251,35 +253,35 @@ class MedicationRequest(_Medicated, tag="MedicationRequest"):
     """An order."""
 
     unread = frozenset({"draft", "cancelled", "entered-in-error"})
-    usual_time = "authoredOn"
+    usual_time = "authored_on"
 
     intent: str | None = None
-    doNotPerform: bool | None = None
-    authoredOn: str | None = None
+    do_not_perform: bool | None = None
+    authored_on: str | None = None
 
     def event_time(self) -> str | None:  # noqa: D102
-        return self.authoredOn
+        return self.authored_on
 
     def dropped(self) -> str | None:  # noqa: D102
         if self.status in self.unread:
             return f"status {self.status}"
         if self.intent in ("proposal", "plan", "option"):
             return f"intent {self.intent}"
-        return "order not to give" if self.doNotPerform else None
+        return "order not to give" if self.do_not_perform else None
 
 
 class MedicationAdministration(_Medicated, tag="MedicationAdministration"):
     """A dose given."""
 
     unread = frozenset({"not-done", "entered-in-error"})
-    usual_time = "effectiveDateTime"
+    usual_time = "effective_date_time"
 
     encounter: Raw = field(default=_NOTHING, name="context")
-    effectiveDateTime: str | None = None
-    effectivePeriod: Period | None = None
+    effective_date_time: str | None = None
+    effective_period: Period | None = None
 
     def event_time(self) -> str | None:  # noqa: D102
-        return self.effectiveDateTime or (self.effectivePeriod.start if self.effectivePeriod else None)
+        return self.effective_date_time or (self.effective_period.start if self.effective_period else None)
 
 
 class MedicationStatement(_Medicated, tag="MedicationStatement"):
@@ -288,15 +290,15 @@ class MedicationStatement(_Medicated, tag="MedicationStatement"):
     unread = frozenset({"intended", "not-taken", "entered-in-error"})
 
     encounter: Raw = field(default=_NOTHING, name="context")
-    effectiveDateTime: str | None = None
-    effectivePeriod: Period | None = None
-    dateAsserted: str | None = None
+    effective_date_time: str | None = None
+    effective_period: Period | None = None
+    date_asserted: str | None = None
 
     def event_time(self) -> str | None:  # noqa: D102
-        return self.effectiveDateTime or (self.effectivePeriod.start if self.effectivePeriod else None)
+        return self.effective_date_time or (self.effective_period.start if self.effective_period else None)
 
     def told_time(self) -> str | None:  # noqa: D102
-        return self.dateAsserted
+        return self.date_asserted
 
 
 READ: dict[str, type[Resource] | type[Observation]] = {
