@@ -258,7 +258,7 @@ def check(
     place = Source(records, source, quarantine, mapping, codes, cdm, table_spec, schema, vocabulary_schema)
     words = None if codebook is None else Codebook.load(codebook)
     asked = agreed(config, words)
-    plan = checks.Plan(options, SplitRule(split_key), model, context, passes, seconds, device)
+    plan = checks.Plan(options, SplitRule(split_key), model, context, passes, seconds, device, asked.survey_privacy)
     with tempfile.TemporaryDirectory(prefix="fedcomet-") as aside, _bars() as watch:
         dataset, flow = open_source(place, Path(aside, "records"), watch, crew)
         found = checks.check(

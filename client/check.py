@@ -25,6 +25,7 @@ from tokenizer.codebook import Codebook, Survey, TokenizerOptions, merge
 from tokenizer.encode import encode
 from tokenizer.errors import ConfigError
 from tokenizer.events import MedsDataset
+from tokenizer.noisy_survey import SurveyPrivacy
 from tokenizer.prepare import Preparation, Prepared
 from tokenizer.progress import Step, Watch
 from tokenizer.shards import AS_IT_FITS, Crew
@@ -50,6 +51,7 @@ class Plan:
         passes: Over the train split.
         seconds: How long to measure the training for; 0 measures nothing.
         device: Torch's, to train on.
+        privacy: Of the survey, where the site's settings ask for it; what is shown has no noise yet.
     """
 
     options: TokenizerOptions
@@ -59,6 +61,7 @@ class Plan:
     passes: float = 10.0
     seconds: float = 8.0
     device: str = "cpu"
+    privacy: SurveyPrivacy | None = None
 
     def __post_init__(self) -> None:
         if self.context < 16 or self.passes <= 0 or self.seconds < 0:

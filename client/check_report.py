@@ -206,9 +206,18 @@ def _outgoing(check: SiteCheck) -> Table:
             ("values", f"histograms of {len(survey.values):,} codes, {cells:,} cells"),
             ("gaps", f"histograms of {len(survey.gaps)} interval classes"),
             ("floor", f"no count and no cell stands for fewer than {survey.options.min_patients} patients"),
+            *_noise(check),
             ("all of it", "in the page (--out) and in the JSON (--json)"),
         ]
     )
+
+
+def _noise(check: SiteCheck) -> list[tuple[str, str]]:
+    privacy = check.plan.privacy
+    if privacy is None:
+        return []
+    told = f"{privacy.mechanism}, epsilon {privacy.epsilon:g}, delta {privacy.delta:g}; all this is shown before it"
+    return [("noise", told)]
 
 
 def _gone(number: int) -> str:

@@ -44,6 +44,7 @@ from model.train import Trainer, TrainOptions, evaluate
 from tokenizer.codebook import Codebook, TokenizerOptions
 from tokenizer.errors import ConfigError, DataError
 from tokenizer.events import MedsDataset, Records
+from tokenizer.noisy_survey import SurveyPrivacy, noisy_survey
 from tokenizer.prepare import Prepared, records_of
 from tokenizer.settings import AS_THEY_ARE, agreed
 from tokenizer.shards import AS_IT_FITS, Crew
@@ -120,7 +121,12 @@ class Site:
         dataset = self.files.records()
         if dataset.subjects == 0:
             raise SiteRefusal(f"{self.files.name} has no patients.")
-        return SurveyReply(self.files.name, survey_bytes(dataset, request.split, request.tokenizer))
+        privacy = agreed(self.files.settings).survey_privacy
+        if privacy is None:
+            told = survey_bytes(dataset, request.split, request.tokenizer)
+        else:
+            told = self._private_survey(dataset, request, privacy)
+        return SurveyReply(self.files.name, told)
 
     def prepare(self, request: PrepareRequest) -> PrepareReply:
         """Check manifest and codebook, and encode the records with them; a store that fits is used again."""
@@ -194,6 +200,22 @@ class Site:
         return EvaluateReply(
             self.files.name, request.manifest_hash, request.round, request.split, request.digest, nll, tokens
         )
+
+    def _private_survey(self, records: Records, request: SurveyRequest, privacy: SurveyPrivacy) -> bytes:
+        """Draw the noise once for good: the same request gets the same bytes, and no other one is answered."""
+        asked = {"split": request.split, "tokenizer": request.tokenizer}
+        digest = hashlib.sha256(canonical.encode(asked)).hexdigest()
+        with self.archive.surveying():
+            if (kept := self.archive.private_survey()) is None:
+                told, spend = noisy_survey(records, request.split, request.tokenizer, privacy)
+                kept = digest, told.to_bytes()
+                self.archive.keep_private_survey(*kept, spend=dataclasses.asdict(spend))
+            if kept[0] != digest:
+                raise SiteRefusal(
+                    f"{self.files.name} has given the one private survey that its settings allow; another, with other "
+                    "options, would cost its patients more. Use the options of the first."
+                )
+        return kept[1]
 
     def _in_time(self, deadline_s: float) -> None:
         if self._clock() > deadline_s:

@@ -54,14 +54,10 @@ class Guide:
         self._known = classes if grammar is None else grammar.decided(classes)
         self._late = np.where(self._known == -2, classes, -1)
         self._known = np.maximum(self._known, -1)
+        # One column per outcome: the tokens that bring it whatever came before.
+        members = self._known[: len(never), None] == np.arange(len(outcomes))
+        self._members = torch.from_numpy(members.astype(np.float32)).to(device)
         self._never = torch.from_numpy(never).to(device)
-        self._outcomes = len(outcomes)
-        self._members: dict[int, Tensor] = {}
-        tokens = np.arange(len(never))
-        start = np.full(len(tokens), 0 if grammar is None else grammar.start)
-        self._usual = self._membership(self._reached(start, np.ones(len(tokens), dtype=bool), tokens)[1])
-        if grammar is not None:
-            self._unusual = (self._late >= 0) | grammar.has_pieces
         self._place: dict[int, int] = {}
         self._table = self._never[None]
 
@@ -81,6 +77,40 @@ class Guide:
         places = torch.tensor([self._place[key] for key in keys.tolist()], device=self._never.device)
         return self._table[places]
 
+    def chances(self, rows: np.ndarray, chances_BV: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """How probable it is that the next token brings each outcome.
+
+        Args:
+            rows: int64 [B].
+            chances_BV: float32 [B, V], of the next token.
+
+        Returns:
+            found: float64 [B, K].
+            before: bool [B], rows that have an outcome unless their code goes on.
+        """
+        found = (chances_BV @ self._members).cpu().numpy().astype(np.float64)
+        before = np.zeros(len(rows), dtype=bool)
+        if self._grammar is None or not self._grammar.is_piece.any():
+            return found, before
+        late = self._late_class(rows)
+        before = late >= 0
+        row, token, node = self._grammar.children(self._state[rows])
+        index = torch.from_numpy(np.stack([row, token])).to(chances_BV.device)
+        pieces = chances_BV[index[0], index[1]].cpu().numpy().astype(np.float64)
+        on = np.bincount(row, weights=pieces, minlength=len(rows))
+        found[before] = 0.0
+        found[before, late[before]] = np.maximum(1.0 - on[before], 0.0)
+        told = self._known[node] >= 0
+        np.add.at(found, (row[told], self._known[node[told]]), pieces[told])
+        return found, before
+
+    def _late_class(self, rows: np.ndarray) -> np.ndarray:
+        """The outcome that each row has reached if its code ends here, int64 [B]; -1 for none or one told already."""
+        assert self._grammar is not None
+        node = self._grammar.node(self._state[rows])
+        # What the prompt told is no event of the future.
+        return np.where((node >= 0) & ~self._fresh[rows], self._late[node], -1)
+
     def advance(self, rows: np.ndarray, token: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Move the rows on by one token each.
 
@@ -88,59 +118,16 @@ class Guide:
             event: int64 [B], index of the outcome that a row has reached, or -1.
             before: bool [B], whether it was reached before this token, which only told so.
         """
-        state, event, before = self._reached(self._state[rows], self._fresh[rows], token)
+        if self._grammar is None:
+            return self._known[token], np.zeros(len(rows), dtype=bool)
+        late = self._late_class(rows)
+        state = self._grammar.follow(self._state[rows], token)
         self._state[rows], self._fresh[rows] = state, False
-        return event, before
-
-    def chances(self, rows: np.ndarray, chances_BV: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """How probable it is that the next token tells of each outcome.
-
-        Args:
-            rows: int64 [B].
-            chances_BV: float32 [B, V], of the tokens.
-
-        Returns:
-            found: float32 [B, K].
-            settled: bool [B], whether any token that doesn't go on with the code tells that an outcome was reached.
-        """
-        found = (chances_BV @ self._usual).cpu().numpy()
-        settled = np.zeros(len(rows), dtype=bool)
-        if self._grammar is None:
-            return found, settled
-        node = self._grammar.node(self._state[rows])
-        unusual = np.flatnonzero((node >= 0) & self._unusual[node])
-        kinds = 2 * node[unusual] + self._fresh[rows[unusual]]
-        for kind in np.unique(kinds).tolist():
-            here = unusual[kinds == kind]
-            if kind not in self._members:
-                tokens = np.arange(len(self._never))
-                state = np.full(len(tokens), self._state[rows[here[0]]])
-                fresh = np.full(len(tokens), kind % 2 == 1)
-                self._members[kind] = self._membership(self._reached(state, fresh, tokens)[1])
-            at = torch.from_numpy(here).to(self._never.device)
-            found[here] = (chances_BV[at] @ self._members[kind]).cpu().numpy()
-            settled[here] = self._late[kind // 2] >= 0 and kind % 2 == 0
-        return found, settled
-
-    def _reached(
-        self, state: np.ndarray, fresh: np.ndarray, token: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The states after one more token each, and the rest as `advance` tells it."""
-        if self._grammar is None:
-            return state, self._known[token], np.zeros(len(token), dtype=bool)
-        old = self._grammar.node(state)
-        state = self._grammar.follow(state, token)
         new = self._grammar.node(state)
         goes_on = self._grammar.is_piece[token] & (new >= 0)
-        # What the prompt told is no event of the future.
-        late = np.where((old >= 0) & ~fresh & ~goes_on, self._late[old], -1)
+        late = np.where(goes_on, -1, late)
         known = np.where(new >= 0, self._known[new], -1)
-        return state, np.where(late >= 0, late, known), late >= 0
-
-    def _membership(self, event: np.ndarray) -> Tensor:
-        """Float32 [V, K], 1 where a token tells of an outcome."""
-        one_hot = event[:, None] == np.arange(self._outcomes)
-        return torch.from_numpy(one_hot.astype(np.float32)).to(self._never.device)
+        return np.where(late >= 0, late, known), late >= 0
 
 
 def states_after(grammar: "Grammar", prompts: Sequence[np.ndarray], *, strict: bool) -> np.ndarray:

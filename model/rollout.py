@@ -360,12 +360,13 @@ class _Run:
 
     def _end_chances(self, chances_BV: Tensor, rows: np.ndarray) -> np.ndarray:
         """Chance that the next token brings each outcome or, last, passes the horizon: float64 [B, K + 1]."""
-        found, settled = self._guide.chances(rows, chances_BV)
+        found, before = self._guide.chances(rows, chances_BV)
         late = np.zeros((len(rows), 1))
         if self._settings.stop.horizon_us is not None and len(self._passing):
             passing = chances_BV[:, self._to_device(self._passing)].cpu().numpy()
-            beyond = self._now_us[rows, None] + self._clock.advance_us[self._passing] > self._settings.stop.horizon_us
-            late = (passing * (beyond & ~settled[:, None])).sum(1, keepdims=True)
+            arrival = self._now_us[rows, None] + self._clock.advance_us[self._passing]
+            beyond = (arrival > self._settings.stop.horizon_us) & ~before[:, None]
+            late = (passing * beyond).sum(1, keepdims=True)
         return np.concatenate([found, late], axis=1)
 
     def _reasons(self, rows: np.ndarray, token: np.ndarray, event: np.ndarray) -> np.ndarray:

@@ -94,6 +94,10 @@ class Tokenizer(_Section):
     values: Literal["separate", "fused"] = "separate"
     value_bins: Annotated[int, Field(ge=2, le=100)] = 10
     min_patients: Annotated[int, Field(ge=2)] = 10
+    intervals: Literal["comet13", "ethos19"] = "comet13"
+    icd10cm_split: tuple[_Positive, ...] = (3, 3)
+    atc_split: tuple[_Positive, ...] = (3, 1)
+    icd10pcs_split: tuple[_Positive, ...] = ()
 
 
 class Model(_Section):

@@ -51,6 +51,8 @@ from tokenizer.options import (
 from tokenizer.release import Survey, canonical_json, merge, parse_json
 from tokenizer.sketch import Sketch
 from tokenizer.spelling import parents
+from tokenizer.trie import Event, Trie
+from tokenizer.vocabulary import BELOW, BIRTH, DEATH, Token, Vocabulary
 
 __all__ = [
     "BIRTH",
@@ -70,25 +72,10 @@ __all__ = [
     "parents",
 ]
 
-BIRTH, DEATH = "MEDS_BIRTH", "MEDS_DEATH"
-
 # The time of an event without a time.
 STATIC = int(np.iinfo(np.int64).min)
 
 _FORMAT = "fedcomet-codebook/2"
-
-
-@dataclass(frozen=True, order=True)
-class Token:
-    """One entry of the vocabulary; `bin` is 0 but for fused code-and-value tokens."""
-
-    kind: str
-    text: str
-    bin: int = 0
-
-
-# Follows a node of the trie for a code below it that has no path of its own.
-_BELOW = Token("piece", "*")
 
 
 @dataclass(frozen=True)
@@ -104,31 +91,6 @@ class Told:
     tokens: tuple[int, ...]
     level: Literal["itself", "ancestor", "unknown"]
     text: str
-
-
-@dataclass(frozen=True)
-class _Event:
-    """A code, or any code below it."""
-
-    text: str
-    below: bool
-
-
-@dataclass(frozen=True)
-class _Trie:
-    """Nodes of spelled codes: a node's id is its first token's, or follows the vocabulary.
-
-    Attributes:
-        edges: (parent, token) to child.
-        texts: the deeper nodes' events.
-        ends: nodes at which a code may end.
-        of: node per text of a code or of a part of it.
-    """
-
-    edges: dict[tuple[int, int], int]
-    texts: tuple[_Event, ...]
-    ends: frozenset[int]
-    of: dict[str, int]
 
 
 class Codebook:
@@ -201,7 +163,7 @@ class Codebook:
         }
         breaks = {code: inner for code, (inner, _) in cuts.items() if inner}
         medians = {code: cuts[code][1] for code in breaks}
-        names = _Names.of(survey, breaks)
+        names = Vocabulary.of(survey, breaks)
         advance = {text: _represent(text, edges, survey.gaps.get(text), accuracy) for text in edges}
         return cls(
             options,
@@ -397,9 +359,9 @@ class Codebook:
 
     def _below(self, above: str) -> tuple[int, ...] | None:
         """How something below a code or a parent is told; None if that has no token either."""
-        if (node := self._trie.of.get(above)) is not None:
-            if (node, self._ids[_BELOW]) in self._trie.edges:
-                return (*self._path(above), self._ids[_BELOW])
+        if (node := self._trie.node_of.get(above)) is not None:
+            if (node, self._ids.get(BELOW, -1)) in self._trie.edges:
+                return (*self._path(above), self._ids[BELOW])
         elif (found := self._ids.get(Token("other", above))) is not None:
             return (found,)
         return self._own(above)
@@ -412,33 +374,21 @@ class Codebook:
         return (self.id(Token("code", category)), *(self.id(Token("piece", text)) for text, _ in rest))
 
     @cached_property
-    def _trie(self) -> _Trie:
-        edges: dict[tuple[int, int], int] = {}
-        of: dict[str, int] = {}
-        inner = set(self.spelled_prefixes)
-        for text in sorted(self.spelled | self.spelled_prefixes):
-            node, above = -1, ""
-            for (_, path), token in zip(self._pieces(text), self._path(text), strict=True):
-                if node >= 0:
-                    inner.add(above)
-                node = token if node < 0 else edges.setdefault((node, token), len(self.tokens) + len(edges))
-                of[path] = node
-                above = path
-        deeper = sorted((node, text) for text, node in of.items() if node >= len(self.tokens))
-        texts = [_Event(text, below=text not in self.spelled) for _, text in deeper]
-        ends = {of[text] for text in self.spelled}
-        for text in sorted(inner):
-            star = edges.setdefault((of[text], self.id(_BELOW)), len(self.tokens) + len(edges))
-            texts.append(_Event(text, below=True))
-            ends.add(star)
-        return _Trie(edges, tuple(texts), frozenset(ends), of)
+    def _trie(self) -> Trie:
+        released = sorted(self.spelled | self.spelled_prefixes)
+        paths = {
+            text: [(path, token) for (_, path), token in zip(self._pieces(text), self._path(text), strict=True)]
+            for text in released
+        }
+        below = self.id(BELOW) if self.spelled_prefixes or any(len(path) > 1 for path in paths.values()) else -1
+        return Trie.plant(paths, self.spelled, self.spelled_prefixes, len(self.tokens), below)
 
     @cached_property
     def grammar(self) -> Grammar:
         """Which token may follow which; a mask over its nodes names events."""
         kinds = np.array([token.kind for token in self.tokens])
         trie, nodes = self._trie, len(self.tokens) + len(self._trie.texts)
-        categories = {self._pieces(text)[0][1] for text in trie.of}
+        categories = {text for text, node in trie.node_of.items() if node < len(self.tokens)}
         ends = np.zeros(nodes, bool)
         ends[: len(self.tokens)] = [
             token.kind == "other" or (token.kind == "code" and token.text not in categories) for token in self.tokens
@@ -447,7 +397,7 @@ class Codebook:
         bins = np.zeros(nodes, np.int64)
         for code, values in self._medians.items():
             if code in self.spelled:
-                bins[trie.of[code]] = len(values)
+                bins[trie.node_of[code]] = len(values)
             elif self.options.values == "separate":
                 bins[self.id(Token("code", code))] = len(values)
         edges = np.array([(*edge, child) for edge, child in trie.edges.items()], np.int64).reshape(-1, 3)
@@ -462,12 +412,12 @@ class Codebook:
         event = self._event(node)
         return (f"{event.text}//*" if event.text else "*") if event.below else event.text
 
-    def _event(self, node: int) -> _Event:
+    def _event(self, node: int) -> Event:
         if node >= len(self.tokens):
             return self._trie.texts[node - len(self.tokens)]
         token = self.tokens[node]
-        part = token.text in self._trie.of and token.text not in self.spelled
-        return _Event(token.text, below=part or token.kind == "other")
+        part = token.text in self._trie.node_of and token.text not in self.spelled
+        return Event(token.text, below=part or token.kind == "other")
 
     def matching(self, prefixes: Sequence[str]) -> NDArray[np.bool_]:
         """Which nodes of the grammar stand for events under any of the prefixes: bool [M].
@@ -493,62 +443,6 @@ class Codebook:
         """The median value in a bin of a code; NaN for bin 0 and for codes without bins."""
         medians = self._medians.get(code, ())
         return medians[bin - 1] if 1 <= bin <= len(medians) else float("nan")
-
-
-@dataclass(frozen=True)
-class _Names:
-    """The vocabulary's words: codes that are one token, spelled ones, and what stands for rarer ones."""
-
-    statics: frozenset[str]
-    whole: frozenset[str]
-    spelled: frozenset[str]
-    spelled_prefixes: frozenset[str]
-    others: frozenset[str]
-    valued: frozenset[str]
-
-    @classmethod
-    def of(cls, survey: Survey, valued: Iterable[str]) -> "_Names":
-        named = {spelling.canonical(code) for code in survey.options.named}
-        codes = {*survey.codes, *valued, *named, DEATH}
-
-        def is_spelled(code: str) -> bool:
-            return bool(spelling.pieces(code, survey.options.widths))
-
-        spelled, above = set(filter(is_spelled, codes)), set(filter(is_spelled, survey.prefixes))
-        # A system that has a code has a token for its unknown codes.
-        systems = {spelling.system_of(code) for code in (*codes, *survey.prefixes) if "//" in code}
-        return cls(
-            statics=frozenset({*survey.statics, *(f"{text}//*" for text in survey.static_prefixes), "*"}),
-            whole=frozenset(codes - spelled),
-            spelled=frozenset(spelled),
-            spelled_prefixes=frozenset(above),
-            others=frozenset({*survey.prefixes, *systems, ""} - above),
-            valued=frozenset(valued),
-        )
-
-    def tokens(self, options: TokenizerOptions, intervals: Iterable[str], bins: Mapping[str, int]) -> list[Token]:
-        """All tokens in their order; `bins` are those of codes with values."""
-        paths = [spelling.pieces(text, options.widths) for text in self.spelled | self.spelled_prefixes]
-        pieces = {text for path in paths for text, _ in path[1:]}
-        if self.spelled_prefixes or pieces:
-            pieces.add(_BELOW.text)
-        fused = bins if options.values == "fused" else {}
-        separate = options.values == "separate" or not self.spelled.isdisjoint(self.valued)
-        codes = self.whole | {path[0][0] for path in paths}
-        return [
-            *(Token("special", text) for text in ("pad", "eot", "unk")),
-            *(Token("static", text) for text in sorted(self.statics)),
-            *(Token("age", text) for text in age_texts(options.age_years)),
-            *(Token("interval", text) for text in intervals),
-            *(Token("value", f"Q{n + 1}") for n in range(options.value_bins * separate)),
-            *(
-                Token("code", text, n)
-                for text in sorted(codes)
-                for n in range(fused.get(text, 0) + 1 if text in self.whole else 1)
-            ),
-            *(Token("piece", text) for text in sorted(pieces)),
-            *(Token("other", text) for text in sorted(self.others)),
-        ]
 
 
 def _represent(text: str, edges: Mapping[str, int], gaps: Sketch | None, accuracy: float) -> int:

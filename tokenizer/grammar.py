@@ -54,7 +54,6 @@ class Grammar:
         start: the state before the first token.
         nodes: M.
         is_piece: bool [V], tokens that go on with a code.
-        has_pieces: bool [M], nodes that a piece leads on from.
     """
 
     def __init__(self, words: Words) -> None:
@@ -79,7 +78,6 @@ class Grammar:
         order = np.argsort(key)
         self._edge, self._edge_token, self._child = key[order], token[order], child[order]
         self._parent_of_edge = parent[order]
-        self.has_pieces = np.isin(np.arange(self.nodes), self._parent_of_edge)
         self._first_edge = np.searchsorted(self._parent_of_edge, np.arange(self.nodes + _DEAD + 2))
         self._ends = words.ends
 
@@ -115,10 +113,16 @@ class Grammar:
         ages = slice(self._first_age, self._first_age + self._slots - 1)
         ranks = np.arange(1, self._slots)
         mask[aging, ages] &= self._may_age(kind[aging], slot[aging])[:, None] & (ranks > slot[aging, None])
-        first, last = self._first_edge[mode], self._first_edge[mode + 1]
-        rows = np.repeat(np.arange(len(mode)), last - first)
-        mask[rows, self._edge_token[_ranges(first, last - first)]] = True
+        rows, tokens, _ = self.children(state)
+        mask[rows, tokens] = True
         return mask
+
+    def children(self, state: Ints) -> tuple[Ints, Ints, Ints]:
+        """The pieces that may follow in each state: int64 [K] each, its row, the piece, and the node it leads to."""
+        mode = state // self._slots
+        first, last = self._first_edge[mode], self._first_edge[mode + 1]
+        at = _ranges(first, last - first)
+        return np.repeat(np.arange(len(mode)), last - first), self._edge_token[at], self._child[at]
 
     def same_mask(self, state: Ints) -> Ints:
         """A state with the same allowed tokens, equal for many states: int64 [B]."""

@@ -54,13 +54,13 @@ def _timeline(rows, codebook, ordered=False):
         told, bin_ = codebook.tell(code), 0
         if told.level == "itself" and value is not None and told.text in codebook.breaks:
             bin_ = 1 + bisect_left(codebook.breaks[told.text], value)
-        if separate or told.text in codebook.spelled:
-            for token in told.tokens:
-                yield token, time
-            if bin_:
-                yield codebook.id(Token("value", f"Q{bin_}")), time
-        else:
+        if bin_ and not separate and told.text not in codebook.spelled:
             yield told.tokens[0] + bin_, time
+            continue
+        for token in told.tokens:
+            yield token, time
+        if bin_:
+            yield codebook.id(Token("value", f"Q{bin_}")), time
     yield codebook.eot, STATIC if now is None else now
 
 

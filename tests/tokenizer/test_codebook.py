@@ -193,6 +193,16 @@ def test_codes_are_spelled_and_fall_back_along_their_hierarchy(code, tokens, lev
     assert Codebook.from_bytes(book.to_bytes()).tell(code) == book.tell(code)
 
 
+def test_a_code_can_also_stand_for_rarer_ones_below_it():
+    names = {"codes": {"ICD10CM//E11": 20}, "prefixes": {"ICD10CM//E11": 20}}
+    book = Codebook.build(Survey(OPTIONS, **names))
+    assert [t.text for t in told(book, "ICD10CM//E11")] == ["ICD10CM//E11"]
+    assert [t.text for t in told(book, "ICD10CM//E11.9")] == ["ICD10CM//E11", "*"]
+    alone = Codebook.build(Survey(OPTIONS, codes=names["codes"]))
+    assert alone.tell("ICD10CM//E11.9").tokens == alone.tell("ICD10CM//E11").tokens
+    assert alone.tell("ICD10CM//E11.9").level == "ancestor"
+
+
 def test_splits_are_settings():
     book = spelling_codebook(icd10cm_split=(3, 1), atc_split=(), icd10pcs_split=(1,) * 6)
     assert [t.text for t in told(book, "ICD10CM//E11.65")] == ["ICD10CM//E11", "ICD10CM//2//6", "ICD10CM//3//5"]
@@ -370,4 +380,4 @@ def test_the_codebook_stays_what_it_was():
 
 
 GOLDEN = "6898921f6fa33f4c7a12d5d7c06e82b7021ccdf69e65339a76637319232ae3a0"
-GOLDEN_SURVEY = "d30db83ea7af95dc"
+GOLDEN_SURVEY = "3b03d9a52e3a8ac2"

@@ -77,7 +77,7 @@ def test_what_a_job_raises_comes_through_and_nothing_is_left(site, tmp_path):
 
 def test_a_worker_that_dies_is_told_with_what_to_do():
     with pytest.raises(WorkerDied, match=r"the test ended with code -9.*If memory ran out, use fewer workers"):
-        listed(jobs.end_this_process, [()], TWO)
+        listed(jobs.end_this_process, [(), ()], TWO)
 
 
 def test_little_work_starts_no_process_and_much_takes_the_cores_that_memory_allows():
@@ -92,7 +92,7 @@ def test_little_work_starts_no_process_and_much_takes_the_cores_that_memory_allo
 
 
 def test_a_worker_starts_no_workers():
-    assert listed(jobs.processes_of_a_crew, [(10**9,)], TWO) == [1]
+    assert listed(jobs.processes_of_a_crew, [(10**9,), (10**9,)], TWO) == [1, 1]
 
 
 def test_impossible_crews_are_refused():

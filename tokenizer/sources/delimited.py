@@ -93,7 +93,7 @@ def read_rows(files: Iterable[Found], layout: Layout, choose: Choose, refuse: Re
                 yield from _parquet(found.name, stream, choose)
                 continue
             dialect = Dialect.of(layout, name)
-            start = _read(found.name, stream, _SMALL + 1, 0)
+            start = _read(found.name, stream, _SMALL + 1, 1)
             small = _small(found.name, start, dialect) if len(start) <= _SMALL else None
             if small is not None and batch is not None and batch.takes(small, dialect):
                 batch.add(small)
@@ -485,13 +485,15 @@ def _parquet(name: str, stream: BinaryIO, choose: Choose) -> Iterator[pl.DataFra
 
 
 def _read(name: str, stream: BinaryIO, count: int, line: int) -> bytes:
-    """Read up to `count` bytes; fewer only at the end."""
-    pieces = []
+    """Read up to `count` bytes, fewer only at the end; `line` is the number of the first line, for the message."""
+    pieces: list[bytes] = []
     while count:
         try:
-            data = stream.read(count)
+            # In small steps, as a packed stream that is cut off gives nothing of the step in which it ends.
+            data = stream.read(min(count, 1 << 16))
         except DAMAGED as problem:
-            raise damaged(name, problem, after_row=line) from None
+            rows = sum(piece.count(b"\n") for piece in pieces)
+            raise damaged(name, problem, after_row=line + rows) from None
         if not data:
             break
         pieces.append(data)

@@ -210,14 +210,13 @@ def _older(files: list[tuple[int, Path]]) -> pl.DataFrame:
     if not files:
         return pl.DataFrame(schema=kinds)
     keys = pl.concat([pl.read_ipc(file, columns=["key"]) for _, file in files])["key"]
-    twice = keys.filter(keys.is_duplicated()).unique()
+    twice = keys.filter(keys.is_duplicated()).unique()  # of any type; those of one type are told apart below
     if not len(twice):
         return pl.DataFrame(schema=kinds)
     found = [
-        pl.read_ipc(file)
-        .filter(pl.col("key").is_in(twice.implode()))
-        .with_columns(piece=pl.lit(number, pl.Int64))
+        pl.read_ipc(file).filter(pl.col("key").is_in(twice.implode())).with_columns(piece=pl.lit(number, pl.Int64))
         for number, file in files
     ]
-    ordered = pl.concat(found).sort("key", "updated", "piece", "_at")
-    return ordered.filter(pl.col("key") == pl.col("key").shift(-1)).select(*kinds)
+    ordered = pl.concat(found).sort("_table", "key", "updated", "piece", "_at")
+    same = pl.all_horizontal(pl.col(name) == pl.col(name).shift(-1) for name in ("_table", "key"))
+    return ordered.filter(same).select(*kinds)

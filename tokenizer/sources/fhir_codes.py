@@ -319,6 +319,8 @@ def _spelled(vocabulary: str, code: str) -> str:
     if not vocabulary.startswith("ICD"):
         return code
     code = code.upper()
-    head = {"ICD10CM": 3, "ICD10": 3, "ICD10GM": 3, "ICD9CM": 4 if code[:1] == "E" else 3, "ICD9Proc": 2}.get(vocabulary)
+    head = {"ICD10CM": 3, "ICD10": 3, "ICD10GM": 3, "ICD9CM": 4 if code[:1] == "E" else 3, "ICD9Proc": 2}.get(
+        vocabulary
+    )
     dotless = head is None or "." in code or len(code) <= head or not code.isalnum()
     return code if dotless else f"{code[:head]}.{code[head:]}"

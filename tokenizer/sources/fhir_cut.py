@@ -48,7 +48,12 @@ def cut(file: Readable, limit: int, *, member: bytes = b"entry", block: int = _B
                 yield "not JSON: more is closed than was opened"
                 return
             square = buffer[at] in b"[]"
-            if square and opens and list_depth is None and (outside == 0 or (outside == 1 and _named(buffer, at, member))):
+            if (
+                square
+                and opens
+                and list_depth is None
+                and (outside == 0 or (outside == 1 and _named(buffer, at, member)))
+            ):
                 list_depth = outside + 1
             elif square and not opens and list_depth == outside + 1:
                 list_depth = None

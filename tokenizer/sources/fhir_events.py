@@ -7,12 +7,15 @@ text, a panel whose parts are read).
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
+import polars as pl
 
 from tokenizer.sources import fhir_index as index
 from tokenizer.sources.fhir_codes import (
@@ -28,17 +31,21 @@ from tokenizer.sources.fhir_codes import (
     fault,
     given,
 )
-from tokenizer.sources.fhir_files import Chunk
+from tokenizer.sources.fhir_files import Block, Chunk
 from tokenizer.sources.fhir_index import Index, Reference
-from tokenizer.sources.fhir_resources import DECODERS, TOLD_LATER, Encounter, Patient, Quantity
+from tokenizer.sources.fhir_resources import DECODERS, READ, TOLD_LATER, Encounter, Patient, Quantity
 
 PANEL = "panel, its parts are read"
 _UCUM = frozenset({None, "", "http://unitsofmeasure.org", "urn:oid:2.16.840.1.113883.6.8"})
 _LARGEST = 3.4028234e38
+_MISSING = index.NO_TIME + 1
 _REMEMBERED = 200_000
 _NUMBER = re.compile(r"[-+]?\d{1,30}(\.\d{1,30})?")
 _BIRTH_TIME = "http://hl7.org/fhir/StructureDefinition/patient-birthTime"
 _REFUTED = frozenset({"refuted", "entered-in-error"})
+
+_ID, _META, _STATUS = attrgetter("id"), attrgetter("meta"), attrgetter("status")
+_SUBJECT, _ENCOUNTER = attrgetter("subject"), attrgetter("encounter")
 
 _REFERENCE = msgspec.json.Decoder(Reference)
 _CONCEPT = msgspec.json.Decoder(Concept)
@@ -78,24 +85,25 @@ class Events:
     Attributes:
         at: place of the resource in the batch.
         code, value, unit: as in `EVENTS`.
-        moment: the event's own time; None: the resource's.
+        moment: an event's own time, by place in these columns; others have the resource's.
     """
 
     at: list[int] = field(default_factory=list)
     code: list[str] = field(default_factory=list)
     value: list[float | None] = field(default_factory=list)
     unit: list[str | None] = field(default_factory=list)
-    moment: list[str | None] = field(default_factory=list)
+    moment: dict[int, str] = field(default_factory=dict)
 
     def add(
         self, at: int, code: str, value: float | None = None, unit: str | None = None, moment: str | None = None
     ) -> None:
         """Add an event."""
+        if moment is not None:
+            self.moment[len(self.at)] = moment
         self.at.append(at)
         self.code.append(code)
         self.value.append(value)
         self.unit.append(unit)
-        self.moment.append(moment)
 
 
 @dataclass
@@ -105,9 +113,9 @@ class Batch:
     Attributes:
         chunk: where they come from.
         places: of each in the chunk; what couldn't be decoded is missing.
-        keys, updated: identity and version.
+        ids, updated: identity and version.
         subjects: int64, see `Index.patients`; or one of the reasons why there is none.
-        subject_texts: JSON of the references.
+        subject_texts, subject_at: distinct JSON of the references, and the place of each resource's in it.
         encounters: encounter ids.
         starts: int64 microseconds, of the encounters, `NO_TIME` where not known.
         times: the text of each resource's time.
@@ -120,13 +128,14 @@ class Batch:
     """
 
     chunk: Chunk
-    places: list[int]
-    keys: list[str | None]
+    places: Sequence[int]
+    ids: list[str | None]
     updated: list[str | None]
-    subjects: np.ndarray
+    subjects: npt.NDArray[np.int64]
     subject_texts: list[bytes]
-    encounters: list[str | None]
-    starts: np.ndarray
+    subject_at: npt.NDArray[np.int64]
+    encounters: pl.Series
+    starts: npt.NDArray[np.int64]
     times: list[str | None]
     late: list[bool] | None = None
     static: bool = False
@@ -159,10 +168,23 @@ class Reader:
     def read(self, chunk: Chunk) -> tuple[Batch, list[tuple[int, str, str]]]:
         """Decode a chunk and find its events; also rows that aren't what they should be: place, reason, content."""
         objects, places, broken = _decoded(chunk)
+        return self._filled(chunk, objects, places), broken
+
+    def read_block(self, block: Block) -> Batch | None:
+        """Decode the lines of a block at once; None if they aren't all right, or of other kinds."""
+        try:
+            objects = DECODERS[block.kind].decode_lines(block.data)
+        except READ_ERRORS:
+            return None
+        if len(objects) != block.lines:
+            return None
+        rows = range(block.first_row, block.first_row + block.lines)
+        return self._filled(Chunk(block.file, block.kind, rows=rows), objects, range(block.lines))
+
+    def _filled(self, chunk: Chunk, objects: list[Any], places: Sequence[int]) -> Batch:
         batch = self._batch(chunk, objects, places)
-        for at, each in enumerate(objects):
-            if why := each.dropped():
-                batch.early[at] = why
+        if chunk.kind == "MedicationRequest" or READ[chunk.kind].unread.intersection(map(_STATUS, objects)):
+            batch.early = {at: why for at, each in enumerate(objects) if (why := each.dropped())}
         fill = {
             "Observation": self._observations,
             "Encounter": self._visits,
@@ -170,15 +192,20 @@ class Reader:
             "DiagnosticReport": self._reports,
         }.get(chunk.kind, self._coded)
         fill(batch, objects)
-        return batch, broken
+        return batch
 
-    def _batch(self, chunk: Chunk, objects: list[Any], places: list[int]) -> Batch:
-        texts = [bytes(each.subject) for each in objects]
-        encounters = [bytes(each.encounter) for each in objects]
-        self._learn_subjects(texts)
-        self._learn_encounters(encounters)
-        stays = [self._stays[raw] for raw in encounters]
-        times = [each.event_time() for each in objects]
+    def _batch(self, chunk: Chunk, objects: list[Any], places: Sequence[int]) -> Batch:
+        subjects, subject_at = _distinct(map(bytes, map(_SUBJECT, objects)))
+        stays, stay_at = _distinct(map(bytes, map(_ENCOUNTER, objects)))
+        self._learn_subjects(subjects)
+        self._learn_encounters(stays)
+        ids = list(map(_ID, objects))
+        if not all(ids):
+            ids = [each or index.own_id(chunk, place, None) for place, each in zip(places, ids, strict=True)]
+        usual = READ[chunk.kind].usual_time
+        times = list(map(attrgetter(usual), objects)) if usual else [None] * len(objects)
+        if not all(times):
+            times = [time or each.event_time() for time, each in zip(times, objects, strict=True)]
         late = None
         if chunk.kind in TOLD_LATER:
             told = [each.told_time() for each in objects]
@@ -187,16 +214,17 @@ class Reader:
                 times = [text or time for text, time in zip(told, times, strict=True)]
             else:
                 times = [time or text for text, time in zip(told, times, strict=True)]
-        own = [index.own_id(chunk, place, each.id) for place, each in zip(places, objects, strict=True)]
+        known = [self._stays[raw] for raw in stays]
         return Batch(
             chunk=chunk,
             places=places,
-            keys=[f"{chunk.kind}/{each}" if each else None for each in own],
-            updated=[each.meta.lastUpdated if each.meta else None for each in objects],
-            subjects=np.array([self._subjects[raw] for raw in texts], np.int64),
-            subject_texts=texts,
-            encounters=[stay[0] for stay in stays],
-            starts=np.array([stay[1] for stay in stays], np.int64),
+            ids=ids,
+            updated=[meta.lastUpdated if meta else None for meta in map(_META, objects)],
+            subjects=np.array([self._subjects[raw] for raw in subjects], np.int64)[subject_at],
+            subject_texts=subjects,
+            subject_at=subject_at,
+            encounters=pl.Series([stay[0] for stay in known], dtype=pl.String).gather(stay_at),
+            starts=np.array([stay[1] for stay in known], np.int64)[stay_at],
             times=times,
             late=late,
         )
@@ -231,16 +259,21 @@ class Reader:
                 keys.append(self._key(raw, "Encounter") if given(raw) else None)
             except READ_ERRORS:
                 keys.append(None)
-        starts = self._index.encounters.find(keys, index.NO_TIME + 1).tolist()
+        starts = self._index.encounters.find(keys, _MISSING).tolist()
         for raw, name, start in zip(new, keys, starts, strict=True):
             stay = name.removeprefix("Encounter/") if name and name.startswith("Encounter/") else None
-            self.dangling_encounters += start == index.NO_TIME + 1 and given(raw)
-            self._stays[raw] = stay, max(start, index.NO_TIME) if start != index.NO_TIME + 1 else index.NO_TIME
+            missing = start == _MISSING
+            self.dangling_encounters += missing and given(raw)
+            self._stays[raw] = stay, index.NO_TIME if missing else start
 
     def _key(self, raw: bytes, kind: str) -> str | None:
+        if (plain := index.plain_key(raw, kind, self._index.aliases)) is not None:
+            return plain
         reference = _REFERENCE.decode(raw)
         name = index.key(reference.reference, reference.type or kind, self._index.aliases)
-        if name is None and (keys := index.identifier_keys(kind, [reference.identifier] if reference.identifier else [])):
+        if name is None and (
+            keys := index.identifier_keys(kind, [reference.identifier] if reference.identifier else [])
+        ):
             name = keys[0] if reference.identifier and (reference.identifier.system or "").strip() else keys[1]
         return name
 
@@ -292,24 +325,38 @@ class Reader:
         return Coded(self._index.codes[place]) if place >= 0 else Coded(None, drop="no code")
 
     def _observations(self, batch: Batch, objects: list[Any]) -> None:
-        codes, units, add = self._code_of("Observation", "Observation"), self._units, batch.events.add
+        codes, units, events = self._code_of("Observation", "Observation"), self._units, batch.events
+        add_at, add_code, add_value, add_unit = (
+            column.append for column in (events.at, events.code, events.value, events.unit)
+        )
         for at, each in enumerate(objects):
             coded = codes[bytes(each.code)]
             quantity = each.valueQuantity
-            if coded.code and quantity is not None and quantity.value is not None and abs(quantity.value) <= _LARGEST:
-                add(at, coded.code, quantity.value, units[quantity.code, quantity.unit, quantity.system])
-            elif self._take(batch, at, coded, "code"):
-                suffix, value, unit, why = self._value(each)
-                if why == "no value" and (each.component or given(bytes(each.hasMember))):
-                    batch.drops[at] = PANEL
-                elif why in ("no value", None):
-                    add(at, f"{coded.code}{suffix}", value, unit)
-                elif why.startswith("!"):
-                    batch.bads[at] = ("value", why[1:], "")
+            # Most are numbers: no call for them but those that remember.
+            if quantity is not None and (value := quantity.value) is not None and -_LARGEST <= value <= _LARGEST:
+                if (name := coded[0]) is not None:
+                    add_at(at)
+                    add_code(name)
+                    add_value(value)
+                    add_unit(units[quantity.code, quantity.unit, quantity.system])
                 else:
-                    batch.drops[at] = why
+                    self._take(batch, at, coded, "code")
+            elif self._take(batch, at, coded, "code"):
+                self._other_value(batch, at, each, coded)
             if each.component:
                 self._components(batch, at, each.component, codes)
+
+    def _other_value(self, batch: Batch, at: int, each: Any, coded: Coded) -> None:
+        """An observation whose value isn't a plain quantity."""
+        suffix, value, unit, why = self._value(each)
+        if why == "no value" and (each.component or given(bytes(each.hasMember))):
+            batch.drops[at] = PANEL
+        elif why in ("no value", None):
+            batch.events.add(at, f"{coded.code}{suffix}", value, unit)
+        elif why.startswith("!"):
+            batch.bads[at] = ("value", why[1:], "")
+        else:
+            batch.drops[at] = why
 
     def _components(self, batch: Batch, at: int, components: Sequence[Any], codes: Memo) -> None:
         for each in components:
@@ -365,7 +412,8 @@ class Reader:
 
     def _range(self, span: Any) -> str:
         ends = [f"{end.value:g}" if end is not None and end.value is not None else "" for end in (span.low, span.high)]
-        unit = next((self._unit(end) for end in (span.low, span.high) if end is not None), None)
+        units = [self._unit(end) for end in (span.low, span.high) if end is not None]
+        unit = next((each for each in units if each), None)
         return f"{'-'.join(ends)} {unit or ''}" if any(ends) else ""
 
     def _reports(self, batch: Batch, objects: list[Any]) -> None:
@@ -383,7 +431,7 @@ class Reader:
                 batch.events.add(at, code or "")
 
     def _visits(self, batch: Batch, objects: list[Encounter]) -> None:
-        batch.encounters = [name.removeprefix("Encounter/") if name else None for name in batch.keys]
+        batch.encounters = pl.Series(batch.ids, dtype=pl.String)
         ends = [each.period.end if each.period else None for each in objects]
         begun, ended = index.times(batch.times), index.times(ends)
         instants = index.times(batch.times, zoned=True), index.times(ends, zoned=True)
@@ -407,7 +455,9 @@ class Reader:
         kind = self._types[bytes(each.class_)]
         events.add(at, f"ENCOUNTER_START//{kind}")
         places = each.location or []
-        wards = [(self._places[bytes(place.location)], place.period.start if place.period else None) for place in places]
+        wards = [
+            (self._places[bytes(place.location)], place.period.start if place.period else None) for place in places
+        ]
         department = self._labels[bytes(each.serviceType)] or (wards and wards[0][0])
         department = department or self._places[bytes(each.serviceProvider)]
         if department:
@@ -439,13 +489,13 @@ class Reader:
 
     def _patients(self, batch: Batch, objects: list[Patient]) -> None:
         batch.static = True
-        batch.subjects = self._index.patients.find(batch.keys, index.NO_SUBJECT)
-        batch.subject_texts = [(name or "").encode() for name in batch.keys]
+        keys = [f"Patient/{each}" if each else None for each in batch.ids]
+        batch.subjects = self._index.patients.find(keys, index.NO_SUBJECT)
         births = [_birth(each) for each in objects]
         deaths = [_day_of_death(each.deceasedDateTime) for each in objects]
         born, died = index.times(births), index.times(deaths)
         for at, each in enumerate(objects):
-            if batch.keys[at] in self._index.replaced:
+            if keys[at] in self._index.replaced:
                 batch.early[at] = "replaced by another record"
                 continue
             for code in demographics(each.gender, each.extension):
@@ -463,6 +513,13 @@ class Reader:
             batch.deceased_undated += bool(each.deceasedBoolean) and deaths[at] is None
         for at in set(range(len(objects))) - set(batch.events.at) - batch.early.keys() - batch.bads.keys():
             batch.drops[at] = "nothing known of the patient"
+
+
+def _distinct(texts: Iterable[bytes]) -> tuple[list[bytes], npt.NDArray[np.int64]]:
+    """The distinct texts in their order, and the place of each text among them."""
+    column = list(texts)
+    places = {text: place for place, text in enumerate(dict.fromkeys(column))}
+    return list(places), np.array([places[text] for text in column], np.int64)
 
 
 def _decoded(chunk: Chunk) -> tuple[list[Any], list[int], list[tuple[int, str, str]]]:

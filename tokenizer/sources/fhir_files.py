@@ -9,7 +9,7 @@ import gzip
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -90,14 +90,38 @@ class Chunk:
         kind: resource type, or `UNREADABLE`.
         raws: their JSON.
         rows: line in an ndjson file, or entry in a bundle, from 1.
-        urls: `fullUrl` of each, where they come from a bundle.
+        urls: `fullUrl` of each, where they come from a bundle; empty for whole blocks.
     """
 
     file: str
     kind: str
     raws: list[bytes] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
+    rows: list[int] | range = field(default_factory=list)
     urls: list[str | None] = field(default_factory=list)
+
+
+@dataclass
+class Block:
+    """Whole lines whose first is a resource of a kind that was asked for; the others most likely too.
+
+    Attributes:
+        file, kind: as in `Chunk`.
+        data: the lines.
+        first_row: number of the first one.
+        lines: how many there are.
+    """
+
+    file: str
+    kind: str
+    data: bytes
+    first_row: int
+    lines: int
+
+    def split(self) -> "Iterator[Chunk | Lost]":
+        """The lines one by one, by kind."""
+        lines = self.data.removesuffix(b"\n").split(b"\n")
+        rows = range(self.first_row, self.first_row + len(lines))
+        yield from _sorted(self.file, lines, rows, [None] * len(lines))
 
 
 @dataclass
@@ -157,22 +181,23 @@ def pieces(source: Path) -> tuple[list[Piece], list[str]]:
     return cut_up, notes
 
 
-def read(piece: Piece, first_row: int = 1) -> Iterator[Chunk | Lost]:
+def read(piece: Piece, first_row: int = 1, *, whole: Container[str] = ()) -> Iterator[Chunk | Block | Lost]:
     """Give the resources of a piece, block by block.
 
     Args:
         piece: of `pieces`.
         first_row: number of its first line in the file.
+        whole: kinds whose lines are wanted unsplit.
 
     Yields:
-        Chunks of one kind each, and what couldn't be read.
+        Chunks of one kind each, blocks, and what couldn't be read.
     """
     form = _form(piece.path.name)
     if form == "archive":
-        yield from _archive(piece)
+        yield from _archive(piece, whole)
         return
     with piece.path.open("rb") as plain:
-        yield from _file(plain, piece.name, form, piece, first_row)
+        yield from _file(plain, piece.name, form, piece, first_row, whole)
 
 
 def lines_of(piece: Piece) -> int:
@@ -199,7 +224,7 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith((".", "__MACOSX")) for part in path.parts)
 
 
-def _archive(piece: Piece) -> Iterator[Chunk | Lost]:
+def _archive(piece: Piece, whole: Container[str]) -> Iterator[Chunk | Block | Lost]:
     members = 0
     try:
         with tarfile.open(piece.path, "r|*") as archive:
@@ -210,18 +235,20 @@ def _archive(piece: Piece) -> Iterator[Chunk | Lost]:
                 members += 1
                 file = archive.extractfile(member)
                 if file is not None:
-                    yield from _file(file, f"{piece.name}!{member.name}", form, piece, 1)
+                    yield from _file(file, f"{piece.name}!{member.name}", form, piece, 1, whole)
     except _DAMAGE as problem:
         yield Lost(piece.name, members + 1, "archive is cut off or damaged", str(problem), advice="Copy it again")
 
 
-def _file(file: IO[bytes], name: str, form: str | None, piece: Piece, first_row: int) -> Iterator[Chunk | Lost]:
+def _file(
+    file: IO[bytes], name: str, form: str | None, piece: Piece, first_row: int, whole: Container[str]
+) -> Iterator[Chunk | Block | Lost]:
     opened: IO[bytes] = gzip.open(file) if name.lower().endswith(".gz") else file  # type: ignore[assignment]
     if form == "document":
         yield from _document(opened, name)
     else:
         within = _Range(opened, piece.start, piece.end) if piece.end is not None else opened
-        yield from _lines(within, name, first_row)
+        yield from _lines(within, name, first_row, whole)
 
 
 class _Range:
@@ -247,41 +274,50 @@ class _Range:
         return data
 
 
-def _blocks(file: "IO[bytes] | _Range") -> Iterator[tuple[list[bytes], str | None]]:
-    """Lines, a block at a time; lines too long to hold come as their beginning and a complaint."""
-    rest = b""
+def _blocks(file: "IO[bytes] | _Range | _Chained") -> Iterator[tuple[bytes, str | None]]:
+    """Whole lines, a block at a time; a line too long to hold comes as its beginning and a complaint."""
+    rest: list[bytes] = []
     skipping = False
     while data := file.read(_BLOCK):
-        head, newline, tail = data.rpartition(b"\n")
-        if not newline:
-            rest = rest if skipping else rest + tail
-            if len(rest) > _LINE:
-                rest, skipping = rest[:1000], True
+        end = data.rfind(b"\n") + 1
+        if not end:
+            if not skipping:
+                rest.append(data)
+                skipping = sum(map(len, rest)) > _LINE
             continue
-        lines = (head if skipping else rest + head).split(b"\n")
+        start = 0
         if skipping:
-            yield [rest], f"line of more than {_LINE >> 20} MiB"
-            lines = lines[1:]
-            skipping = False
-        rest = tail
-        yield lines, None
+            start = data.find(b"\n") + 1
+            yield rest[0][:1000], f"line of more than {_LINE >> 20} MiB"
+            rest, skipping = [], False
+        if end > start:
+            yield b"".join((*rest, memoryview(data)[start:end])), None
+        rest = [data[end:]] if end < len(data) else []
     if skipping:
-        yield [rest], f"line of more than {_LINE >> 20} MiB"
+        yield rest[0][:1000], f"line of more than {_LINE >> 20} MiB"
     elif rest:
-        yield [rest], None
+        yield b"".join(rest), None
 
 
-def _lines(file: "IO[bytes] | _Range", name: str, first_row: int) -> Iterator[Chunk | Lost]:
+def _lines(
+    file: "IO[bytes] | _Range | _Chained", name: str, first_row: int, whole: Container[str] = ()
+) -> Iterator[Chunk | Block | Lost]:
     row = first_row
     try:
-        for lines, complaint in _blocks(file):
+        for data, complaint in _blocks(file):
             if complaint:
-                yield Lost(name, row, complaint, lines[0].decode(errors="replace"))
+                yield Lost(name, row, complaint, data.decode(errors="replace"))
+                row += 1
+                continue
+            lines = data.count(b"\n") + (not data.endswith(b"\n"))
+            block = Block(name, "", data.removeprefix(b"\xef\xbb\xbf") if row == 1 else data, row, lines)
+            match = _MEMBER.match(block.data)
+            if match and (kind := match[1].decode()) in whole:
+                block.kind = kind
+                yield block
             else:
-                if row == 1:
-                    lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
-                yield from _sorted(name, lines, range(row, row + len(lines)), [None] * len(lines))
-            row += len(lines)
+                yield from block.split()
+            row += lines
     except _DAMAGE as problem:
         yield Lost(name, row, "file is cut off or damaged", str(problem), advice="Copy or export the file again")
 
@@ -289,11 +325,13 @@ def _lines(file: "IO[bytes] | _Range", name: str, first_row: int) -> Iterator[Ch
 def _document(file: IO[bytes], name: str) -> Iterator[Chunk | Lost]:
     """A bundle or a resource, a list of resources, or ndjson under a name that doesn't tell."""
     try:
-        start = file.read(_WHOLE + 1).removeprefix(b"\xef\xbb\xbf")
+        start = file.read(_WHOLE + 1)
+        large = len(start) > _WHOLE
+        start = start.removeprefix(b"\xef\xbb\xbf")
         if _whole_first_line(start):
             yield from _lines(_Chained(start, file), name, 1)
-        elif len(start) > _WHOLE:
-            yield from _large(_Chained(start, file), name)
+        elif large:
+            yield from _large(_Chained(start, file), name, bare=start.lstrip()[:1] == b"[")
         elif not start.strip():
             yield Lost(name, 1, "file is empty", advice="Export the file again")
         elif start.lstrip()[:1] == b"[":
@@ -329,13 +367,15 @@ def _whole_first_line(start: bytes) -> bool:
     return True
 
 
-def _large(file: "_Chained", name: str) -> Iterator[Chunk | Lost]:
+def _large(file: "_Chained", name: str, *, bare: bool) -> Iterator[Chunk | Lost]:
+    """A bundle, or a bare list of resources, that is cut into its entries."""
     row = 1
     for entries in cut(file, _LINE):
         if isinstance(entries, str):
             yield Lost(name, row, entries, advice="Export the file again")
             return
-        yield from _entries(name, entries, range(row, row + len(entries)))
+        rows = range(row, row + len(entries))
+        yield from _sorted(name, entries, rows, [None] * len(rows)) if bare else _entries(name, entries, rows)
         row += len(entries)
     if row == 1:
         yield Lost(name, 1, f"document of more than {_WHOLE >> 20} MiB without entries", advice="Leave it out")
@@ -345,8 +385,14 @@ def _sorted(
     name: str, raws: "list[bytes]", rows: "range | list[int]", urls: list[str | None], *, top: bool = False
 ) -> Iterator[Chunk | Lost]:
     """Resources by kind; bundles are opened, other JSON is lost."""
+    if raws and (match := _MEMBER.match(raws[0])) and match[1] != b"Bundle":
+        begin = match[0]
+        if all([raw.startswith(begin) for raw in raws]):
+            yield Chunk(name, match[1].decode(), raws, rows, urls)
+            return
     chunks: dict[str, Chunk] = {}
-    prefix, chunk = b"\n", Chunk(name, "")
+    numbers: dict[str, list[int]] = {}
+    prefix, chunk, rows_of = b"\n", Chunk(name, ""), [0]
     for raw, row, url in zip(raws, rows, urls, strict=True):
         # Most lines begin as the one before: a comparison instead of a search.
         if not raw.startswith(prefix):
@@ -365,10 +411,13 @@ def _sorted(
                 yield from _opened(name, raw, row, top)
                 continue
             chunk = chunks.setdefault(kind, Chunk(name, kind))
+            rows_of = numbers.setdefault(kind, [])
         chunk.raws.append(raw)
-        chunk.rows.append(row)
         chunk.urls.append(url)
-    yield from chunks.values()
+        rows_of.append(row)
+    for kind, chunk in chunks.items():
+        chunk.rows = numbers[kind]
+        yield chunk
 
 
 def _kind(name: str, row: int, raw: bytes) -> "str | Lost":
@@ -416,7 +465,11 @@ def _resources(name: str, entries: list[_Entry], rows: "range | list[int]") -> I
         raw = bytes(entry.resource)
         if raw in (b"", b"null"):
             method = entry.request.method if entry.request else None
-            why = f"entry without resource ({method})" if method in ("DELETE", "GET", "HEAD") else "entry without resource"
+            why = (
+                f"entry without resource ({method})"
+                if method in ("DELETE", "GET", "HEAD")
+                else "entry without resource"
+            )
             yield Lost(name, row, why, dropped=True, table="Bundle")
         else:
             raws.append(raw)

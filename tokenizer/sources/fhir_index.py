@@ -33,6 +33,9 @@ _TIME = (
 )
 _NOTHING = Raw(b"")
 _TYPED = re.compile(r"(?:^|/)([A-Z][A-Za-z]{1,63})/([^/?#|]+)(?:/_history/[^/]*)?$")
+_PLAIN = re.compile(
+    rb'\{"reference": ?"(?:([A-Z][A-Za-z]{1,63})/([A-Za-z0-9.-]{1,64})"|urn:uuid:([A-Za-z0-9.-]{1,64})"\})'
+)
 _SEARCH = re.compile(r"(?:^|/)([A-Z][A-Za-z]{1,63})\?(?:.*&)?identifier(?::[a-z]+)?=([^&]+)")
 
 
@@ -106,25 +109,33 @@ def times(texts: "Iterable[str | None]", *, zoned: bool = False) -> npt.NDArray[
         texts: of FHIR's types date, dateTime and instant.
         zoned: give the time at Greenwich instead, for comparing.
     """
-    text = pl.Series(list(texts), dtype=pl.String)
-    text = text.set(~text.str.contains(_TIME), None)
+    column = list(texts)
+    # Many resources share a time, and a column may be empty: each text is read once.
+    distinct = list(set(column))
+    if len(distinct) == 1 and distinct[0] is None:
+        return np.full(len(column), NO_TIME)
+    moments = dict(zip(distinct, _moments(distinct, zoned=zoned), strict=True))
+    return np.array([moments[text] for text in column], np.int64)
+
+
+def _moments(texts: list[str | None], *, zoned: bool) -> list[int]:
+    frame = pl.DataFrame({"text": pl.Series(texts, dtype=pl.String)})
+    text = pl.when(pl.col("text").str.contains(_TIME)).then("text")
     length = text.str.len_bytes()
-    if (length < 19).any():
-        full = text + pl.Series(["-01-01T00:00:00"])
-        for size, rest in ((7, "-01T00:00:00"), (10, "T00:00:00")):
-            full = full.zip_with(length != size, text + pl.Series([rest]))
-        text = text.zip_with(length >= 19, full)
-    moment = text.str.slice(0, 19).str.to_datetime("%Y-%m-%dT%H:%M:%S", strict=False, time_unit="us").to_physical()
-    if (text.str.slice(19, 1) == ".").any():
+    full = text
+    if any(len(each or "") < 19 for each in texts):
+        for size, rest in ((4, "-01-01T00:00:00"), (7, "-01T00:00:00"), (10, "T00:00:00")):
+            full = pl.when(length == size).then(text + rest).otherwise(full)
+    moment = full.str.slice(0, 19).str.to_datetime("%Y-%m-%dT%H:%M:%S", strict=False, time_unit="us").to_physical()
+    if any(each and each[19:20] == "." for each in texts):
         fraction = text.str.extract(r"^.{19}\.(\d{1,6})").str.pad_end(6, "0").cast(pl.Int64, strict=False)
         moment += fraction.fill_null(0)
     if zoned:
-        sign = text.str.extract(r"([+-])\d\d:\d\d$").replace_strict({"+": -1, "-": 1}, default=0, return_dtype=pl.Int64)
-        hours, minutes = (
-            text.str.extract(r"[+-](\d\d):(\d\d)$", group).cast(pl.Int64).fill_null(0) for group in (1, 2)
-        )
-        moment += sign.fill_null(0) * (hours * 60 + minutes) * 60_000_000
-    return moment.fill_null(NO_TIME).to_numpy()
+        zone = text.str.extract_groups(r"([+-])(\d\d):(\d\d)$").struct
+        minutes = zone.field("2").cast(pl.Int64) * 60 + zone.field("3").cast(pl.Int64)
+        minutes = pl.when(zone.field("1") == "+").then(-minutes).otherwise(minutes)
+        moment += minutes.fill_null(0) * 60_000_000
+    return frame.select(moment.fill_null(NO_TIME)).to_series().to_list()
 
 
 def key(reference: str | None, kind: str, aliases: dict[str, str]) -> str | None:
@@ -149,6 +160,17 @@ def key(reference: str | None, kind: str, aliases: dict[str, str]) -> str | None
     return None if "/" in text else f"{kind}/{text}"
 
 
+def plain_key(raw: bytes, kind: str, aliases: dict[str, str]) -> str | None:
+    """The key of a reference in one of its two usual forms, without decoding it; None: decode it."""
+    if (match := _PLAIN.match(raw)) is None:
+        return None
+    if match[3] is not None:
+        text = match[3].decode()
+        return aliases.get(f"urn:uuid:{text}") or f"{kind}/{text}"
+    text = f"{match[1].decode()}/{match[2].decode()}"
+    return aliases.get(text, text)
+
+
 def identifier_keys(kind: str, identifiers: list[Identifier] | None) -> list[str]:
     """The keys by which a resource can be found through its identifiers: with the system, and by the value alone."""
     keys = []
@@ -160,7 +182,9 @@ def identifier_keys(kind: str, identifiers: list[Identifier] | None) -> list[str
 
 def own_id(chunk: Chunk, place: int, own: str | None) -> str | None:
     """A resource's id; the end of its `fullUrl` where it has none."""
-    return own or ((url := chunk.urls[place]) and re.split(r"[:/]", url)[-1]) or None
+    if own or not chunk.urls:
+        return own or None
+    return ((url := chunk.urls[place]) and re.split(r"[:/]", url)[-1]) or None
 
 
 @dataclass

@@ -4,7 +4,7 @@ A piece needs nothing but the index, so that pieces can be read in any order by 
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tokenizer.errors import DataError
 from tokenizer.sources import fhir_index as index
 from tokenizer.sources.fhir_codes import Namer
 from tokenizer.sources.fhir_events import Batch, Events, Reader
-from tokenizer.sources.fhir_files import Chunk, Lost, Piece, read
+from tokenizer.sources.fhir_files import Block, Chunk, Lost, Piece, read
 from tokenizer.sources.fhir_resources import READ
 from tokenizer.sources.intake import EARLIEST, EVENTS, LATEST
 
@@ -106,12 +106,13 @@ def read_piece(
     namer = Namer(settings.systems, settings.prefer)
     reader = Reader(found, namer, told=settings.told)
     sink = _Sink(folder, piece.number)
-    for part in read(piece, first_row):
+    for part in _whole_or_split(piece, first_row, sink, reader):
         if isinstance(part, Lost):
             sink.lose(part)
         elif part.kind not in READ:
             sink.result.rows[part.kind] += len(part.raws)
-            sink.result.dropped[part.kind, "resource type not read"] += len(part.raws)
+            why = "read for references only" if part.kind in index.INDEXED else "resource type not read"
+            sink.result.dropped[part.kind, why] += len(part.raws)
         else:
             sink.settle(*reader.read(part))
         if isinstance(part, Chunk) and part.kind in index.INDEXED and not indexed:
@@ -125,6 +126,17 @@ def read_piece(
     sink.result.locals = namer.locals
     sink.result.dangling_encounters = reader.dangling_encounters
     return sink.result
+
+
+def _whole_or_split(piece: Piece, first_row: int, sink: "_Sink", reader: Reader) -> Iterator[Chunk | Lost]:
+    """Read blocks at once where all of their lines are right; give what has to be looked at line by line."""
+    for part in read(piece, first_row, whole=READ.keys() - index.INDEXED):
+        if not isinstance(part, Block):
+            yield part
+        elif (batch := reader.read_block(part)) is not None:
+            sink.settle(batch, [])
+        else:
+            yield from part.split()
 
 
 class _Sink:
@@ -190,9 +202,8 @@ class _Sink:
         self, batch: Batch, events: Events, table: str, stays: npt.NDArray[np.bool_], when: npt.NDArray[np.int64]
     ) -> None:
         at = np.array(events.at, np.int64)
-        moments = when[at] if not any(events.moment) else _own_times(events, when, batch)
+        moments = _own_times(events, when, batch)
         wanted = stays[at]
-        texts = pl.Series(batch.encounters, dtype=pl.String)
         frame = pl.DataFrame(
             {
                 "subject_id": batch.subjects[at],
@@ -200,7 +211,7 @@ class _Sink:
                 "code": pl.Series(events.code, dtype=pl.String),
                 "numeric_value": pl.Series(events.value, dtype=pl.Float64),
                 "unit": pl.Series(events.unit, dtype=pl.String),
-                "encounter_id": texts.gather(at) if len(at) else pl.Series([], dtype=pl.String),
+                "encounter_id": batch.encounters.gather(at),
                 "_at": (at + self._serial).astype(np.uint32),
             }
         )
@@ -237,13 +248,13 @@ class _Sink:
     def _identify(self, batch: Batch, fate: npt.NDArray[np.int8], table: str) -> None:
         frame = pl.DataFrame(
             {
-                "key": index.hashed(batch.keys),
+                "key": index.hashed(batch.ids),
                 "updated": index.times(batch.updated, zoned=True),
                 "_at": np.arange(self._serial, self._serial + len(fate), dtype=np.uint32),
                 "kept": fate == _KEEP,
             }
         ).with_columns(pl.lit(TABLES.index(table), pl.UInt8).alias("_table"))
-        self._keys.append(frame.filter(pl.Series([name is not None for name in batch.keys], dtype=pl.Boolean)))
+        self._keys.append(frame.filter(pl.Series(batch.ids, dtype=pl.String).is_not_null()))
 
 
 def _fates(
@@ -255,7 +266,7 @@ def _fates(
     when, faults = _times(batch, early)
     for subject, reason in _SUBJECT_FAULTS.items():
         for at in np.flatnonzero((batch.subjects == subject) & ~early).tolist():
-            text = batch.subject_texts[at].decode(errors="replace")
+            text = "" if batch.static else batch.subject_texts[batch.subject_at[at]].decode(errors="replace")
             faults[at] = ("id" if batch.static else "subject", reason, text)
     for at, fault in batch.bads.items():
         if not early[at]:
@@ -273,9 +284,7 @@ def _fates(
     return fate, when, faults
 
 
-def _times(
-    batch: Batch, early: npt.NDArray[np.bool_]
-) -> tuple[npt.NDArray[np.int64], dict[int, tuple[str, str, str]]]:
+def _times(batch: Batch, early: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int64], dict[int, tuple[str, str, str]]]:
     """The time of each resource, and the faults of those times and of events with a time of their own."""
     when = index.times(batch.times).copy()
     faults: dict[int, tuple[str, str, str]] = {}
@@ -289,9 +298,8 @@ def _times(
             text = batch.times[at]
             missing = "no time" if text is None else "not a date or time"
             faults[at] = ("time", missing if when[at] == index.NO_TIME else "time out of range", text or "")
-    own = [place for place, text in enumerate(batch.events.moment) if text is not None]
-    if own:
-        moments = index.times([batch.events.moment[place] for place in own])
+    if own := list(batch.events.moment):
+        moments = index.times(batch.events.moment.values())
         for step in np.flatnonzero((moments < _FIRST) | (moments >= _LAST)).tolist():
             at = batch.events.at[own[step]]
             reason = "not a date or time" if moments[step] == index.NO_TIME else "time out of range"
@@ -301,9 +309,12 @@ def _times(
 
 
 def _own_times(events: Events, when: npt.NDArray[np.int64], batch: Batch) -> npt.NDArray[np.int64]:
-    own = np.array([text is not None for text in events.moment], np.bool_)
-    rest = np.full(len(own), index.NO_TIME) if batch.static else when[np.array(events.at, np.int64)]
-    return np.where(own, index.times(events.moment), rest)
+    moments = when[np.array(events.at, np.int64)]
+    if batch.static:
+        moments[:] = index.NO_TIME
+    if events.moment:
+        moments[list(events.moment)] = index.times(events.moment.values())
+    return moments
 
 
 def _marked(places: "dict[int, object] | dict[int, str]", size: int) -> npt.NDArray[np.bool_]:

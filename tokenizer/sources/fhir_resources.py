@@ -29,6 +29,9 @@ class Resource(Struct, gc=False, tag_field="resourceType"):
     unread: ClassVar[frozenset[str]] = frozenset()
     """Values of `status` that say that it didn't happen, or not yet."""
 
+    usual_time: ClassVar[str | None] = None
+    """The member that most have their time in; where it is empty, `event_time` looks further."""
+
     def event_time(self) -> str | None:
         """When it happened."""
         return None
@@ -175,6 +178,7 @@ class Observation(_Valued, tag="Observation", tag_field="resourceType"):
     hasMember: Raw = _NOTHING
 
     unread: ClassVar[frozenset[str]] = frozenset({"registered", "cancelled", "entered-in-error"})
+    usual_time: ClassVar[str | None] = "effectiveDateTime"
 
     def event_time(self) -> str | None:
         """When it was true; when it was issued, where that isn't said."""
@@ -198,6 +202,7 @@ class DiagnosticReport(Resource, tag="DiagnosticReport"):
     """A report; its results are observations of their own."""
 
     unread = frozenset({"registered", "cancelled", "entered-in-error"})
+    usual_time = "effectiveDateTime"
 
     effectiveDateTime: str | None = None
     effectivePeriod: Period | None = None
@@ -212,6 +217,7 @@ class Procedure(Resource, tag="Procedure"):
     """Something done to a patient."""
 
     unread = frozenset({"preparation", "not-done", "entered-in-error"})
+    usual_time = "performedDateTime"
 
     performedDateTime: str | None = None
     performedPeriod: Period | None = None
@@ -224,6 +230,7 @@ class Immunization(Resource, tag="Immunization"):
     """A vaccination."""
 
     unread = frozenset({"not-done", "entered-in-error"})
+    usual_time = "occurrenceDateTime"
 
     subject: Raw = field(default=_NOTHING, name="patient")
     code: Raw = field(default=_NOTHING, name="vaccineCode")
@@ -244,6 +251,7 @@ class MedicationRequest(_Medicated, tag="MedicationRequest"):
     """An order."""
 
     unread = frozenset({"draft", "cancelled", "entered-in-error"})
+    usual_time = "authoredOn"
 
     intent: str | None = None
     doNotPerform: bool | None = None
@@ -264,6 +272,7 @@ class MedicationAdministration(_Medicated, tag="MedicationAdministration"):
     """A dose given."""
 
     unread = frozenset({"not-done", "entered-in-error"})
+    usual_time = "effectiveDateTime"
 
     encounter: Raw = field(default=_NOTHING, name="context")
     effectiveDateTime: str | None = None

@@ -281,9 +281,9 @@ def _event_columns(table: EventTable) -> tuple[dict[str, Kind], list[tuple[str, 
         "visit_occurrence_id": "id",
     }
     if table.number:
-        kinds |= {table.number: "number", "unit_concept_id": "id", "unit_source_value": "text"}
+        texts: dict[str, Kind] = dict.fromkeys(table.texts, "text")
+        kinds |= {table.number: "number", "unit_concept_id": "id", "unit_source_value": "text"} | texts
         kinds["value_as_concept_id"] = "id"
-        kinds.update({text: "text" for text in table.texts})
     return kinds, [(f"{code}_concept_id", f"{code}_source_concept_id", f"{code}_source_value")]
 
 

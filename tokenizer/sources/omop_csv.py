@@ -1,8 +1,9 @@
 """CSV as warehouses export it, read in blocks: delimiter and header found, every row that is none named or set aside.
 
-A block is parsed as bytes, so that text which isn't UTF-8 costs its row and not the file.
+Bytes that aren't UTF-8 are marked on their way in, so that they cost their row and not the file.
 """
 
+import codecs
 import csv
 import io
 import zipfile
@@ -23,6 +24,9 @@ from tokenizer.sources.omop_tables import KNOWN_COLUMNS
 _BLOCK_BYTES = 16 << 20
 _HEAD_BYTES = 1 << 20
 _NULLS = ["", "NULL", "\\N"]
+_END = "\x04"
+# No character, and so in no text; but UTF-8 can write it.
+_MARK = "\U0010fffe"
 _DAMAGE = (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError, NotImplementedError, pa.ArrowException)
 
 
@@ -73,13 +77,16 @@ def layout_of(head: bytes, label: str, table: str, order: tuple[str, ...] | None
     if not text.strip():
         raise DataError(f"{label}: empty, without even a header. Remove the file, or export the table again.")
     delimiter = "\t" if any("\t" in line for line in lines[:2]) else ","
-    quoted = delimiter == "," or '"' in "".join(lines[:2])
-    rows = [_cells(line, delimiter, quoted) for line in lines[:2]]
+    rows = [_cells(line, delimiter) for line in lines[:2]]
     known = KNOWN_COLUMNS.get(table, frozenset())
     # An export that lost its header may have it as the first row, below made-up names.
     header = next((at for at, cells in enumerate(rows) if known & set(cells)), None)
-    names = _ordered(len(rows[0]), label, table, order, f"{lines[0].strip()[:80]!r}. {hint}") if header is None else \
-        tuple(rows[header])  # fmt: skip
+    if header is None:
+        names = _ordered(len(rows[0]), label, table, order, f"{lines[0].strip()[:80]!r}. {hint}")
+    else:
+        names = tuple(rows[header])
+    # Vocabulary files from Athena have tabs, and quotes that mean nothing.
+    quoted = delimiter == "," or (header is not None and '"' in lines[header])
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise DataError(f"{label}: the column {twice!r} is there twice. Rename or remove one.")
@@ -101,10 +108,62 @@ def _ordered(fields: int, label: str, table: str, order: tuple[str, ...] | None,
     return order
 
 
-def _cells(line: str, delimiter: str, quoted: bool) -> list[str]:
-    row = next(csv.reader(io.StringIO(line), delimiter=delimiter, quotechar='"' if quoted else None,
-                          quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE), [])  # fmt: skip
-    return [cell.strip().lower() for cell in row]
+def _cells(line: str, delimiter: str) -> list[str]:
+    return [cell.strip().strip('"').lower() for cell in next(csv.reader([line], delimiter=delimiter), [])]
+
+
+class _Marked(io.RawIOBase):
+    """A stream of bytes that is UTF-8 whatever came: bytes that are none are marked, and it has an end of our own."""
+
+    def __init__(self, stream: Any, end: bytes) -> None:
+        self._stream = stream
+        self._end = end
+        self._cut = b""
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        if not self._ready:
+            self._ready = self._next(size)
+        data, self._ready = self._ready[:size], self._ready[size:]
+        return data
+
+    def _next(self, size: int) -> bytes:
+        if not (data := self._stream.read(size)):
+            rest, self._cut, self._end = self._cut + self._end, b"", b""
+            return _marked(rest)
+        data = self._cut + bytes(data) if self._cut else bytes(data)
+        whole = len(data) - _started(data)
+        self._cut = data[whole:]
+        return _marked(data[:whole]) or self._next(size)
+
+
+def _marked(data: bytes) -> bytes:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return data.decode("utf-8", "fedcomet-mark").encode()
+    return data
+
+
+def _started(data: bytes) -> int:
+    """How many bytes at the end begin a character that isn't complete."""
+    for back, byte in enumerate(reversed(data[-3:]), start=1):
+        if byte >= 0xC0:
+            return back if back < 2 + (byte >= 0xE0) + (byte >= 0xF0) else 0
+        if byte < 0x80:
+            return 0
+    return 0
+
+
+def _mark(problem: UnicodeError) -> tuple[str, int]:
+    assert isinstance(problem, UnicodeDecodeError)
+    return _MARK * (problem.end - problem.start), problem.end
+
+
+codecs.register_error("fedcomet-mark", _mark)
 
 
 def read_csv(
@@ -118,7 +177,7 @@ def read_csv(
     invalid: list[Any],
     label: str,
 ) -> Iterator[pl.DataFrame]:
-    """Read CSV in blocks: the chosen columns as bytes, null where a field is empty.
+    """Read CSV in blocks: the chosen columns as text, null where a field is empty; `number_rows` finishes them.
 
     Args:
         stream: of bytes.
@@ -138,6 +197,8 @@ def read_csv(
         invalid.append(row)
         return "skip"
 
+    # A last row of our own: where it doesn't come out, a quote was never closed and has swallowed it, and more.
+    marked = _Marked(stream, f"\n{delimiter.join([_END] * len(names))}\n".encode())
     options = {
         "read_options": pyarrow.csv.ReadOptions(
             use_threads=False, block_size=_BLOCK_BYTES, column_names=list(names), skip_rows=skip
@@ -150,15 +211,23 @@ def read_csv(
         ),
         "convert_options": pyarrow.csv.ConvertOptions(
             include_columns=columns,
-            column_types={name: pa.binary() for name in columns},
+            column_types=dict.fromkeys(columns, pa.string()),
+            check_utf8=False,
             strings_can_be_null=True,
             null_values=_NULLS,
         ),
     }
-    reader = guarded(label, lambda: pyarrow.csv.open_csv(stream, **options))
+    before: pl.DataFrame | None = None
+    reader = guarded(label, lambda: pyarrow.csv.open_csv(marked, **options))
     with reader:
         while (batch := guarded(label, lambda: next(reader, None))) is not None:
-            yield pl.DataFrame(pl.from_arrow(batch))
+            if before is not None:
+                yield before
+            before = pl.DataFrame(pl.from_arrow(batch))
+    if before is None or set(before.row(-1)) != {_END}:
+        raise DataError(f"{label}: a quote is opened and never closed. Close it, or export the table again.")
+    if before.height > 1:
+        yield before[:-1]
 
 
 def number_rows(
@@ -186,38 +255,40 @@ def number_rows(
 
 def _set_aside(invalid: list[Any], label: str, table: str, intake: Intake) -> None:
     for row in invalid:
-        reason = f"{row.actual_columns} fields where {row.expected_columns} are needed"
-        advice = "A quote that isn't closed joins rows" if "\n" in row.text else "Quote fields that hold a delimiter"
+        text = row.text.replace(_MARK, "\ufffd")
+        joined = "\n" in text.strip()
+        reason = (
+            f"{row.actual_columns} fields where {row.expected_columns} are needed" + ", over several lines" * joined
+        )
+        advice = "Close the quote that joins them" if joined else "Quote fields that hold a delimiter"
         intake.rows(table, 1)
-        intake.bad(label, table, row.number, "", reason, row.text, advice)
+        intake.bad(label, table, row.number, "", reason, text, advice)
     invalid.clear()
 
 
 def _decode(frame: pl.DataFrame, label: str, table: str, intake: Intake) -> pl.DataFrame:
-    for column in frame.columns:
-        if frame[column].dtype != pl.Binary:
+    """Turn bytes to text, and set aside rows with text that isn't UTF-8."""
+    for column in frame.columns[1:]:
+        if frame[column].dtype == pl.Binary:
+            frame = frame.with_columns(_decoded(frame[column]))
+        if frame[column].dtype != pl.String:
             continue
-        try:
-            frame = frame.with_columns(pl.col(column).cast(pl.String))
-        except pl.exceptions.ComputeError:
-            texts = [_text(cell) for cell in frame[column]]
-            for row, cell, text in zip(frame["_row"], frame[column], texts, strict=True):
-                if cell is not None and text is None:
-                    intake.rows(table, 1)
-                    advice = "Save the file as UTF-8 (iconv -f latin1 -t utf-8 file > new)"
-                    intake.bad(label, table, row, column, "not UTF-8", repr(cell), advice)
-            good = pl.Series(
-                [cell is None or text is not None for cell, text in zip(frame[column], texts, strict=True)]
-            )
-            frame = frame.with_columns(pl.Series(column, texts, dtype=pl.String)).filter(good)
+        bad = frame[column].str.contains(_MARK, literal=True).fill_null(value=False)
+        if bad.any():
+            for row, cell in frame.filter(bad).select("_row", column).iter_rows():
+                intake.rows(table, 1)
+                advice = "Save the file as UTF-8 (iconv -f latin1 -t utf-8 file > new)"
+                intake.bad(label, table, row, column, "not UTF-8", cell.replace(_MARK, "\ufffd"), advice)
+            frame = frame.filter(~bad)
     return frame
 
 
-def _text(cell: bytes | None) -> str | None:
+def _decoded(column: pl.Series) -> pl.Series:
     try:
-        return None if cell is None else cell.decode()
-    except UnicodeDecodeError:
-        return None
+        return column.cast(pl.String)
+    except pl.exceptions.ComputeError:
+        texts = [None if cell is None else cell.decode("utf-8", "fedcomet-mark") for cell in column]
+        return pl.Series(column.name, texts, dtype=pl.String)
 
 
 def complete(frame: pl.DataFrame, wanted: list[str], numbers: np.ndarray) -> pl.DataFrame:

@@ -39,7 +39,9 @@ class Quarantine:
         if not self.allowed:
             raise _refusal(file, table, row, column, reason, content, advice)
         self._count(table, reason, 1)
-        self._waiting.append((file, table, row, column, reason, content[:_LONGEST]))
+        # Bytes that are no text have come as lone surrogates, which can't be written.
+        shown = content[:_LONGEST].encode("utf-8", "backslashreplace").decode()
+        self._waiting.append((file, table, row, column, reason, shown))
         if len(self._waiting) >= _WAITING:
             self.flush()
 

@@ -189,7 +189,8 @@ def codes(dataset: Path) -> list[str]:
 def columns(table: str, rows: Sequence[Row]) -> list[str]:
     """Columns of a table: version 5.4's, and whatever its rows have besides."""
     own = dict.fromkeys(column for row in rows for column in row)
-    return [*(c for c in column_order("5.4").get(table, ()) if c in own), *(c for c in own if c not in column_order("5.4").get(table, ()))]  # fmt: skip
+    order = column_order("5.4").get(table, ())
+    return [*(column for column in order if column in own), *(column for column in own if column not in order)]
 
 
 def csv_text(
@@ -233,20 +234,17 @@ def write_parquet(tables: Tables, folder: Path) -> Path:
 
 def typed(table: str, rows: Sequence[Row]) -> pl.DataFrame:
     names = columns(table, rows)
-    frame = pl.DataFrame(
-        {name: pl.Series([None if row.get(name) is None else str(row[name]) for row in rows], dtype=pl.String) for name in names}
-    )  # fmt: skip
+    cells = {name: [None if row.get(name) is None else str(row[name]) for row in rows] for name in names}
+    frame = pl.DataFrame(cells, schema=dict.fromkeys(names, pl.String))
     casts = []
     for name in names:
         if name.endswith("_datetime"):
             casts.append(pl.col(name).str.to_datetime("%Y-%m-%d %H:%M:%S", time_unit="ns"))
         elif name.endswith("_date"):
             casts.append(pl.col(name).str.to_date("%Y-%m-%d"))
-        elif (
-            name.endswith("_id")
-            and name not in ("domain_id", "vocabulary_id", "relationship_id")
-            or "_of_birth" in name
-        ):
+        elif name in ("domain_id", "vocabulary_id", "relationship_id"):
+            continue
+        elif name.endswith(("_id", "_id_1", "_id_2", "_of_birth")):
             casts.append(pl.col(name).cast(pl.Int32))
         elif name == "value_as_number":
             casts.append(pl.col(name).cast(pl.Float64))

@@ -85,7 +85,8 @@ def test_a_source_concept_that_maps_to_two_becomes_both(ram_path: Path) -> None:
         "condition_occurrence": [cdm.condition(1, condition_concept_id=0, condition_source_concept_id=45576876)],
         "concept": cdm.vocabulary(),
         "concept_relationship": [
-            {"concept_id_1": 45576876, "concept_id_2": target, "relationship_id": "Maps to"} for target in (201826, 4298794)
+            {"concept_id_1": 45576876, "concept_id_2": target, "relationship_id": "Maps to"}
+            for target in (201826, 4298794)
         ],
     }  # fmt: skip
     flow = bring(tables, ram_path)
@@ -222,9 +223,9 @@ def test_eras_are_read_when_asked_for(ram_path: Path) -> None:
 
 def test_changes_of_department_are_read_when_asked_for(ram_path: Path) -> None:
     details = [
-        {"person_id": 1, "visit_detail_start_datetime": "2020-01-02 10:00:00", "care_site_id": 5, "visit_occurrence_id": 10},
-        {"person_id": 1, "visit_detail_start_datetime": "2020-01-03 10:00:00", "care_site_id": 99, "visit_occurrence_id": 10},
-    ]  # fmt: skip
+        {"person_id": 1, "visit_detail_start_datetime": time, "care_site_id": site, "visit_occurrence_id": 10}
+        for time, site in (("2020-01-02 10:00:00", 5), ("2020-01-03 10:00:00", 99))
+    ]
     flow = bring(cdm.hospital() | {"visit_detail": details}, ram_path, visit_details=True)
     assert (1, "2020-01-02 10:00:00", "DEPARTMENT//CARDIOLOGY", None, None, "10") in cdm.events(ram_path / "out")
     assert flow.dropped["visit_detail"] == {"no department": 1}
@@ -314,7 +315,8 @@ class TestKnownCounts:
         frame = pl.read_parquet(ram_path / "out/data/*.parquet")
         assert flow.rows == {
             "person": 28, "visit_occurrence": 1_791, "condition_occurrence": 470, "drug_exposure": 883,
-            "procedure_occurrence": 1_649, "device_exposure": 1, "measurement": 10_040, "observation": 8_099, "death": 3,
+            "procedure_occurrence": 1_649, "device_exposure": 1, "measurement": 10_040, "observation": 8_099,
+            "death": 3,
         }  # fmt: skip
         # 9,107 numbers, and three that stand as text.
         assert frame["numeric_value"].count() == 9_110

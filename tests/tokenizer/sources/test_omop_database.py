@@ -92,7 +92,7 @@ def test_dates_that_no_calendar_has_and_odd_texts_are_named(server: Path, ram_pa
             " condition_concept_id int, condition_start_date date, condition_source_value text)",
             "INSERT INTO condition_occurrence VALUES (41, 1, 0, '2020-01-01', E'\"a\",\\n''b'' \\t €'),"
             " (42, 1, 0, 'infinity', 'x'), (43, 1, 0, '0044-03-15 BC', 'y'), (44, 1, 0, '2020-01-02', '')",
-            "CREATE VIEW death AS SELECT person_id, DATE '2021-01-01' AS death_date FROM \"PERSON\" WHERE person_id = 1",
+            "CREATE VIEW death AS SELECT person_id, DATE '2021-01-01' AS death_date FROM \"PERSON\" LIMIT 1",
             "SET datestyle TO 'SQL, DMY'",
         ):
             connection.execute(sa.text(statement))
