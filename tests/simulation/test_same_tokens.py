@@ -35,7 +35,8 @@ IMPORTERS: dict[str, Callable[[Path, Path], Flow]] = {
     "tables": lambda records, out: import_tables(records, out, records / "mapping.toml", name="tables"),
 }
 
-# Tables with rows that give no event: the panel of a blood pressure has no value of its own, the others are referred to.
+# Tables with rows that give no event: the panel of a blood pressure has no value of its own, the others are only
+# referred to.
 NO_EVENTS = {"Observation", "Location", "Medication", "begins"}
 
 
