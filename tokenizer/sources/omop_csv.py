@@ -9,7 +9,7 @@ import io
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,26 @@ class Layout:
     quoted: bool
     header_rows: int
     empty: bool
+
+
+@dataclass
+class Oddities:
+    """What was odd about a CSV file, up to the piece that came last.
+
+    Attributes:
+        rows: with too few or too many fields (`number`, `text`, `actual_columns`, `expected_columns`).
+        marked: whether any byte was no UTF-8.
+    """
+
+    rows: list[Any] = field(default_factory=list)
+    marked: bool = False
+
+    def taken(self) -> list[Any]:
+        """Take the odd rows out, while the reader may add more."""
+        taken = []
+        while self.rows:
+            taken.append(self.rows.pop(0))
+        return taken
 
 
 def head_of(stream: Any) -> bytes:
@@ -122,8 +142,9 @@ def _cells(line: str, delimiter: str) -> list[str]:
 class _Marked(io.RawIOBase):
     """A stream of bytes that is UTF-8 whatever came: bytes that are none are marked, and it has an end of our own."""
 
-    def __init__(self, stream: Any, end: bytes) -> None:
+    def __init__(self, stream: Any, end: bytes, odd: Oddities) -> None:
         self._stream = stream
+        self._odd = odd
         self._end = end
         self._cut = b""
         self._ready = b""
@@ -150,6 +171,7 @@ class _Marked(io.RawIOBase):
         try:
             data.decode()
         except UnicodeDecodeError:
+            self._odd.marked = True
             return data.decode("utf-8", "fedcomet-mark").encode()
         return data
 
@@ -180,7 +202,7 @@ def read_csv(
     delimiter: str,
     quoted: bool,
     skip: int,
-    invalid: list[Any],
+    odd: Oddities,
     label: str,
 ) -> Iterator[pl.DataFrame]:
     """Read CSV in blocks: the chosen columns as text, null where a field is empty; `number_rows` finishes them.
@@ -192,7 +214,7 @@ def read_csv(
         delimiter: between fields.
         quoted: whether fields may stand in double quotes.
         skip: rows of the header.
-        invalid: gets the rows with too few or too many fields (their `number` and `text`); they are left out.
+        odd: gets the rows with too few or too many fields, which are left out.
         label: the file, for messages.
 
     Raises:
@@ -200,11 +222,11 @@ def read_csv(
     """
 
     def note(row: Any) -> str:
-        invalid.append(row)
+        odd.rows.append(row)
         return "skip"
 
     # A last row of our own: where it doesn't come out, a quote was never closed and has swallowed it, and more.
-    marked = _Marked(stream, f"\n{delimiter.join([_END] * len(names))}\n".encode())
+    marked = _Marked(stream, f"\n{delimiter.join([_END] * len(names))}\n".encode(), odd)
     options = {
         "read_options": pyarrow.csv.ReadOptions(
             use_threads=False, block_size=_BLOCK_BYTES, column_names=list(names), skip_rows=skip
@@ -238,7 +260,7 @@ def read_csv(
 
 def number_rows(
     batches: Iterator[pl.DataFrame],
-    invalid: list[Any],
+    odd: Oddities,
     wanted: list[str],
     label: str,
     table: str,
@@ -250,17 +272,18 @@ def number_rows(
     ahead = np.zeros(0, np.int64)
     for frame in batches:
         # The reader may be a block ahead: rows that it left out can lie behind this piece.
-        ahead = np.concatenate([ahead[ahead >= at], [row.number for row in invalid]]).astype(np.int64)
-        _set_aside(invalid, label, table, intake)
+        left_out = odd.taken()
+        ahead = np.concatenate([ahead[ahead >= at], [row.number for row in left_out]]).astype(np.int64)
+        _set_aside(left_out, label, table, intake)
         numbers = np.arange(at, at + frame.height + len(ahead))
         numbers = numbers[~np.isin(numbers, ahead)][: frame.height]
         at = int(numbers[-1]) + 1 if len(numbers) else at
-        yield _decode(complete(frame, wanted, numbers), label, table, intake)
-    _set_aside(invalid, label, table, intake)
+        yield _decode(complete(frame, wanted, numbers), odd, label, table, intake)
+    _set_aside(odd.taken(), label, table, intake)
 
 
-def _set_aside(invalid: list[Any], label: str, table: str, intake: Intake) -> None:
-    for row in invalid:
+def _set_aside(left_out: list[Any], label: str, table: str, intake: Intake) -> None:
+    for row in left_out:
         text = row.text.replace(_MARK, "\ufffd")
         joined = "\n" in text.strip()
         reason = (
@@ -269,15 +292,14 @@ def _set_aside(invalid: list[Any], label: str, table: str, intake: Intake) -> No
         advice = "Close the quote that joins them" if joined else "Quote fields that hold a delimiter"
         intake.rows(table, 1)
         intake.bad(label, table, row.number, "", reason, text, advice)
-    invalid.clear()
 
 
-def _decode(frame: pl.DataFrame, label: str, table: str, intake: Intake) -> pl.DataFrame:
+def _decode(frame: pl.DataFrame, odd: Oddities, label: str, table: str, intake: Intake) -> pl.DataFrame:
     """Turn bytes to text, and set aside rows with text that isn't UTF-8."""
     for column in frame.columns[1:]:
         if frame[column].dtype == pl.Binary:
-            frame = frame.with_columns(_decoded(frame[column]))
-        if frame[column].dtype != pl.String:
+            frame = frame.with_columns(_decoded(frame[column], odd))
+        if not odd.marked or frame[column].dtype != pl.String:
             continue
         bad = frame[column].str.contains(_MARK, literal=True).fill_null(value=False)
         if bad.any():
@@ -289,10 +311,11 @@ def _decode(frame: pl.DataFrame, label: str, table: str, intake: Intake) -> pl.D
     return frame
 
 
-def _decoded(column: pl.Series) -> pl.Series:
+def _decoded(column: pl.Series, odd: Oddities) -> pl.Series:
     try:
         return column.cast(pl.String)
     except pl.exceptions.ComputeError:
+        odd.marked = True
         texts = [None if cell is None else cell.decode("utf-8", "fedcomet-mark") for cell in column]
         return pl.Series(column.name, texts, dtype=pl.String)
 

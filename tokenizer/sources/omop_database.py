@@ -17,7 +17,7 @@ import sqlalchemy as sa
 
 from tokenizer.errors import ConfigError, DataError
 from tokenizer.sources.intake import Intake
-from tokenizer.sources.omop_csv import number_rows, read_csv
+from tokenizer.sources.omop_csv import Oddities, number_rows, read_csv
 from tokenizer.sources.omop_files import missing_column
 from tokenizer.sources.omop_tables import READ, UNREAD
 
@@ -97,7 +97,7 @@ class DatabaseRecords:
             pl.DataFrame([tuple(row) for row in rows], schema=dict.fromkeys(chosen, kind), orient="row", strict=False)
             for rows in result.partitions()
         )
-        yield from number_rows(frames, [], wanted, label, table, intake)
+        yield from number_rows(frames, Oddities(), wanted, label, table, intake)
 
     def _copied(
         self, here: Any, chosen: list[str], wanted: list[str], label: str, table: str, intake: Intake
@@ -108,8 +108,9 @@ class DatabaseRecords:
         driver: Any = self._connection.connection.driver_connection
         try:
             with driver.cursor() as cursor, cursor.copy(f"COPY ({query}) TO STDOUT (FORMAT csv)") as copy:
-                frames = (frame for block in _blocks(copy) for frame in _parsed(block, chosen, label))
-                yield from number_rows(frames, [], wanted, label, table, intake)
+                odd = Oddities()
+                frames = (frame for block in _blocks(copy) for frame in _parsed(block, chosen, odd, label))
+                yield from number_rows(frames, odd, wanted, label, table, intake)
         except psycopg.Error as problem:
             raise _failed(label, problem) from None
 
@@ -210,13 +211,11 @@ def _blocks(copy: Any) -> Iterator[bytes]:
         yield b"".join(rows)
 
 
-def _parsed(block: bytes, columns: list[str], label: str) -> Iterator[pl.DataFrame]:
-    invalid: list[Any] = []
-    yield from read_csv(
-        io.BytesIO(block), columns, columns, delimiter=",", quoted=True, skip=0, invalid=invalid, label=label
-    )
-    if invalid:
-        raise DataError(f"{label}: a row came with {invalid[0].actual_columns} of {len(columns)} columns; read again.")
+def _parsed(block: bytes, columns: list[str], odd: Oddities, label: str) -> Iterator[pl.DataFrame]:
+    stream = io.BytesIO(block)
+    yield from read_csv(stream, columns, columns, delimiter=",", quoted=True, skip=0, odd=odd, label=label)
+    if odd.rows:
+        raise DataError(f"{label}: a row came with {odd.rows[0].actual_columns} of {len(columns)} columns; read again.")
 
 
 def _by_key(piece: pl.DataFrame, key: str | None) -> pl.DataFrame:

@@ -22,7 +22,7 @@ import pyarrow.parquet
 
 from tokenizer.errors import DataError
 from tokenizer.sources.intake import Intake
-from tokenizer.sources.omop_csv import complete, guarded, head_of, layout_of, number_rows, read_csv
+from tokenizer.sources.omop_csv import Oddities, complete, guarded, head_of, layout_of, number_rows, read_csv
 from tokenizer.sources.omop_tables import READ, UNREAD
 
 _BATCH_ROWS = 200_000
@@ -144,7 +144,7 @@ class FileRecords:
         _require(part, layout.names, required)
         if layout.empty:
             return
-        invalid: list[Any] = []
+        odd = Oddities()
         with _opened(part) as stream:
             batches = read_csv(
                 stream,
@@ -153,10 +153,10 @@ class FileRecords:
                 delimiter=layout.delimiter,
                 quoted=layout.quoted,
                 skip=layout.header_rows,
-                invalid=invalid,
+                odd=odd,
                 label=part.label,
             )
-            yield from number_rows(batches, invalid, wanted, part.label, part.table, intake, layout.header_rows)
+            yield from number_rows(batches, odd, wanted, part.label, part.table, intake, layout.header_rows)
 
     def _read_parquet(
         self, part: _Part, wanted: list[str], required: Sequence[tuple[str, ...]], intake: Intake
