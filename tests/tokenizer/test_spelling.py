@@ -2,16 +2,16 @@
 
 import doctest
 import gzip
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.data import DATA
 from tokenizer import spelling
 from tokenizer.spelling import ancestors, canonical, pieces, read
 
-ALL = Path("/work/shared/data/icd10cm-order-Jan-2021.csv.gz")
+ALL = DATA / "icd10cm-order-Jan-2021.csv.gz"
 WIDTHS = {"ICD10CM": (3, 3), "ATC": (3, 1), "ICD10PCS": (1,) * 6}
 
 icd = st.from_regex(r"[A-Z][0-9][0-9A-Z](\.[0-9A-Z]{1,4})?", fullmatch=True)

@@ -10,6 +10,7 @@ from typing import Any
 import polars as pl
 import pytest
 
+from tests.data import DATA
 from tokenizer.errors import ConfigError, DataError
 from tokenizer.sources.fhir import import_fhir
 from tokenizer.sources.intake import Flow
@@ -496,9 +497,6 @@ def test_references_to_missing_encounters_are_noted_and_their_events_kept(tmp_pa
     events, flow = take(tmp_path, patient(), observation(valueInteger=1, encounter={"reference": "Encounter/none"}))
     assert events.filter(pl.col("numeric_value") == 1)["encounter_id"].to_list() == ["none"]
     assert any("1 references lead to encounters" in note for note in flow.notes)
-
-
-DATA = Path("/work/shared/data")
 
 
 @pytest.mark.skipif(not (DATA / "pysynthea_fhir_30pts_seed1.tar.gz").exists(), reason="the Synthea bundles aren't here")

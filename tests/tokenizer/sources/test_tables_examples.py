@@ -8,6 +8,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from tests.data import DATA
 from tests.tokenizer.sources.site import events_of, write
 from tokenizer.sources.mapping import read_mapping
 from tokenizer.sources.subjects import SubjectIds
@@ -15,8 +16,8 @@ from tokenizer.sources.tables import import_tables
 
 ROOT = Path(__file__).parents[3]
 EXAMPLES = ROOT / "examples/sources"
-PUBLISHED = Path("/work/shared/data/physionet2012_set-a.tar.gz")
-PUBLISHED_MEDS = Path("/work/shared/data/physionet2012_set-a_meds")
+PUBLISHED = DATA / "physionet2012_set-a.tar.gz"
+PUBLISHED_MEDS = DATA / "physionet2012_set-a_meds"
 
 
 def test_the_example_in_the_documentation_gives_what_stands_there(tmp_path):
