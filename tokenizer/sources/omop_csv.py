@@ -96,9 +96,16 @@ def layout_of(head: bytes, label: str, table: str, order: tuple[str, ...] | None
     lines = io.StringIO(text, newline=None).readlines()
     if not text.strip():
         raise DataError(f"{label}: empty, without even a header. Remove the file, or export the table again.")
-    delimiter = "\t" if any("\t" in line for line in lines[:2]) else ","
-    rows = [_cells(line, delimiter) for line in lines[:2]]
     known = KNOWN_COLUMNS.get(table, frozenset())
+
+    def columns_told(delimiter: str) -> int:
+        return max(len(known & set(_cells(line, delimiter))) for line in lines[:2])
+
+    # A comma or a tab may stand in any text, so the header decides; without one, tabs are rare enough in text.
+    delimiter = max("\t,", key=columns_told)
+    if not columns_told(delimiter):
+        delimiter = "\t" if any("\t" in line for line in lines[:2]) else ","
+    rows = [_cells(line, delimiter) for line in lines[:2]]
     # An export that lost its header may have it as the first row, below made-up names.
     header = next((at for at, cells in enumerate(rows) if known & set(cells)), None)
     if header is None:

@@ -14,6 +14,7 @@ VISIT: dict[str, Kind] = {
     "visit_start_datetime": "time",
     "visit_end_date": "time",
     "visit_end_datetime": "time",
+    "visit_type_concept_id": "id",
     "provider_id": "id",
     "care_site_id": "id",
     "visit_source_value": "text",
@@ -43,6 +44,9 @@ _TYPES = {
     "LONG_TERM": (42898160, 8546, 8615, 8676, 8827, 8863),
 }
 """Visit and place-of-service concepts of the standard vocabularies; an observation room is outpatient care."""
+
+# Every visit must have an end: that of one which still goes on is the day of the extract, and this its visit type.
+_STILL_PATIENT = 32220
 
 # In this order: a nursing home is no home, and an emergency visit that became an admission is an inpatient one.
 _WORDS = (
@@ -85,11 +89,14 @@ class Visits:
     def ended(self, frame: pl.DataFrame, rows: Rows) -> pl.DataFrame:
         """Add `end`, null where it isn't known; visits that end before they start are set aside.
 
-        A visit that ends on the day it started, with no hour given, ends at its start.
+        A visit that ends on the day it started, with no hour given, ends at its start. One that still went on at the
+        extract has no end, whatever stands there.
         """
         time, day = pl.col("time"), pl.col("visit_end_date")
         same_day = (day.dt.date() == time.dt.date()) & (day < time)
-        frame = frame.with_columns(end=pl.coalesce("visit_end_datetime", pl.when(same_day).then(time).otherwise(day)))
+        end = pl.coalesce("visit_end_datetime", pl.when(same_day).then(time).otherwise(day))
+        ended = (pl.col("visit_type_concept_id") != _STILL_PATIENT).fill_null(value=True)
+        frame = frame.with_columns(end=pl.when(ended).then(end))
         frame = rows.in_range(frame, "end", "visit_end_date")
         advice = "Correct start or end"
         return rows.without(

@@ -6,13 +6,12 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from tests.data import DATA
 from tests.tokenizer.sources import cdm
 from tokenizer.errors import ConfigError, DataError
 from tokenizer.events import MedsDataset
 from tokenizer.sources.intake import Flow
 from tokenizer.sources.omop import import_omop
-
-DATA = Path("/work/shared/data")
 
 
 def bring(tables: cdm.Tables, path: Path, **options: object) -> Flow:

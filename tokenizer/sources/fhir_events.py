@@ -1,0 +1,245 @@
+"""FHIR resources become events: chunk by chunk, member by member as whole columns.
+
+Every resource has one fate: it gives events, a named filter drops it, or it is bad. Filters on what a resource says of
+itself (cancelled, refuted) come first, then faults of subject and time, then filters on what it holds (no code, free
+text, a panel whose parts are read).
+"""
+
+from collections.abc import Iterable, Sequence
+from operator import attrgetter
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from tokenizer.sources import fhir_index as index
+from tokenizer.sources.fhir_batch import Batch, Memo
+from tokenizer.sources.fhir_codes import READ_ERRORS, Coded, Concept, Namer, clean, fault, given
+from tokenizer.sources.fhir_index import Index
+from tokenizer.sources.fhir_kinds import Block, Chunk
+from tokenizer.sources.fhir_refer import Resolver
+from tokenizer.sources.fhir_resources import DECODERS, READ, TOLD_LATER
+from tokenizer.sources.fhir_stays import Encounters, fill_patients
+from tokenizer.sources.fhir_values import LARGEST, Values
+
+PANEL = "panel, its parts are read"
+"""The filter that drops an observation without a value of its own whose parts are read."""
+
+_REFUTED = frozenset({"refuted", "entered-in-error"})
+_ID, _META, _STATUS = attrgetter("id"), attrgetter("meta"), attrgetter("status")
+_SUBJECT, _ENCOUNTER = attrgetter("subject"), attrgetter("encounter")
+_CONCEPT = msgspec.json.Decoder(Concept)
+
+
+class Reader:
+    """Turns chunks into batches; one per process.
+
+    Attributes:
+        refer: follows references.
+    """
+
+    def __init__(self, found: Index, namer: Namer, *, told: bool) -> None:
+        self.refer = Resolver(found)
+        self._namer, self._told = namer, told
+        self._encounters = Encounters(self.refer, namer)
+        self._values = Values(namer)
+        self._codes: dict[str, Memo] = {}
+        self._refuted = Memo(_refuted)
+
+    def read(self, chunk: Chunk) -> tuple[Batch, list[tuple[int, str, str]]]:
+        """Decode a chunk and find its events; also rows that aren't what they should be: place, reason, content."""
+        objects, places, broken = _decoded(chunk)
+        return self._filled(chunk, objects, places), broken
+
+    def read_block(self, block: Block) -> Batch | None:
+        """Decode the lines of a block at once; None if they aren't all right, or of other kinds."""
+        try:
+            objects = DECODERS[block.kind].decode_lines(block.data)
+        except READ_ERRORS:
+            return None
+        if len(objects) != block.lines:
+            return None
+        rows = range(block.first_row, block.first_row + block.lines)
+        return self._filled(Chunk(block.file, block.kind, rows=rows), objects, range(block.lines))
+
+    def _filled(self, chunk: Chunk, objects: list[Any], places: Sequence[int]) -> Batch:
+        batch = self._batch(chunk, objects, places)
+        if chunk.kind == "MedicationRequest" or READ[chunk.kind].unread.intersection(map(_STATUS, objects)):
+            batch.early = {at: why for at, each in enumerate(objects) if (why := each.dropped())}
+        if chunk.kind == "Patient":
+            fill_patients(batch, objects, self.refer)
+        elif chunk.kind == "Encounter":
+            self._encounters.fill(batch, objects)
+        elif chunk.kind == "Observation":
+            self._observations(batch, objects)
+        elif chunk.kind == "DiagnosticReport":
+            self._reports(batch, objects)
+        else:
+            self._coded(batch, objects)
+        return batch
+
+    def _batch(self, chunk: Chunk, objects: list[Any], places: Sequence[int]) -> Batch:
+        subjects, subject_at = _distinct(map(bytes, map(_SUBJECT, objects)))
+        stays, stay_at = _distinct(map(bytes, map(_ENCOUNTER, objects)))
+        self.refer.learn(subjects, stays)
+        ids = list(map(_ID, objects))
+        if not all(ids):
+            ids = [each or index.own_id(chunk, place, None) for place, each in zip(places, ids, strict=True)]
+        usual = READ[chunk.kind].usual_time
+        times = list(map(attrgetter(usual), objects)) if usual else [None] * len(objects)
+        if not all(times):
+            times = [time or each.event_time() for time, each in zip(times, objects, strict=True)]
+        late = None
+        if chunk.kind in TOLD_LATER:
+            told = [each.told_time() for each in objects]
+            if self._told:
+                late = [not text for text in told]
+                times = [text or time for text, time in zip(told, times, strict=True)]
+            else:
+                times = [time or text for text, time in zip(told, times, strict=True)]
+        known = [self.refer.stays[raw] for raw in stays]
+        return Batch(
+            chunk=chunk,
+            places=places,
+            ids=ids,
+            updated=[meta.last_updated if meta else None for meta in map(_META, objects)],
+            subjects=np.array([self.refer.subjects[raw] for raw in subjects], np.int64)[subject_at],
+            subject_texts=subjects,
+            subject_at=subject_at,
+            encounters=pl.Series([stay[0] for stay in known], dtype=pl.String).gather(stay_at),
+            starts=np.array([stay[1] for stay in known], np.int64)[stay_at],
+            times=times,
+            late=late,
+        )
+
+    def _code_of(self, kind: str, table: str) -> Memo:
+        if table not in self._codes:
+            self._codes[table] = Memo(self._namer.concept(kind, table.upper()))
+        return self._codes[table]
+
+    def _coded(self, batch: Batch, objects: list[Any]) -> None:
+        """Resources that are one code at one time."""
+        kind = batch.chunk.kind
+        if kind.startswith("Medication"):
+            found = self._medications(objects, self._code_of("Medication", kind))
+        else:
+            codes = self._code_of(kind, kind)
+            found = [codes[bytes(each.code)] for each in objects]
+        prefix = "ALLERGY//" if kind == "AllergyIntolerance" else ""
+        for at, (each, coded) in enumerate(zip(objects, found, strict=True)):
+            if kind in ("Condition", "AllergyIntolerance"):
+                why, wrong = self._refuted[bytes(each.verification_status)]
+                if why:
+                    batch.early.setdefault(at, why)
+                if wrong:
+                    batch.bads[at] = ("verificationStatus", wrong, "")
+            if batch.take(at, coded, "code"):
+                batch.events.add(at, f"{prefix}{coded.code}")
+
+    def _medications(self, objects: list[Any], codes: Memo) -> list[Coded]:
+        """The codes of medications: in place, contained, or elsewhere in the source."""
+        found: list[Coded] = [codes[bytes(each.code)] for each in objects]
+        elsewhere = [
+            at for at, coded in enumerate(found) if coded.drop and given(bytes(objects[at].medication_reference))
+        ]
+        references = [(bytes(objects[at].medication_reference), bytes(objects[at].contained)) for at in elsewhere]
+        for at, coded in zip(elsewhere, self.refer.medications(references), strict=True):
+            found[at] = codes[coded] if isinstance(coded, bytes) else coded
+        return found
+
+    def _observations(self, batch: Batch, objects: list[Any]) -> None:
+        codes, units, events = self._code_of("Observation", "Observation"), self._values.units, batch.events
+        add_at, add_code = events.at.append, events.code.append
+        add_value, add_unit = events.value.append, events.unit.append
+        for at, each in enumerate(objects):
+            coded = codes[bytes(each.code)]
+            quantity = each.value_quantity
+            # Most are numbers: no call for them but those that remember.
+            if quantity is not None and (value := quantity.value) is not None and -LARGEST <= value <= LARGEST:
+                if (name := coded[0]) is not None:
+                    add_at(at)
+                    add_code(name)
+                    add_value(value)
+                    add_unit(units[quantity.code, quantity.unit, quantity.system])
+                else:
+                    batch.take(at, coded, "code")
+            elif batch.take(at, coded, "code"):
+                self._other_value(batch, at, each, coded)
+            if each.component:
+                self._components(batch, at, each.component, codes)
+
+    def _other_value(self, batch: Batch, at: int, each: Any, coded: Coded) -> None:
+        """An observation whose value isn't a plain quantity."""
+        suffix, value, unit, why = self._values.read(each)
+        if why == "no value" and (each.component or given(bytes(each.has_member))):
+            batch.drops[at] = PANEL
+        elif why in ("no value", None):
+            batch.events.add(at, f"{coded.code}{suffix}", value, unit)
+        elif why.startswith("!"):
+            batch.bads[at] = ("value", why[1:], "")
+        else:
+            batch.drops[at] = why
+
+    def _components(self, batch: Batch, at: int, components: Sequence[Any], codes: Memo) -> None:
+        for each in components:
+            coded = codes[bytes(each.code)]
+            suffix, value, unit, why = self._values.read(each)
+            if coded.code is None:
+                why = f"!{coded.fault}" if coded.fault else coded.drop
+            if why is None:
+                batch.parts.add(at, f"{coded.code}{suffix}", value, unit)
+            elif why.startswith("!"):
+                batch.part_bads.append((at, why[1:]))
+            else:
+                batch.part_drops.append((at, why))
+
+    def _reports(self, batch: Batch, objects: list[Any]) -> None:
+        codes = self._code_of("DiagnosticReport", "DiagnosticReport")
+        for at, each in enumerate(objects):
+            coded = codes[bytes(each.code)]
+            if not batch.take(at, coded, "code"):
+                continue
+            answers = [self._values.answers[bytes(raw)] for raw in each.conclusion_code or ()]
+            wrong = next((found.fault for found in answers if found.fault), None)
+            if wrong:
+                batch.bads[at] = ("conclusionCode", wrong, "")
+            words = [found.code for found in answers if found.code]
+            for code in [f"{coded.code}//{word}" for word in words] or [coded.code]:
+                batch.events.add(at, code or "")
+
+
+def _distinct(texts: Iterable[bytes]) -> tuple[list[bytes], npt.NDArray[np.int64]]:
+    """The distinct texts in their order, and the place of each text among them."""
+    column = list(texts)
+    places = {text: place for place, text in enumerate(dict.fromkeys(column))}
+    return list(places), np.array([places[text] for text in column], np.int64)
+
+
+def _decoded(chunk: Chunk) -> tuple[list[Any], list[int], list[tuple[int, str, str]]]:
+    """The resources of a chunk; those that can't be decoded apart."""
+    decode = DECODERS[chunk.kind].decode
+    try:
+        return [decode(raw) for raw in chunk.raws], list(range(len(chunk.raws))), []
+    except READ_ERRORS:
+        pass
+    objects, places, broken = [], [], []
+    for place, raw in enumerate(chunk.raws):
+        try:
+            objects.append(decode(raw))
+            places.append(place)
+        except READ_ERRORS as problem:
+            broken.append((place, fault(problem), raw[:2000].decode(errors="replace")))
+    return objects, places, broken
+
+
+def _refuted(raw: bytes) -> tuple[str | None, str | None]:
+    """Whether a verification status says that it wasn't so; or what is wrong with it."""
+    if not given(raw):
+        return None, None
+    try:
+        codes = [clean(coding.code) for coding in _CONCEPT.decode(raw).coding or ()]
+    except READ_ERRORS as problem:
+        return None, fault(problem)
+    return next((f"verification {code}" for code in codes if code in _REFUTED), None), None

@@ -1,0 +1,282 @@
+"""FHIR files to raw resources, in pieces: ndjson, bundles, single resources, with gzip or not, in folders or archives.
+
+Only a block of a file is in memory, or one document of at most `_WHOLE` bytes; larger bundles are cut into their
+entries while they are read.
+"""
+
+import gzip
+import re
+import tarfile
+import zlib
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, cast
+
+import msgspec
+from msgspec import Raw
+
+from tokenizer.errors import DataError
+from tokenizer.sources.fhir_codes import READ_ERRORS, fault
+from tokenizer.sources.fhir_cut import cut
+from tokenizer.sources.fhir_kinds import Block, Chunk, Lost, by_kind, entries, first_kind, is_object
+
+_LINES, _DOCUMENT, _ARCHIVES = (".ndjson", ".jsonl"), (".json",), (".tar", ".tar.gz", ".tgz")
+_BLOCK = 8 << 20
+_RANGE = 64 << 20
+_WHOLE = 64 << 20
+_LINE = 256 << 20
+
+_RAWS = msgspec.json.Decoder(list[Raw])
+_DAMAGE = (EOFError, OSError, zlib.error, tarfile.TarError)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of the source that is read by itself.
+
+    Attributes:
+        number: place in the order of the source.
+        path: of the file.
+        name: of the file, as people know it (relative to the source).
+        start, end: the bytes in which its lines begin; end None: the whole file.
+        kind: the resource type that the file's name tells, as bulk exports name them; None: mixed, or not told.
+    """
+
+    number: int
+    path: Path
+    name: str
+    start: int = 0
+    end: int | None = None
+    kind: str | None = None
+
+
+def pieces(source: Path) -> tuple[list[Piece], list[str]]:
+    """Find the files of a source and cut large ndjson files into ranges; also what to tell people.
+
+    Raises:
+        DataError: there is no such file or folder, or nothing in it that can be FHIR.
+    """
+    if not source.exists():
+        raise DataError(f"{source}: no such file or folder; give a FHIR file, an archive, or a folder of them.")
+    root = source if source.is_dir() else source.parent
+    found = sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else [source]
+    wanted = [p for p in found if _form(p.name) and not _hidden(p.relative_to(root))]
+    if not wanted:
+        raise DataError(
+            f"{source}: no FHIR files among {len(found)} files. Wanted are .ndjson, .jsonl or .json, also with .gz,"
+            " and archives of them as .tar, .tar.gz or .tgz."
+        )
+    cut_up: list[Piece] = []
+    notes = []
+    for path in wanted:
+        name = path.relative_to(root).as_posix()
+        if not path.stat().st_size:
+            notes.append(f"{name} is empty.")
+            continue
+        kind = (m := re.match(r"([A-Z][A-Za-z]+)[._-]", path.name)) and m[1]
+        form = _form(path.name)
+        size = path.stat().st_size
+        ranged = form == "lines" and not path.name.lower().endswith(".gz") and size > _RANGE
+        for start in range(0, size, _RANGE) if ranged else [0]:
+            end = min(start + _RANGE, size) if ranged else None
+            cut_up.append(Piece(len(cut_up), path, name, start, end, kind if form == "lines" else None))
+    if other := len(found) - len(wanted):
+        notes.append(f"{other} files of other kinds were not read.")
+    return cut_up, notes
+
+
+def read(piece: Piece, first_row: int = 1, *, whole: Container[str] = ()) -> Iterator[Chunk | Block | Lost]:
+    """Give the resources of a piece, block by block.
+
+    Args:
+        piece: of `pieces`.
+        first_row: number of its first line in the file.
+        whole: kinds whose lines are wanted unsplit.
+
+    Yields:
+        Chunks of one kind each, blocks, and what couldn't be read.
+    """
+    form = _form(piece.path.name)
+    if form == "archive":
+        yield from _archive(piece, whole)
+        return
+    with piece.path.open("rb") as plain:
+        yield from _file(plain, piece.name, form, piece, first_row, whole)
+
+
+def lines_of(piece: Piece) -> int:
+    """Lines that begin in a piece's range; 0 for whole files."""
+    if piece.end is None:
+        return 0
+    total, last = 0, b""
+    with piece.path.open("rb") as file:
+        part = _Range(file, piece.start, piece.end)
+        while data := part.read(_BLOCK):
+            total, last = total + data.count(b"\n"), data[-1:]
+    return total + (last not in (b"", b"\n"))
+
+
+def _form(name: str) -> str | None:
+    lower = name.lower()
+    if lower.endswith(_ARCHIVES):
+        return "archive"
+    lower = lower.removesuffix(".gz")
+    return "lines" if lower.endswith(_LINES) else "document" if lower.endswith(_DOCUMENT) else None
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith((".", "__MACOSX")) for part in path.parts)
+
+
+def _archive(piece: Piece, whole: Container[str]) -> Iterator[Chunk | Block | Lost]:
+    members = 0
+    try:
+        with tarfile.open(piece.path, "r|*") as archive:
+            for member in archive:
+                form = _form(member.name)
+                if not member.isfile() or form in (None, "archive") or _hidden(Path(member.name)):
+                    continue
+                members += 1
+                file = archive.extractfile(member)
+                if file is not None:
+                    yield from _file(file, f"{piece.name}!{member.name}", form, piece, 1, whole)
+    except _DAMAGE as problem:
+        yield Lost(piece.name, members + 1, "archive is cut off or damaged", str(problem), advice="Copy it again")
+
+
+def _file(
+    file: IO[bytes], name: str, form: str | None, piece: Piece, first_row: int, whole: Container[str]
+) -> Iterator[Chunk | Block | Lost]:
+    opened = cast(IO[bytes], gzip.GzipFile(fileobj=file)) if name.lower().endswith(".gz") else file
+    if form == "document":
+        yield from _document(opened, name)
+    else:
+        within = _Range(opened, piece.start, piece.end) if piece.end is not None else opened
+        yield from _lines(within, name, first_row, whole)
+
+
+class _Range:
+    """The lines of a file that begin in a range of its bytes, as a file to read from."""
+
+    def __init__(self, file: IO[bytes], start: int, end: int) -> None:
+        self._file, self._left = file, end - start
+        if start:
+            # The line that is under way at `start` belongs to the range before.
+            file.seek(start - 1)
+            self._left -= len(file.readline()) - 1
+        self._done = self._left <= 0
+
+    def read(self, size: int) -> bytes:
+        if self._done:
+            return b""
+        data = self._file.read(min(size, self._left))
+        self._left -= len(data)
+        if self._left <= 0 or not data:
+            self._done = True
+            if data and not data.endswith(b"\n"):
+                data += self._file.readline(_LINE + 1)
+        return data
+
+
+def _blocks(file: "IO[bytes] | _Range | _Chained") -> Iterator[tuple[bytes, str | None]]:
+    """Whole lines, a block at a time; a line too long to hold comes as its beginning and a complaint."""
+    rest: list[bytes] = []
+    skipping = False
+    while data := file.read(_BLOCK):
+        end = data.rfind(b"\n") + 1
+        if not end:
+            if not skipping:
+                rest.append(data)
+                skipping = sum(map(len, rest)) > _LINE
+            continue
+        start = 0
+        if skipping:
+            start = data.find(b"\n") + 1
+            yield rest[0][:1000], f"line of more than {_LINE >> 20} MiB"
+            rest, skipping = [], False
+        if end > start:
+            yield b"".join((*rest, memoryview(data)[start:end])), None
+        rest = [data[end:]] if end < len(data) else []
+    if skipping:
+        yield rest[0][:1000], f"line of more than {_LINE >> 20} MiB"
+    elif rest:
+        yield b"".join(rest), None
+
+
+def _lines(
+    file: "IO[bytes] | _Range | _Chained", name: str, first_row: int, whole: Container[str] = ()
+) -> Iterator[Chunk | Block | Lost]:
+    row = first_row
+    try:
+        for data, complaint in _blocks(file):
+            if complaint:
+                yield Lost(name, row, complaint, data.decode(errors="replace"))
+                row += 1
+                continue
+            lines = data.count(b"\n") + (not data.endswith(b"\n"))
+            block = Block(name, "", data.removeprefix(b"\xef\xbb\xbf") if row == 1 else data, row, lines)
+            kind = first_kind(block.data)
+            if kind and kind in whole:
+                block.kind = kind
+                yield block
+            else:
+                yield from block.split()
+            row += lines
+    except _DAMAGE as problem:
+        yield Lost(name, row, "file is cut off or damaged", str(problem), advice="Copy or export the file again")
+
+
+def _document(file: IO[bytes], name: str) -> Iterator[Chunk | Block | Lost]:
+    """A bundle or a resource, a list of resources, or ndjson under a name that doesn't tell."""
+    try:
+        start = file.read(_WHOLE + 1)
+        large = len(start) > _WHOLE
+        start = start.removeprefix(b"\xef\xbb\xbf")
+        if _whole_first_line(start):
+            yield from _lines(_Chained(start, file), name, 1)
+        elif large:
+            yield from _large(_Chained(start, file), name, bare=start.lstrip()[:1] == b"[")
+        elif not start.strip():
+            yield Lost(name, 1, "file is empty", advice="Export the file again")
+        elif start.lstrip()[:1] == b"[":
+            raws = [bytes(raw) for raw in _RAWS.decode(start)]
+            yield from by_kind(name, raws, range(1, len(raws) + 1), [None] * len(raws))
+        else:
+            yield from by_kind(name, [start], [1], [None], top=True)
+    except _DAMAGE as problem:
+        yield Lost(name, 1, "file is cut off or damaged", str(problem), advice="Copy or export the file again")
+    except READ_ERRORS as problem:
+        yield Lost(name, 1, fault(problem), start[:2000].decode(errors="replace"), advice="Export the file again")
+
+
+class _Chained:
+    """What was read ahead, and the rest of the file."""
+
+    def __init__(self, start: bytes, file: IO[bytes]) -> None:
+        self._start, self._file = start, file
+
+    def read(self, size: int) -> bytes:
+        data, self._start = self._start[:size], self._start[size:]
+        return data or self._file.read(size)
+
+
+def _whole_first_line(start: bytes) -> bool:
+    line, newline, rest = start.partition(b"\n")
+    if not newline or not rest.strip() or line.strip()[-1:] != b"}":
+        return False
+    return is_object(line)
+
+
+def _large(file: "_Chained", name: str, *, bare: bool) -> Iterator[Chunk | Lost]:
+    """A bundle, or a bare list of resources, that is cut into its entries."""
+    row = 1
+    for found in cut(file, _LINE):
+        if isinstance(found, str):
+            yield Lost(name, row, found, advice="Export the file again")
+            return
+        rows = range(row, row + len(found))
+        yield from by_kind(name, found, rows, [None] * len(rows)) if bare else entries(name, found, rows)
+        row += len(found)
+    if row == 1:
+        yield Lost(name, 1, f"document of more than {_WHOLE >> 20} MiB without entries", advice="Leave it out")

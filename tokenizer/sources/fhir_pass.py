@@ -1,0 +1,326 @@
+"""One piece of a FHIR source, read by itself: its events go to files, its counts and bad rows come back.
+
+A piece needs nothing but the index, so that pieces can be read in any order by any number of processes.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from tokenizer.errors import DataError
+from tokenizer.sources import fhir_index as index
+from tokenizer.sources.fhir_batch import Batch, Events
+from tokenizer.sources.fhir_codes import Namer
+from tokenizer.sources.fhir_events import Reader
+from tokenizer.sources.fhir_files import Piece, read
+from tokenizer.sources.fhir_kinds import Block, Chunk, Lost
+from tokenizer.sources.fhir_resources import READ
+from tokenizer.sources.intake import EARLIEST, EVENTS, LATEST
+
+COMPONENT = "Observation.component"
+DECEASED = "Patient.deceased"
+TABLES = (*READ, COMPONENT)
+"""The tables of events; parts hold their places in this list."""
+
+_FLUSH_EVENTS = 300_000
+_FIRST, _LAST = (int(np.datetime64(day, "us").astype(np.int64)) for day in (EARLIEST, LATEST))
+_KEEP, _DROP, _BAD = 0, 1, 2
+_SUBJECT_FAULTS = {
+    index.NO_SUBJECT: "no subject",
+    index.UNKNOWN_PATIENT: "unknown patient",
+    index.AMBIGUOUS: "several patients have this identifier",
+    index.BROKEN: "wrong type: not a reference",
+}
+
+BadRow = tuple[str, str, int, str, str, str, str]
+"""File, table, row, column, reason, content, advice."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How resources are read.
+
+    Attributes:
+        systems: vocabularies by URI, on top of those that are known.
+        prefer: order of vocabularies per resource type.
+        told: time of diagnoses, allergies and statements: when they were written down, instead of when they happened.
+        stop: end a piece at its first bad row.
+    """
+
+    systems: Mapping[str, str]
+    prefer: Mapping[str, Sequence[str]]
+    told: bool
+    stop: bool
+
+
+@dataclass
+class Result:
+    """What became of a piece.
+
+    Attributes:
+        rows: resources read, by table.
+        dropped: by (table, filter).
+        bad: rows, in their order.
+        files: events, and identities of all resources that have an id.
+        locals: short names of systems without a known vocabulary, and their URIs.
+        dangling_encounters: distinct references to encounters that aren't in the source.
+    """
+
+    rows: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[tuple[str, str]] = field(default_factory=Counter)
+    bad: list[BadRow] = field(default_factory=list)
+    files: list[tuple[Path, Path]] = field(default_factory=list)
+    locals: dict[str, str] = field(default_factory=dict)
+    dangling_encounters: int = 0
+
+
+def survey_piece(piece: Piece, settings: Settings) -> index.Seen:
+    """First pass: what others refer to."""
+    seen = index.Seen()
+    code = Namer(settings.systems, settings.prefer).concept("Medication", "MEDICATION")
+    for chunk in read(piece):
+        if isinstance(chunk, Chunk) and chunk.kind in index.INDEXED:
+            index.note(seen, chunk, code)
+    return seen
+
+
+def read_piece(
+    piece: Piece, first_row: int, found: index.Index, settings: Settings, folder: Path, *, indexed: bool
+) -> Result:
+    """Second pass: the events.
+
+    Args:
+        piece: of the source.
+        first_row: number of its first line.
+        found: what the first pass saw.
+        settings: how to read.
+        folder: for the files of events.
+        indexed: whether the first pass has looked at this piece.
+
+    Raises:
+        DataError: a file whose name says that it needs no first pass holds resources that others refer to.
+    """
+    namer = Namer(settings.systems, settings.prefer)
+    reader = Reader(found, namer, told=settings.told)
+    sink = _Sink(folder, piece.number)
+    for part in _whole_or_split(piece, first_row, sink, reader):
+        if isinstance(part, Lost):
+            sink.lose(part)
+        elif part.kind not in READ:
+            sink.result.rows[part.kind] += len(part.raws)
+            why = "read for references only" if part.kind in index.INDEXED else "resource type not read"
+            sink.result.dropped[part.kind, why] += len(part.raws)
+        else:
+            sink.settle(*reader.read(part))
+        if isinstance(part, Chunk) and part.kind in index.INDEXED and not indexed:
+            raise DataError(
+                f"{part.file}: holds a resource of type {part.kind} in row {part.rows[0]}, but is named as one that has"
+                f" {piece.kind} only. Rename the file, without a resource type in front."
+            )
+        if settings.stop and sink.result.bad:
+            break
+    sink.flush()
+    sink.result.locals = namer.locals
+    sink.result.dangling_encounters = reader.refer.dangling_encounters
+    return sink.result
+
+
+def _whole_or_split(piece: Piece, first_row: int, sink: "_Sink", reader: Reader) -> Iterator[Chunk | Lost]:
+    """Read blocks at once where all of their lines are right; give what has to be looked at line by line."""
+    for part in read(piece, first_row, whole=READ.keys() - index.INDEXED):
+        if not isinstance(part, Block):
+            yield part
+        elif (batch := reader.read_block(part)) is not None:
+            sink.settle(batch, [])
+        else:
+            yield from part.split()
+
+
+class _Sink:
+    """Collects what a piece gives, and writes it where it is much."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self.result = Result()
+        self._folder, self._number = folder, number
+        self._events: list[pl.DataFrame] = []
+        self._keys: list[pl.DataFrame] = []
+        self._waiting = 0
+        self._serial = 0
+
+    def lose(self, lost: Lost) -> None:
+        self.result.rows[lost.table] += 1
+        if lost.dropped:
+            self.result.dropped[lost.table, lost.reason] += 1
+        else:
+            self.result.bad.append((lost.file, lost.table, lost.row, "", lost.reason, lost.content, lost.advice))
+
+    def settle(self, batch: Batch, broken: list[tuple[int, str, str]]) -> None:
+        """Decide on each resource of a batch, and keep the events of those that stay."""
+        table, rows = batch.chunk.kind, batch.chunk.rows
+        self.result.rows[table] += len(rows)
+        bads = [(rows[place], "", reason, content) for place, reason, content in broken]
+        fate, when, faults = _fates(batch)
+        for at, (column, reason, content) in faults.items():
+            bads.append((rows[batch.places[at]], column, reason, content))
+        for at, reason in batch.drops.items():
+            if fate[at] == _DROP and at not in batch.early:
+                self.result.dropped[table, reason] += 1
+        for reason, count in Counter(batch.early.values()).items():
+            self.result.dropped[table, reason] += count
+        self._outside(batch)
+        if batch.deceased_undated:
+            self.result.rows[DECEASED] += batch.deceased_undated
+            self.result.dropped[DECEASED, "no time of death"] += batch.deceased_undated
+        self._keep(batch, batch.events, table, fate == _KEEP, when)
+        self._parts(batch, fate, when, bads)
+        self.result.bad += [(batch.chunk.file, table, *bad, "") for bad in sorted(bads)]
+        self._identify(batch, fate, table)
+        self._serial += len(fate)
+        if self._waiting >= _FLUSH_EVENTS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has been collected."""
+        if not self._events and not self._keys:
+            return
+        stem = f"{self._number:06d}-{len(self.result.files):05d}"
+        files = self._folder / f"{stem}.events.arrow", self._folder / f"{stem}.keys.arrow"
+        for file, frames in zip(files, (self._events, self._keys), strict=True):
+            pl.concat(frames).write_ipc(file)
+        self.result.files.append(files)
+        self._events, self._keys, self._waiting = [], [], 0
+
+    def _outside(self, batch: Batch) -> None:
+        strangers = int(((batch.subjects == index.NOT_A_PATIENT) & ~_marked(batch.early, len(batch.subjects))).sum())
+        if strangers:
+            self.result.dropped[batch.chunk.kind, "subject is not a patient"] += strangers
+
+    def _keep(
+        self, batch: Batch, events: Events, table: str, stays: npt.NDArray[np.bool_], when: npt.NDArray[np.int64]
+    ) -> None:
+        at = np.array(events.at, np.int64)
+        moments = _own_times(events, when, batch)
+        wanted = stays[at]
+        frame = pl.DataFrame(
+            {
+                "subject_id": batch.subjects[at],
+                "time": moments,
+                "code": pl.Series(events.code, dtype=pl.String),
+                "numeric_value": pl.Series(events.value, dtype=pl.Float64),
+                "unit": pl.Series(events.unit, dtype=pl.String),
+                "encounter_id": batch.encounters.gather(at),
+                "_at": (at + self._serial).astype(np.uint32),
+            }
+        )
+        time = pl.when(pl.col("time") != index.NO_TIME).then("time").cast(pl.Datetime("us"))
+        frame = frame.with_columns(time, pl.lit(TABLES.index(table), pl.UInt8).alias("_table"))
+        kept = frame.filter(pl.Series(wanted)).cast({name: EVENTS[name] for name in EVENTS})
+        self._events.append(kept)
+        self._waiting += kept.height
+
+    def _parts(
+        self,
+        batch: Batch,
+        fate: npt.NDArray[np.int8],
+        when: npt.NDArray[np.int64],
+        bads: list[tuple[int, str, str, str]],
+    ) -> None:
+        """The components of observations that are kept, or dropped only for having no value of their own."""
+        if not batch.parts.at and not batch.part_drops and not batch.part_bads:
+            return
+        read = (fate == _KEEP) | ((fate == _DROP) & ~_marked(batch.early, len(fate)))
+        read &= batch.subjects != index.NOT_A_PATIENT
+        self.result.rows[COMPONENT] += int(read[np.array(batch.parts.at, np.int64)].sum())
+        for at, reason in batch.part_drops:
+            if read[at]:
+                self.result.rows[COMPONENT] += 1
+                self.result.dropped[COMPONENT, reason] += 1
+        for at, reason in batch.part_bads:
+            if read[at]:
+                self.result.rows[COMPONENT] += 1
+                row = batch.chunk.rows[batch.places[at]]
+                self.result.bad.append((batch.chunk.file, COMPONENT, row, "component", reason, "", ""))
+        self._keep(batch, batch.parts, COMPONENT, read, when)
+
+    def _identify(self, batch: Batch, fate: npt.NDArray[np.int8], table: str) -> None:
+        frame = pl.DataFrame(
+            {
+                "key": index.hashed(batch.ids),
+                "updated": index.times(batch.updated, zoned=True),
+                "_at": np.arange(self._serial, self._serial + len(fate), dtype=np.uint32),
+                "kept": fate == _KEEP,
+            }
+        ).with_columns(pl.lit(TABLES.index(table), pl.UInt8).alias("_table"))
+        self._keys.append(frame.filter(pl.Series(batch.ids, dtype=pl.String).is_not_null()))
+
+
+def _fates(
+    batch: Batch,
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.int64], dict[int, tuple[str, str, str]]]:
+    """What becomes of each resource of a batch, their times, and what is wrong with the bad ones."""
+    size = len(batch.subjects)
+    early = _marked(batch.early, size)
+    when, faults = _times(batch, early)
+    for subject, reason in _SUBJECT_FAULTS.items():
+        for at in np.flatnonzero((batch.subjects == subject) & ~early).tolist():
+            text = "" if batch.static else batch.subject_texts[batch.subject_at[at]].decode(errors="replace")
+            faults[at] = ("id" if batch.static else "subject", reason, text)
+    for at, fault in batch.bads.items():
+        if not early[at]:
+            faults.setdefault(at, fault)
+    fate = np.full(size, _KEEP, np.int8)
+    fate[_marked(batch.drops, size)] = _DROP
+    outside = batch.subjects == index.NOT_A_PATIENT
+    for at in [*faults]:
+        if outside[at]:
+            del faults[at]
+    fate[_marked(faults, size)] = _BAD
+    fate[early | outside] = _DROP
+    for at in np.flatnonzero(outside).tolist():
+        batch.drops.pop(at, None)
+    return fate, when, faults
+
+
+def _times(batch: Batch, early: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int64], dict[int, tuple[str, str, str]]]:
+    """The time of each resource, and the faults of those times and of events with a time of their own."""
+    when = index.times(batch.times).copy()
+    faults: dict[int, tuple[str, str, str]] = {}
+    if not batch.static:
+        said = np.array([text is not None for text in batch.times], np.bool_)
+        when = np.where(said, when, batch.starts)
+        if batch.late is not None:
+            later = np.array(batch.late, np.bool_) & said & (when != index.NO_TIME)
+            when = np.where(later, np.maximum(when, batch.starts), when)
+        for at in np.flatnonzero(((when < _FIRST) | (when >= _LAST)) & ~early).tolist():
+            text = batch.times[at]
+            missing = "no time" if text is None else "not a date or time"
+            faults[at] = ("time", missing if when[at] == index.NO_TIME else "time out of range", text or "")
+    if own := list(batch.events.moment):
+        moments = index.times(batch.events.moment.values())
+        for step in np.flatnonzero((moments < _FIRST) | (moments >= _LAST)).tolist():
+            at = batch.events.at[own[step]]
+            reason = "not a date or time" if moments[step] == index.NO_TIME else "time out of range"
+            if not early[at]:
+                faults.setdefault(at, ("time", reason, batch.events.moment[own[step]] or ""))
+    return when, faults
+
+
+def _own_times(events: Events, when: npt.NDArray[np.int64], batch: Batch) -> npt.NDArray[np.int64]:
+    moments = when[np.array(events.at, np.int64)]
+    if batch.static:
+        moments[:] = index.NO_TIME
+    if events.moment:
+        moments[list(events.moment)] = index.times(events.moment.values())
+    return moments
+
+
+def _marked(places: Mapping[int, object], size: int) -> npt.NDArray[np.bool_]:
+    marks = np.zeros(size, np.bool_)
+    if places:
+        marks[list(places)] = True
+    return marks

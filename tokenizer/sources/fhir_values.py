@@ -1,0 +1,88 @@
+"""The values of FHIR observations: numbers with their unit, or answers that become part of the code."""
+
+import math
+import re
+from typing import Any
+
+from tokenizer.sources.fhir_batch import Memo
+from tokenizer.sources.fhir_codes import Coded, Namer, answer, clean, given
+from tokenizer.sources.fhir_resources import Quantity
+
+LARGEST = 3.4028234e38
+"""The greatest number that a float32 holds."""
+
+_UCUM = frozenset({None, "", "http://unitsofmeasure.org", "urn:oid:2.16.840.1.113883.6.8"})
+_NUMBER = re.compile(r"[-+]?\d{1,30}(\.\d{1,30})?")
+
+Value = tuple[str, float | None, str | None, str | None]
+"""Suffix of the code, number, unit; and a filter, or `!` and a fault, where there is no value."""
+
+
+class Values:
+    """Reads values; remembers units and coded answers."""
+
+    def __init__(self, namer: Namer) -> None:
+        self.units = Memo(_unit)
+        self.answers = Memo(namer.answer)
+
+    def read(self, each: Any) -> Value:
+        """The value of an observation or of a component."""
+        quantity = each.value_quantity
+        if quantity is not None and quantity.value is not None:
+            return _number(quantity.value, self._unit(quantity))
+        if each.value_integer is not None:
+            return _number(each.value_integer, None)
+        if each.value_string is not None and _NUMBER.fullmatch(word := clean(each.value_string)):
+            return _number(float(word), None)
+        if each.value_ratio is not None:
+            return self._ratio(each.value_ratio)
+        coded = self._answer(each)
+        if coded.code:
+            return f"//{coded.code}", None, None, None
+        return "", None, None, f"!{coded.fault}" if coded.fault else coded.drop
+
+    def _answer(self, each: Any) -> Coded:
+        """A value that isn't a number; or why there is none."""
+        found = Coded(None, drop="no value")
+        if given(bytes(each.value_codeable_concept)):
+            found = self.answers[bytes(each.value_codeable_concept)]
+        elif each.value_boolean is not None:
+            found = Coded(str(each.value_boolean).upper())
+        elif each.value_string is not None:
+            found = answer(each.value_string)
+        elif each.value_range is not None:
+            found = answer(self._range(each.value_range))
+        others = (each.value_time, each.value_date_time, bytes(each.value_period), bytes(each.value_sampled_data))
+        if found.drop != "no value":
+            return found
+        if any(others):
+            return Coded(None, drop="value of a type that isn't read")
+        return Coded(None, drop="data absent") if given(bytes(each.data_absent_reason)) else found
+
+    def _unit(self, quantity: Quantity) -> str | None:
+        return self.units[quantity.code, quantity.unit, quantity.system]
+
+    def _ratio(self, ratio: Any) -> Value:
+        over, under = ratio.numerator, ratio.denominator
+        if over is None or under is None or over.value is None or not under.value:
+            return "", None, None, "ratio without a number"
+        units = [self._unit(over), self._unit(under)]
+        return _number(over.value / under.value, f"{units[0] or '1'}/{units[1] or '1'}" if any(units) else None)
+
+    def _range(self, span: Any) -> str:
+        ends = [f"{end.value:g}" if end is not None and end.value is not None else "" for end in (span.low, span.high)]
+        units = [self._unit(end) for end in (span.low, span.high) if end is not None]
+        unit = next((each for each in units if each), None)
+        return f"{'-'.join(ends)} {unit or ''}" if any(ends) else ""
+
+
+def _unit(parts: tuple[str | None, str | None, str | None]) -> str | None:
+    """A quantity's unit: its code where that is UCUM, else its unit in words, else the code."""
+    code, unit, system = parts
+    return (clean(code) if system in _UCUM else "") or clean(unit) or clean(code) or None
+
+
+def _number(value: float, unit: str | None) -> Value:
+    if not math.isfinite(value) or abs(value) > LARGEST:
+        return "", None, None, "!value out of range"
+    return "", float(value), unit, None
