@@ -185,9 +185,16 @@ class _Import:
         kinds, needs = _event_columns(table)
         names = {f"{table.code}_{end}": end for end in ("concept_id", "source_concept_id", "source_value")}
         for _, frame in self._timed(table.name, kinds, needs, table.start):
-            kept = self._people.observed(frame, table.name).rename(names)
+            kept = self._people.observed(frame, table.name).rename(names).with_row_index("_index")
             coded = self._codes.resolve(kept, table.name, table.kind)
-            self._intake.add(table.name, self._valued(coded, table) if table.number else _plain(coded))
+            free = 0
+            if table.number:
+                events, free = self._valued(coded, table)
+            else:
+                events = coded.select(*_SHARED, "code")
+            self._intake.add(table.name, events)
+            self._intake.drop(table.name, "free text", free)
+            self._intake.kept(table.name, kept.height - free)
 
     def deaths(self) -> None:
         for _, frame in self._timed("death", DEATH, [], "death"):
@@ -231,17 +238,23 @@ class _Import:
         for rows, frame in self._pieces(table, kinds, [("person_id",), (day, exact), *needs]):
             yield rows, rows.timed(self._people.known(frame, rows, table), "time", exact, day)
 
-    def _valued(self, frame: pl.DataFrame, table: EventTable) -> pl.DataFrame:
-        """Events of rows with a value: a number with its unit, an answer in the code, or the code alone."""
+    def _valued(self, frame: pl.DataFrame, table: EventTable) -> tuple[pl.DataFrame, int]:
+        """Events of rows with a value, and how many rows are dropped as free text.
+
+        An event has a number with its unit, or an answer in the code, or the code alone.
+        """
         number = table.number or ""
         numbered = frame.filter(pl.col(number).is_not_null())
         units = self._codes.units(numbered["unit_concept_id"], numbered["unit_source_value"]).alias("unit")
         plain = numbered.select(*_SHARED, "code", pl.col(number).alias("numeric_value"), units)
         rest = frame.filter(pl.col(number).is_null())
-        return pl.concat([plain, self._answered(rest, table)]) if rest.height else plain
+        if not rest.height:
+            return plain, 0
+        answered, free = self._answered(rest, table)
+        return pl.concat([plain, answered]), free
 
-    def _answered(self, frame: pl.DataFrame, table: EventTable) -> pl.DataFrame:
-        """Events of rows without a number: an answer as part of the code, a number that stands as text, or nothing."""
+    def _answered(self, frame: pl.DataFrame, table: EventTable) -> tuple[pl.DataFrame, int]:
+        """Events of rows without a number: an answer as part of the code, a number that stands as text, or neither."""
         text = pl.coalesce(*table.texts) if table.texts else pl.lit(None, pl.String)
         answers = self._codes.answers(frame["value_as_concept_id"]).alias("answer")
         units = self._codes.units(frame["unit_concept_id"], frame["unit_source_value"]).alias("unit")
@@ -253,15 +266,16 @@ class _Import:
         free = no_number & pl.col("answer").is_null() & (pl.col("words").str.len_chars() > LONGEST_ANSWER)
         kept = frame.filter(~free.fill_null(value=False))
         # One row may be several events by now; it is dropped once.
-        self._intake.drop(table.name, "free text", frame["_row"].n_unique() - kept["_row"].n_unique())
+        dropped = frame["_index"].n_unique() - kept["_index"].n_unique()
         answer = pl.when(no_number).then("words")
         code = pl.when(pl.col("code").is_in(_COMPLAINTS)).then(pl.lit("CHIEF_COMPLAINT")).otherwise("code")
-        return kept.select(
+        events = kept.select(
             *_SHARED,
             pl.coalesce(code + "//" + answer, "code").alias("code"),
             pl.col("number").alias("numeric_value"),
             pl.when(~no_number).then("unit").alias("unit"),
         )
+        return events, dropped
 
 
 _CONCEPT_NEEDS = ("concept_id", "vocabulary_id", "concept_code")
@@ -291,10 +305,6 @@ def _event_columns(table: EventTable) -> tuple[dict[str, Kind], list[tuple[str, 
         for text in table.texts:
             kinds[text] = "text"
     return kinds, [(f"{code}_concept_id", f"{code}_source_concept_id", f"{code}_source_value")]
-
-
-def _plain(frame: pl.DataFrame) -> pl.DataFrame:
-    return frame.select(*_SHARED, "code")
 
 
 def _required_id(frame: pl.DataFrame, rows: Rows, column: str) -> pl.DataFrame:

@@ -58,10 +58,18 @@ class Rows:
         wrong = frame.filter(bad)
         if not self._counted:
             self._intake.rows(self._table, wrong.height)
-        contents = wrong[shown or column].cast(pl.String, strict=False) if (shown or column) in wrong.columns else None
-        for at, row in enumerate(wrong["_row"]):
-            content = contents[at] if contents is not None else None
-            self._intake.bad(self._file, self._table, int(row), column, reason, content or "", advice)
+        content = shown or column
+        self._intake.set_aside(
+            wrong.select(
+                file=pl.lit(self._file),
+                table=pl.lit(self._table),
+                row="_row",
+                column=pl.lit(column),
+                reason=pl.lit(reason),
+                content=pl.col(content).cast(pl.String, strict=False) if content in wrong.columns else pl.lit(""),
+            ).with_columns(pl.col("content").fill_null("")),
+            advice,
+        )
         return frame.filter(~bad)
 
     def typed(self, frame: pl.DataFrame, kinds: Mapping[str, Kind]) -> pl.DataFrame:

@@ -85,6 +85,7 @@ class People:
         birth = frame.select(subject_id="person_id", time="birth", code=pl.lit("MEDS_BIRTH"))
         facts = [_fact(frame, codes, *of) for of in _FACTS]
         self._intake.add("person", pl.concat([birth, *facts]))
+        self._intake.kept("person", frame.height)
 
     def known(self, frame: pl.DataFrame, rows: Rows, table: str) -> pl.DataFrame:
         """Give the rows of people; rows of nobody are set aside, those of a person who isn't listed dropped by name."""
@@ -126,6 +127,7 @@ class People:
         deaths = pl.concat(self._deaths).sort("person_id", "time")
         first = deaths.unique("person_id", keep="first", maintain_order=True)
         self._intake.drop("death", "a death was recorded before", deaths.height - first.height)
+        self._intake.kept("death", first.height)
         self._intake.add("death", first.select(subject_id="person_id", time="time", code=pl.lit("MEDS_DEATH")))
 
     def _has(self, ids: pl.Series) -> np.ndarray:

@@ -114,6 +114,7 @@ class Visits:
             frame.select(**base, time="end", code=pl.lit("DISCHARGE_TO//") + pl.col("_to")),
             frame.select(**base, time="end", code=pl.lit("ENCOUNTER_END//") + pl.col("_type")),
         ]
+        self._intake.kept("visit_occurrence", frame.height)
         self._intake.add("visit_occurrence", pl.concat(parts).drop_nulls(["time", "code"]))
 
     def add_details(self, frame: pl.DataFrame) -> None:
@@ -126,6 +127,7 @@ class Visits:
             code=pl.lit("DEPARTMENT//") + pl.col("_department"),
             encounter_id=pl.col("visit_occurrence_id").cast(pl.String),
         )
+        self._intake.kept("visit_detail", placed.height)
         self._intake.add("visit_detail", events)
 
     def note(self) -> None:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.data import DATA
 from tests.tokenizer.sources import cdm
@@ -21,10 +23,11 @@ def bring(tables: cdm.Tables, path: Path, **options: object) -> Flow:
 
 def balanced(flow: Flow) -> None:
     """Every row is an event or more, dropped by name, or in quarantine."""
+    assert set(flow.kept) == set(flow.rows)
     for table, rows in flow.rows.items():
         gone = sum(flow.dropped.get(table, {}).values()) + sum(flow.quarantined.get(table, {}).values())
-        assert 0 <= rows - gone <= flow.events.get(table, 0), table
-    assert set(flow.quarantined) | set(flow.events) <= set(flow.rows)
+        assert rows == flow.kept[table] + gone, table
+        assert flow.kept[table] <= flow.events.get(table, 0), table
 
 
 def test_every_kind_of_record_becomes_the_events_it_should(ram_path: Path) -> None:
@@ -330,3 +333,42 @@ class TestKnownCounts:
             "drug_exposure": 18_229, "procedure_occurrence": 18_447, "device_exposure": 3_855, "death": 15,
         }  # fmt: skip
         balanced(flow)
+
+
+# A kind of measurement, and whether its row is kept, dropped by name, or set aside.
+FATES: dict[str, tuple[cdm.Row, str]] = {
+    "number": (cdm.measurement(1, value_as_number=1), "kept"),
+    "answer": (cdm.measurement(1, value_as_concept_id=4298794), "kept"),
+    "two codes": (cdm.measurement(1, measurement_concept_id=0, measurement_source_concept_id=45576876), "kept"),
+    "two codes and free text": (
+        cdm.measurement(
+            1, measurement_concept_id=0, measurement_source_concept_id=45576876, value_source_value="y" * 50
+        ),
+        "dropped",
+    ),
+    "free text": (cdm.measurement(1, value_source_value="x" * 50), "dropped"),
+    "nobody's": (cdm.measurement(9), "dropped"),
+    "no date": (cdm.measurement(1, measurement_date=None), "aside"),
+    "bad number": (cdm.measurement(1, value_as_number="much"), "aside"),
+    "bad everything": (cdm.measurement("x", value_as_number="much", measurement_date="never"), "aside"),
+}
+
+
+@settings(max_examples=10)
+@given(kinds=st.lists(st.sampled_from(sorted(FATES)), min_size=1, max_size=40))
+def test_every_row_has_one_fate_whatever_stands_beside_it(
+    kinds: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    maps = [{"concept_id_1": 45576876, "concept_id_2": to, "relationship_id": "Maps to"} for to in (201826, 4298794)]
+    tables: cdm.Tables = {
+        "person": [cdm.person(1)],
+        "measurement": [FATES[kind][0] for kind in kinds],
+        "concept": cdm.vocabulary(),
+        "concept_relationship": maps,  # type: ignore[dict-item]
+    }
+    flow = bring(tables, tmp_path_factory.mktemp("fates"), quarantine=True)
+    fates = Counter(FATES[kind][1] for kind in kinds)
+    assert flow.kept["measurement"] == fates["kept"]
+    assert sum(flow.dropped.get("measurement", {}).values()) == fates["dropped"]
+    assert sum(flow.quarantined.get("measurement", {}).values()) == fates["aside"]
+    assert flow.events["measurement"] == fates["kept"] + kinds.count("two codes")
