@@ -6,10 +6,17 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # Before torch is imported: tiny models gain nothing from threads, and lose a lot when cores are shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Machines are shared: how long an example takes says nothing about the code.
+hypothesis.settings.register_profile(
+    "shared machines", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("shared machines")
 
 
 @pytest.fixture
