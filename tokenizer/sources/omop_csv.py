@@ -153,9 +153,11 @@ class _Marked(io.RawIOBase):
         return True
 
     def read(self, size: int = -1) -> bytes:
-        if not self._ready:
-            self._ready = self._next(size)
-        data, self._ready = self._ready[:size], self._ready[size:]
+        """As many bytes as asked for, unless it ends: Arrow refuses a row that spans all of a block, if short."""
+        while (size < 0 or len(self._ready) < size) and (more := self._next(size)):
+            self._ready += more
+        end = len(self._ready) if size < 0 else size
+        data, self._ready = self._ready[:end], self._ready[end:]
         return data
 
     def _next(self, size: int) -> bytes:
@@ -249,6 +251,8 @@ def read_csv(
     reader = guarded(label, lambda: pyarrow.csv.open_csv(marked, **options))
     with reader:
         while (batch := guarded(label, lambda: next(reader, None))) is not None:
+            if not batch.num_rows:  # all of its rows were odd
+                continue
             if before is not None:
                 yield before
             before = pl.DataFrame(pl.from_arrow(batch))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.tokenizer.sources import cdm
@@ -151,7 +151,7 @@ BROKEN: dict[str, tuple[dict[str, str | bytes], str]] = {
         r"a quote is opened and never closed",
     ),
     "a quote that swallows a block": (
-        {"person.csv": PERSON + '2,"1950\n' + "3,1960\n" * 3_000_000},
+        {"person.csv": PERSON + '2,"1950\n' + "3,1960\n" * 5_000_000},
         r"a quote is opened and not closed within 16 MiB",
     ),
 }
@@ -358,6 +358,19 @@ def rows_of(folder: Path, aside: Path, *, quarantine: bool) -> tuple[pl.DataFram
     return pl.concat([empty, *(piece for _, piece in pieces)]), collected
 
 
+def test_a_row_may_end_a_few_bytes_into_the_last_block(ram_path: Path) -> None:
+    """Whatever place in a row the last full block ends at."""
+    for length in range(380, 420):
+        path = ram_path / str(length)
+        data = b"person_id,condition_source_value\n" + b"1,a\n" * 80 + b"2," + b"x" * (length - 355)
+        folder = lay(path, {"condition_occurrence.csv": data})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("tokenizer.sources.omop_csv._BLOCK_BYTES", 400)
+            frame, _ = rows_of(folder, path, quarantine=False)
+        assert frame["condition_source_value"].to_list() == ["a"] * 80 + ["x" * (length - 355)]
+
+
+@example(lines=[b'"'], quarantine=True, block=100)
 @given(
     lines=st.lists(st.one_of(st.binary(max_size=20), st.just(b"1,b"), st.just(b'"1","c"')), max_size=8),
     quarantine=st.booleans(),
