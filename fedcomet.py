@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tokenizer.errors import FedcometError
+from tokenizer.progress import Step
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from server.results import Report
-    from simulation.arms import Step
+    from tokenizer.codebook import TokenizerOptions
 
 app = typer.Typer(
     help="Train generative medical event models across hospitals that may not pool their records.",
@@ -29,6 +30,71 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _SITE, _RESEARCH = "For a site", "For a researcher"
+_SOURCE, _TOKENS, _TRAINING, _WORK = "Records", "Tokens", "Training", "Work"
+
+site = typer.Typer(help="What a site does by itself.", no_args_is_help=True)
+app.add_typer(site, name="site", rich_help_panel=_SITE)
+
+# What several commands take.
+Records = Annotated[
+    str, typer.Argument(help="The records: a file or folder, or the SQLAlchemy URL of an OMOP database.")
+]
+Kind = Annotated[
+    str, typer.Option("--source", help="What they are: meds, omop, fhir or tables.", rich_help_panel=_SOURCE)
+]
+Mapping = Annotated[
+    Path | None,
+    typer.Option(help="tables: the TOML file that says what the columns mean.", rich_help_panel=_SOURCE),
+]
+Codes = Annotated[
+    str | None,
+    typer.Option(
+        help="omop: standard codes, or those of the source.", show_default="standard", rich_help_panel=_SOURCE
+    ),
+]
+Cdm = Annotated[
+    str | None,
+    typer.Option(help="omop: 5.2, 5.3 or 5.4, whose columns files without a header have.", rich_help_panel=_SOURCE),
+]
+TableSpec = Annotated[
+    Path | None, typer.Option(help="omop: a file that names these columns instead.", rich_help_panel=_SOURCE)
+]
+Schema = Annotated[str | None, typer.Option(help="omop: the database's schema.", rich_help_panel=_SOURCE)]
+VocabularySchema = Annotated[
+    str | None, typer.Option(help="omop: the schema of its vocabulary, if apart.", rich_help_panel=_SOURCE)
+]
+Quarantine = Annotated[
+    bool,
+    typer.Option("--quarantine", help="Set bad rows aside with their reasons, and go on.", rich_help_panel=_SOURCE),
+]
+Config = Annotated[
+    str | None,
+    typer.Option(
+        help="A settings file (TOML): filters, map files, units; none leaves codes and units as they are.",
+        show_default="the standard preparation, or the codebook's",
+        rich_help_panel=_SOURCE,
+    ),
+]
+Values = Annotated[
+    str,
+    typer.Option(help="separate: value tokens after codes; fused: both in one token.", rich_help_panel=_TOKENS),
+]
+Bins = Annotated[int, typer.Option(help="Quantile bins of a code's values.", rich_help_panel=_TOKENS)]
+MinPatients = Annotated[
+    int, typer.Option(help="Codes of fewer patients are told by their parents.", rich_help_panel=_TOKENS)
+]
+SplitKey = Annotated[str, typer.Option(help="Key of the hash that splits patients.", rich_help_panel=_TOKENS)]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="Worker processes.", show_default="one per core if it pays off", rich_help_panel=_WORK),
+]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        help="Work on a Ray cluster instead: its address, auto for the one here, local to start one.",
+        rich_help_panel=_WORK,
+    ),
+]
 
 
 def main() -> None:
@@ -59,56 +125,158 @@ def _options(
 
 @app.command(rich_help_panel=_SITE)
 def tokenize(
-    records: Annotated[Path, typer.Argument(help="A MEDS dataset: a folder with data/*.parquet.")],
-    out: Annotated[Path, typer.Option(help="The folder to write: codebook.json and store/.")],
+    records: Records,
+    out: Annotated[
+        Path, typer.Option(help="The folder to write: codebook.json, store/ and, unless they are MEDS, records/.")
+    ],
+    source: Kind = "meds",
+    mapping: Mapping = None,
+    codes: Codes = None,
+    cdm: Cdm = None,
+    table_spec: TableSpec = None,
+    schema: Schema = None,
+    vocabulary_schema: VocabularySchema = None,
+    quarantine: Quarantine = False,
+    config: Config = None,
     codebook: Annotated[
-        Path | None, typer.Option(help="Use this codebook, as a federation gave it, instead of making one.")
+        Path | None,
+        typer.Option(
+            help="Use this codebook, as a federation gave it, instead of making one.", rich_help_panel=_TOKENS
+        ),
     ] = None,
-    values: Annotated[
-        str, typer.Option(help="separate: value tokens after codes; fused: both in one token.")
-    ] = "separate",
-    bins: Annotated[int, typer.Option(help="Quantile bins of a code's values.")] = 10,
-    min_patients: Annotated[int, typer.Option(help="Codes of fewer patients are told by their parents.")] = 10,
-    split_key: Annotated[str, typer.Option(help="Key of the hash that splits patients.")] = "fedcomet",
+    values: Values = "separate",
+    bins: Bins = 10,
+    min_patients: MinPatients = 10,
+    split_key: SplitKey = "fedcomet",
+    workers: Workers = None,
+    ray: Ray = None,
 ) -> None:
-    """Turn a MEDS dataset into tokens.
+    """Turn a site's records into tokens.
 
-    Surveys the records, makes a codebook from the survey (or takes the one given), and encodes every timeline. Nothing
-    leaves the machine.
+    Reads MEDS, OMOP, FHIR or tables, surveys the events, makes a codebook from the survey (or takes the one given), and
+    encodes every timeline. Nothing leaves the machine.
     """
     from rich.console import Console
 
-    from tokenizer.codebook import Codebook, TokenizerOptions, merge
-    from tokenizer.events import MedsDataset
+    from tokenizer.codebook import Codebook, merge
+    from tokenizer.prepare import records_of
+    from tokenizer.settings import agreed
+    from tokenizer.shards import Crew
+    from tokenizer.sources.source import Source, open_source
     from tokenizer.split import SPLITS, SplitRule
     from tokenizer.store import build_store
     from tokenizer.survey import survey
 
-    if values not in ("separate", "fused"):
-        raise typer.BadParameter("choose separate or fused", param_hint="--values")
-    rule = SplitRule(split_key)
+    options, rule, crew = _options_of(values, bins, min_patients), SplitRule(split_key), Crew(workers, ray)
+    place = Source(records, source, quarantine, mapping, codes, cdm, table_spec, schema, vocabulary_schema)
+    words = None if codebook is None else Codebook.load(codebook)
+    asked = agreed(config, words)
     with _bars() as watch:
-        dataset = MedsDataset.open(records)
-        if codebook is None:
-            options = TokenizerOptions(values=values, value_bins=bins, min_patients=min_patients)  # type: ignore[arg-type]
-            told = survey(dataset, rule, options, progress=_counter(watch, "survey"))
-            words = Codebook.build(merge([told]))
-        else:
-            words = Codebook.load(codebook)
-        store = build_store(dataset, words, rule, out / "store", progress=_counter(watch, "encode"))
+        dataset, flow = open_source(place, out / "records", watch, crew)
+        events = records_of(dataset, asked.preparation)
+        if words is None:
+            words = Codebook.build(merge([survey(events, rule, options, _counter(watch, "survey"), crew)]))
+        store = build_store(events, words, rule, out / "store", _counter(watch, "encode"), crew)
         words.save(out / "codebook.json")
     console = Console()
-    for note in dataset.notes:
+    for note in (*(flow.notes if flow else ()), *dataset.notes):
         console.print(f"[yellow]note[/] {note}")
+    if flow is not None and flow.quarantined_total:
+        aside = dataset.path / "quarantine.csv"
+        console.print(f"[yellow]{flow.quarantined_total:,} rows were set aside[/], with the reasons in {aside}")
     console.print(f"{len(words)} tokens in the codebook {words.hash[:16]} ({out / 'codebook.json'})")
     for name in SPLITS:
         counts = store.manifest["splits"][name]
         console.print(
             f"{name:>9}: {counts['patients']:,} patients, {counts['events']:,} events, {counts['tokens']:,} tokens"
         )
-    by_parent = sum(store.manifest["events_told_by_parents"].values())
-    if by_parent:
-        console.print(f"{by_parent:,} events have codes too rare to be named; their parents stand for them")
+    by_ancestor, unknown = (sum(store.manifest["fallbacks"][level].values()) for level in ("ancestor", "unknown"))
+    if by_ancestor or unknown:
+        console.print(
+            f"{by_ancestor + unknown:,} events have codes too rare to be named: {by_ancestor:,} are told by an"
+            f" ancestor, of {unknown:,} only the code's system is told"
+        )
+
+
+@site.command()
+def check(
+    records: Records,
+    source: Kind = "meds",
+    mapping: Mapping = None,
+    codes: Codes = None,
+    cdm: Cdm = None,
+    table_spec: TableSpec = None,
+    schema: Schema = None,
+    vocabulary_schema: VocabularySchema = None,
+    quarantine: Quarantine = False,
+    config: Config = None,
+    codebook: Annotated[
+        Path | None,
+        typer.Option(help="The federation's codebook, if there is one; else this site's own.", rich_help_panel=_TOKENS),
+    ] = None,
+    values: Values = "separate",
+    bins: Bins = 10,
+    min_patients: MinPatients = 10,
+    split_key: SplitKey = "fedcomet",
+    model: Annotated[
+        str, typer.Option(help="The preset whose training time to estimate.", rich_help_panel=_TRAINING)
+    ] = "1m",
+    context: Annotated[
+        int, typer.Option(min=16, help="Most tokens that the model sees at once.", rich_help_panel=_TRAINING)
+    ] = 1024,
+    passes: Annotated[float, typer.Option(help="Passes over the training patients.", rich_help_panel=_TRAINING)] = 10.0,
+    seconds: Annotated[
+        float,
+        typer.Option(min=0, help="How long to measure the training; 0 measures nothing.", rich_help_panel=_TRAINING),
+    ] = 8.0,
+    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda.", rich_help_panel=_TRAINING)] = "cpu",
+    out: Annotated[Path | None, typer.Option(help="Write all of it to this HTML page, too.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON instead of tables.")] = False,
+    workers: Workers = None,
+    ray: Ray = None,
+) -> None:
+    """See what a federation would see, before anything leaves.
+
+    What became of the records at each filter, codes that are not mapped, units in conflict, odd times, lengths of
+    timelines and what a context costs, tokens, disk and time for training, and exactly what the survey would send.
+    Nothing leaves the machine.
+    """
+    import tempfile
+
+    from rich.console import Console
+
+    from client import check as checks
+    from client.check_report import terminal, write_page
+    from tokenizer.codebook import Codebook
+    from tokenizer.prepare import records_of
+    from tokenizer.settings import agreed
+    from tokenizer.shards import Crew
+    from tokenizer.sources.source import Source, open_source
+    from tokenizer.split import SplitRule
+
+    options, crew = _options_of(values, bins, min_patients), Crew(workers, ray)
+    place = Source(records, source, quarantine, mapping, codes, cdm, table_spec, schema, vocabulary_schema)
+    words = None if codebook is None else Codebook.load(codebook)
+    asked = agreed(config, words)
+    plan = checks.Plan(options, SplitRule(split_key), model, context, passes, seconds, device, asked.survey_privacy)
+    with tempfile.TemporaryDirectory(prefix="fedcomet-") as aside, _bars() as watch:
+        dataset, flow = open_source(place, Path(aside, "records"), watch, crew)
+        found = checks.check(
+            records_of(dataset, asked.preparation),
+            plan,
+            codebook=words,
+            source=flow,
+            watch=watch,
+            crew=crew,
+        )
+    console = Console()
+    if json:
+        print(found.to_json())
+    else:
+        console.print(terminal(found))
+    if out is not None:
+        write_page(out, found)
+        Console(stderr=True).print(f"all of it: [bold]{out}[/]")
 
 
 @app.command(rich_help_panel=_RESEARCH)
@@ -231,6 +399,14 @@ def evaluate(
         console.print(f"all predictions: {out}")
 
 
+def _options_of(values: str, bins: int, min_patients: int) -> "TokenizerOptions":
+    from tokenizer.codebook import TokenizerOptions
+
+    if values not in ("separate", "fused"):
+        raise typer.BadParameter("choose separate or fused", param_hint="--values")
+    return TokenizerOptions(values=values, value_bins=bins, min_patients=min_patients)  # type: ignore[arg-type]
+
+
 def _show(folder: Path, make: "Callable[[], Report]") -> None:
     """Write a study's report into its folder, and print its tables."""
     from rich.console import Console
@@ -247,7 +423,7 @@ def _show(folder: Path, make: "Callable[[], Report]") -> None:
 
 
 @contextmanager
-def _bars() -> "Iterator[Callable[[Step], None]]":
+def _bars() -> Iterator[Callable[[Step], None]]:
     """Draw a bar for every label that is told of; on a pipe, only a line when one is full."""
     from rich.console import Console
     from rich.progress import (
@@ -272,7 +448,7 @@ def _bars() -> "Iterator[Callable[[Step], None]]":
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         rows: dict[str, TaskID] = {}
 
-        def watch(step: "Step") -> None:
+        def watch(step: Step) -> None:
             if step.label not in rows:
                 rows[step.label] = progress.add_task(step.label, total=step.total, note="")
             progress.update(rows[step.label], completed=step.done, total=step.total, note=step.note)
@@ -282,9 +458,7 @@ def _bars() -> "Iterator[Callable[[Step], None]]":
         yield watch
 
 
-def _counter(watch: "Callable[[Step], None]", label: str) -> Callable[[int, int], None]:
-    from simulation.arms import Step
-
+def _counter(watch: Callable[[Step], None], label: str) -> Callable[[int, int], None]:
     return lambda done, total: watch(Step(label, done, total))
 
 

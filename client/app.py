@@ -1,9 +1,10 @@
 """The Flower ClientApp of a site: it takes Flower messages, asks `client.site.Site`, and never breaks down.
 
 The site's own configuration comes from the node (`flower-supernode --node-config`): `name`, `data` (the folder of its
-MEDS dataset), `state` (a folder of its own) and, where it is not "cpu", the torch `device`. Whatever goes wrong is
-answered by a refusal. The text of an error travels only when it is about the protocol or settings; errors about
-records travel as their mere fact, and unexpected ones as the name of their type. The full story is in
+MEDS dataset), `state` (a folder of its own) and, where it is not "cpu", the torch `device`; `settings` is the file that
+says what is done to the records (when not given: "standard"; with "none" they stay as they are). Whatever goes
+wrong is answered by a refusal. The text of an error travels only when it is about the protocol or settings; errors
+about records travel as their mere fact, and unexpected ones as the name of their type. The full story is in
 `state/site.log`.
 """
 
@@ -17,6 +18,7 @@ from federation import flower
 from federation.messages import ProtocolError, Refusal, Reply, Request, SiteRefusal
 from model.train import TrainingDiverged
 from tokenizer.errors import ConfigError, FedcometError
+from tokenizer.settings import STANDARD
 
 app = ClientApp()
 
@@ -60,7 +62,8 @@ def site_files(context: Context) -> SiteFiles:
             raise ConfigError(f"The node's configuration lacks {key!r}; give it by --node-config '{key}=\"...\"'.")
         values[key] = value
     device = str(context.node_config.get("device", "cpu"))
-    return SiteFiles(values["name"], Path(values["data"]), Path(values["state"]), device)
+    settings = str(context.node_config.get("settings", STANDARD))
+    return SiteFiles(values["name"], Path(values["data"]), Path(values["state"]), device, settings)
 
 
 def _answer(message: Message, context: Context) -> Message:

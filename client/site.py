@@ -41,9 +41,13 @@ from federation.messages import (
 from federation.update import Layout, to_decoder, to_vector
 from model.decoder import Decoder
 from model.train import Trainer, TrainOptions, evaluate
-from tokenizer.codebook import Codebook
+from tokenizer.codebook import Codebook, TokenizerOptions
 from tokenizer.errors import ConfigError, DataError
-from tokenizer.events import MedsDataset
+from tokenizer.events import MedsDataset, Records
+from tokenizer.noisy_survey import SurveyPrivacy, noisy_survey
+from tokenizer.prepare import Prepared, records_of
+from tokenizer.settings import AS_THEY_ARE, agreed
+from tokenizer.shards import AS_IT_FITS, Crew
 from tokenizer.split import SPLITS, SplitRule
 from tokenizer.store import TokenStore, build_store
 from tokenizer.survey import survey
@@ -54,19 +58,29 @@ from tokenizer.windows import Batch, Windows
 class SiteFiles:
     """A site's name, its records (a MEDS dataset's folder) and the folder for what it must not forget.
 
-    `device` is the torch device that it trains on; only on "cpu" does the same work give the same bits.
+    `device` is the torch device that it trains on; only on "cpu" does the same work give the same bits. `settings` says
+    what is done to the records before they are surveyed or encoded: a TOML file, "standard", or "none".
     """
 
     name: str
     data: Path
     state: Path
     device: str = "cpu"
+    settings: str = AS_THEY_ARE
 
     def __post_init__(self) -> None:
         if not is_site_name(self.name):
             raise ConfigError(
                 f"{self.name!r} can't be the name of a site: use up to 64 letters, digits, '.', '_' and '-'."
             )
+
+    def records(self, codebook: Codebook | None = None) -> MedsDataset | Prepared:
+        """Open the records as they are to be read, and by this codebook.
+
+        Raises:
+            ConfigError: The codebook was made of records to which something else was done.
+        """
+        return records_of(MedsDataset.open(self.data), agreed(self.settings, codebook).preparation)
 
 
 class Site:
@@ -104,17 +118,22 @@ class Site:
     def survey(self, request: SurveyRequest) -> SurveyReply:
         """Tell what may be told about the codes of the patients that train."""
         self._in_time(request.deadline_s)
-        dataset = MedsDataset.open(self.files.data)
+        dataset = self.files.records()
         if dataset.subjects == 0:
             raise SiteRefusal(f"{self.files.name} has no patients.")
-        return SurveyReply(self.files.name, survey(dataset, request.split, request.tokenizer).to_bytes())
+        privacy = agreed(self.files.settings).survey_privacy
+        if privacy is None:
+            told = survey_bytes(dataset, request.split, request.tokenizer)
+        else:
+            told = self._private_survey(dataset, request, privacy)
+        return SurveyReply(self.files.name, told)
 
     def prepare(self, request: PrepareRequest) -> PrepareReply:
         """Check manifest and codebook, and encode the records with them; a store that fits is used again."""
         self._in_time(request.deadline_s)
         manifest, codebook = Manifest.from_bytes(request.manifest), _read_codebook(request.codebook)
         _check_agreement(manifest, codebook)
-        dataset = MedsDataset.open(self.files.data)
+        dataset = self.files.records(codebook)
         run = self.archive.run(manifest.hash)
         with self.archive.building():
             name = _store_name(dataset.fingerprint(), codebook, manifest.split)
@@ -129,7 +148,7 @@ class Site:
             if run.agreement() is None:
                 run.agree(manifest, codebook, agreement)
         counts = {split: SplitCounts(**store.manifest["splits"][split]) for split in SPLITS}
-        fallbacks = sum(store.manifest["events_told_by_parents"].values())
+        fallbacks = sum(sum(codes.values()) for codes in store.manifest["fallbacks"].values())
         return PrepareReply(self.files.name, manifest.hash, counts, fallbacks)
 
     def train(self, request: TrainRequest) -> TrainReply:
@@ -182,6 +201,22 @@ class Site:
             self.files.name, request.manifest_hash, request.round, request.split, request.digest, nll, tokens
         )
 
+    def _private_survey(self, records: Records, request: SurveyRequest, privacy: SurveyPrivacy) -> bytes:
+        """Draw the noise once for good: the same request gets the same bytes, and no other one is answered."""
+        asked = {"split": request.split, "tokenizer": request.tokenizer}
+        digest = hashlib.sha256(canonical.encode(asked)).hexdigest()
+        with self.archive.surveying():
+            if (kept := self.archive.private_survey()) is None:
+                told, spend = noisy_survey(records, request.split, request.tokenizer, privacy)
+                kept = digest, told.to_bytes()
+                self.archive.keep_private_survey(*kept, spend=dataclasses.asdict(spend))
+            if kept[0] != digest:
+                raise SiteRefusal(
+                    f"{self.files.name} has given the one private survey that its settings allow; another, with other "
+                    "options, would cost its patients more. Use the options of the first."
+                )
+        return kept[1]
+
     def _in_time(self, deadline_s: float) -> None:
         if self._clock() > deadline_s:
             raise SiteRefusal("The deadline of the request has passed.")
@@ -209,7 +244,7 @@ class Site:
         store = TokenStore.open(self.archive.store_path(self._agreement(run).store), codebook.hash)
         return _Work(self.files, run.manifest(), codebook, store)
 
-    def _store(self, dataset: MedsDataset, codebook: Codebook, rule: SplitRule, name: str) -> TokenStore:
+    def _store(self, dataset: Records, codebook: Codebook, rule: SplitRule, name: str) -> TokenStore:
         path = self.archive.store_path(name)
         if path.exists():
             try:
@@ -217,6 +252,17 @@ class Site:
             except DataError as damage:
                 self.archive.log("a damaged store is built again", damage)
         return build_store(dataset, codebook, rule, path)
+
+
+def survey_bytes(
+    records: Records,
+    rule: SplitRule,
+    options: TokenizerOptions,
+    progress: Callable[[int, int], None] | None = None,
+    crew: Crew = AS_IT_FITS,
+) -> bytes:
+    """What a site answers to a survey request; `client.check` shows the same before anything leaves."""
+    return survey(records, rule, options, progress, crew).to_bytes()
 
 
 class _Work:

@@ -7,7 +7,7 @@ written. No pickle is involved: a checkpoint from elsewhere can't run code.
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from model.decoder import Decoder, DecoderConfig
 from tokenizer import durable
+from tokenizer.codebook import Codebook, Token
 from tokenizer.errors import ConfigError, DataError
 
 _VERSION = 1
@@ -110,6 +111,53 @@ def load(path: Path, codebook_hash: str | None = None) -> Checkpoint:
         extra=header["extra"],
         arrays=_under(_ARRAYS, tensors),
     )
+
+
+def grow(decoder: Decoder, old: Codebook, new: Codebook) -> Decoder:
+    """Fit a decoder to a later version of its codebook; what it says about the old tokens stays the same.
+
+    A new token's rows (embedding, and output layer if that is not tied) start as the mean of the rows of the tokens
+    that told it before: those of its nearest ancestor, or of what was unknown of its system. A new piece of codes
+    starts as the mean of the old pieces at the same place of the same system, any other new token as the mean of the
+    old tokens of its kind. No randomness: all sites that grow a checkpoint get the same one.
+
+    Args:
+        decoder: a model of `old`; it is left as it is.
+        old: the codebook that it was trained with.
+        new: what `old.extend` gave, once or repeatedly.
+
+    Returns:
+        A decoder of the new vocabulary on the same device. An optimizer's momentum starts anew.
+
+    Raises:
+        ConfigError: the decoder is of another vocabulary, or `new` does not extend `old`.
+    """
+    if decoder.config.vocab != len(old):
+        raise ConfigError(f"the decoder has {decoder.config.vocab} tokens and the codebook {len(old)}; give its own")
+    if new.tokens[: len(old)] != old.tokens:
+        raise ConfigError(f"codebook {new.hash[:12]} does not extend codebook {old.hash[:12]}; their tokens differ")
+    kin = [_kin(token, old) for token in new.tokens[len(old) :]]
+    with torch.device("meta"):
+        grown = Decoder(replace(decoder.config, vocab=len(new)))
+    grown.to_empty(device=decoder.embed_tokens.weight.device)
+    weights = decoder.state_dict()
+    with torch.no_grad():
+        for name, weight in grown.state_dict().items():
+            before = weights[name]
+            weight[: len(before)] = before
+            if len(weight) > len(before):
+                weight[len(before) :] = torch.stack([before[rows].mean(0) for rows in kin])
+    return grown
+
+
+def _kin(token: Token, old: Codebook) -> list[int]:
+    """The old tokens that a new one starts from the mean of; never empty."""
+    if token.kind in ("static", "code", "other"):
+        return list(old.tell(token.text, static=token.kind == "static").tokens)
+    place = token.text.rpartition("//")[0]
+    same = [n for n, known in enumerate(old.tokens) if known.kind == token.kind]
+    alike = [n for n in same if old.tokens[n].text.rpartition("//")[0] == place] if token.kind == "piece" else []
+    return alike or same or [old.unk]
 
 
 def _header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:

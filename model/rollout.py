@@ -11,6 +11,8 @@ Notable choices:
   is before the prediction, only intervals that reach it (or the end of the timeline) can be drawn: nothing is
   simulated into a time that is already known to be empty.
 
+- Only tokens that the codebook's grammar allows can be drawn (`model.guide`): every trajectory is a valid timeline.
+
 The module knows codes by masks only; what an outcome is, tasks decide.
 """
 
@@ -27,12 +29,14 @@ from torch import Tensor
 from model.attention import SegmentPlan
 from model.clock import Clock
 from model.decoder import Decoder
+from model.guide import Guide, states_after
 from model.lanes import Lane
-from model.sampling import pick, uniforms
+from model.sampling import pick, probabilities, uniforms
 from tokenizer.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from tokenizer.codebook import Codebook
+    from tokenizer.grammar import Grammar
 
 # A full window keeps this share of the context: header tokens and the newest others.
 _KEPT_SHARE = 0.75
@@ -73,7 +77,8 @@ class Stop:
     """When a trajectory ends.
 
     Attributes:
-        outcomes: bool [V] masks of the events that end it, the first that holds a token counts.
+        outcomes: bool [M] masks of the events that end it, over the nodes of the codebook's grammar (over tokens, [V],
+            with a mere clock); the first that holds an event counts.
         horizon_us: time from the prediction after which nothing is of interest; None is no limit.
         max_tokens: most tokens of one trajectory.
     """
@@ -92,6 +97,9 @@ class Rollouts:
         event: int32 [P, R], index of the outcome that ended it, or -1.
         elapsed_us: int64 [P, R], time from the prediction to its end.
         tokens_sampled: int32 [P, R].
+        chances: float64 [P, R, K + 1], for each of the K outcomes, and last for the horizon: the probabilities that
+            the next token brings it, summed over the steps of the trajectory. Their mean over trajectories is the
+            chance that a trajectory ends so.
         tokens: int32 [sum], all sampled tokens in the order of `offsets`; None unless kept.
         offsets: int64 [P * R + 1]; None unless kept.
     """
@@ -100,6 +108,7 @@ class Rollouts:
     event: np.ndarray
     elapsed_us: np.ndarray
     tokens_sampled: np.ndarray
+    chances: np.ndarray
     tokens: np.ndarray | None = None
     offsets: np.ndarray | None = None
 
@@ -127,13 +136,14 @@ def rollout(
     temperature: float = 1.0,
     batch_rows: int = 256,
     keep_tokens: bool = False,
+    grammar: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Rollouts:
     """Sample `trajectories` continuations of every prompt.
 
     Args:
         decoder: the model, on any device.
-        codebook: the codebook that the prompts were written with, or its clock.
+        codebook: the codebook that the prompts were written with, or a clock, which knows no grammar.
         prompts: histories; no order is needed.
         trajectories: continuations per prompt (R).
         stop: when one ends.
@@ -141,6 +151,7 @@ def rollout(
         temperature: divides the logits; 1 samples what the model believes.
         batch_rows: most trajectories under way at once; memory is at most that many contexts of keys and values.
         keep_tokens: return the sampled tokens too.
+        grammar: draw only what the codebook's grammar allows.
         progress: called with (ended, all) trajectories whenever some have ended.
 
     Returns:
@@ -148,13 +159,14 @@ def rollout(
 
     Raises:
         ConfigError: for settings out of range, or masks of another vocabulary than the decoder's.
-        DataError: for an empty prompt, tokens outside of the vocabulary, or scores that are not finite.
+        DataError: for an empty prompt, one that breaks the grammar, tokens outside of the vocabulary, or scores that
+            are not finite.
     """
-    clock = codebook if isinstance(codebook, Clock) else Clock.of(codebook)
-    settings = _Settings(stop, trajectories, batch_rows, seed, temperature, keep_tokens)
-    settings.check(decoder, clock)
+    clock, rules = (codebook, None) if isinstance(codebook, Clock) else (Clock.of(codebook), codebook.grammar)
+    settings = _Settings(stop, trajectories, batch_rows, seed, temperature, keep_tokens, grammar)
+    settings.check(decoder, clock, rules)
     _check_prompts(prompts, decoder.config.vocab)
-    run = _Run(decoder, clock, prompts, settings)
+    run = _Run(decoder, clock, rules, prompts, settings)
     waiting = deque(_tasks(prompts, clock, decoder.config.context, trajectories, batch_rows))
     lanes: list[Lane] = []
     ended = 0
@@ -179,14 +191,16 @@ class _Settings:
     seed: int
     temperature: float
     keep_tokens: bool
+    grammar: bool
 
-    def check(self, decoder: Decoder, clock: Clock) -> None:
+    def check(self, decoder: Decoder, clock: Clock, rules: "Grammar | None") -> None:
         vocab, stop = decoder.config.vocab, self.stop
         if len(clock.advance_us) != vocab:
             raise ConfigError(f"rollout: the codebook has {len(clock.advance_us)} tokens, the decoder {vocab}")
+        events = vocab if rules is None else rules.nodes
         for place, mask in enumerate(stop.outcomes):
-            if mask.shape != (vocab,) or mask.dtype != np.bool_:
-                raise ConfigError(f"rollout: outcome {place} is not a mask over {vocab} tokens")
+            if mask.shape != (events,) or mask.dtype != np.bool_:
+                raise ConfigError(f"rollout: outcome {place} is not a mask over {events} events")
         if min(stop.max_tokens, self.trajectories, self.batch_rows) < 1:
             raise ConfigError("rollout: max_tokens, trajectories and batch_rows must be at least 1")
         if self.temperature <= 0:
@@ -206,15 +220,30 @@ class _Task:
 class _Run:
     """State of all rows; row p * R + r is trajectory r of prompt p."""
 
-    def __init__(self, decoder: Decoder, clock: Clock, prompts: Sequence[Prompt], settings: _Settings) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        clock: Clock,
+        rules: "Grammar | None",
+        prompts: Sequence[Prompt],
+        settings: _Settings,
+    ) -> None:
         stop, trajectories = settings.stop, settings.trajectories
         self._decoder, self._clock, self._settings = decoder, clock, settings
         self._shape = (len(prompts), trajectories)
         self._device = decoder.embed_tokens.weight.device
-        self._never = self._to_device(np.flatnonzero(clock.never))
-        outcomes = np.stack([*stop.outcomes, np.ones(len(clock.never), dtype=bool)])
-        first = outcomes.argmax(0)
-        self._event_of = np.where(first < len(stop.outcomes), first, -1).astype(np.int32)
+        behind = np.zeros(len(prompts), dtype=np.int64)
+        if rules is not None:
+            behind = states_after(rules, [prompt.tokens for prompt in prompts], strict=settings.grammar)
+        self._guide = Guide(
+            rules,
+            stop.outcomes,
+            np.repeat(behind, trajectories),
+            masked=settings.grammar,
+            never=clock.never,
+            device=self._device,
+        )
+        self._passing = np.flatnonzero(clock.advance_us)
         keys = [place if prompt.key is None else prompt.key for place, prompt in enumerate(prompts)]
         self._key = np.repeat(np.array(keys, dtype=np.int64), trajectories)
         self._trajectory = np.tile(np.arange(trajectories), len(prompts))
@@ -223,6 +252,7 @@ class _Run:
         self._count = np.zeros(rows, dtype=np.int64)
         self._newest = np.zeros(rows, dtype=np.int64)
         self._event = np.full(rows, -1, dtype=np.int32)
+        self._chances = np.zeros((rows, len(stop.outcomes) + 1))
         self.reason = np.full(rows, -1, dtype=np.int8)
         # Of rows under way: the tokens drawn, the window, and how many of the drawn tokens that window already holds.
         self._drawn: dict[int, list[int]] = {}
@@ -276,8 +306,11 @@ class _Run:
 
     def result(self) -> Rollouts:
         """Everything in the shape [P, R]."""
-        columns = (self.reason, self._event, self._now_us, self._count.astype(np.int32))
-        result = Rollouts(*(x.reshape(self._shape) for x in columns))
+        reason, event, now_us, count = (
+            x.reshape(self._shape) for x in (self.reason, self._event, self._now_us, self._count.astype(np.int32))
+        )
+        chances = self._chances.reshape(*self._shape, self._chances.shape[1])
+        result = Rollouts(reason, event, now_us, count, chances)
         if self._kept is None:
             return result
         offsets = np.concatenate([[0], np.cumsum(self._count)])
@@ -301,16 +334,20 @@ class _Run:
     def _draw(self, lane: Lane, logits_BV: Tensor) -> None:
         """Draw a token for every row of the lane, move the rows' clocks, and drop the rows that end."""
         rows = lane.rows
-        self._forbid_(logits_BV, self._now_us[rows])
+        self._forbid_(logits_BV, rows)
         uniform = uniforms(self._settings.seed, self._key[rows], self._trajectory[rows], self._count[rows])
-        token = pick(logits_BV, uniform, self._settings.temperature)
+        chances_BV = probabilities(logits_BV, self._settings.temperature)
+        token = pick(chances_BV, uniform)
+        self._chances[rows] += self._end_chances(chances_BV, rows)
+        event, before = self._guide.advance(rows, token)
+        # A token that only told what the one before it was is no part of the trajectory.
         self._newest[rows] = token
-        self._count[rows] += 1
-        self._now_us[rows] += self._clock.advance_us[token]
-        for row, drawn in zip(rows.tolist(), token.tolist(), strict=True):
+        self._count[rows] += ~before
+        self._now_us[rows] += np.where(before, 0, self._clock.advance_us[token])
+        for row, drawn in zip(rows[~before].tolist(), token[~before].tolist(), strict=True):
             self._drawn[row].append(drawn)
-        reason = self._reasons(rows, token)
-        self._event[rows] = np.where(reason == Reason.EVENT, self._event_of[token], -1)
+        reason = self._reasons(rows, token, event)
+        self._event[rows] = np.where(reason == Reason.EVENT, event, -1)
         self.reason[rows] = reason
         ends = reason >= 0
         if ends.any():
@@ -321,31 +358,48 @@ class _Run:
                     self._kept[row] = np.array(drawn_tokens, dtype=np.int32)
             lane.drop(ends)
 
-    def _reasons(self, rows: np.ndarray, token: np.ndarray) -> np.ndarray:
+    def _end_chances(self, chances_BV: Tensor, rows: np.ndarray) -> np.ndarray:
+        """Chance that the next token brings each outcome or, last, passes the horizon: float64 [B, K + 1]."""
+        found, before = self._guide.chances(rows, chances_BV)
+        late = np.zeros((len(rows), 1))
+        if self._settings.stop.horizon_us is not None and len(self._passing):
+            passing = chances_BV[:, self._to_device(self._passing)].cpu().numpy()
+            arrival = self._now_us[rows, None] + self._clock.advance_us[self._passing]
+            beyond = (arrival > self._settings.stop.horizon_us) & ~before[:, None]
+            late = (passing * beyond).sum(1, keepdims=True)
+        return np.concatenate([found, late], axis=1)
+
+    def _reasons(self, rows: np.ndarray, token: np.ndarray, event: np.ndarray) -> np.ndarray:
         """Why each row ends at this token, or -1: a horizon that has passed hides the event behind it."""
         late = np.zeros(len(rows), dtype=bool)
         if self._settings.stop.horizon_us is not None:
             late = self._now_us[rows] > self._settings.stop.horizon_us
         conditions = {
             Reason.HORIZON: late,
-            Reason.EVENT: self._event_of[token] >= 0,
+            Reason.EVENT: event >= 0,
             Reason.END: token == self._clock.eot,
             Reason.CAP: self._count[rows] >= self._settings.stop.max_tokens,
         }
         return np.select(list(conditions.values()), [int(reason) for reason in conditions], -1).astype(np.int8)
 
-    def _forbid_(self, logits_BV: Tensor, now_us: np.ndarray) -> None:
-        """Exclude what can't be sampled: never-tokens, and before the prediction all that doesn't reach it."""
-        logits_BV.index_fill_(1, self._never, -torch.inf)
-        advance = self._clock.advance_us
+    def _forbid_(self, logits_BV: Tensor, rows: np.ndarray) -> None:
+        """Exclude what can't follow, and before the prediction all that doesn't reach it.
+
+        A code that is being spelled, or the event that an age announces, comes first: no time passes within.
+        """
+        forbidden_BV = self._guide.forbidden(rows)
+        now_us, advance = self._now_us[rows], self._clock.advance_us
         early = np.flatnonzero(now_us < 0)
-        if not len(early) or not advance.any():
-            return
-        need_us = np.minimum(-now_us[early], advance.max())
-        allowed = advance >= need_us[:, None]
-        allowed[:, self._clock.eot] = True
-        index = self._to_device(early)
-        logits_BV[index] = logits_BV[index].masked_fill_(~torch.from_numpy(allowed).to(self._device), -torch.inf)
+        if len(early) and advance.any():
+            need_us = np.minimum(-now_us[early], advance.max())
+            late = advance < need_us[:, None]
+            late[:, self._clock.eot] = False
+            index = self._to_device(early)
+            both = forbidden_BV[index] | self._to_device(late)
+            stuck = both.all(1, keepdim=True)
+            forbidden_BV = forbidden_BV.clone()
+            forbidden_BV[index] = torch.where(stuck, forbidden_BV[index], both)
+        logits_BV.masked_fill_(forbidden_BV, -torch.inf)
 
     def _to_device(self, numbers: np.ndarray) -> Tensor:
         return torch.from_numpy(numbers).to(self._device)

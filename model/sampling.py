@@ -46,13 +46,23 @@ def philox(counter: tuple[np.ndarray, ...], key: tuple[int, int]) -> tuple[np.nd
     return c0, c1, c2, c3
 
 
-def pick(logits_BV: Tensor, uniform: np.ndarray, temperature: float) -> np.ndarray:
-    """Invert the cumulated probabilities of each row at its uniform.
+def probabilities(logits_BV: Tensor, temperature: float) -> Tensor:
+    """Chance of every token: float32 [B, V].
 
     Args:
         logits_BV: float32 [B, V]; minus infinity forbids a token.
-        uniform: float64 [B] in [0, 1).
         temperature: divides the logits.
+    """
+    scores_BV = logits_BV if temperature == 1.0 else logits_BV / temperature
+    return torch.softmax(scores_BV, dim=1)
+
+
+def pick(chances_BV: Tensor, uniform: np.ndarray) -> np.ndarray:
+    """Invert the cumulated probabilities of each row at its uniform.
+
+    Args:
+        chances_BV: float32 [B, V], from `probabilities`.
+        uniform: float64 [B] in [0, 1).
 
     Returns:
         int64 [B], a token of positive probability per row.
@@ -60,8 +70,7 @@ def pick(logits_BV: Tensor, uniform: np.ndarray, temperature: float) -> np.ndarr
     Raises:
         DataError: when a row holds no finite distribution, as after a diverged training.
     """
-    scores_BV = logits_BV if temperature == 1.0 else logits_BV / temperature
-    cumulated_BV = torch.softmax(scores_BV, dim=1).cumsum(1, dtype=torch.float64)
+    cumulated_BV = chances_BV.cumsum(1, dtype=torch.float64)
     total_B1 = cumulated_BV[:, -1:]
     if not bool(torch.isfinite(total_B1).all()):
         raise DataError(
@@ -69,5 +78,5 @@ def pick(logits_BV: Tensor, uniform: np.ndarray, temperature: float) -> np.ndarr
         )
     # A uniform just below 1 may round up to the total; the last token of positive probability is meant then.
     below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
-    target_B1 = torch.minimum(torch.from_numpy(uniform).to(logits_BV.device)[:, None] * total_B1, below_B1)
+    target_B1 = torch.minimum(torch.from_numpy(uniform).to(chances_BV.device)[:, None] * total_B1, below_B1)
     return torch.searchsorted(cumulated_BV, target_B1, right=True).squeeze(1).cpu().numpy()

@@ -4,9 +4,10 @@ A `Task` names codes: when a prediction is made, what happens if the answer is y
 it. `cohort` reads a token split and finds every prediction time, the history known by then, and the answer, as far as
 the record tells it. Notable choices:
 
-- Codes are prefixes (`HOSPITAL_DISCHARGE` covers `HOSPITAL_DISCHARGE//HOME`). Where several prefixes of a task cover a
-  code, the longest wins: with `HOSPITAL_DISCHARGE//DIED` as outcome and `HOSPITAL_DISCHARGE` as competing event, a
-  fatal discharge is the outcome; and a code that an outcome or competing prefix covers more closely is no trigger.
+- Codes are prefixes (`HOSPITAL_DISCHARGE` covers `HOSPITAL_DISCHARGE//HOME`, `ICD10CM//E11` covers `ICD10CM//E11.65`).
+  Where several prefixes of a task cover a code, the longest wins: with `HOSPITAL_DISCHARGE//DIED` as outcome and
+  `HOSPITAL_DISCHARGE` as competing event, a fatal discharge is the outcome; and a code that an outcome or competing
+  prefix covers more closely is no trigger.
 - What is known at time t includes everything recorded at t. So an outcome at exactly t is no prediction but an
   exclusion, and within any one time the outcome comes before competing events: a death and a discharge recorded at the
   same moment are a death.
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 from model.rollout import Prompt
 from tokenizer.codebook import Codebook
 from tokenizer.errors import ConfigError, DataError
+from tokenizer.spelling import canonical
 from tokenizer.store import TokenSplit
 
 _HOUR_US = 3_600_000_000
@@ -89,9 +91,10 @@ class Task:
 
 @dataclass(frozen=True)
 class TaskTokens:
-    """Which tokens play a part in a task: bool [V] each; `outcome` and `competing` share none.
+    """Which events play a part in a task: bool [M] each, over the nodes of the codebook's grammar.
 
-    `notes` name the prefixes that a codebook can't tell apart from rarer or commoner codes.
+    `outcome` and `competing` share none. `notes` name the prefixes that a codebook can't tell apart from rarer or
+    commoner codes.
     """
 
     trigger: NDArray[np.bool_]
@@ -101,7 +104,7 @@ class TaskTokens:
 
 
 def task_tokens(task: Task, codebook: Codebook) -> TaskTokens:
-    """Find the tokens of a task in a codebook: the longest prefix wins, as the module says."""
+    """Find the events of a task in a codebook: the longest prefix wins, as the module says."""
     trigger = _closeness(task.trigger, codebook)
     outcome = _closeness(task.outcome, codebook)
     competing = _closeness(task.competing, codebook)
@@ -210,27 +213,29 @@ def cohort(task: Task, split: TokenSplit, codebook: Codebook) -> Cohort:
     excluded = {NO_TRIGGER: 0, TOO_SHORT: 0, DECIDED: 0}
     for patient in range(len(split)):
         timeline, times = split.timeline(patient)
-        starts = _starts(task, times[tokens.trigger[timeline]])
+        at, events = codebook.grammar.events(timeline)
+        at = times[at]
+        starts = _starts(task, at[tokens.trigger[events]])
         if not len(starts):
             excluded[NO_TRIGGER] += 1
             continue
         story = _Story(
             timeline=timeline[:-1] if len(timeline) and timeline[-1] == codebook.eot else timeline,
             times=times,
-            outcomes=times[tokens.outcome[timeline]],
-            competing=times[tokens.competing[timeline]],
-            others=times[((tokens.outcome | tokens.competing) & ~tokens.trigger)[timeline]],
+            outcomes=at[tokens.outcome[events]],
+            competing=at[tokens.competing[events]],
+            others=at[((tokens.outcome | tokens.competing) & ~tokens.trigger)[events]],
         )
         for start in starts:
-            at = int(start) + round(task.after_hours * _HOUR_US)
-            if reason := _unfit(story, int(start), at):
+            asked = int(start) + round(task.after_hours * _HOUR_US)
+            if reason := _unfit(story, int(start), asked):
                 excluded[reason] += 1
                 continue
             subject_id = int(split.subject_ids[patient])
             found.subject_ids.append(subject_id)
-            found.prediction_us.append(at)
-            found.prompts.append(_prompt(story, subject_id, at))
-            found.labels.append(_label(story, at, task.horizon_us))
+            found.prediction_us.append(asked)
+            found.prompts.append(_prompt(story, subject_id, asked))
+            found.labels.append(_label(story, asked, task.horizon_us))
     return Cohort(
         subject_ids=np.array(found.subject_ids, np.int64),
         prediction_us=np.array(found.prediction_us, np.int64),
@@ -308,16 +313,17 @@ def _label(story: _Story, at: int, horizon_us: int | None) -> int:
 
 
 def _closeness(prefixes: Sequence[str], codebook: Codebook) -> NDArray[np.int64]:
-    """Length of the longest prefix that covers each token, in `//` parts: int64 [V], 0 where none does."""
-    closeness = np.zeros(len(codebook), np.int64)
+    """Length of the longest prefix that covers each event: int64 [M], 0 where none does."""
+    closeness = np.zeros(codebook.grammar.nodes, np.int64)
     for prefix in prefixes:
-        parts = prefix.removesuffix("//").count("//") + 1
-        closeness = np.maximum(closeness, np.where(codebook.matching((prefix,)), parts, 0))
+        # Prefixes that cover one code lie on one line of ancestors: the closer, the longer.
+        length = len(canonical(prefix.removesuffix("//")))
+        closeness = np.maximum(closeness, np.where(codebook.matching((prefix,)), length, 0))
     return closeness
 
 
 def _shelter(prefix: str, codebook: Codebook) -> str:
-    token = codebook.tokens[codebook.code_id(prefix)]
-    if token.kind == "other" and token.text:
-        return f"if it occurs, it is told as {token.text} and counted as that"
-    return "if it occurs, it is not seen"
+    told = codebook.tell(prefix)
+    return (
+        f"if it occurs, it is told as {told.text} and counted as that" if told.text else "if it occurs, it is not seen"
+    )

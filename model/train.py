@@ -1,9 +1,11 @@
-"""The training step: AdamW, a schedule that is a function of the global step, clipping, and a loud end on divergence.
+"""The training step: AdamW or Muon, a schedule over the global step, clipping, and a loud end on divergence.
 
 Notable choices:
 - The learning rate, and the dropout masks, depend only on the options and the global step. A run that was stopped and
   resumed is bit for bit the run that was not; a federation's round r starts at step r x (local steps).
-- Weight decay is decoupled (AdamW) and touches only the matrices of the blocks and an untied output layer. Norms and
+- Muon (`model.muon`) moves the matrices of the blocks only; embedding, output layer, norms and biases always have
+  AdamW.
+- Weight decay is decoupled and touches only the matrices of the blocks and an untied output layer. Norms and
   biases are free, and so is the embedding: a hospital that never writes a code must not shrink that code's row.
 - Mixed precision is used where it is fast, and nowhere else: CUDA devices with bfloat16. On the CPUs that were measured
   without bfloat16 units autocast is three times slower than float32.
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from model.decoder import Decoder
+from model.muon import Muon
 from tokenizer.errors import ConfigError, DataError, FedcometError
 
 if TYPE_CHECKING:
@@ -35,6 +38,7 @@ class TrainOptions:
     """How to train.
 
     Attributes:
+        optimizer: of the blocks' matrices; everything else is trained by AdamW.
         lr: peak learning rate.
         min_lr_ratio: share of the peak that the cosine ends at.
         warmup_steps: steps of linear warm-up.
@@ -49,6 +53,7 @@ class TrainOptions:
         ConfigError: for a value out of range.
     """
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
     min_lr_ratio: float = 0.1
     warmup_steps: int = 100
@@ -61,6 +66,7 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         checks = {
+            "optimizer is adamw or muon": self.optimizer in ("adamw", "muon"),
             "lr must be positive": self.lr > 0,
             "min_lr_ratio must lie in [0, 1]": 0 <= self.min_lr_ratio <= 1,
             "warmup_steps must not be negative": self.warmup_steps >= 0,
@@ -113,17 +119,16 @@ class Trainer:
         self.options = options
         self.global_step = start_step
         self._names = [name for name, _ in decoder.named_parameters()]
-        decayed = [p for name, p in decoder.named_parameters() if _is_decayed(name, p)]
+        matrices = [p for name, p in decoder.named_parameters() if _is_decayed(name, p)]
         free = [p for name, p in decoder.named_parameters() if not _is_decayed(name, p)]
-        self._optimizer = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": options.weight_decay},
-                {"params": free, "weight_decay": 0.0},
-            ],
-            lr=options.lr,
-            betas=options.betas,
-            fused=True,
-        )
+        groups = [{"params": free, "weight_decay": 0.0}]
+        self._optimizers: list[torch.optim.Optimizer] = []
+        if options.optimizer == "muon":
+            inner = [p for p in matrices if p is not decoder.head_weight]
+            matrices = [p for p in matrices if p is decoder.head_weight]
+            self._optimizers.append(Muon(inner, options.lr, weight_decay=options.weight_decay))
+        groups.append({"params": matrices, "weight_decay": options.weight_decay})
+        self._optimizers.append(torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, fused=True))
 
     @property
     def _device(self) -> torch.device:
@@ -146,14 +151,15 @@ class Trainer:
         loss = nll / tokens
         if not math.isfinite(mean := loss.item()):
             raise TrainingDiverged(self._diverged("loss", mean, lr))
-        self._optimizer.zero_grad(set_to_none=True)
+        self.decoder.zero_grad(set_to_none=True)
         loss.backward()
         norm = self._clip()
         if not math.isfinite(norm):
             raise TrainingDiverged(self._diverged("gradient norm", norm, lr))
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.step()
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
         self.global_step += 1
         return StepResult(mean, tokens, norm, lr)
 
@@ -161,7 +167,7 @@ class Trainer:
         """Moments and step counts as named tensors (int64 scalars, float32 like the parameters)."""
         state = {"global_step": torch.tensor(self.global_step)}
         for name, weight in self.decoder.named_parameters():
-            for key, value in self._optimizer.state.get(weight, {}).items():
+            for key, value in self._state_of(weight).items():
                 state[f"{key}.{name}"] = value.detach().clone()
         return state
 
@@ -172,15 +178,22 @@ class Trainer:
             DataError: when a tensor is missing or has another shape than its parameter.
         """
         self.global_step = int(state["global_step"])
-        self._optimizer.state.clear()
-        for name, weight in self.decoder.named_parameters():
-            moments = {key: state.get(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
-            if all(value is None for value in moments.values()):
-                continue
-            for key, value in moments.items():
-                if value is None or (key != "step" and value.shape != weight.shape):
-                    raise DataError(f"optimizer state: {key}.{name} is missing or misshapen")
-                self._optimizer.state[weight][key] = value.to(weight.device, copy=True)
+        for optimizer in self._optimizers:
+            optimizer.state.clear()
+            keys = ("momentum_buffer",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
+            held = {weight for group in optimizer.param_groups for weight in group["params"]}
+            for name, weight in self.decoder.named_parameters():
+                moments = {key: state.get(f"{key}.{name}") for key in keys if weight in held}
+                if all(value is None for value in moments.values()):
+                    continue
+                for key, value in moments.items():
+                    if value is None or (key != "step" and value.shape != weight.shape):
+                        raise DataError(f"optimizer state: {key}.{name} is missing or misshapen")
+                    optimizer.state[weight][key] = value.to(weight.device, copy=True)
+
+    def _state_of(self, weight: Tensor) -> dict[str, Tensor]:
+        """What the optimizers remember of a parameter; empty before its first step."""
+        return {key: value for o in self._optimizers for key, value in o.state.get(weight, {}).items()}
 
     def _clip(self) -> float:
         grads = [p.grad for p in self.decoder.parameters() if p.grad is not None]

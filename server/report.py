@@ -7,12 +7,12 @@ JSON file alone.
 
 from pathlib import Path
 
-import jinja2
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from federation import canonical
+from federation import canonical, page
+from federation.page import show_bytes, show_count
 from server import plots
 from server.results import KINDS, ArmResult, Figure, Question, Report
 from tokenizer import durable
@@ -40,13 +40,8 @@ def load(path: Path) -> Report:
 
 def render(report: Report) -> str:
     """Give the HTML page."""
-    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(
-        number=_show_number, interval=_show_interval, bytes=show_bytes, count=show_count, share=_show_share
-    )
+    environment = page.environment(Path(__file__).parent / "templates")
+    environment.filters.update(number=_show_number, interval=_show_interval)
     pictures = {question.name: plots.question(question) for question in report.questions}
     return environment.get_template("report.html.j2").render(
         report=report,
@@ -131,22 +126,3 @@ def _show_interval(figure: Figure, signed: bool) -> str:
 
 def _decimals(number: float, signed: bool) -> str:
     return f"{number:+.3f}".replace("-", "−") if signed else f"{number:.3f}"
-
-
-def show_bytes(size: int) -> str:
-    """Write a size: `1.3 MB`."""
-    amount = float(size)
-    for unit in ("B", "kB", "MB", "GB"):
-        if amount < 1000 or unit == "GB":
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1000
-    raise AssertionError
-
-
-def show_count(number: int) -> str:
-    """Write a count with thin spaces between thousands."""
-    return f"{number:,}".replace(",", "\u202f")
-
-
-def _show_share(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f} %"

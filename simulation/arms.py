@@ -9,7 +9,7 @@ Every arm is a run of `server.app` with a ledger of its own, so a killed study g
 side by side over one pool, and each ends with its best round by the loss of its own tuning patients.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,22 +26,10 @@ from simulation.pool import Pool
 from tokenizer.codebook import TokenizerOptions
 from tokenizer.errors import FedcometError
 from tokenizer.events import MedsDataset, write_meds
+from tokenizer.progress import Step, Watch
 from tokenizer.split import SplitRule
 
 FEDERATED, POOLED = "federated", "pooled"
-
-
-@dataclass(frozen=True)
-class Step:
-    """How far something is; `label` names it for people, `note` says what is worth knowing now."""
-
-    label: str
-    done: int
-    total: int
-    note: str = ""
-
-
-Watch = Callable[[Step], None]
 
 
 @dataclass(frozen=True)
@@ -196,6 +184,7 @@ def _plan(study: Study, name: str, **changes: object) -> FederationPlan:
         context=study.model.context,
         dropout=study.model.dropout,
         train=TrainOptions(
+            optimizer=train.optimizer,
             lr=train.learning_rate,
             min_lr_ratio=train.min_learning_rate_ratio,
             weight_decay=train.weight_decay,
@@ -206,6 +195,7 @@ def _plan(study: Study, name: str, **changes: object) -> FederationPlan:
         seed=study.seed,
         min_sites=train.min_sites,
         deadline_s=60 * train.round_deadline_minutes,
+        evaluate_every=train.evaluate_every,
         purposes=tuple(question.question for question in study.task),
     )
     return replace(plan, **changes)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ _HOUR = DAY_US // 24
 _MINUTE = _HOUR // 60
 _STATIC = np.iinfo(np.int64).min
 
-_ICD = ("I50.9", "I25.10", "J44.9", "N18.4", "E11.9", "C79.9", "K74.60", "F03.90")
+CONDITION_CODES = ("I50.9", "I25.10", "J44.9", "N18.4", "E11.9", "C79.9", "K74.60", "F03.90")
 _DRUGS = (
     "FUROSEMIDE",
     "ASPIRIN",
@@ -226,7 +226,7 @@ def _diagnoses_and_drugs(
     given = rng.random(count) < 0.5
     drug = np.char.add("MEDICATION//", np.array(_REASON_DRUGS))[reason]
     sheet.add(who[given], start[given] + 3 * _HOUR, drug[given])
-    for index, (icd, drug_name) in enumerate(zip(_ICD, _DRUGS, strict=True)):
+    for index, (icd, drug_name) in enumerate(zip(CONDITION_CODES, _DRUGS, strict=True)):
         has = facts.conditions[who, index]
         # The first stay lists every chronic condition: from then on the record shows all that a risk depends on.
         coded = has & (stays.first | (rng.random(count) < 0.7))

@@ -94,6 +94,10 @@ class Tokenizer(_Section):
     values: Literal["separate", "fused"] = "separate"
     value_bins: Annotated[int, Field(ge=2, le=100)] = 10
     min_patients: Annotated[int, Field(ge=2)] = 10
+    intervals: Literal["comet13", "ethos19"] = "comet13"
+    icd10cm_split: tuple[_Positive, ...] = (3, 3)
+    atc_split: tuple[_Positive, ...] = (3, 1)
+    icd10pcs_split: tuple[_Positive, ...] = ()
 
 
 class Model(_Section):
@@ -105,12 +109,17 @@ class Model(_Section):
 
 
 class Training(_Section):
-    """Rounds and the local work in each: either `local_epochs` (0.25: a quarter of a pass) or `local_steps`."""
+    """Rounds and the local work in each: either `local_epochs` (0.25: a quarter of a pass) or `local_steps`.
+
+    Every `evaluate_every` rounds, and after the last, the loss of the tuning patients is measured; an arm ends with the
+    best of these rounds.
+    """
 
     rounds: _Positive
     local_epochs: Annotated[float, Field(gt=0.0)] | None = None
     local_steps: _Positive | None = None
     batch_tokens: _Positive = 8192
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0.0)] = 3e-3
     min_learning_rate_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
     warmup_share: _Share = 0.03
@@ -121,6 +130,7 @@ class Training(_Section):
     outer_learning_rate: Annotated[float, Field(gt=0.0)] | None = None
     outer_momentum: _Share = 0.9
     min_sites: _Positive = 1
+    evaluate_every: _Positive = 1
     round_deadline_minutes: Annotated[float, Field(gt=0.0)] = 120.0
 
     @model_validator(mode="after")

@@ -25,12 +25,13 @@ from model import checkpoint
 from model.estimate import estimate
 from model.tasks import Cohort, Task, cohort, join
 from server.futures import Model
-from simulation.arms import FEDERATED, Arm, Step, Watch
+from simulation.arms import FEDERATED, Arm
 from simulation.config import Evaluation, Study
 from simulation.pool import Pool
 from tokenizer import durable
 from tokenizer.codebook import Codebook
 from tokenizer.errors import DataError
+from tokenizer.progress import Step, Watch
 from tokenizer.store import TokenStore
 
 ENSEMBLE, TRUTH, MODEL = "ensemble", "true risk", "model"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from client.site import SiteFiles
 from server.futures import Model
-from simulation.arms import Arm, Step, Watch, train
+from simulation.arms import Arm, train
 from simulation.config import Study
 from simulation.hospital import PROFILES, write_hospital
 from simulation.partition import OTHER, Parts, partition
@@ -23,6 +23,7 @@ from simulation.questions import Answers, answer
 from tokenizer import durable
 from tokenizer.errors import ConfigError
 from tokenizer.events import MedsDataset
+from tokenizer.progress import Step, Watch
 
 
 @dataclass(frozen=True)

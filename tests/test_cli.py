@@ -1,5 +1,6 @@
 """The command line: what a person types, sees, and gets back as exit codes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from tests import tiny
 
 REPOSITORY = Path(__file__).parents[1]
 HELP = Path(__file__).parent / "golden" / "help.txt"
-COMMANDS = ("tokenize", "simulate", "report", "rollout", "evaluate")
+COMMANDS = ("tokenize", "site", "site check", "simulate", "report", "rollout", "evaluate")
 STUDY = """
 name = "tiny"
 arms = ["federated", "alone", "pooled", "ensemble"]
@@ -81,7 +82,7 @@ def test_the_help_of_every_command_is_the_golden_one() -> None:
 
 
 def help_texts() -> str:
-    texts = [fedcomet("--help"), *(fedcomet(command, "--help") for command in COMMANDS)]
+    texts = [fedcomet("--help"), *(fedcomet(*command.split(), "--help") for command in COMMANDS)]
     assert all(text.returncode == 0 for text in texts)
     lines = "\n".join(text.stdout for text in texts).splitlines()
     return "\n".join(line.rstrip() for line in lines) + "\n"
@@ -111,6 +112,52 @@ def test_tokenize_makes_a_codebook_of_its_own(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert "train: " in done.stdout
     assert (tmp_path / "out" / "codebook.json").exists()
+
+
+def test_workers_change_nothing(tmp_path: Path) -> None:
+    site = tiny.site(tmp_path, "here", seed=1)
+    for name, more in (("alone", ()), ("together", ("--workers", 2))):
+        done = fedcomet("tokenize", site.data, "--out", tmp_path / name, "--min-patients", 5, *more)
+        assert done.returncode == 0, done.stderr
+    alone, together = (
+        {file.relative_to(tmp_path / name): file.read_bytes() for file in (tmp_path / name).rglob("*.*")}
+        for name in ("alone", "together")
+    )
+    assert alone == together
+    assert len(alone) == 14
+
+
+def test_tables_are_read_by_their_mapping_and_bad_rows_are_set_aside(tmp_path: Path) -> None:
+    folder = tmp_path / "extract"
+    folder.mkdir()
+    rows = [f"{patient},2020-01-{day:02},{100 + day}" for patient in range(1, 21) for day in range(1, 9)]
+    (folder / "labs.csv").write_text("\n".join(["patient,day,glucose", *rows, "1,2020-13-01,5"]) + "\n")
+    (tmp_path / "mapping.toml").write_text(
+        '[[table]]\nname = "labs"\nfiles = "labs.csv"\nsubject = "patient"\ntime = "day"\n'
+        '[[table.event]]\ncode = "LAB//GLUCOSE"\nvalue = "glucose"\nunit = "mg/dL"\n'
+    )
+    arguments = ("tokenize", folder, "--source", "tables", "--mapping", tmp_path / "mapping.toml")
+    arguments = (*arguments, "--out", tmp_path / "out", "--min-patients", 5)
+    told = refused(*arguments)
+    assert "labs.csv" in told
+    assert "row 162" in told
+    assert "--quarantine" in told
+    done = fedcomet(*arguments, "--quarantine")
+    assert done.returncode == 0, done.stderr
+    assert "1 rows were set aside" in done.stdout
+    assert "LAB//GLUCOSE//mg/dL" in (tmp_path / "out" / "codebook.json").read_text()
+    assert (tmp_path / "out" / "records" / "quarantine.csv").exists()
+
+
+def test_a_site_is_checked_in_the_terminal_on_a_page_and_as_json(tmp_path: Path) -> None:
+    site = tiny.site(tmp_path, "here", seed=1)
+    options = ("--min-patients", 5, "--context", 32, "--seconds", 0)
+    done = fedcomet("site", "check", site.data, *options, "--out", tmp_path / "check.html")
+    assert done.returncode == 0, done.stderr
+    assert "What the survey would send" in done.stdout
+    assert (tmp_path / "check.html").read_text().startswith("<!DOCTYPE html>")
+    done = fedcomet("site", "check", site.data, *options, "--json")
+    assert json.loads(done.stdout)["subjects"] == 40
 
 
 def test_futures_of_a_patient_are_shown_and_written(finished: Path, tokens: Path, tmp_path: Path) -> None:
@@ -147,6 +194,12 @@ def test_what_is_wrong_is_said_without_a_traceback_and_with_exit_code_1(
     shard = next(broken.rglob("data/**/*.parquet"))
     shard.write_bytes(b"PAR1")
     assert str(shard) in refused("tokenize", broken, "--out", tmp_path / "out")
+    assert str(shard) in refused("site", "check", broken)
+    assert "no source hl7" in refused("tokenize", broken, "--out", tmp_path / "out", "--source", "hl7").replace("'", "")
+    assert "--cdm is for the source omop" in refused("site", "check", broken, "--cdm", "5.3")
+    assert "needs a mapping" in refused("site", "check", broken, "--source", "tables")
+    assert "not both" in refused("tokenize", broken, "--out", tmp_path / "out", "--ray", "auto", "--workers", 2)
+    assert "none.toml: can't be read" in refused("site", "check", broken, "--config", tmp_path / "none.toml")
     assert not (tmp_path / "out" / "store").exists()
     assert "none.toml: can't be read" in refused("simulate", tmp_path / "none.toml")
     assert "report.json" in refused("report", tmp_path)

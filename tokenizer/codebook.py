@@ -1,232 +1,116 @@
-"""What the parties agree on about tokens: the surveys that sites tell, and the codebook of all.
+"""What the parties agree on about tokens: the codebook.
 
 The grammar of a timeline:
 
-    timeline = static* moment* EOT
-    moment   = interval* [age] event+   all events of one distinct time
+    timeline = static* [moment (interval* moment)*] EOT
+    moment   = [age] event+             all events of one time; of several within a minute
     event    = code [value] | other     `fused` options put code and bin in one token
+    code     = token | category piece*  a code of a system that is spelled, as the options say
 
 - static: a code without a time; `GENDER//*` or `*` when it is too rare to be named.
-- age: `40-45`; at the first moment and whenever the bucket changed, if the birth is known.
-- interval: the gap since the moment before, in 13 classes; none below a minute; `6mo+` is repeated
+- age: `40-45`; at the first moment and behind an interval where the bucket changed, if the birth is known.
+- interval: the gap since the moment before; none below the shortest class; `6mo+` is repeated
   round(gap / 180 d) times.
 - code: a code with a time. Inside one moment codes are sorted by name, then by value; deaths come
   last.
-- other: a code too rare to be named; its longest `//` parent that can be named stands for it, or ""
-  for none.
-- value: `Q1` is the lowest bin of the code before it.
+- category, piece: `ICD10CM//E11.65` is `ICD10CM//E11` and the piece `ICD10CM//2//65`, which other
+  categories share. The piece `*` stands for a code below that can't be named.
+- other: a code too rare to be named; its nearest ancestor that can be named stands for it, at last its
+  system (`LOINC`), or "" for none.
+- value: `Q1` is the lowest bin of the code before it. In `fused` mode spelled codes have it too.
+
+`Codebook.grammar` holds generation to this, and to the codes and bins that exist.
 
 Notable choices: no polars here, so a rollout on a bare GPU host can read a codebook; canonical JSON
-bytes, so equal codebooks are equal files with equal hashes; the survey holds integers only, so
-merging is exact in any order.
+bytes, so equal codebooks are equal files with equal hashes. The vocabulary only ever grows at its end
+(`extend`), so a model's rows stay where they are.
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenizer import durable, sketch
+from tokenizer import durable, sketch, spelling
 from tokenizer.errors import ConfigError, DataError
+from tokenizer.grammar import Grammar, Words
+from tokenizer.options import (
+    INTERVAL_TABLES,
+    INTERVALS,
+    LONGEST,
+    TokenizerOptions,
+    age_bucket,
+    age_texts,
+    age_width,
+)
+from tokenizer.release import Survey, canonical_json, merge, parse_json
 from tokenizer.sketch import Sketch
+from tokenizer.spelling import parents
+from tokenizer.trie import Event, Trie
+from tokenizer.vocabulary import BELOW, BIRTH, DEATH, Token, Vocabulary
 
-BIRTH, DEATH = "MEDS_BIRTH", "MEDS_DEATH"
+__all__ = [
+    "BIRTH",
+    "DEATH",
+    "INTERVALS",
+    "INTERVAL_TABLES",
+    "LONGEST",
+    "STATIC",
+    "Codebook",
+    "Survey",
+    "Token",
+    "TokenizerOptions",
+    "Told",
+    "age_bucket",
+    "age_width",
+    "merge",
+    "parents",
+]
 
 # The time of an event without a time.
 STATIC = int(np.iinfo(np.int64).min)
 
-_MINUTE = 60_000_000
-_HOUR = 60 * _MINUTE
-_DAY = 24 * _HOUR
-
-# Lower ends, in us; a month is 30 days. CoMET has 13 classes from 1-5 min to 6+ months but its
-# edges are not public: these are the edges of the original ETHOS (npj Digital Medicine 2024) plus
-# 1-5 min, with 1-2 w and 2 w-1 mo joined.
-INTERVALS: dict[str, int] = {
-    "1-5min": _MINUTE,
-    "5-15min": 5 * _MINUTE,
-    "15min-1h": 15 * _MINUTE,
-    "1-2h": _HOUR,
-    "2-6h": 2 * _HOUR,
-    "6-12h": 6 * _HOUR,
-    "12h-1d": 12 * _HOUR,
-    "1-3d": _DAY,
-    "3-7d": 3 * _DAY,
-    "7-30d": 7 * _DAY,
-    "1-3mo": 30 * _DAY,
-    "3-6mo": 90 * _DAY,
-    "6mo+": 180 * _DAY,
-}
-LONGEST = "6mo+"
-
-_OLDEST = 120
-# Counts that sum in int64 whatever a site says.
-_MOST = 2**40
-_SURVEY_FORMAT, _CODEBOOK_FORMAT = "fedcomet-survey/1", "fedcomet-codebook/1"
-
-
-@dataclass(frozen=True, order=True)
-class Token:
-    """One entry of the vocabulary; `bin` is 0 but for fused code-and-value tokens."""
-
-    kind: str
-    text: str
-    bin: int = 0
+_FORMAT = "fedcomet-codebook/2"
 
 
 @dataclass(frozen=True)
-class TokenizerOptions:
-    """How events become tokens.
-
-    Args:
-        values: `separate` writes a value as its own token after the code's; `fused` as one token
-            per code and bin.
-        value_bins: Quantile bins of a code's values.
-        min_patients: A site tells nothing about fewer patients than this.
-        sketch_accuracy: Relative accuracy of the sketches, 0.001 to 0.1.
-        age_years: Width of an age bucket.
-        named: Codes that have a token however rare they are, because questions ask for them; whoever
-            asks names them, so that they are in the codebook tells nothing about any record.
-    """
-
-    values: Literal["separate", "fused"] = "separate"
-    value_bins: int = 10
-    min_patients: int = 10
-    sketch_accuracy: float = 0.01
-    age_years: int = 5
-    named: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        # The order, and how JSON gives it back, make no difference.
-        object.__setattr__(self, "named", tuple(sorted(set(self.named))))
-        checks = (
-            (self.values in ("separate", "fused"), 'values must be "separate" or "fused"'),
-            (2 <= self.value_bins <= 100, "value_bins must be 2 to 100"),
-            (self.min_patients >= 1, "min_patients must be at least 1"),
-            (0.001 <= self.sketch_accuracy <= 0.1, "sketch_accuracy must be 0.001 to 0.1"),
-            (1 <= self.age_years <= _OLDEST, f"age_years must be 1 to {_OLDEST}"),
-        )
-        for good, rule in checks:
-            if not good:
-                raise ConfigError(f"tokenizer options: {rule}, got {self}.")
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What a site tells about its codes: counts of patients and value histograms, over the floor.
-
-    Every count of patients, and the number of patients behind every bucket of a sketch, is at least
-    `options.min_patients` (0 patients stands for "fewer than the floor"). Merged surveys sum over
-    sites: a patient of two sites counts twice, and what each site alone couldn't release stays
-    unknown.
+class Told:
+    """How a code is written.
 
     Attributes:
-        codes: Patients per code with a time.
-        prefixes: Patients per `//` parent whose rarer codes are only together frequent enough.
-        statics: Patients per code without a time.
-        static_prefixes: The same for their parents.
-        values: A sketch of the numeric values per code.
-        gaps: A sketch of the gaps between events, in seconds, per interval class but the longest.
+        tokens: ids; the first is a code, other or static token, the rest are pieces.
+        level: by its own tokens, by those of an ancestor, or as something unknown of its system.
+        text: the canonical name of the code, or the ancestor's; "" for none.
     """
 
-    options: TokenizerOptions
-    patients: int = 0
-    codes: Mapping[str, int] = field(default_factory=dict)
-    prefixes: Mapping[str, int] = field(default_factory=dict)
-    statics: Mapping[str, int] = field(default_factory=dict)
-    static_prefixes: Mapping[str, int] = field(default_factory=dict)
-    values: Mapping[str, Sketch] = field(default_factory=dict)
-    gaps: Mapping[str, Sketch] = field(default_factory=dict)
-
-    def to_bytes(self) -> bytes:
-        """Canonical JSON: equal surveys are equal bytes."""
-        return _canonical({"format": _SURVEY_FORMAT, **asdict(self)})
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> "Survey":
-        """Read a survey and check it: one that breaks its own floor is refused.
-
-        Raises:
-            DataError: It isn't a survey of this version, or a count lies below the floor.
-        """
-        try:
-            content = _parse(data, _SURVEY_FORMAT)
-            options = TokenizerOptions(**content.pop("options"))
-            for name in ("values", "gaps"):
-                content[name] = {
-                    code: {int(bucket): events for bucket, events in cells.items()}
-                    for code, cells in content[name].items()
-                }
-            survey = cls(options, **content)
-            survey._check()
-        except (ConfigError, TypeError, ValueError, KeyError, AttributeError) as problem:
-            raise DataError(f"The survey can't be used ({problem}); ask its site anew.") from None
-        return survey
-
-    def _check(self) -> None:
-        counts = [self.codes, self.prefixes, self.statics, self.static_prefixes]
-        cells: list[Sketch] = [*self.values.values(), *self.gaps.values()]
-        numbers = [n for count in counts for n in count.values()]
-        numbers += [n for cell in cells for n in cell.values()]
-        numbers += [self.patients] if self.patients else []
-        if not all(type(n) is int and n >= self.options.min_patients for n in numbers):
-            raise ValueError(f"a count lies below the floor of {self.options.min_patients}")
-        if max(numbers, default=0) > _MOST:
-            raise ValueError(f"a count lies above {_MOST}")
-        if not all(cells) or not self.gaps.keys() <= INTERVALS.keys() - {LONGEST}:
-            raise ValueError("an empty sketch or an unknown interval class")
-        accuracy = self.options.sketch_accuracy
-        if not all(sketch.is_bucket(bucket, accuracy) for cell in cells for bucket in cell):
-            raise ValueError("a bucket lies outside the grid")
-
-
-def merge(surveys: Iterable[Survey]) -> Survey:
-    """Sum surveys; exact, and the same to the byte in whatever order and grouping.
-
-    Raises:
-        ConfigError: No survey, or surveys taken under different options.
-    """
-    surveys = list(surveys)
-    if not surveys:
-        raise ConfigError("There is no survey to merge; ask at least one site for its survey.")
-    options = surveys[0].options
-    for other in surveys[1:]:
-        if other.options != options:
-            raise ConfigError(
-                f"Surveys were taken under different tokenizer options: {options} and"
-                f" {other.options}. Ask all sites again with the same options."
-            )
-    return Survey(
-        options,
-        patients=sum(survey.patients for survey in surveys),
-        codes=_sum(survey.codes for survey in surveys),
-        prefixes=_sum(survey.prefixes for survey in surveys),
-        statics=_sum(survey.statics for survey in surveys),
-        static_prefixes=_sum(survey.static_prefixes for survey in surveys),
-        values=_sum_sketches(survey.values for survey in surveys),
-        gaps=_sum_sketches(survey.gaps for survey in surveys),
-    )
+    tokens: tuple[int, ...]
+    level: Literal["itself", "ancestor", "unknown"]
+    text: str
 
 
 class Codebook:
     """The vocabulary and what writing and reading its tokens takes; immutable, known by its hash.
 
     The vocabulary holds every code that at least one site could release. Its order is fixed:
-    specials, static, age, interval and value tokens, then codes, then parents of rare codes, each
-    sorted by name.
+    specials, static, age, interval and value tokens, then codes and categories, pieces, and others, each
+    sorted by name; what `extend` added follows in the same order.
 
     Attributes:
         options: How events become tokens.
         tokens: The vocabulary; a token's id is its place.
         pad, eot, unk: Ids of the specials. `unk` is never written by `encode`: rare codes have
-            their parents.
+            their ancestors.
+        intervals: Lower end, in us, of each class of gaps, ascending.
         breaks: Per code with values, the inner edges of its value bins, float64 ascending.
+        spelled: The spelled codes that have a path of their own.
+        spelled_prefixes: Ancestors whose rarer codes are told by `*` behind their path.
+        prepared: Digests of the maps and unit tables that the surveyed records went through.
+        parent: Hash of the codebook that this one extends.
         advance_us: int64 [V], the time that an interval token stands for, 0 for other tokens.
         is_header: bool [V], static and age tokens.
         hash: SHA-256 (hex) of the canonical bytes.
@@ -241,10 +125,19 @@ class Codebook:
         advance: Mapping[str, int],
         breaks: Mapping[str, Sequence[float]],
         medians: Mapping[str, Sequence[float]],
+        *,
+        intervals: Mapping[str, int] | None = None,
+        spelled: Iterable[str] = (),
+        spelled_prefixes: Iterable[str] = (),
+        prepared: Iterable[str] = (),
+        parent: str | None = None,
     ) -> None:
         self.options = options
         self.tokens = tuple(tokens)
+        self.intervals = dict(options.interval_edges if intervals is None else intervals)
         self.breaks = {code: np.array(edges, np.float64) for code, edges in breaks.items()}
+        self.spelled, self.spelled_prefixes = frozenset(spelled), frozenset(spelled_prefixes)
+        self.prepared, self.parent = tuple(sorted(set(prepared))), parent
         self._advance = dict(advance)
         self._medians = {code: tuple(values) for code, values in medians.items()}
         self._ids = {token: place for place, token in enumerate(self.tokens)}
@@ -258,48 +151,84 @@ class Codebook:
     def build(cls, survey: Survey) -> "Codebook":
         """The codebook of a (merged) survey.
 
-        Codes whose values all fall in one bucket get no value bins: their value says nothing. A gap
-            class that nobody
-        could release stands for the geometric middle of its edges, any other for the mean of its
-            gaps: elapsed times
-        are sums of these, and only means keep sums right. `6mo+` is 180 days, as it is repeated.
+        Codes whose values all fall in one bucket get no value bins: their value says nothing. A gap class
+        that nobody could release stands for the geometric middle of its edges, any other for the mean of its
+        gaps: elapsed times are sums of these, and only means keep sums right. `6mo+` is 180 days, as it is
+        repeated.
         """
-        options = survey.options
+        options, edges = survey.options, survey.options.interval_edges
         accuracy = options.sketch_accuracy
         cuts = {
             code: sketch.quantile_bins(cells, options.value_bins, accuracy) for code, cells in survey.values.items()
         }
-        breaks = {code: edges for code, (edges, _) in cuts.items() if edges}
+        breaks = {code: inner for code, (inner, _) in cuts.items() if inner}
         medians = {code: cuts[code][1] for code in breaks}
-        statics = {*survey.statics, *(f"{text}//*" for text in survey.static_prefixes), "*"}
-        codes = [
-            Token("code", text, n)
-            for text in sorted({*survey.codes, *breaks, *options.named, DEATH})
-            for n in range(len(medians.get(text, ())) + 1 if options.values == "fused" else 1)
-        ]
-        separate = options.values == "separate"
-        tokens = [
-            *(Token("special", text) for text in ("pad", "eot", "unk")),
-            *(Token("static", text) for text in sorted(statics)),
-            *(Token("age", text) for text in _age_texts(options.age_years)),
-            *(Token("interval", text) for text in INTERVALS),
-            *(Token("value", f"Q{n + 1}") for n in range(options.value_bins * separate)),
-            *codes,
-            *(Token("other", text) for text in sorted({*survey.prefixes, ""})),
-        ]
-        advance = {text: _represent(text, survey.gaps.get(text), accuracy) for text in INTERVALS}
-        return cls(options, tokens, advance, breaks, medians)
+        names = Vocabulary.of(survey, breaks)
+        advance = {text: _represent(text, edges, survey.gaps.get(text), accuracy) for text in edges}
+        return cls(
+            options,
+            names.tokens(options, edges, {code: len(values) for code, values in medians.items()}),
+            advance,
+            breaks,
+            medians,
+            spelled=names.spelled,
+            spelled_prefixes=names.spelled_prefixes,
+            prepared=survey.prepared,
+        )
+
+    def extend(self, survey: Survey) -> "Codebook":
+        """A later version: every token, bin and duration stays what it is, the survey's new codes follow.
+
+        A code that was here before keeps its value bins, or gets none if it had none. The new codebook names
+        this one as its parent.
+
+        Raises:
+            ConfigError: The survey was taken under options that cut codes, values or time otherwise.
+        """
+        options = replace(survey.options, named=(*self.options.named, *survey.options.named))
+        if replace(options, named=self.options.named, min_patients=self.options.min_patients) != self.options:
+            raise ConfigError(
+                f"The survey was taken under {survey.options}, the codebook was built under {self.options};"
+                " only named and min_patients may change. Ask for the survey again with the codebook's options."
+            )
+        new = Codebook.build(replace(survey, options=options))
+        here = {token.text for token in self.tokens if token.kind == "code"} | self.spelled
+        fresh = [code for code in new.breaks if code not in here]
+        return Codebook(
+            options,
+            [*self.tokens, *(token for token in new.tokens if self._is_new(token, here))],
+            self._advance,
+            {
+                code: edges.tolist()
+                for code, edges in (self.breaks | {code: new.breaks[code] for code in fresh}).items()
+            },
+            {**self._medians, **{code: new._medians[code] for code in fresh}},
+            intervals=self.intervals,
+            spelled=self.spelled | new.spelled,
+            spelled_prefixes=self.spelled_prefixes | new.spelled_prefixes,
+            prepared=(*self.prepared, *new.prepared),
+            parent=self.hash,
+        )
+
+    def _is_new(self, token: Token, here: set[str]) -> bool:
+        # Fused bins of a code that had none would not stand beside it.
+        return token not in self._ids and not (token.bin and token.text in here)
 
     def to_bytes(self) -> bytes:
         """Canonical JSON: equal codebooks are equal bytes."""
-        return _canonical(
+        return canonical_json(
             {
-                "format": _CODEBOOK_FORMAT,
+                "format": _FORMAT,
                 "options": asdict(self.options),
                 "tokens": [[token.kind, token.text, token.bin] for token in self.tokens],
+                "intervals": [[text, edge] for text, edge in self.intervals.items()],
                 "advance_us": self._advance,
                 "breaks": {code: edges.tolist() for code, edges in self.breaks.items()},
                 "medians": self._medians,
+                "spelled": sorted(self.spelled),
+                "spelled_prefixes": sorted(self.spelled_prefixes),
+                "prepared": self.prepared,
+                "parent": self.parent,
             }
         )
 
@@ -311,18 +240,23 @@ class Codebook:
             DataError: It isn't a codebook of this version, or is damaged.
         """
         try:
-            content = _parse(data, _CODEBOOK_FORMAT)
+            content = parse_json(data, _FORMAT)
             codebook = cls(
                 TokenizerOptions(**content["options"]),
                 [Token(kind, text, n) for kind, text, n in content["tokens"]],
                 content["advance_us"],
                 content["breaks"],
                 content["medians"],
+                intervals=dict(content["intervals"]),
+                spelled=content["spelled"],
+                spelled_prefixes=content["spelled_prefixes"],
+                prepared=content["prepared"],
+                parent=content["parent"],
             )
             codebook._check()
             if codebook.to_bytes() != data:
                 raise ValueError("its bytes are not canonical")
-        except (ConfigError, TypeError, ValueError, KeyError, AttributeError) as problem:
+        except (ConfigError, DataError, TypeError, ValueError, KeyError, AttributeError) as problem:
             raise DataError(f"The codebook can't be used ({problem}); fetch it anew.") from None
         return codebook
 
@@ -337,6 +271,26 @@ class Codebook:
             text: len(values) for text, values in self._medians.items()
         }:
             raise ValueError("breaks and medians don't fit together")
+        self._check_blocks()
+        _ = self.grammar
+
+    def _check_blocks(self) -> None:
+        """Refuse ages, gaps, bins and values that don't stand side by side, as counting on from a first one needs."""
+        blocks = [
+            [Token("age", text) for text in age_texts(self.options.age_years)],
+            [Token("interval", text) for text in self.intervals],
+            [token for token in self.tokens if token.kind == "value"],
+        ]
+        if self.options.values == "fused":
+            unspelled = self.breaks.keys() - self.spelled
+            blocks += [[Token("code", code, n) for n in range(len(self._medians[code]) + 1)] for code in unspelled]
+        for block in blocks:
+            first = self._ids[block[0]] if block else 0
+            if self.tokens[first : first + len(block)] != tuple(block):
+                raise ValueError(f"the tokens from {block[0]} on are not in place")
+        edges = list(self.intervals.values())
+        if edges != sorted(edges) or list(self.intervals)[-1] != LONGEST or self._advance.keys() != {*self.intervals}:
+            raise ValueError("its interval classes don't fit together")
 
     def save(self, path: Path) -> None:
         """Write the codebook to a file, at once or not at all."""
@@ -375,30 +329,115 @@ class Codebook:
         except KeyError:
             raise DataError(f"The codebook {self.hash[:12]} has no {token}.") from None
 
-    def code_id(self, code: str, *, static: bool = False) -> int:
-        """Id of a code's token (bin 0), or of its longest parent that has one."""
-        if (named := self._ids.get(Token("static" if static else "code", code))) is not None:
-            return named
-        for prefix in parents(code):
-            parent = Token("static", f"{prefix}//*") if static else Token("other", prefix)
-            if parent in self._ids:
-                return self._ids[parent]
-        return self._ids[Token("static", "*") if static else Token("other", "")]
+    def first_id(self, kind: str) -> int:
+        """Id of the first token of a kind (age, interval, value), which the others of its kind follow."""
+        return next(place for place, token in enumerate(self.tokens) if token.kind == kind)
+
+    def tell(self, code: str, *, static: bool = False) -> Told:
+        """How a code is written: by its own tokens, its nearest ancestor's, or as unknown of its system."""
+        code = spelling.canonical(code)
+        own = self._static(code) if static else self._own(code)
+        if own is not None:
+            return Told(own, "itself", code)
+        system = spelling.system_of(code)
+        for above in spelling.parents(code) if static else spelling.ancestors(code):
+            told = self._static(f"{above}//*") if static else self._below(above)
+            if told is not None:
+                vague = len(above) <= len(system) and self.tokens[told[0]].kind != "code"
+                return Told(told, "unknown" if vague else "ancestor", above)
+        return Told((self._ids[Token("static", "*") if static else Token("other", "")],), "unknown", "")
+
+    def _static(self, text: str) -> tuple[int, ...] | None:
+        found = self._ids.get(Token("static", text))
+        return None if found is None else (found,)
+
+    def _own(self, code: str) -> tuple[int, ...] | None:
+        if code in self.spelled:
+            return self._path(code)
+        found = None if self._pieces(code) else self._ids.get(Token("code", code))
+        return None if found is None else (found,)
+
+    def _below(self, above: str) -> tuple[int, ...] | None:
+        """How something below a code or a parent is told; None if that has no token either."""
+        if (node := self._trie.node_of.get(above)) is not None:
+            if (node, self._ids.get(BELOW, -1)) in self._trie.edges:
+                return (*self._path(above), self._ids[BELOW])
+        elif (found := self._ids.get(Token("other", above))) is not None:
+            return (found,)
+        return self._own(above)
+
+    def _pieces(self, code: str) -> tuple[tuple[str, str], ...]:
+        return spelling.pieces(code, self.options.widths)
+
+    def _path(self, code: str) -> tuple[int, ...]:
+        (category, _), *rest = self._pieces(code)
+        return (self.id(Token("code", category)), *(self.id(Token("piece", text)) for text, _ in rest))
+
+    @cached_property
+    def _trie(self) -> Trie:
+        released = sorted(self.spelled | self.spelled_prefixes)
+        paths = {
+            text: [(path, token) for (_, path), token in zip(self._pieces(text), self._path(text), strict=True)]
+            for text in released
+        }
+        below = self.id(BELOW) if self.spelled_prefixes or any(len(path) > 1 for path in paths.values()) else -1
+        return Trie.plant(paths, self.spelled, self.spelled_prefixes, len(self.tokens), below)
+
+    @cached_property
+    def grammar(self) -> Grammar:
+        """Which token may follow which; a mask over its nodes names events."""
+        kinds = np.array([token.kind for token in self.tokens])
+        trie, nodes = self._trie, len(self.tokens) + len(self._trie.texts)
+        categories = {text for text, node in trie.node_of.items() if node < len(self.tokens)}
+        ends = np.zeros(nodes, bool)
+        ends[: len(self.tokens)] = [
+            token.kind == "other" or (token.kind == "code" and token.text not in categories) for token in self.tokens
+        ]
+        ends[list(trie.ends)] = True
+        bins = np.zeros(nodes, np.int64)
+        for code, values in self._medians.items():
+            if code in self.spelled:
+                bins[trie.node_of[code]] = len(values)
+            elif self.options.values == "separate":
+                bins[self.id(Token("code", code))] = len(values)
+        edges = np.array([(*edge, child) for edge, child in trie.edges.items()], np.int64).reshape(-1, 3)
+        longest = self.id(Token("interval", list(self.intervals)[-1]))
+        return Grammar(Words(kinds, longest, self.eot, ends, bins, (edges[:, 0], edges[:, 1], edges[:, 2])))
+
+    def event(self, node: int) -> str:
+        """What the event that ends at a node of the grammar reads as: a code, or `LAB//*` for one below `LAB`.
+
+        A code that breaks off before its last piece is one below what was told of it.
+        """
+        event = self._event(node)
+        return (f"{event.text}//*" if event.text else "*") if event.below else event.text
+
+    def _event(self, node: int) -> Event:
+        if node >= len(self.tokens):
+            return self._trie.texts[node - len(self.tokens)]
+        token = self.tokens[node]
+        part = token.text in self._trie.node_of and token.text not in self.spelled
+        return Event(token.text, below=part or token.kind == "other")
 
     def matching(self, prefixes: Sequence[str]) -> NDArray[np.bool_]:
-        """Which tokens stand for events under any of the prefixes: bool [V].
+        """Which nodes of the grammar stand for events under any of the prefixes: bool [M].
 
-        A code matches `HOSPITAL_DISCHARGE` if it is that or starts with `HOSPITAL_DISCHARGE//`.
+        A code matches `HOSPITAL_DISCHARGE` if it is that or starts with `HOSPITAL_DISCHARGE//`, and
+        `ICD10CM//E11.6` if it is that or lies under it (`ICD10CM//E11.65`). The first V nodes are the tokens;
+        where no code is spelled by pieces there are no others.
         """
-        wanted = [prefix.removesuffix("//") for prefix in prefixes]
-        return np.array(
-            [
-                token.kind in ("code", "other")
-                and any(token.text == w or token.text.startswith(w + "//") for w in wanted)
-                for token in self.tokens
-            ],
-            bool,
-        )
+        wanted = {spelling.canonical(prefix.removesuffix("//")) for prefix in prefixes}
+        matches = np.zeros(len(self._lineages), bool)
+        for node, lineage in enumerate(self._lineages):
+            matches[node] = not wanted.isdisjoint(lineage)
+        return matches
+
+    @cached_property
+    def _lineages(self) -> tuple[frozenset[str], ...]:
+        """Per node the event's code and all its ancestors."""
+        texts = [token.text if token.kind in ("code", "other") else "" for token in self.tokens]
+        texts += [event.text for event in self._trie.texts]
+        return tuple(frozenset((text, *spelling.ancestors(text)) if text else ()) for text in texts)
 
     def value_of(self, code: str, bin: int) -> float:  # noqa: A002
         """The median value in a bin of a code; NaN for bin 0 and for codes without bins."""
@@ -406,66 +445,12 @@ class Codebook:
         return medians[bin - 1] if 1 <= bin <= len(medians) else float("nan")
 
 
-def parents(code: str) -> list[str]:
-    """The `//` parents of a code, longest first.
-
-    >>> parents("LAB//50912//mg/dL")
-    ['LAB//50912', 'LAB']
-    """
-    parts = code.split("//")
-    return ["//".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)]
-
-
-def age_width(age_years: int) -> int:
-    """Width of an age bucket in us; a year is 365.25 days."""
-    return age_years * 1461 * _DAY // 4
-
-
-def age_bucket(age_us: NDArray[np.int64], age_years: int) -> NDArray[np.int64]:
-    """Index of the age bucket, int64 [N]; a time before birth counts as age 0."""
-    return np.clip(age_us // age_width(age_years), 0, _OLDEST // age_years)
-
-
-def _age_texts(age_years: int) -> list[str]:
-    lowest = range(0, _OLDEST // age_years * age_years, age_years)
-    return [*(f"{low}-{low + age_years}" for low in lowest), f"{lowest.stop}+"]
-
-
-def _represent(text: str, gaps: Sketch | None, accuracy: float) -> int:
-    low = INTERVALS[text]
+def _represent(text: str, edges: Mapping[str, int], gaps: Sketch | None, accuracy: float) -> int:
+    low = edges[text]
     if text == LONGEST:
         return low
-    high = min(edge for edge in INTERVALS.values() if edge > low)
+    high = min(edge for edge in edges.values() if edge > low)
     seconds = (low * high) ** 0.5 / 1e6 if gaps is None else sketch.mean(gaps, accuracy)
     # Whole seconds, inside the class, so that the time written back falls in the class it came
     # from.
     return min(max(round(seconds) * 1_000_000, low), high - 1_000_000)
-
-
-def _sum(groups: Iterable[Mapping[Any, int]]) -> dict[Any, int]:
-    total: dict[Any, int] = {}
-    for group in groups:
-        for key, count in group.items():
-            total[key] = total.get(key, 0) + count
-    return total
-
-
-def _sum_sketches(groups: Iterable[Mapping[str, Sketch]]) -> dict[str, Sketch]:
-    total: dict[str, Sketch] = {}
-    for group in groups:
-        for key, cells in group.items():
-            total[key] = _sum((total.get(key, {}), cells))
-    return total
-
-
-def _canonical(content: dict[str, Any]) -> bytes:
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return text.encode()
-
-
-def _parse(data: bytes, expected: str) -> dict[str, Any]:
-    content = json.loads(data)
-    if not isinstance(content, dict) or content.get("format") != expected:
-        raise ValueError(f"its format is not {expected}")
-    del content["format"]
-    return content

@@ -11,16 +11,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from tokenizer.codebook import (
-    BIRTH,
-    INTERVALS,
-    LONGEST,
-    STATIC,
-    Codebook,
-    Token,
-    age_bucket,
-    age_width,
-)
+from tokenizer.codebook import BIRTH, STATIC, Codebook, Told, age_bucket, age_width
 from tokenizer.events import canonical_order
 
 Ints = NDArray[np.int64]
@@ -36,7 +27,8 @@ class Encoded:
         offsets: int64 [P + 1], where each patient starts.
         subject_ids: int64 [P], ascending.
         events: int64 [P], events (births aside) per patient.
-        fallbacks: Events per code that was too rare to be named, and is told by its parent's token.
+        fallbacks: Events per code without a path of its own: under `ancestor` those told by the nearest
+            ancestor, under `unknown` those of which only the system is told, if that.
     """
 
     tokens: NDArray[np.int32]
@@ -44,7 +36,7 @@ class Encoded:
     offsets: Ints
     subject_ids: Ints
     events: Ints
-    fallbacks: dict[str, int]
+    fallbacks: dict[str, dict[str, int]]
 
 
 def encode(frame: pl.DataFrame, codebook: Codebook) -> Encoded:
@@ -57,8 +49,8 @@ def encode(frame: pl.DataFrame, codebook: Codebook) -> Encoded:
     events = frame.filter(pl.col("code") != BIRTH)
     subject = np.searchsorted(subjects, events["subject_id"].to_numpy())
     time = _times(events)
-    code, fallbacks = _code_ids(events, time, codebook)
-    bins = _bins(events, code, time, codebook)
+    codes = _Codes.of(events, time, codebook)
+    bins = codes.bins(events, time, codebook)
     timed = time != STATIC
     # A row starts a moment if it is timed and the row before has another subject or time.
     follows = np.zeros(len(time), bool)
@@ -66,11 +58,12 @@ def encode(frame: pl.DataFrame, codebook: Codebook) -> Encoded:
     gap = np.zeros(len(time), np.int64)
     gap[1:] = np.where(follows[1:], time[1:] - time[:-1], 0)
     intervals, repeats = _intervals(gap, codebook)
-    ages, aged = _ages(time, births[subject], timed, follows, codebook)
+    ages, aged = _ages(time, births[subject], subject, timed & (~follows | (repeats > 0)), codebook)
 
-    separate = codebook.options.values == "separate"
-    valued = (bins > 0) & separate
-    widths = repeats + aged + 1 + valued
+    # Bins are fused with the code's only token, but written apart behind spelled codes.
+    valued = (bins > 0) & codes.apart[codes.place]
+    pieces = codes.pieces[codes.place]
+    widths = repeats + aged + 1 + pieces + valued
     # One more place after each patient's last row, for EOT.
     rows = np.bincount(subject, minlength=len(subjects))
     row_ends = np.cumsum(widths)
@@ -85,43 +78,43 @@ def encode(frame: pl.DataFrame, codebook: Codebook) -> Encoded:
     at = start + repeats
     tokens[at[aged]] = ages[aged]
     at += aged
-    tokens[at] = code if separate else code + bins
-    if separate:
-        tokens[at[valued] + 1] = _first_id(codebook, "value") - 1 + bins[valued]
+    tokens[at] = codes.first[codes.place] + np.where(valued, 0, bins)
+    spelled = np.flatnonzero(pieces)
+    rest = codes.place[spelled]
+    tokens[_ranges(at[spelled] + 1, pieces[spelled])] = codes.rest[_ranges(codes.rest_start[rest], codes.pieces[rest])]
+    tokens[at[valued] + 1 + pieces[valued]] = _first_value(codebook) - 1 + bins[valued]
     times[_ranges(start, widths)] = np.repeat(time, widths)
     ended = rows > 0
     times[token_ends[ended] - 1] = time[np.cumsum(rows)[ended] - 1]
-    return Encoded(tokens, times, offsets, subjects, rows, fallbacks)
+    return Encoded(tokens, times, offsets, subjects, rows, codes.fallbacks())
 
 
 def decode(tokens: NDArray[np.int32], codebook: Codebook, *, start_us: int = 0, subject_id: int = 0) -> pl.DataFrame:
     """Readable MEDS events of one patient's tokens: subject_id, time, code, numeric_value.
 
     Times count from `start_us` by the intervals' representative durations, values are the medians
-    of their bins, a parent of rare codes reads `LAB//*`, and an age gives a MEDS_BIRTH that agrees
-    with all ages of the timeline where that is possible. Tokens that no grammar holds together (a
-    value after no code) are passed over.
+    of their bins, an ancestor of rare codes reads `LAB//*`, and an age gives a MEDS_BIRTH that agrees
+    with all ages of the timeline where that is possible. Tokens that the grammar doesn't hold together (a
+    value after no code, a piece that leads nowhere) are passed over; a code that breaks off reads like an
+    ancestor.
 
-    For a timeline that `encode` wrote, `encode(decode(tokens)) == tokens` if it names no parents of
-    rare codes, its moments are at least a minute apart, and its ages change where the representative
-    durations put them. Ages aside, and with the events between two intervals taken as a set, it
-    holds for every timeline.
+    For a timeline that the grammar accepts, `encode(decode(tokens)) == tokens` if its ages change where the
+    representative durations put them and the events of a moment stand in canonical order (for those that
+    `encode` wrote: if no ancestors stand for rare codes, and moments are as far apart as the shortest
+    interval). Ages aside, and with the events between two intervals taken as a set, it holds for every one.
     """
     kinds = np.array([token.kind for token in codebook.tokens])[tokens]
-    names = [codebook.tokens[token] for token in tokens]
     time = start_us + np.cumsum(codebook.advance_us[tokens])
-    rows: list[tuple[int | None, str, float | None]] = []
-    for place, (kind, token) in enumerate(zip(kinds, names, strict=True)):
-        if kind == "static":
-            rows.append((None, token.text, None))
-        elif kind == "code":
-            value_bin = token.bin
-            if place + 1 < len(names) and kinds[place + 1] == "value":
-                value_bin = int(names[place + 1].text[1:])
-            value = codebook.value_of(token.text, value_bin)
-            rows.append((int(time[place]), token.text, None if np.isnan(value) else value))
-        elif kind == "other":
-            rows.append((int(time[place]), f"{token.text}//*" if token.text else "*", None))
+    rows: list[tuple[int | None, str, float | None]] = [
+        (None, codebook.tokens[token].text, None) for token in tokens[kinds == "static"]
+    ]
+    for place, node in zip(*(x.tolist() for x in codebook.grammar.events(tokens)), strict=True):
+        value_bin = codebook.tokens[node].bin if node < len(codebook) else 0
+        if place + 1 < len(tokens) and kinds[place + 1] == "value":
+            value_bin = int(codebook.tokens[tokens[place + 1]].text[1:])
+        code = codebook.event(node)
+        value = codebook.value_of(code, value_bin)
+        rows.append((int(time[place]), code, None if np.isnan(value) else value))
     birth = _birth(tokens, kinds, time, codebook)
     if birth is not None:
         rows.append((birth, BIRTH, None))
@@ -152,62 +145,110 @@ def _subjects(frame: pl.DataFrame) -> tuple[Ints, Ints]:
     return joined["subject_id"].to_numpy(), _times(joined)
 
 
-def _code_ids(events: pl.DataFrame, time: Ints, codebook: Codebook) -> tuple[Ints, dict[str, int]]:
-    """Token id (bin 0) of each row's code; rows per code that is told by a parent."""
-    names = events["code"].unique().sort().to_list()
-    local = events["code"].cast(pl.Enum(names)).to_physical().to_numpy()
-    # Each name has two places, for rows with and without a time.
-    places = local.astype(np.int64) * 2 + (time == STATIC)
-    rows = np.bincount(places, minlength=2 * len(names))
-    table = np.zeros(2 * len(names), np.int64)
-    fallbacks: dict[str, int] = {}
-    for place in np.flatnonzero(rows).tolist():
-        name = names[place // 2]
-        table[place] = codebook.code_id(name, static=bool(place % 2))
-        if codebook.tokens[table[place]].text != name:
-            fallbacks[name] = fallbacks.get(name, 0) + int(rows[place])
-    return table[places], fallbacks
+@dataclass(frozen=True)
+class _Codes:
+    """How the rows' codes are written; every name has two places, for rows without and with a time.
 
+    Attributes:
+        names: the distinct codes, sorted.
+        place: int64 [rows].
+        told: per place, None where no row is.
+        first: int64 [places], the first token.
+        pieces: int64 [places], tokens after the first.
+        rest, rest_start: those tokens, one place after the other, and where each place's begin.
+        apart: bool [places], whether a value is a token of its own.
+    """
 
-def _bins(events: pl.DataFrame, code: Ints, time: Ints, codebook: Codebook) -> Ints:
-    """Value bin of each row, from 1; 0 where there is no value or the code has no bins."""
-    values = events["numeric_value"].cast(pl.Float64).fill_null(float("nan")).to_numpy()
-    edges = np.full((codebook.options.value_bins - 1, len(codebook)), np.inf)
-    has_bins = np.zeros(len(codebook), bool)
-    for name, breaks in codebook.breaks.items():
-        token = codebook.id(Token("code", name))
-        edges[: len(breaks), token] = breaks
-        has_bins[token] = True
-    bins = np.zeros(len(code), np.int64)
-    rows = np.flatnonzero(has_bins[code] & ~np.isnan(values) & (time != STATIC))
-    measured, codes = values[rows], code[rows]
-    inside = np.ones(len(rows), np.int64)
-    for row in edges:
-        inside += row[codes] < measured
-    bins[rows] = inside
-    return bins
+    names: list[str]
+    place: Ints
+    told: list[Told | None]
+    first: Ints
+    pieces: Ints
+    rest: Ints
+    rest_start: Ints
+    apart: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, events: pl.DataFrame, time: Ints, codebook: Codebook) -> "_Codes":
+        names = events["code"].unique().sort().to_list()
+        local = events["code"].cast(pl.Enum(names)).to_physical().to_numpy()
+        place = local.astype(np.int64) * 2 + (time != STATIC)
+        used = np.bincount(place, minlength=2 * len(names)) > 0
+        told = [
+            codebook.tell(name, static=not timed) if used[2 * n + timed] else None
+            for n, name in enumerate(names)
+            for timed in (False, True)
+        ]
+        tokens = [(0,) if way is None else way.tokens for way in told]
+        pieces = np.array([len(path) - 1 for path in tokens], np.int64)
+        separate = codebook.options.values == "separate"
+        return cls(
+            names,
+            place,
+            told,
+            first=np.array([path[0] for path in tokens], np.int64),
+            pieces=pieces,
+            rest=np.array([token for path in tokens for token in path[1:]], np.int64),
+            rest_start=np.cumsum(pieces) - pieces,
+            apart=np.array([separate or (way is not None and way.text in codebook.spelled) for way in told], bool),
+        )
+
+    def bins(self, events: pl.DataFrame, time: Ints, codebook: Codebook) -> Ints:
+        """Value bin of each row, from 1; 0 where there is no value or the code has no bins."""
+        values = events["numeric_value"].cast(pl.Float64).fill_null(float("nan")).to_numpy()
+        edges = np.full((codebook.options.value_bins - 1, len(self.told)), np.inf)
+        has_bins = np.zeros(len(self.told), bool)
+        for place, way in enumerate(self.told):
+            # A value is told in the bins of its own code only: an ancestor's are other values, or another unit's.
+            if place % 2 and way is not None and way.level == "itself" and way.text in codebook.breaks:
+                breaks = codebook.breaks[way.text]
+                edges[: len(breaks), place] = breaks
+                has_bins[place] = True
+        bins = np.zeros(len(self.place), np.int64)
+        rows = np.flatnonzero(has_bins[self.place] & ~np.isnan(values))
+        measured, places = values[rows], self.place[rows]
+        inside = np.ones(len(rows), np.int64)
+        for row in edges:
+            inside += row[places] < measured
+        bins[rows] = inside
+        return bins
+
+    def fallbacks(self) -> dict[str, dict[str, int]]:
+        """Rows per code that isn't told by its own tokens."""
+        rows = np.bincount(self.place, minlength=len(self.told))
+        counts: dict[str, dict[str, int]] = {"ancestor": {}, "unknown": {}}
+        for place, way in enumerate(self.told):
+            if way is not None and way.level != "itself":
+                level, name = counts[way.level], self.names[place // 2]
+                level[name] = level.get(name, 0) + int(rows[place])
+        return counts
 
 
 def _intervals(gap: Ints, codebook: Codebook) -> tuple[Ints, Ints]:
     """Interval token for each gap, and how often it is written (0: the gap is below a minute)."""
-    edges = np.array(list(INTERVALS.values()), np.int64)
+    edges = np.array(list(codebook.intervals.values()), np.int64)
     kind = np.searchsorted(edges, gap, side="right") - 1
-    longest = INTERVALS[LONGEST]
+    longest = edges[-1]
     # Half-way rounds up, in integers.
     repeats = np.where(gap >= longest, (2 * gap + longest) // (2 * longest), kind >= 0)
-    return _first_id(codebook, "interval") + kind, repeats.astype(np.int64)
+    return codebook.first_id("interval") + kind, repeats.astype(np.int64)
+
+
+def _first_value(codebook: Codebook) -> int:
+    return codebook.first_id("value") if any(token.kind == "value" for token in codebook.tokens) else 0
 
 
 def _ages(
-    time: Ints, born: Ints, timed: NDArray[np.bool_], follows: NDArray[np.bool_], codebook: Codebook
+    time: Ints, born: Ints, subject: Ints, opens: NDArray[np.bool_], codebook: Codebook
 ) -> tuple[Ints, NDArray[np.bool_]]:
-    """Age token at each row; whether it is written: at the first timed row and when it changed."""
-    known = timed & (born != STATIC)
-    bucket = np.full(len(time), -1, np.int64)
-    bucket[known] = age_bucket(time[known] - born[known], codebook.options.age_years)
-    changed = np.ones(len(time), bool)
-    changed[1:] = ~follows[1:] | (bucket[1:] != bucket[:-1])
-    return _first_id(codebook, "age") + bucket, known & changed
+    """Age token at each row; whether it is written: at the first timed row, and at an interval when it changed."""
+    at = np.flatnonzero(opens & (born != STATIC))
+    bucket = age_bucket(time[at] - born[at], codebook.options.age_years)
+    changed = np.ones(len(at), bool)
+    changed[1:] = (subject[at[1:]] != subject[at[:-1]]) | (bucket[1:] != bucket[:-1])
+    ages, aged = np.zeros(len(time), np.int64), np.zeros(len(time), bool)
+    ages[at], aged[at] = codebook.first_id("age") + bucket, changed
+    return ages, aged
 
 
 def _ranges(starts: Ints, lengths: Ints) -> Ints:
@@ -219,12 +260,12 @@ def _ranges(starts: Ints, lengths: Ints) -> Ints:
 def _birth(tokens: NDArray[np.int32], kinds: NDArray, time: Ints, codebook: Codebook) -> int | None:
     """A birth that puts every event, or else the first, in the age bucket told before it."""
     ages = np.flatnonzero(kinds == "age")
-    events = np.flatnonzero((kinds == "code") | (kinds == "other"))
+    events, _ = codebook.grammar.events(tokens)
     told = np.searchsorted(ages, events) - 1
     events, told = events[told >= 0], told[told >= 0]
     if not len(events):
         return None
-    bucket = tokens[ages[told]].astype(np.int64) - _first_id(codebook, "age")
+    bucket = tokens[ages[told]].astype(np.int64) - codebook.first_id("age")
     width = age_width(codebook.options.age_years)
     latest = time[events] - bucket * width
     earliest = latest - width + 1
@@ -232,7 +273,3 @@ def _birth(tokens: NDArray[np.int32], kinds: NDArray, time: Ints, codebook: Code
     if low > high:
         low, high = int(earliest[0]), int(latest[0])
     return (low + high) // 2
-
-
-def _first_id(codebook: Codebook, kind: str) -> int:
-    return next(place for place, token in enumerate(codebook.tokens) if token.kind == kind)

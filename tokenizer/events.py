@@ -9,20 +9,30 @@ Source: the schemas of the `meds` package, https://github.com/Medical-Event-Data
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterable
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import polars as pl
 import pyarrow.parquet
 from meds import schema as meds
+from numpy.typing import NDArray
 
 from tokenizer import durable
 from tokenizer.errors import DataError
+from tokenizer.pieces import CHUNK_ROWS, PIECE_EVENTS, Cut, Piece, cut
 
 _MEDS_VERSION = importlib.metadata.version("meds")
 CORE = ("subject_id", "time", "code", "numeric_value")
+_CORE_TYPES: dict[str, pl.DataType] = {
+    "subject_id": pl.Int64(),
+    "time": pl.Datetime("us"),
+    "code": pl.String(),
+    "numeric_value": pl.Float32(),
+}
 
 
 class MedsDataset:
@@ -32,40 +42,60 @@ class MedsDataset:
         path: Its folder.
         name: `dataset_name` of its metadata, or the folder's name.
         shards: Its data files, relative to the folder, sorted.
+        pieces: The same rows in parts of bounded size, each with all events of its subjects.
+        scattered: Shards in which a subject's rows lie in several places, so that they can't be cut.
         subjects: Number of subjects.
-        notes: What was odd and how it was dealt with; grows while shards are read.
     """
 
-    def __init__(self, path: Path, name: str, shards: tuple[str, ...], subjects: int) -> None:
+    def __init__(self, path: Path, name: str, cuts: dict[str, Cut]) -> None:
         self.path = path
         self.name = name
-        self.shards = shards
-        self.subjects = subjects
-        self.notes: list[str] = []
+        self.shards = tuple(cuts)
+        self.pieces = tuple(piece for found in cuts.values() for piece in found.pieces)
+        self.scattered = tuple(shard for shard, found in cuts.items() if found.scattered)
+        self.subjects = sum(len(found.subjects) for found in cuts.values())
+        self._said: list[str] = []
+        self._faults: dict[str | Piece, Faults] = {}
 
     @classmethod
-    def open(cls, path: Path) -> "MedsDataset":
+    def open(cls, path: Path, piece_events: int = PIECE_EVENTS) -> "MedsDataset":
         """Open a dataset: its metadata, the schema of every shard and the subjects are checked.
+
+        Args:
+            path: Its folder.
+            piece_events: Least events of a piece, but for the last one of a shard.
 
         Raises:
             DataError: No data files, a file that isn't parquet, a missing column or one of the
                 wrong type, a null subject id, a subject in two files.
         """
-        folder = path / meds.data_subdirectory
-        files = sorted(folder.glob("**/*.parquet"))
-        if not files:
-            raise DataError(
-                f"{folder}: no parquet files. A MEDS dataset keeps its events in data/**/*.parquet;"
-                " give the folder that holds data/ and metadata/."
-            )
-        shards = tuple(file.relative_to(path).as_posix() for file in files)
+        shards = [file.relative_to(path).as_posix() for file in _data_files(path)]
         name, notes = _read_name(path)
-        dataset = cls(path, name, shards, _count_subjects(path, shards))
-        dataset.notes += notes
+        cuts = {shard: _cut(path, shard, piece_events) for shard in shards}
+        _refuse_shared_subjects({shard: pl.Series(found.subjects) for shard, found in cuts.items()})
+        dataset = cls(path, name, cuts)
+        dataset._said += notes
         return dataset
 
-    def read(self, shard: str) -> pl.DataFrame:
-        """One shard in canonical order: subject_id i64, time datetime[us], code str, numeric_value f32.
+    @property
+    def events(self) -> int:
+        """Rows of all shards."""
+        return sum(piece.rows for piece in self.pieces)
+
+    @property
+    def prepared(self) -> tuple[str, ...]:
+        """Nothing is done to the records before they are read."""
+        return ()
+
+    @property
+    def reader(self) -> "Reader":
+        """What gives a piece's rows as `read` does, and what was odd in them; it can be pickled."""
+        return partial(read, self.path)
+
+    def read(self, part: str | Piece, extra: tuple[str, ...] = ()) -> pl.DataFrame:
+        """One shard or piece in canonical order: subject_id i64, time datetime[us], code str, numeric_value f32.
+
+        Of the columns `extra`, those that the shard has go along, as text.
 
         Values that are not finite become null; that, and a shard that was not sorted, is said in
         `notes`.
@@ -73,17 +103,24 @@ class MedsDataset:
         Raises:
             DataError: The file is damaged, or a row has no subject or no code.
         """
-        file = self.path / shard
-        present = [column for column in CORE if column in _schema(file)]
-        frame = _canonical_types(_read(file, present), str(file))
-        broken = int((~frame["numeric_value"].is_finite()).sum())
-        if broken:
-            self._note(f"{shard}: {broken} values were NaN or infinite; they are read as missing.")
-            value = pl.col("numeric_value")
-            frame = frame.with_columns(pl.when(value.is_finite()).then(value))
-        if not _is_meds_sorted(frame):
-            self._note(f"{shard}: rows were not sorted by subject and time; they are sorted here.")
-        return canonical_order(frame)
+        frame, faults = read(self.path, part, extra)
+        self.count_faults(part, faults)
+        return frame
+
+    def count_faults(self, part: str | Piece, faults: "Faults") -> None:
+        """Note what was odd in a part that another process has read."""
+        self._faults[part] = faults
+
+    @property
+    def notes(self) -> list[str]:
+        """What was odd and how it was dealt with, in sentences; grows while the dataset is read."""
+        found: dict[str, Faults] = {}
+        for part, faults in self._faults.items():
+            if isinstance(part, Piece):
+                found[part.shard] = found.get(part.shard, Faults()) + faults
+        # Who read a whole shard has seen all its pieces.
+        found |= {part: faults for part, faults in self._faults.items() if isinstance(part, str)}
+        return self._said + [note for shard in sorted(found) for note in found[shard].notes(shard)]
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the names and contents of all data files."""
@@ -98,17 +135,135 @@ class MedsDataset:
             total.update(f"{content}  {shard}\n".encode())
         return total.hexdigest()
 
-    def _note(self, note: str) -> None:
-        if note not in self.notes:
-            self.notes.append(note)
+
+@dataclass(frozen=True)
+class Faults:
+    """What was odd in some rows: values that are NaN or infinite, and rows that stand before an earlier one."""
+
+    not_finite: int = 0
+    unsorted: int = 0
+
+    def __add__(self, other: "Faults") -> "Faults":
+        return Faults(self.not_finite + other.not_finite, self.unsorted + other.unsorted)
+
+    def notes(self, shard: str) -> list[str]:
+        """Say it for people."""
+        said = []
+        if self.not_finite:
+            said.append(f"{shard}: {self.not_finite} values were NaN or infinite; they are read as missing.")
+        if self.unsorted:
+            said.append(f"{shard}: {self.unsorted} rows were not sorted by subject and time; they are sorted here.")
+        return said
+
+
+Reader = Callable[[Piece], tuple[pl.DataFrame, Faults]]
+
+
+class Records(Protocol):
+    """What survey and store need of a dataset: its pieces, who reads them, and a place for what was odd."""
+
+    @property
+    def name(self) -> str:
+        """The dataset's name."""
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """Parts of bounded size, each with all events of its subjects."""
+
+    @property
+    def events(self) -> int:
+        """Rows of all pieces."""
+
+    @property
+    def reader(self) -> Reader:
+        """What gives a piece's rows in canonical order, and what was odd in them; it can be pickled."""
+
+    @property
+    def prepared(self) -> tuple[str, ...]:
+        """Digests of what the rows go through before they are given."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What was odd, in sentences."""
+
+    def count_faults(self, part: str | Piece, faults: Faults) -> None:
+        """Note what was odd in a part."""
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of what the rows come from."""
+
+
+def read(path: Path, part: str | Piece, extra: tuple[str, ...] = ()) -> tuple[pl.DataFrame, Faults]:
+    """Read one shard or piece of the dataset at `path`, as `MedsDataset.read` does, and say what was odd."""
+    shard, start, rows = (part, 0, None) if isinstance(part, str) else (part.shard, part.start, part.rows)
+    file = path / shard
+    schema = _schema(file)
+    present = [column for column in (*CORE, *extra) if column in schema]
+    frame = _canonical_types(_read(file, present, start, rows), str(file), start)
+    frame = _cast(frame, str(file), **{column: pl.String() for column in extra if column in schema})
+    if broken := int((~frame["numeric_value"].is_finite()).sum()):
+        value = pl.col("numeric_value")
+        frame = frame.with_columns(pl.when(value.is_finite()).then(value))
+    return canonical_order(frame), Faults(broken, _count_unsorted(frame))
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows of a shard as they stand: from row `start` on, of `total` in all shards."""
+
+    shard: str
+    start: int
+    total: int
+    frame: pl.DataFrame
+
+
+def rows(path: Path, extra: tuple[str, ...] = ()) -> Iterator[Chunk]:
+    """Give all rows of a dataset as they stand, a million at a time, nulls and all.
+
+    Args:
+        path: Its folder.
+        extra: Columns to give besides MEDS' own, as text, where they are.
+
+    Raises:
+        DataError: No data files, a damaged one, a missing column or one of a wrong type.
+    """
+    files = {file.relative_to(path).as_posix(): file for file in _data_files(path)}
+    total = sum(_count_rows(file) for file in files.values())
+    for shard, file in files.items():
+        schema = _schema(file)
+        _check_types(schema, str(file))
+        present = [column for column in (*CORE, *extra) if column in schema]
+        kinds = {**_CORE_TYPES, **dict.fromkeys(extra, pl.String())}
+        start = 0
+        while len(frame := _read(file, present, start, PIECE_EVENTS)):
+            yield Chunk(shard, start, total, _cast(frame, str(file), **{name: kinds[name] for name in present}))
+            start += len(frame)
+
+
+def _data_files(path: Path) -> list[Path]:
+    folder = path / meds.data_subdirectory
+    if files := sorted(folder.glob("**/*.parquet")):
+        return files
+    raise DataError(
+        f"{folder}: no parquet files. A MEDS dataset keeps its events in data/**/*.parquet;"
+        " give the folder that holds data/ and metadata/."
+    )
+
+
+def _count_rows(file: Path) -> int:
+    try:
+        return pl.scan_parquet(file, hive_partitioning=False, glob=False).select(pl.len()).collect().item()
+    except (pl.exceptions.PolarsError, OSError) as problem:
+        raise _damaged(file, problem) from None
 
 
 def canonical_order(frame: pl.DataFrame) -> pl.DataFrame:
-    """Sort events in the canonical order; further columns go along."""
+    """Sort events in the canonical order; further columns go along, `unit` and `encounter_id` break ties."""
     code = pl.col("code")
     death = (code == meds.death_code) | code.str.starts_with(f"{meds.death_code}//")
     rank = (death.cast(pl.Int8) - (code == meds.birth_code).cast(pl.Int8)).alias("_rank")
     order = ["subject_id", "time", "_rank", "code", "numeric_value"]
+    order += [column for column in ("unit", "encounter_id") if column in frame.columns]
     return frame.with_columns(rank).sort(order, nulls_last=False, maintain_order=True).drop("_rank")
 
 
@@ -201,9 +356,10 @@ def _schema(file: Path) -> dict[str, pl.DataType]:
         raise _damaged(file, problem) from None
 
 
-def _read(file: Path, columns: list[str]) -> pl.DataFrame:
+def _read(file: Path, columns: list[str], start: int = 0, rows: int | None = None) -> pl.DataFrame:
     try:
-        return pl.read_parquet(file, columns=columns, hive_partitioning=False, glob=False)
+        frame = pl.scan_parquet(file, hive_partitioning=False, glob=False).select(columns)
+        return frame.slice(start, rows).collect()
     except (pl.exceptions.PolarsError, OSError) as problem:
         raise _damaged(file, problem) from None
 
@@ -241,22 +397,21 @@ def _check_types(schema: dict[str, pl.DataType], place: str) -> None:
             )
 
 
-def _canonical_types(frame: pl.DataFrame, place: str) -> pl.DataFrame:
+def _canonical_types(frame: pl.DataFrame, place: str, first_row: int = 0) -> pl.DataFrame:
     """Bring the core columns to MEDS' types; a null subject or code is refused with its row."""
     _check_types(dict(frame.schema), place)
     if "numeric_value" not in frame.columns:
         frame = frame.with_columns(numeric_value=pl.lit(None, pl.Float32))
-    _refuse_nulls(frame, "subject_id", place)
-    _refuse_nulls(frame, "code", place)
-    return _cast(
-        frame, place, subject_id=pl.Int64(), time=pl.Datetime("us"), code=pl.String(), numeric_value=pl.Float32()
-    )
+    _refuse_nulls(frame, "subject_id", place, first_row)
+    _refuse_nulls(frame, "code", place, first_row)
+    return _cast(frame, place, **_CORE_TYPES)
 
 
-def _refuse_nulls(frame: pl.DataFrame, column: str, place: str) -> None:
+def _refuse_nulls(frame: pl.DataFrame, column: str, place: str, first_row: int = 0) -> None:
     if frame[column].null_count():
+        row = first_row + (frame[column].is_null().arg_max() or 0)
         raise DataError(
-            f"{place}: row {frame[column].is_null().arg_max()} (from 0) has no {column}."
+            f"{place}: row {row} (from 0) has no {column}."
             " Remove the row or give it its value, and write the shard again."
         )
 
@@ -268,24 +423,28 @@ def _cast(frame: pl.DataFrame, place: str, **types: pl.DataType) -> pl.DataFrame
         raise DataError(f"{place}: {str(problem).splitlines()[0]}. Correct these values.") from None
 
 
-def _is_meds_sorted(frame: pl.DataFrame) -> bool:
+def _count_unsorted(frame: pl.DataFrame) -> int:
+    """Rows before which a later row of their subject, or the end of its block, stands."""
     subject = frame["subject_id"].to_numpy()
     time = frame["time"].to_physical().fill_null(np.iinfo(np.int64).min).to_numpy()
     same = subject[1:] == subject[:-1]
     blocks = int((~same).sum()) + bool(len(subject))
-    return blocks == frame["subject_id"].n_unique() and not bool((same & (time[1:] < time[:-1])).any())
+    return blocks - frame["subject_id"].n_unique() + int((same & (time[1:] < time[:-1])).sum())
 
 
-def _count_subjects(path: Path, shards: tuple[str, ...]) -> int:
-    subjects = {}
-    for shard in shards:
-        file = path / shard
-        _check_types(_schema(file), str(file))
-        column = _read(file, ["subject_id"])
-        _refuse_nulls(column, "subject_id", str(file))
-        subjects[shard] = _cast(column, str(file), subject_id=pl.Int64())["subject_id"].unique()
-    _refuse_shared_subjects(subjects)
-    return sum(map(len, subjects.values()))
+def _cut(path: Path, shard: str, piece_events: int) -> Cut:
+    """Check a shard's schema and subjects, and cut it."""
+    file = path / shard
+    _check_types(_schema(file), str(file))
+    return cut(shard, _subject_chunks(file), piece_events)
+
+
+def _subject_chunks(file: Path) -> Iterator[NDArray[np.int64]]:
+    start = 0
+    while len(column := _read(file, ["subject_id"], start, CHUNK_ROWS)):
+        _refuse_nulls(column, "subject_id", str(file), start)
+        yield _cast(column, str(file), subject_id=pl.Int64())["subject_id"].to_numpy()
+        start += CHUNK_ROWS
 
 
 def _refuse_shared_subjects(subjects: dict[str, pl.Series]) -> None:

@@ -4,15 +4,19 @@
     <split>/tokens.i32           int32 [N]
     <split>/times.i64            int64 [N], us since 1970, STATIC for tokens without a time
     <split>/offsets.i64          int64 [P + 1]
-    <split>/subject_ids.i64      int64 [P], ascending within a shard
+    <split>/subject_ids.i64      int64 [P], ascending within a piece of a shard
 
 Opening costs the same for any size; reading a window touches only that window. The manifest counts
-rare codes: it is the site's own and never leaves it.
+rare codes: it is the site's own and never leaves it. A store is the same to the byte whoever builds
+it: pieces are encoded by themselves, into files that are strung together in the order of the pieces.
 """
 
 import json
+import os
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +26,15 @@ from numpy.typing import NDArray
 from tokenizer import durable
 from tokenizer.codebook import Codebook
 from tokenizer.errors import DataError
+from tokenizer.shards import AS_IT_FITS, Crew, each
 from tokenizer.split import SPLITS, SplitRule
 
 if TYPE_CHECKING:
     from tokenizer.encode import Encoded
-    from tokenizer.events import MedsDataset
+    from tokenizer.events import Faults, Reader, Records
+    from tokenizer.pieces import Piece
 
-_FORMAT = "fedcomet-store/1"
+_FORMAT = "fedcomet-store/2"
 _FIELDS = {"tokens": "<i4", "times": "<i8", "offsets": "<i8", "subject_ids": "<i8"}
 
 
@@ -70,7 +76,8 @@ class TokenStore:
     Attributes:
         path: Its folder.
         manifest: Format, codebook hash, dataset name and fingerprint, split rule, counts per split,
-            and events per code that had no token of its own.
+            and events per code that had no path of its own: under `ancestor` those told by the nearest
+            ancestor, under `unknown` those of which at most the system is told.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
@@ -137,37 +144,46 @@ class TokenStore:
 
 
 def build_store(
-    dataset: "MedsDataset",
+    dataset: "Records",
     codebook: Codebook,
     rule: SplitRule,
     path: Path,
     progress: Callable[[int, int], None] | None = None,
+    crew: Crew = AS_IT_FITS,
 ) -> TokenStore:
-    """Encode a dataset into a store, a shard at a time; the store appears whole or not at all.
+    """Encode a dataset into a store, piece by piece; the store appears whole or not at all.
 
     Args:
         dataset: The site's events.
         codebook: The vocabulary.
         rule: Decides each patient's split.
         path: The folder to make (a store that stands there is replaced).
-        progress: Called with the shards done and the shards in all.
+        progress: Called with the pieces done and the pieces in all.
+        crew: Who encodes; the store is the same whoever does.
     """
-    # Late: a reader of stores has no need of polars.
-    from tokenizer.encode import encode
-
     with durable.directory(path) as aside:
+        parts = aside / "parts"
+        parts.mkdir()
+        codebook.save(parts / f"{codebook.hash}.json")
         writers = {split: _Writer(aside, split) for split in SPLITS}
-        fallbacks: dict[str, int] = {}
-        for done, shard in enumerate(dataset.shards, 1):
-            frame = dataset.read(shard)
-            encoded = encode(frame, codebook)
-            split_of = rule.assign(encoded.subject_ids)
-            for place, split in enumerate(SPLITS):
-                writers[split].append(encoded, split_of == place)
-            for code, rows in encoded.fallbacks.items():
-                fallbacks[code] = fallbacks.get(code, 0) + rows
-            if progress:
-                progress(done, len(dataset.shards))
+        fallbacks: dict[str, dict[str, int]] = {"ancestor": {}, "unknown": {}}
+        jobs = [
+            (dataset.reader, piece, parts / f"{codebook.hash}.json", rule, parts / str(number))
+            for number, piece in enumerate(dataset.pieces)
+        ]
+        with closing(each(_encode_piece, jobs, crew, events=dataset.events, what="the encoding")) as encoded:
+            for done, (job, part) in enumerate(zip(jobs, encoded, strict=True), 1):
+                for split, counts in part.counts.items():
+                    writers[split].append(job[-1], counts)
+                job[-1].rmdir()
+                dataset.count_faults(job[1], part.faults)
+                for level, codes in part.fallbacks.items():
+                    for code, rows in codes.items():
+                        fallbacks[level][code] = fallbacks[level].get(code, 0) + rows
+                if progress:
+                    progress(done, len(jobs))
+        (parts / f"{codebook.hash}.json").unlink()
+        parts.rmdir()
         manifest = {
             "format": _FORMAT,
             "codebook_hash": codebook.hash,
@@ -176,7 +192,7 @@ def build_store(
             "dataset_fingerprint": dataset.fingerprint(),
             "split_rule": asdict(rule),
             "splits": {split: writer.counts for split, writer in writers.items()},
-            "events_told_by_parents": fallbacks,
+            "fallbacks": fallbacks,
             "notes": dataset.notes,
         }
         text = json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False)
@@ -184,30 +200,92 @@ def build_store(
     return TokenStore.open(path, codebook.hash)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What became of a piece: patients, tokens and events per split, rare codes, what was odd."""
+
+    counts: dict[str, dict[str, int]]
+    fallbacks: dict[str, dict[str, int]]
+    faults: "Faults"
+
+
+def _encode_piece(read: "Reader", piece: "Piece", codebook: Path, rule: SplitRule, folder: Path) -> _Part:
+    """Encode a piece into files of their own, as those of a store; offsets count from 0."""
+    # Late: a reader of stores has no need of polars.
+    from tokenizer.encode import encode
+
+    frame, faults = read(piece)
+    encoded = encode(frame, _load(codebook))
+    split_of = rule.assign(encoded.subject_ids)
+    folder.mkdir(exist_ok=True)
+    counts = {split: _write_part(folder, split, encoded, split_of == place) for place, split in enumerate(SPLITS)}
+    return _Part(counts, encoded.fallbacks, faults)
+
+
+# A job knows only the file; its name is the codebook's hash.
+_load = lru_cache(maxsize=1)(Codebook.load)
+
+
+def _write_part(folder: Path, split: str, encoded: "Encoded", chosen: NDArray[np.bool_]) -> dict[str, int]:
+    lengths = np.diff(encoded.offsets)
+    tokens = np.repeat(chosen, lengths)
+    fields: dict[str, NDArray] = {
+        "tokens": encoded.tokens[tokens],
+        "times": encoded.times[tokens],
+        "offsets": np.cumsum(lengths[chosen]),
+        "subject_ids": encoded.subject_ids[chosen],
+    }
+    for field, values in fields.items():
+        values.astype(_FIELDS[field], copy=False).tofile(_part_file(folder, split, field))
+    return {
+        "patients": len(fields["subject_ids"]),
+        "tokens": len(fields["tokens"]),
+        "events": int(encoded.events[chosen].sum()),
+    }
+
+
+def bytes_needed(patients: int, tokens: int) -> int:
+    """Bytes of one split's files."""
+    lengths = {"tokens": tokens, "times": tokens, "offsets": patients + 1, "subject_ids": patients}
+    return sum(length * np.dtype(_FIELDS[field]).itemsize for field, length in lengths.items())
+
+
 class _Writer:
-    """Appends patients to one split's files."""
+    """Appends parts to one split's files."""
 
     def __init__(self, root: Path, split: str) -> None:
         self._root, self._split = root, split
         self.counts = {"patients": 0, "tokens": 0, "events": 0}
         (root / split).mkdir()
-        for field in _FIELDS:
-            self._write(field, np.zeros(int(field == "offsets")))
+        for field, kind in _FIELDS.items():
+            np.zeros(int(field == "offsets"), kind).tofile(_file(root, split, field))
 
-    def append(self, encoded: "Encoded", chosen: NDArray[np.bool_]) -> None:
-        lengths = np.diff(encoded.offsets)
-        tokens = np.repeat(chosen, lengths)
-        self._write("tokens", encoded.tokens[tokens])
-        self._write("times", encoded.times[tokens])
-        self._write("offsets", self.counts["tokens"] + np.cumsum(lengths[chosen]))
-        self._write("subject_ids", encoded.subject_ids[chosen])
-        self.counts["patients"] += int(chosen.sum())
-        self.counts["tokens"] += int(tokens.sum())
-        self.counts["events"] += int(encoded.events[chosen].sum())
+    def append(self, folder: Path, counts: dict[str, int]) -> None:
+        """Move a part's files to the ends of the store's."""
+        for field, kind in _FIELDS.items():
+            part = _part_file(folder, self._split, field)
+            with part.open("rb") as source, _file(self._root, self._split, field).open("r+b") as target:
+                target.seek(0, os.SEEK_END)
+                if field == "offsets":
+                    (np.fromfile(source, kind) + self.counts["tokens"]).tofile(target)
+                else:
+                    _copy(source.fileno(), target.fileno(), os.fstat(source.fileno()).st_size)
+            part.unlink()
+        for name, count in counts.items():
+            self.counts[name] += count
 
-    def _write(self, field: str, values: NDArray) -> None:
-        with _file(self._root, self._split, field).open("ab") as file:
-            values.astype(_FIELDS[field]).tofile(file)
+
+def _copy(source: int, target: int, size: int) -> None:
+    """Append a file to another inside the kernel (which refuses targets that were opened to append)."""
+    done = 0
+    while done < size:
+        if not (sent := os.sendfile(target, source, done, size - done)):
+            raise DataError("A part of the store that is being built was cut short; build the store again.")
+        done += sent
+
+
+def _part_file(folder: Path, split: str, field: str) -> Path:
+    return folder / f"{split}.{field}"
 
 
 def _file(root: Path, split: str, field: str) -> Path:

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,31 @@ def test_a_site_without_patients_says_so(ram_path: Path) -> None:
     site = Site(tiny.site(ram_path, "empty-icu", 1, patients=0))
     with pytest.raises(SiteRefusal, match="empty-icu has no patients"):
         site.survey(SurveyRequest(SplitRule("k"), TokenizerOptions(), FAR))
+
+
+def test_a_private_survey_is_drawn_once_and_answers_one_request_only(ram_path: Path) -> None:
+    files = tiny.site(ram_path, "icu", 1)
+    settings = ram_path / "site.toml"
+    settings.write_text("[survey_privacy]\nepsilon = 20.0\ndelta = 1e-4\n")
+    files = dataclasses.replace(files, settings=str(settings))
+    request = SurveyRequest(SplitRule("k"), TokenizerOptions(min_patients=5), FAR)
+    told = Site(files).survey(request).survey
+    kept = json.loads((files.state / "private-survey.json").read_bytes())
+    assert kept["survey"].encode() == told
+    assert kept["spend"]["epsilon"] <= 20.0
+    # After a crash and a later deadline: no second draw.
+    assert Site(files).survey(dataclasses.replace(request, deadline_s=FAR + 1)).survey == told
+    with pytest.raises(SiteRefusal, match="one private survey"):
+        Site(files).survey(dataclasses.replace(request, tokenizer=TokenizerOptions(min_patients=6)))
+    (files.state / "private-survey.json").write_bytes(b"{")
+    with pytest.raises(DataError, match="may have left"):
+        Site(files).survey(request)
+
+
+def test_without_privacy_settings_two_surveys_are_the_same_and_exact(site: Site) -> None:
+    request = SurveyRequest(SplitRule("k"), TokenizerOptions(min_patients=5), FAR)
+    assert site.survey(request).survey == site.survey(request).survey
+    assert not (site.files.state / "private-survey.json").exists()
 
 
 def test_a_site_without_patients_to_train_on_says_so(ram_path: Path) -> None:

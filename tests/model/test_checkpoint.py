@@ -1,5 +1,6 @@
 """Checkpoints: what was saved comes back, and nothing else does."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 
 from model import checkpoint
 from model.decoder import Decoder, preset
+from tests.tokenizer.hospital import spelling_codebook
+from tokenizer.codebook import Codebook, Survey, Token
 from tokenizer.errors import ConfigError, DataError
 
 EXTRA = {"codebook_hash": "c0de", "round": 3, "shape": (1, 2), "sites": {9: "north", 10: "south"}}
@@ -101,3 +104,41 @@ def test_a_checkpoint_without_a_codebook_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="codebook_hash"):
         checkpoint.save(tmp_path / "x", Decoder.create(preset("0.3m", 40), 1), extra={})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_decoder_grows_with_its_codebook_and_says_the_same_about_old_tokens(tied: bool) -> None:
+    old = spelling_codebook()
+    later = Survey(old.options, codes=dict.fromkeys(("ICD10CM//E11.62", "ICD10CM//J45.2", "LAB//B//g", "LAB//C"), 70))
+    new = old.extend(later)
+    decoder = Decoder.create(replace(preset("0.3m", len(old)), tied=tied), 1)
+    state = torch.random.get_rng_state()
+    grown = checkpoint.grow(decoder, old, new)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert grown.config.vocab == len(new) > len(old)
+    tokens = torch.arange(len(old))
+    hidden, again = (model(tokens, torch.tensor([len(tokens)])) for model in (decoder, grown))
+    assert torch.equal(hidden, again)
+    torch.testing.assert_close(grown.logits(again)[:, : len(old)], decoder.logits(hidden))
+    for rows, before in (
+        (grown.embed_tokens.weight, decoder.embed_tokens.weight),
+        (grown.head_weight, decoder.head_weight),
+    ):
+        assert torch.equal(rows[: len(old)], before)
+
+        def row(token: Token, rows: torch.Tensor = rows) -> torch.Tensor:
+            return rows[new.id(token)]
+
+        assert torch.equal(row(Token("code", "LAB//B//g")), row(Token("code", "LAB//B")))
+        assert torch.equal(row(Token("code", "LAB//C")), row(Token("other", "LAB")))
+        assert torch.equal(row(Token("code", "ICD10CM//J45")), row(Token("other", "ICD10CM")))
+        alike = [n for n, token in enumerate(old.tokens) if token.text.startswith("ICD10CM//2//")]
+        torch.testing.assert_close(row(Token("piece", "ICD10CM//2//62")), before[alike].mean(0))
+
+
+def test_a_decoder_grows_with_a_later_codebook_only() -> None:
+    book = spelling_codebook()
+    with pytest.raises(ConfigError, match="give its own"):
+        checkpoint.grow(Decoder.create(preset("0.3m", 40), 1), book, book)
+    with pytest.raises(ConfigError, match="does not extend"):
+        checkpoint.grow(Decoder.create(preset("0.3m", len(book)), 1), book, Codebook.build(Survey(book.options)))

@@ -114,14 +114,13 @@ def test_a_wrong_temperature_would_be_noticed() -> None:
     assert distance > limit
 
 
-def test_the_share_of_deaths_within_the_horizon_is_the_exact_one() -> None:
-    chances = random_chances(4)
+def death_within(chances: np.ndarray, horizon: int, longest: int) -> float:
+    """Exact chance that a trajectory from LAB ends with death by the horizon."""
     live = np.where(CLOCK.never, 0.0, chances)
     live /= live.sum(1, keepdims=True)
-    horizon = 30
     state = {(LAB, 0): 1.0}
     death = 0.0
-    for _ in range(60):
+    for _ in range(longest):
         following: dict[tuple[int, int], float] = {}
         for (token, now), chance in state.items():
             for successor in np.flatnonzero(live[token]).tolist():
@@ -131,6 +130,12 @@ def test_the_share_of_deaths_within_the_horizon_is_the_exact_one() -> None:
                 elif successor != EOT and later <= horizon:
                     following[successor, later] = following.get((successor, later), 0.0) + joint
         state = following
+    return death
+
+
+def test_the_share_of_deaths_within_the_horizon_is_the_exact_one() -> None:
+    chances, horizon = random_chances(4), 30
+    death = death_within(chances, horizon, 60)
     stop = Stop([DIES], horizon_us=horizon, max_tokens=60)
     result = rollout(
         markov_decoder(chances), CLOCK, [Prompt(np.array([LAB]))], trajectories=6000, stop=stop, seed=1, batch_rows=2000
@@ -139,6 +144,24 @@ def test_the_share_of_deaths_within_the_horizon_is_the_exact_one() -> None:
     assert abs(share - death) < 4 * (death * (1 - death) / 6000) ** 0.5
     assert (result.elapsed_us[result.reason == Reason.EVENT] <= horizon).all()
     assert (result.elapsed_us[result.reason == Reason.HORIZON] > horizon).all()
+
+
+def test_summed_chances_are_unbiased_and_vary_less_than_counts() -> None:
+    """Against the exact chance of death, at four standard errors; and every way to end adds up to one."""
+    chances, horizon = random_chances(4), 30
+    death = death_within(chances, horizon, 60)
+    stop = Stop([DIES, np.arange(VOCAB) == EOT], horizon_us=horizon, max_tokens=200)
+    result = rollout(
+        markov_decoder(chances), CLOCK, [Prompt(np.array([LAB]))], trajectories=3000, stop=stop, seed=1, batch_rows=3000
+    )
+    told = result.chances[0]
+    error = told.std(0) / 3000**0.5
+    assert abs(told[:, 0].mean() - death) < 4 * error[0]
+    assert abs(told.sum(1).mean() - 1) < 4 * told.sum(1).std() / 3000**0.5
+    counted = (result.reason[0] == Reason.EVENT) & (result.event[0] == 0)
+    assert told[:, 0].var() < 0.8 * counted.var()
+    # What it would be if an outcome's chance were added at only every second step, which the test must notice.
+    assert abs(0.5 * told[:, 0].mean() - death) > 4 * error[0]
 
 
 def without_cache(decoder: Decoder, prompt: Prompt, key: int, trajectory: int, stop: Stop, seed: int) -> list[int]:
@@ -263,7 +286,7 @@ def test_a_crop_keeps_static_tokens_the_last_age_before_it_and_the_newest() -> N
 def test_a_clock_is_read_from_a_codebook() -> None:
     words = [("special", "pad"), ("special", "eot"), ("special", "unk"), ("static", "SEX//F"), ("age", "40-45")]
     tokens = [Token(*word) for word in [*words, ("interval", "1-2d"), ("code", "LAB//1")]]
-    codebook = Codebook(TokenizerOptions(), tokens, {"1-2d": 5}, {}, {})
+    codebook = Codebook(TokenizerOptions(), tokens, {"1-2d": 5}, {}, {}, intervals={"1-2d": 3})
     clock = Clock.of(codebook)
     assert clock.advance_us.tolist() == [0, 0, 0, 0, 0, 5, 0]
     assert np.flatnonzero(clock.never).tolist() == [codebook.pad, codebook.unk]
@@ -271,8 +294,8 @@ def test_a_clock_is_read_from_a_codebook() -> None:
     decoder = Decoder.create(DecoderConfig(7, 1, 8, 1, 1, 8, 16), 0)
     prompts = [Prompt(np.array([3, 4, 6], dtype=np.int32))]
     stop = Stop([codebook.matching(["LAB"])], 7, 20)
-    given, read = (rollout(decoder, it, prompts, trajectories=50, stop=stop, seed=0) for it in (codebook, clock))
-    assert same(given, read)
+    given = rollout(decoder, codebook, prompts, trajectories=50, stop=stop, seed=0, grammar=False)
+    assert same(given, rollout(decoder, clock, prompts, trajectories=50, stop=stop, seed=0))
     assert set(given.reason.ravel()) == {Reason.EVENT, Reason.HORIZON, Reason.END}
 
 

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from model.tasks import DECIDED, NO_TRIGGER, TOO_SHORT, Cohort, Task, cohort, join, task_tokens
+from tests.tokenizer.hospital import frame, spelling_codebook
 from tokenizer.codebook import INTERVALS, STATIC, Codebook, Token, TokenizerOptions
+from tokenizer.encode import encode
 from tokenizer.errors import ConfigError
 from tokenizer.store import TokenSplit
 
@@ -224,3 +226,33 @@ def test_an_empty_split_gives_an_empty_cohort(codebook: Codebook):
 def test_wrong_tasks_are_named(changes: dict[str, object], message: str):
     with pytest.raises(ConfigError, match=f"'died'.*{message}"):
         Task(**{**vars(DYING), **changes})  # type: ignore[arg-type]
+
+
+def test_spelled_codes_are_found_by_any_level_of_their_hierarchy():
+    book = spelling_codebook()
+    rows = [
+        (1, 0, "VISIT", None),
+        (1, DAY, "ICD10CM//E11.9", None),
+        (1, 2 * DAY, "ICD10CM//E11.65", None),
+        (2, 0, "VISIT", None),
+        (2, DAY, "ICD10CM//E11.62", None),
+        (3, 0, "VISIT", None),
+        (3, DAY, "ICD10CM//E11.21", None),
+        (3, 9 * DAY, "VISIT", None),
+    ]
+    encoded = encode(frame(rows), book)
+    split = TokenSplit(encoded.tokens, encoded.times, encoded.offsets, encoded.subject_ids)
+
+    def labels(outcome: str, *competing: str) -> list[int]:
+        task = Task("x", "?", trigger=("VISIT",), outcome=(outcome,), competing=competing, horizon_days=8)
+        return cohort(task, split, book).labels.tolist()
+
+    assert labels("ICD10CM//E11") == [1, 1, 1]
+    assert labels("ICD10CM//E11.6") == [1, 1, 0]
+    assert labels("ICD10CM//E11.65") == [1, -1, 0]
+    assert labels("ICD10CM//E11.6", "ICD10CM//E11") == [0, 1, 0]
+    assert labels("ICD10CM//E11", "ICD10CM//E11.6") == [1, 0, 1]
+    task = Task("x", "?", trigger=("ICD10CM//E11.9",), outcome=("ICD10CM//E11.65",), horizon_days=8)
+    assert cohort(task, split, book).labels.tolist() == [1]
+    missing = Task("x", "?", trigger=("VISIT",), outcome=("ICD10CM//E11.62",), horizon_days=8)
+    assert "told as ICD10CM//E11.6" in task_tokens(missing, book).notes[0]

@@ -1,7 +1,7 @@
 """Training: it learns, repeats itself bit for bit, resumes as if never stopped, and says when it diverges."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from tokenizer.windows import Batch
 
 CONFIG = DecoderConfig(vocab=40, layers=2, width=32, heads=2, kv_heads=1, ff=48, context=64, dropout=0.1)
 OPTIONS = TrainOptions(lr=3e-3, warmup_steps=3, total_steps=40, seed=5)
+MUON = replace(OPTIONS, optimizer="muon")
 
 
 def counting_batch(step: int) -> Batch:
@@ -26,8 +27,10 @@ def counting_batch(step: int) -> Batch:
     return Batch(tokens, targets, lengths, np.arange(6))
 
 
-def trained(steps: range, trainer: Trainer | None = None) -> tuple[Trainer, list[StepResult]]:
-    trainer = trainer or Trainer(Decoder.create(CONFIG, 0), OPTIONS)
+def trained(
+    steps: range, trainer: Trainer | None = None, options: TrainOptions = OPTIONS
+) -> tuple[Trainer, list[StepResult]]:
+    trainer = trainer or Trainer(Decoder.create(CONFIG, 0), options)
     return trainer, [trainer.step(counting_batch(step)) for step in steps]
 
 
@@ -79,13 +82,14 @@ def test_the_same_seed_and_batches_give_the_same_bits() -> None:
     assert same_weights(first, second)
 
 
-def test_a_resumed_run_equals_one_that_was_never_stopped() -> None:
-    whole, expected = trained(range(10))
-    half, begun = trained(range(5))
+@pytest.mark.parametrize("options", [OPTIONS, MUON])
+def test_a_resumed_run_equals_one_that_was_never_stopped(options: TrainOptions) -> None:
+    whole, expected = trained(range(10), options=options)
+    half, begun = trained(range(5), options=options)
     state = {name: tensor.clone() for name, tensor in half.state_dict().items()}
     decoder = Decoder.create(CONFIG, 1)
     decoder.load_state_dict(half.decoder.state_dict())
-    resumed = Trainer(decoder, OPTIONS)
+    resumed = Trainer(decoder, options)
     resumed.load_state_dict(state)
     _, rest = trained(range(5, 10), resumed)
     assert begun + rest == expected
@@ -99,12 +103,28 @@ def test_without_its_moments_a_resumed_run_is_another_one() -> None:
     assert not same_weights(whole, forgetful)
 
 
-def test_a_state_of_another_decoder_is_refused() -> None:
-    trainer, _ = trained(range(1))
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [(OPTIONS, "exp_avg.norm.weight"), (MUON, "momentum_buffer.layers.0.mlp.up_proj.weight")],
+)
+def test_a_state_of_another_decoder_is_refused(options: TrainOptions, key: str) -> None:
+    trainer, _ = trained(range(1), options=options)
     state = trainer.state_dict()
-    state["exp_avg.norm.weight"] = torch.zeros(3)
-    with pytest.raises(DataError, match=r"exp_avg\.norm\.weight"):
+    state[key] = torch.zeros(3)
+    with pytest.raises(DataError, match=key):
         trainer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_muon_moves_the_matrices_of_the_blocks_only(tied: bool) -> None:
+    decoder = Decoder.create(replace(CONFIG, tied=tied), 0)
+    trainer = Trainer(decoder, MUON)
+    trainer.step(counting_batch(0))
+    state = trainer.state_dict()
+    for name, weight in decoder.named_parameters():
+        in_block = weight.dim() == 2 and name.startswith("layers.")
+        assert (f"momentum_buffer.{name}" in state) == in_block
+        assert (f"exp_avg.{name}" in state) != in_block
 
 
 def test_the_rate_is_a_function_of_the_global_step() -> None:

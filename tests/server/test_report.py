@@ -10,7 +10,7 @@ from rich.console import Console
 
 from model import metrics
 from model.tasks import Counts, Task
-from server.report import headline, load, render, show_bytes, show_count, show_figure, terminal_tables, write_report
+from server.report import headline, load, render, show_figure, terminal_tables, write_report
 from server.results import (
     Codebook,
     Figure,
@@ -263,14 +263,6 @@ def test_numbers_are_written_for_people():
     assert show_figure(Figure(0.8123, 0.7, 0.9)) == "0.812 (0.700–0.900)"
     assert show_figure(Figure(-0.0123, -0.1, 0.05), signed=True) == "−0.012 (−0.100 to +0.050)"
     assert show_figure(Figure(None, note="why")) == show_figure(None) == "–"
-    assert [show_bytes(n) for n in (0, 999, 1000, 2_345_678, 10**13)] == [
-        "0 B",
-        "999 B",
-        "1.0 kB",
-        "2.3 MB",
-        "10000.0 GB",
-    ]
-    assert show_count(1234567) == "1\u202f234\u202f567"
 
 
 def test_a_report_that_cannot_be_read_is_named(tmp_path: Path):

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from simulation.arms import Step
 from simulation.config import Study
 from simulation.study import Result, run_study
 from tests import tiny
+from tokenizer.progress import Step
 
 
 def study(sites: list[tiny.SiteFiles], **changes: Any) -> Study:

@@ -58,6 +58,30 @@ def codebook(values="separate", **options) -> Codebook:
     )
 
 
+def spelling_codebook(values="separate", **options) -> Codebook:
+    """A codebook of spelled codes (one of them with three bins), one common and some rare ones besides."""
+    settings = TokenizerOptions(values=values, **options)
+    scores = sketch.bucket_of(np.array([0.0, 1.0, 2.0]), settings.sketch_accuracy).tolist()
+    return Codebook.build(
+        Survey(
+            settings,
+            patients=100,
+            codes=dict.fromkeys((*SPELLED, "LAB//B", "VISIT"), 50),
+            prefixes={"LAB": 20, "ICD10CM//E11.6": 20, "ICD10CM//Q87": 20},
+            statics={"SEX//F": 50},
+            values={"ATC//C03CA01": dict.fromkeys(scores, 40), "LAB//B": dict.fromkeys(scores, 40)},
+        )
+    )
+
+
+SPELLED = (
+    *("ICD10CM//E11.65", "ICD10CM//E11.9", "ICD10CM//I10", "ICD10CM//S72.001A", "DIAGNOSIS//ICD//10//E119"),
+    *("ATC//A10BA02", "ATC//A10BA", "ATC//C03CA01", "ICD10PCS//0DTJ4ZZ"),
+)
+UNSPELLED = (
+    *("ICD10CM//E11.62", "ICD10CM//E11.21", "ICD10CM//J45.909", "ICD10CM//S72.001D", "ICD10CM//Q87.1"),
+    *("ICD10CM//E1165", "ATC//A10BB01", "ATC//B01", "ICD10PCS//0DT", "DIAGNOSIS//ICD//10//I10"),
+)
 NAMED = ("LAB//A", "LAB//B", "VISIT", "MEDS_DEATH")
 RARE = ("LAB//X", "DX//I10//7", "DX//J", "new", "LAB")
 STATICS = ("SEX//F", "SEX//M", "RACE")

@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 
-from tokenizer.codebook import BIRTH, DEATH, INTERVALS, STATIC, Codebook, Token, age_width
+from tokenizer.codebook import BIRTH, DEATH, STATIC, Codebook, Token, age_width
 
 Row = tuple[int, int | None, str, float | None]
 
@@ -39,26 +39,28 @@ def _timeline(rows, codebook, ordered=False):
     now, told_age = None, None
     for _, time, code, value in events:
         if time is None:
-            yield codebook.code_id(code, static=True), STATIC
+            (token,) = codebook.tell(code, static=True).tokens
+            yield token, STATIC
             continue
         if time != now:
-            if now is not None:
-                for text in _gap(time - now):
-                    yield codebook.id(Token("interval", text)), time
-            now = time
+            waited = [] if now is None else _gap(time - now, codebook.intervals)
+            for text in waited:
+                yield codebook.id(Token("interval", text)), time
             age = None if born is None else _age(time - born, codebook.options.age_years)
-            if age != told_age:
+            if (waited or now is None) and age != told_age:
                 yield codebook.id(Token("age", age)), time
                 told_age = age
-        token, bin_ = codebook.code_id(code), 0
-        if codebook.tokens[token].kind == "code" and value is not None and code in codebook.breaks:
-            bin_ = 1 + bisect_left(codebook.breaks[code], value)
-        if separate:
+            now = time
+        told, bin_ = codebook.tell(code), 0
+        if told.level == "itself" and value is not None and told.text in codebook.breaks:
+            bin_ = 1 + bisect_left(codebook.breaks[told.text], value)
+        if bin_ and not separate and told.text not in codebook.spelled:
+            yield told.tokens[0] + bin_, time
+            continue
+        for token in told.tokens:
             yield token, time
-            if bin_:
-                yield codebook.id(Token("value", f"Q{bin_}")), time
-        else:
-            yield token + bin_, time
+        if bin_:
+            yield codebook.id(Token("value", f"Q{bin_}")), time
     yield codebook.eot, STATIC if now is None else now
 
 
@@ -68,14 +70,14 @@ def _order(row):
     return (time is not None, time or 0, dead, code, value is not None, value or 0.0)
 
 
-def _gap(gap):
+def _gap(gap, intervals):
     text = None
-    for name, low in INTERVALS.items():
+    for name, low in intervals.items():
         if gap >= low:
             text = name
     if text is None:
         return []
-    repeats = int(gap / INTERVALS["6mo+"] + 0.5) if text == "6mo+" else 1
+    repeats = int(gap / intervals["6mo+"] + 0.5) if text == "6mo+" else 1
     return [text] * repeats
 
 

@@ -56,7 +56,7 @@ def test_a_history_is_told_by_the_grammar():
     assert encoded.times[:4].tolist() == [STATIC, STATIC, 0, 0]
     assert encoded.times[6] == 10 * MINUTE, "an interval carries the time of the event after it"
     assert encoded.times[-1] == 0
-    assert encoded.fallbacks == {"SEX//X": 1, "DX//I10//9": 1}
+    assert encoded.fallbacks == {"ancestor": {"DX//I10//9": 1}, "unknown": {"SEX//X": 1}}
     assert encoded.events.tolist() == [8, 1]
 
 

@@ -58,7 +58,8 @@ def test_the_manifest_counts_what_is_there(site):
     rows = sum(len(dataset.read(shard)) for shard in dataset.shards)
     assert sum(count["events"] for count in counts) == rows - 100, "all rows but births"
     rare = sum((dataset.read(shard)["code"] == "LAB//RARE//x").sum() for shard in dataset.shards)
-    assert manifest["events_told_by_parents"]["LAB//RARE//x"] == rare
+    assert manifest["fallbacks"]["unknown"]["LAB//RARE//x"] == rare
+    assert manifest["fallbacks"]["ancestor"] == {}
 
 
 def test_opening_maps_files_and_reads_none(site):

@@ -1,5 +1,6 @@
 """A survey counts the training patients exactly and tells nothing of fewer than the floor."""
 
+import pickle
 from collections import defaultdict
 
 import numpy as np
@@ -11,8 +12,10 @@ from tests.tokenizer.hospital import DAY, MINUTE, frame, stays
 from tokenizer import sketch
 from tokenizer.codebook import Codebook, Survey, TokenizerOptions, merge, parents
 from tokenizer.events import MedsDataset, write_meds
+from tokenizer.prepare import Preparation, Prepared
+from tokenizer.spelling import ancestors
 from tokenizer.split import SplitRule
-from tokenizer.survey import _Cell, _fold, survey
+from tokenizer.survey import _Cell, _fold, join, survey, survey_shard
 
 EVERYBODY = SplitRule("key", tuning=0, held_out=0)
 
@@ -78,6 +81,84 @@ def test_rare_codes_are_told_by_the_parent_where_they_are_enough(tmp_path):
     assert told.codes == {"DX//I10//common": 10}
     assert told.prefixes == {"DX//I10": 10, "DX": 10}
     assert told.static_prefixes == {"RACE": 10}
+
+
+def test_rare_diagnoses_are_told_by_the_nearest_level_where_they_are_enough(tmp_path):
+    rows = [(s, 0, "VISIT", None) for s in range(40)] + [(s, 0, "ICD10CM//E11.65", None) for s in range(20)]
+    rows += [(s, 0, f"ICD10CM//E11.6{s % 4}", None) for s in range(10)]
+    rows += [(s, 0, "ICD10CM//E11.21", None) for s in range(6)] + [(s, 0, "ICD10CM//E11.3", None) for s in range(6, 11)]
+    rows += [(s, 0, "ICD10CM//I21.4", None) for s in range(9)] + [(s, 0, "ICD10CM//C50.1", None) for s in range(9, 12)]
+    told = survey_of(tmp_path / "a", frame(rows))
+    assert told.codes == {"ICD10CM//E11.65": 20, "VISIT": 40}
+    assert told.prefixes == {"ICD10CM//E11.6": 10, "ICD10CM//E11": 11, "ICD10CM": 12}
+    book = Codebook.build(told)
+    assert [book.event(node) for node in np.flatnonzero(book.matching(["ICD10CM//E11"])).tolist()] == [
+        *("ICD10CM//E11//*", "ICD10CM//E11.6//*", "ICD10CM//E11.65", "ICD10CM//E11//*", "ICD10CM//E11.6//*")
+    ], "nodes on the way, the code, and what stands for rarer ones"
+
+
+def test_two_ways_of_writing_a_code_are_one_code(tmp_path):
+    rows = [(s, 0, "ICD10CM//E11.65" if s % 2 else "ICD10CM//E1165", None) for s in range(12)]
+    rows += [(1, DAY, "ICD10CM//E1165", None)]
+    assert survey_of(tmp_path / "a", frame(rows)).codes == {"ICD10CM//E11.65": 12}
+
+
+def test_what_all_but_a_few_have_is_told_as_everybodys(tmp_path):
+    rows = [(s, 0, "VISIT", None) for s in range(40)]
+    rows += [(s, 0, "A", None) for s in range(31)] + [(s, 0, "B", None) for s in range(30)]
+    rows += [(s, None, "SEX//F", None) for s in range(39)]
+    told = survey_of(tmp_path / "a", frame(rows))
+    assert told.codes == {"VISIT": 40, "A": 40, "B": 30}
+    assert told.statics == {"SEX//F": 40}
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 30), st.sampled_from([f"ICD10CM//E1{a}.{b}{c}" for a in "01" for b in "12" for c in "34"])
+        ),
+        max_size=120,
+    ),
+    st.integers(2, 6),
+)
+def test_no_difference_of_released_counts_tells_of_fewer_than_the_floor(visits, floor):
+    """Codes of released cells never overlap, so no cell's codes are a part of another's."""
+    rows = [(subject, 0, code, None) for subject, code in visits]
+    counted = survey_shard(frame(sorted(rows)), EVERYBODY, TokenizerOptions(min_patients=floor))
+    told = counted.release()
+    users = defaultdict(set)
+    for subject, code in visits:
+        users[code].add(subject)
+    rare = {code for code, who in users.items() if len(who) < floor}
+    everybody = {subject for subject, _ in visits}
+    assert set(told.codes) == set(users) - rare
+
+    def check(count, who):
+        few = len(everybody) - floor < count < len(everybody) or len(everybody) - floor < len(who)
+        assert len(who) >= floor
+        assert count == (len(everybody) if few else len(who))
+
+    for code, count in told.codes.items():
+        check(count, users[code])
+    for prefix in sorted(told.prefixes, key=lambda text: -len(ancestors(text))):
+        below = {code for code in rare if prefix in ancestors(code)}
+        rare -= below
+        check(told.prefixes[prefix], set().union(*(users[code] for code in below)))
+    assert len(set().union(*(users[code] for code in rare))) < floor, "all that can be told is told"
+
+
+def test_gaps_follow_the_table_that_was_chosen(tmp_path):
+    rows = [(s, time, "A", None) for s in range(12) for time in (0, 3 * MINUTE, 13 * MINUTE, 33 * MINUTE)]
+    options = TokenizerOptions(min_patients=5, intervals="ethos19")
+    told = survey(dataset(tmp_path / "a", frame(rows)), EVERYBODY, options)
+    assert {text: sum(cells.values()) for text, cells in told.gaps.items()} == {"5-15min": 12, "15-45min": 12}
+
+
+def test_a_dataset_that_was_prepared_says_so(tmp_path):
+    data = dataset(tmp_path / "a", stays(range(30)))
+    prepared = Prepared(data, Preparation())
+    assert survey(prepared, EVERYBODY, TokenizerOptions()).prepared == (prepared.preparation.common_digest,)
+    assert survey(data, EVERYBODY, TokenizerOptions()).prepared == ()
 
 
 def test_a_patient_with_two_rare_codes_counts_once_in_their_parent(tmp_path):
@@ -158,3 +239,17 @@ def test_sites_that_split_one_hospital_agree_with_it_but_for_the_floor(tmp_path_
 
 def test_parents_are_longest_first():
     assert parents("A//B//C") == ["A//B", "A"]
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(0, 4), min_size=40, max_size=40), st.randoms(use_true_random=False), st.integers(1, 15))
+def test_partials_of_shards_join_in_any_order_and_grouping(shards, random, floor):
+    whole, options = stays(range(40)), TokenizerOptions(min_patients=floor)
+    where = np.array(shards)[whole["subject_id"].to_numpy()]
+    parts = [survey_shard(whole.filter(where == n), EVERYBODY, options) for n in range(5)]
+    random.shuffle(parts)
+    cut = random.randint(1, 4)
+    grouped = join([join(parts[:cut]), join(parts[cut:])])
+    expected = survey_shard(whole, EVERYBODY, options).release().to_bytes()
+    assert grouped.release().to_bytes() == expected
+    assert pickle.loads(pickle.dumps(grouped)).release().to_bytes() == expected

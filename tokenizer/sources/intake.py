@@ -9,8 +9,6 @@ Memory is bounded by one shard: pieces are spilled to disk by a hash of the subj
 itself. The dataset appears whole or not at all.
 """
 
-import csv
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -19,11 +17,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 
 from tokenizer.errors import DataError
 from tokenizer.events import write_meds
+from tokenizer.sources.quarantine import Quarantine
+from tokenizer.sources.spill import Spill, spill_folder
+from tokenizer.sources.subjects import SubjectIds
 
 EVENTS: dict[str, Any] = {
     "subject_id": pl.Int64,
@@ -40,10 +40,6 @@ QUARANTINE, FLOW = "quarantine.csv", "metadata/fedcomet_flow.json"
 # Years that a record of a living person can hold; what lies outside is a typing error or a filler such as 9999-12-31.
 EARLIEST, LATEST = "1850-01-01", "2250-01-01"
 
-_BUCKETS = 64
-_SPILL_EVENTS = 1_000_000
-_SHARD_EVENTS = 2_000_000
-
 
 @dataclass
 class Flow:
@@ -52,6 +48,7 @@ class Flow:
     Attributes:
         source: kind and place, for people.
         rows: rows (or resources) read, per table.
+        kept: rows that gave at least one event, per table, where the source counts them.
         events: events kept, per table; one row may give several.
         dropped: rows that gave no event, per table and named filter.
         quarantined: rows set aside, per table and reason.
@@ -61,6 +58,7 @@ class Flow:
 
     source: str
     rows: dict[str, int] = field(default_factory=dict)
+    kept: dict[str, int] = field(default_factory=dict)
     events: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)
     quarantined: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -100,28 +98,34 @@ class Intake:
     def __init__(self, aside: Path, source: str, *, quarantine: bool) -> None:
         self.flow = Flow(source)
         self.quarantine = quarantine
-        self._aside = aside
-        self._waiting: list[pl.DataFrame] = []
-        self._waiting_rows = 0
-        self._parts = 0
-        self._texts: dict[int, str] = {}
-        self._bad_rows: list[tuple[str, str, int, str, str, str]] = []
+        self._spill = Spill(aside)
+        self._aside = Quarantine(aside / QUARANTINE, allowed=quarantine)
+        self._ids = SubjectIds()
+        self.flow.quarantined = self._aside.counts
 
     def rows(self, table: str, count: int) -> None:
         """Count rows that were read."""
         self.flow.rows[table] = self.flow.rows.get(table, 0) + count
 
+    def kept(self, table: str, count: int) -> None:
+        """Count rows that gave at least one event; a source that does so has its sums checked at the end."""
+        self.flow.kept[table] = self.flow.kept.get(table, 0) + count
+
     def add(self, table: str, events: pl.DataFrame) -> None:
-        """Take events: the columns of `EVENTS` (those after `code` may be missing), null times are static facts."""
+        """Take events: the columns of `EVENTS` (those after `code` may be missing), null times are static facts.
+
+        Raises:
+            DataError: an event without a subject or a code, which a source should have set aside.
+        """
         full = events.select(
             pl.col(name).cast(kind) if name in events.columns else pl.lit(None, kind).alias(name)
             for name, kind in EVENTS.items()
         )
+        for needed in ("subject_id", "code"):
+            if full[needed].null_count():
+                raise DataError(f"{self.flow.source}: {table} gave an event without {needed}; set such rows aside.")
         self.flow.events[table] = self.flow.events.get(table, 0) + full.height
-        self._waiting.append(full)
-        self._waiting_rows += full.height
-        if self._waiting_rows >= _SPILL_EVENTS:
-            self._spill()
+        self._spill.add(full)
 
     def drop(self, table: str, filter_name: str, count: int) -> None:
         """Count rows that a named filter left out."""
@@ -146,18 +150,7 @@ class Intake:
         Raises:
             DataError: bad rows are not set aside in this import.
         """
-        if not self.quarantine:
-            place = f"{file}: {table}, row {row}" + (f", {column}" if column else "")
-            shown = f" ({content[:80]!r})" if content else ""
-            raise DataError(
-                f"{place}: {reason}{shown}. {advice or 'Correct the row'}, or import with --quarantine to set such rows"
-                " aside."
-            )
-        reasons = self.flow.quarantined.setdefault(table, {})
-        reasons[reason] = reasons.get(reason, 0) + 1
-        self._bad_rows.append((file, table, row, column, reason, content[:2000]))
-        if len(self._bad_rows) >= 10_000:
-            self._write_bad_rows()
+        self._aside.add(file, table, row, column, reason, content, advice)
 
     def bad_rows(
         self, frame: pl.DataFrame, where: pl.Expr, *, file: str, table: str, column: str, reason: str, advice: str = ""
@@ -167,10 +160,26 @@ class Intake:
         `frame` must have the column `_row`, the row's number in its file.
         """
         marked = frame.with_columns(_bad=where.fill_null(value=False))
-        for row in marked.filter("_bad").iter_rows(named=True):
-            content = row.get(column)
-            self.bad(file, table, int(row["_row"]), column, reason, "" if content is None else str(content), advice)
+        bad = marked.filter("_bad")
+        if not bad.height:
+            return frame
+        content = pl.col(column).cast(pl.String) if column in frame.columns else pl.lit(None, pl.String)
+        self.set_aside(
+            bad.select(
+                file=pl.lit(file),
+                table=pl.lit(table),
+                row=pl.col("_row"),
+                column=pl.lit(column),
+                reason=pl.lit(reason),
+                content=content,
+            ),
+            advice,
+        )
         return marked.filter(~pl.col("_bad")).drop("_bad")
+
+    def set_aside(self, rows: pl.DataFrame, advice: str = "") -> None:
+        """Set rows aside that stand in a frame with the columns of the quarantine file, as `bad` does one by one."""
+        self._aside.add_all(rows, advice)
 
     def subject_ids(self, texts: pl.Series) -> pl.Series:
         """Give int64 subject ids for a source's own: numbers stay, other texts are hashed (63 bits, same everywhere).
@@ -178,14 +187,7 @@ class Intake:
         Raises:
             DataError: two texts have the same hash (about one chance in 10^5 for ten million patients).
         """
-        distinct = texts.drop_nulls().unique().cast(pl.String)
-        table = pl.DataFrame(
-            {"text": distinct, "id": pl.Series([self._subject_id(t) for t in distinct], dtype=pl.Int64)}
-        )
-        joined = (
-            texts.cast(pl.String).alias("text").to_frame().join(table, on="text", how="left", maintain_order="left")
-        )
-        return joined["id"].alias(texts.name)
+        return self._ids.of(texts)
 
     def note(self, note: str) -> None:
         """Keep a sentence for people."""
@@ -194,76 +196,30 @@ class Intake:
 
     def shards(self) -> Iterator[tuple[str, pl.DataFrame]]:
         """Give the shards, each with all events of its subjects; to be called once, when all events are in."""
-        self._spill()
-        sizes = [self._bucket_rows(bucket) for bucket in range(_BUCKETS)]
-        subjects: set[int] = set()
-        group: list[int] = []
-        number = 0
-        for bucket in range(_BUCKETS):
-            group.append(bucket)
-            if sum(sizes[b] for b in group) >= _SHARD_EVENTS or bucket == _BUCKETS - 1:
-                files = [file for b in group for file in self._bucket_files(b)]
-                group = []
-                if files:
-                    events = pl.concat([pl.read_ipc(file) for file in files])
-                    subjects.update(events["subject_id"].unique())
-                    yield f"{number:04d}", events
-                    number += 1
-        self.flow.subjects = len(subjects)
+        self._ids.check()
+        self._check_sums()
+        for name, events in self._spill.shards():
+            self.flow.subjects += events["subject_id"].n_unique()
+            yield name, events
 
     def close(self, dataset: Path) -> None:
         """Write quarantine and flow into a dataset's folder that isn't in its place yet."""
-        self._write_bad_rows()
-        if (self._aside / QUARANTINE).exists():
-            shutil.copyfile(self._aside / QUARANTINE, dataset / QUARANTINE)
+        file = self._aside.flush()
+        if file is not None:
+            shutil.copyfile(file, dataset / QUARANTINE)
         text = json.dumps(asdict(self.flow), indent=2, sort_keys=True, ensure_ascii=False)
         (dataset / FLOW).write_text(text + "\n", encoding="utf-8")
 
-    def _subject_id(self, text: str) -> int:
-        if text.isascii() and text.isdigit() and text == str(int(text)) and int(text) < 2**63:
-            number = int(text)
-        else:
-            number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
-        if (other := self._texts.setdefault(number, text)) != text:
-            raise DataError(
-                f"The patients {text!r} and {other!r} get the same subject_id {number}; rename one of them."
-            )
-        return number
-
-    def _spill(self) -> None:
-        if not self._waiting_rows:
-            return
-        events = pl.concat(self._waiting)
-        self._waiting, self._waiting_rows = [], 0
-        spread = events["subject_id"].to_numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        bucket = (spread >> np.uint64(58)).astype(np.int64)
-        order = np.argsort(bucket, kind="stable")
-        ends = np.cumsum(np.bincount(bucket, minlength=_BUCKETS))
-        ordered = events[order]
-        for number, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-            if end > start:
-                ordered[int(start) : int(end)].write_ipc(
-                    self._aside / f"{number:02d}-{self._parts:06d}.{end - start}.arrow"
+    def _check_sums(self) -> None:
+        for table, kept in self.flow.kept.items():
+            dropped = sum(self.flow.dropped.get(table, {}).values())
+            aside = sum(self.flow.quarantined.get(table, {}).values())
+            rows = self.flow.rows.get(table, 0)
+            if kept + dropped + aside != rows:
+                raise DataError(
+                    f"{self.flow.source}: of {rows} rows of {table}, {kept} were kept, {dropped} dropped and {aside}"
+                    " set aside, which doesn't add up. This is a fault of the importer; please report it."
                 )
-        self._parts += 1
-
-    def _bucket_files(self, bucket: int) -> list[Path]:
-        return sorted(self._aside.glob(f"{bucket:02d}-*.arrow"))
-
-    def _bucket_rows(self, bucket: int) -> int:
-        return sum(int(file.name.split(".")[1]) for file in self._bucket_files(bucket))
-
-    def _write_bad_rows(self) -> None:
-        if not self._bad_rows:
-            return
-        file = self._aside / QUARANTINE
-        fresh = not file.exists()
-        with file.open("a", encoding="utf-8", newline="") as out:
-            writer = csv.writer(out)
-            if fresh:
-                writer.writerow(["file", "table", "row", "column", "reason", "content"])
-            writer.writerows(self._bad_rows)
-        self._bad_rows = []
 
 
 @contextmanager
@@ -279,20 +235,28 @@ def intake(out: Path, source: str, *, name: str, quarantine: bool = False) -> It
     Raises:
         DataError: no event was left, or one that doesn't fit MEDS.
     """
-    aside = out.with_name(f".{out.name}.spill")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    out = out.absolute()
+    with spill_folder(out) as aside:
         collected = Intake(aside, source, quarantine=quarantine)
         yield collected
         if not collected.flow.events_total:
-            raise DataError(f"{source}: no event is left to tokenize; look at what was read: {collected.flow.rows}.")
+            raise DataError(_nothing_left(collected.flow))
         write_meds(out, collected.shards(), name=name, finish=collected.close)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
-def out_of_range(column: str) -> pl.Expr:
+def _nothing_left(flow: Flow) -> str:
+    read = ", ".join(f"{count} rows of {table}" for table, count in flow.rows.items()) or "no rows"
+    why = [
+        f"{count} of {table}: {reason}"
+        for kind in (flow.dropped, flow.quarantined)
+        for table, reasons in kind.items()
+        for reason, count in reasons.items()
+    ]
+    return f"{flow.source}: no event is left to tokenize; read were {read}" + (f" ({'; '.join(why)})." if why else ".")
+
+
+def out_of_range(column: str | pl.Expr) -> pl.Expr:
     """Whether a time lies outside of the years that a record can hold."""
+    time = pl.col(column) if isinstance(column, str) else column
     bounds = [pl.lit(day).str.to_datetime("%Y-%m-%d", time_unit="us") for day in (EARLIEST, LATEST)]
-    return (pl.col(column) < bounds[0]) | (pl.col(column) >= bounds[1])
+    return (time < bounds[0]) | (time >= bounds[1])

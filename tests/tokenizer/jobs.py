@@ -4,6 +4,8 @@ import os
 import signal
 import threading
 
+from tokenizer.shards import Crew
+
 
 def double(number: int) -> int:
     return 2 * number
@@ -19,3 +21,7 @@ def end_this_process() -> None:
 
 def wait_for_ever() -> None:
     threading.Event().wait()
+
+
+def processes_of_a_crew(events: int) -> int:
+    return Crew().processes(100, events)

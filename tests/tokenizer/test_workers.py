@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from simulation.pool import Pool, WorkerDied
-from tests.simulation import jobs
+from tests.tokenizer import jobs
+from tokenizer.workers import Pool, WorkerDied
 
 
 def gone(pid: int) -> bool:
@@ -56,7 +56,7 @@ def test_a_closed_pool_leaves_no_process_and_fails_what_was_under_way() -> None:
 
 def test_workers_end_with_a_parent_that_is_killed_while_they_work() -> None:
     script = (
-        "import os, signal; from simulation.pool import Pool; from tests.simulation import jobs\n"
+        "import os, signal; from tokenizer.workers import Pool; from tests.tokenizer import jobs\n"
         "pool = Pool(2); pool.submit('icu', jobs.double, 1).result(); pool.submit('icu', jobs.wait_for_ever)\n"
         "print(*pool.pids(), flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )

@@ -1,0 +1,154 @@
+"""Trajectories are valid timelines, and end at the events asked for though several tokens spell a code."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from model.decoder import Decoder, DecoderConfig
+from model.rollout import Prompt, Reason, Rollouts, Stop, rollout
+from tests.tokenizer.hospital import spelling_codebook
+from tokenizer import sketch
+from tokenizer.codebook import Codebook, Survey, Token, TokenizerOptions
+from tokenizer.encode import decode
+from tokenizer.errors import DataError
+
+MANY = replace(
+    Survey(TokenizerOptions()),
+    codes=dict.fromkeys(("ICD10CM//E11", "ICD10CM//E11.6", "ICD10CM//E11.65", "ICD10CM//E11.9", "VISIT"), 90),
+    values={"LAB": dict.fromkeys((sketch.SHIFT, sketch.SHIFT + 50), 20)},
+)
+BOOKS = [spelling_codebook(), spelling_codebook("fused", icd10cm_split=(3, 1)), Codebook.build(MANY)]
+
+
+def wordy(book: Codebook) -> Decoder:
+    decoder = Decoder.create(DecoderConfig(len(book), 1, 32, 2, 2, 32, context=48), 5)
+    with torch.no_grad():
+        decoder.embed_tokens.weight.mul_(4.0)
+        kinds = np.array([token.kind for token in book.tokens])
+        # Let there be more pieces than one draw in a hundred.
+        decoder.embed_tokens.weight[np.flatnonzero(kinds == "piece")] *= 3.0
+        decoder.embed_tokens.weight[book.eot] *= 0.1
+    return decoder
+
+
+def prompt(book: Codebook) -> Prompt:
+    words = (("age", "40-45"), ("code", "VISIT"), ("interval", "1-3d"), ("code", "VISIT"))
+    return Prompt(np.array([book.id(Token(*word)) for word in words], np.int64))
+
+
+def futures(book: Codebook, stop: Stop, *, grammar: bool = True, elapsed_us: int = 0) -> Rollouts:
+    asked = [replace(prompt(book), elapsed_us=elapsed_us, key=key) for key in range(3)]
+    return rollout(
+        wordy(book), book, asked, trajectories=60, stop=stop, seed=1, batch_rows=50, keep_tokens=True, grammar=grammar
+    )
+
+
+def each(found: Rollouts) -> list[np.ndarray]:
+    return [found.trajectory(place // 60, place % 60) for place in range(180)]
+
+
+@pytest.mark.parametrize("book", BOOKS)
+def test_every_trajectory_is_a_valid_timeline(book: Codebook) -> None:
+    before = prompt(book).tokens
+    found = each(futures(book, Stop([], None, 30)))
+    assert all(book.grammar.accepts(np.concatenate([before, tokens])) for tokens in found)
+    assert any((book.grammar.is_piece[tokens]).any() for tokens in found)
+    for tokens in found[:20]:
+        known = {*book.spelled, *(token.text for token in book.tokens if token.kind == "code")}
+        assert all(
+            code in known or code.endswith("*")
+            for code in decode(tokens, book)["code"].to_list()
+            if code != "MEDS_BIRTH"
+        )
+
+
+def test_without_the_grammar_they_are_not() -> None:
+    book = BOOKS[0]
+    free = each(futures(book, Stop([], None, 30), grammar=False))
+    assert not all(book.grammar.accepts(np.concatenate([prompt(book).tokens, tokens])) for tokens in free)
+
+
+@pytest.mark.parametrize("book", BOOKS)
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("ICD10CM//E11.6", "ICD10CM//E11"),
+        ("ICD10CM//E11", "VISIT"),
+        ("ICD10CM//E11.65", "ICD10CM//E11.9"),
+    ],
+)
+def test_a_trajectory_ends_with_the_first_event_asked_for(book: Codebook, first: str, second: str) -> None:
+    masks = [book.matching([first]), book.matching([second])]
+    masks[1] &= ~masks[0]
+    found = futures(book, Stop(masks, None, 40))
+    for place, tokens in enumerate(each(found)):
+        reason, event = found.reason.flat[place], int(found.event.flat[place])
+        _, nodes = book.grammar.events(tokens)
+        told = np.where(masks[0][nodes], 0, np.where(masks[1][nodes], 1, -1))
+        if reason == Reason.EVENT:
+            assert told[-1] == event
+            # A code that the cap on tokens cut short is not known yet.
+            assert (told[:-1] == -1).all()
+        else:
+            assert (told[: len(told) - 1] == -1).all()
+            assert event == -1
+    assert {0, 1} <= set(found.event.ravel().tolist())
+
+
+def test_a_code_that_may_go_on_is_told_by_what_follows() -> None:
+    book = BOOKS[2]
+    masks = [book.matching(["ICD10CM//E11.6"]), book.matching(["ICD10CM//E11"])]
+    masks[1] &= ~masks[0]
+    found = futures(book, Stop(masks, None, 40))
+    ended = [tokens for tokens, event in zip(each(found), found.event.flat, strict=True) if event == 1]
+    category = book.id(Token("code", "ICD10CM//E11"))
+    assert any(tokens[-1] == category for tokens in ended)
+    assert any(tokens[-1] != category for tokens in ended)
+    times = [book.advance_us[tokens].sum() for tokens in each(found)]
+    assert found.elapsed_us.ravel().tolist() == times
+
+
+@pytest.mark.parametrize("book", BOOKS)
+def test_summed_chances_agree_with_how_trajectories_end(book: Codebook) -> None:
+    masks = [book.matching(["ICD10CM//E11.6"]), book.matching(["ICD10CM//E11"])]
+    masks[1] &= ~masks[0]
+    stop = Stop(masks, 40 * 86_400_000_000, 25)
+    found = rollout(wordy(book), book, [prompt(book)], trajectories=3000, stop=stop, seed=2, batch_rows=1500)
+    for column, ended in enumerate([found.event == 0, found.event == 1, found.reason == Reason.HORIZON]):
+        difference = found.chances[0, :, column] - ended[0]
+        # Both have the same mean: the difference is a sum of martingale steps.
+        assert ended.any()
+        assert abs(difference.mean()) < 4 * difference.std() / 3000**0.5
+
+
+@pytest.mark.parametrize("days", [1, 200, 900])
+def test_known_silence_is_kept_and_so_is_the_grammar(days: int) -> None:
+    book, waited = BOOKS[0], days * 86_400_000_000
+    found = futures(book, Stop([], None, 20), elapsed_us=waited)
+    for tokens in each(found):
+        assert book.grammar.accepts(np.concatenate([prompt(book).tokens, tokens]))
+        kinds = [book.tokens[token].kind for token in tokens]
+        first = next((n for n, kind in enumerate(kinds) if kind in ("code", "other")), len(kinds))
+        assert kinds[0] != "interval" or book.advance_us[tokens[:first]].sum() >= waited
+
+
+def test_draws_do_not_depend_on_the_batch() -> None:
+    book = BOOKS[0]
+    asked = [replace(prompt(book), key=key) for key in range(3)]
+    many, few = (
+        rollout(
+            wordy(book), book, asked, trajectories=30, stop=Stop([], None, 20), seed=1, batch_rows=rows,
+            keep_tokens=True,
+        )
+        for rows in (90, 7)
+    )  # fmt: skip
+    assert (many.tokens_sampled == few.tokens_sampled).mean() > 0.97
+
+
+def test_a_prompt_that_breaks_the_grammar_is_refused_by_name() -> None:
+    book = BOOKS[0]
+    wrong = Prompt(np.array([book.id(Token("interval", "1-3d")), book.id(Token("code", "VISIT"))]))
+    with pytest.raises(DataError, match=r"prompt 1: token 0 .* grammar=False"):
+        rollout(wordy(book), book, [prompt(book), wrong], trajectories=1, stop=Stop([], None, 2), seed=0)

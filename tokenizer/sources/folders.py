@@ -1,0 +1,215 @@
+"""Finds the files of a table in a folder, and in archives as if they were folders; opens them, unpacked.
+
+`labs/*.csv` means files in the folder, `export.zip/labs/*.csv` those inside an archive of it; and the folder may itself
+be an archive. Nothing is unpacked to the disk.
+"""
+
+import bz2
+import difflib
+import gzip
+import io
+import lzma
+import re
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from tokenizer.errors import DataError
+
+_UNPACK: dict[str, Callable[[BinaryIO], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_TARS = {".tar": "", ".tar.gz": ".gz", ".tgz": ".gz", ".tar.bz2": ".bz2", ".tar.xz": ".xz"}
+DAMAGED: tuple[type[Exception], ...] = (
+    EOFError,
+    gzip.BadGzipFile,
+    zlib.error,
+    lzma.LZMAError,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file, packed or not.
+
+    Attributes:
+        name: path from the folder, through archives.
+        stream: its content as it is stored; of a file in an archive, only until the next one is asked for.
+    """
+
+    name: str
+    stream: Callable[[], BinaryIO]
+
+    @property
+    def unpacked_name(self) -> str:
+        """The name without the ending of a compression."""
+        ending = Path(self.name).suffix.lower()
+        return self.name[: -len(ending)] if ending in _UNPACK else self.name
+
+    @contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        """Read its content, unpacked.
+
+        Raises:
+            DataError: the file can't be opened, or, while it is read, turns out to be damaged or cut off.
+        """
+        unpack = _UNPACK.get(Path(self.name).suffix.lower())
+        with readable(self.name):
+            try:
+                stream = self.stream()
+            except RuntimeError as problem:
+                # The zip module's way to say that there is a password.
+                raise DataError(f"{self.name}: can't be opened ({problem}). Unpack the archive.") from None
+            with stream:
+                yield unpack(stream) if unpack else stream
+
+
+@contextmanager
+def readable(name: str) -> Iterator[None]:
+    """Say of the file `name` what went wrong while it was read."""
+    try:
+        yield
+    except DAMAGED as problem:
+        raise damaged(name, problem) from None
+    except OSError as problem:
+        raise DataError(f"{name}: can't be read ({problem.strerror or problem}).") from None
+
+
+def damaged(name: str, problem: Exception, *, after_row: int = 0) -> DataError:
+    """The error for a file of which a part is missing."""
+    place = f" somewhere after row {after_row}" if after_row else ""
+    reason = str(problem) or type(problem).__name__
+    return DataError(f"{name}: damaged or cut off{place} ({reason}). Copy or export the file again.")
+
+
+def find(folder: Path, patterns: Sequence[str], table: str) -> Iterator[Found]:
+    """Give the files of a table, one after the other; a file of an archive must be read before the next is asked for.
+
+    Args:
+        folder: or an archive.
+        patterns: with `*`, `?`, `[...]` and `**`.
+        table: for the message.
+
+    Raises:
+        DataError: no file fits, or an archive is damaged.
+    """
+    if not folder.exists():
+        raise DataError(f"{folder}: there is no such folder. Give the one that the mapping's paths start from.")
+    seen: set[str] = set()
+    for pattern in patterns:
+        for found in _find(folder, pattern):
+            if found.name not in seen:
+                seen.add(found.name)
+                yield found
+    if not seen:
+        raise DataError(f"{folder}: no file for table {table} ({', '.join(patterns)}).{_hint(folder, patterns)}")
+
+
+def exists(folder: Path, patterns: Sequence[str]) -> bool:
+    """Whether any file fits one of the patterns."""
+    return any(True for pattern in patterns for _ in _find(folder, pattern))
+
+
+def _find(folder: Path, pattern: str) -> Iterator[Found]:
+    if folder.is_file():
+        if not _is_archive(folder):
+            raise DataError(f"{folder}: neither a folder nor a tar or zip archive.")
+        yield from _members(folder, "", pattern)
+        return
+    for path in sorted(folder.glob(pattern)):
+        if path.is_file():
+            yield Found(path.relative_to(folder).as_posix(), lambda path=path: path.open("rb"))  # type: ignore[misc]
+    steps = pattern.split("/")
+    for depth in range(1, len(steps)):
+        for path in sorted(folder.glob("/".join(steps[:depth]))):
+            if path.is_file() and _is_archive(path):
+                yield from _members(path, f"{path.relative_to(folder).as_posix()}/", "/".join(steps[depth:]))
+
+
+def _is_archive(path: Path) -> bool:
+    return path.name.lower().endswith((".zip", *_TARS.keys()))
+
+
+def _members(archive: Path, prefix: str, pattern: str) -> Iterator[Found]:
+    fits = _regex(pattern)
+    for name, stream in _walk(archive):
+        if fits.fullmatch(name):
+            yield Found(prefix + name, stream)
+
+
+def _walk(archive: Path) -> Iterator[tuple[str, Callable[[], BinaryIO]]]:
+    """Name and content of the files in an archive; a tar's can only be read in passing."""
+    with readable(str(archive)):
+        if archive.name.lower().endswith(".zip"):
+            with zipfile.ZipFile(archive) as zipped:
+                for info in sorted(zipped.infolist(), key=lambda info: info.filename):
+                    if not info.is_dir():
+                        yield (
+                            info.filename.removeprefix("./"),
+                            lambda info=info: cast(BinaryIO, zipped.open(info)),  # type: ignore[misc]
+                        )
+            return
+        yield from _walk_tar(archive)
+
+
+def _walk_tar(archive: Path) -> Iterator[tuple[str, Callable[[], BinaryIO]]]:
+    ending = next(packing for suffix, packing in _TARS.items() if archive.name.lower().endswith(suffix))
+    with archive.open("rb") as file:
+        watched = _Watched(_UNPACK[ending](file) if ending else file)
+        with tarfile.open(fileobj=cast(BinaryIO, watched), mode="r|") as packed:
+            for member in packed:
+                if member.isfile():
+                    yield (
+                        member.name.removeprefix("./"),
+                        lambda member=member: cast(BinaryIO, packed.extractfile(member) or io.BytesIO()),  # type: ignore[misc]
+                    )
+        # The tar module takes an archive that is cut off between two files for a whole one.
+        while watched.read(1 << 20):
+            pass
+        if watched.tail.strip(b"\0") or not watched.tail:
+            raise tarfile.ReadError("the end of the archive is missing")
+
+
+class _Watched:
+    """A stream that remembers the last 512 bytes that were read."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.tail = b""
+
+    def read(self, count: int) -> bytes:
+        """Read up to `count` bytes."""
+        data = self._stream.read(count)
+        self.tail = (self.tail + data)[-512:]
+        return data
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    """The shell pattern as a regular expression for whole paths: only `**` goes through folders."""
+    tokens = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern)
+    meaning = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    return re.compile(
+        "".join(
+            meaning.get(token)
+            or (token.replace("[!", "[^") if token[:1] == "[" and token[-1:] == "]" else re.escape(token))
+            for token in tokens
+        )
+    )
+
+
+def _hint(folder: Path, patterns: Sequence[str]) -> str:
+    """What is there instead."""
+    if folder.is_file():
+        names = [name for name, _ in _walk(folder)]
+    else:
+        names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    if not names:
+        return " It is empty."
+    close = difflib.get_close_matches(patterns[0], names, n=1, cutoff=0.5)
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f" There are {shown}." + (f" Did you mean {close[0]}?" if close else "")
