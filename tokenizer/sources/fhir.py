@@ -20,12 +20,14 @@ from tokenizer.errors import ConfigError
 from tokenizer.sources.fhir_codes import PREFER
 from tokenizer.sources.fhir_files import Piece, lines_of, pieces
 from tokenizer.sources.fhir_index import INDEXED, Index, Seen, build
-from tokenizer.sources.fhir_pass import TABLES, Result, Settings, read_piece, survey_piece
+from tokenizer.sources.fhir_pass import COMPONENT, TABLES, Result, Settings, read_piece, survey_piece
 from tokenizer.sources.fhir_resources import READ
 from tokenizer.sources.intake import Flow, Intake, intake
 
 OLDER = "older version"
 """The filter that drops a resource of which a later version is in the source."""
+
+_COMPONENTS = TABLES.index(COMPONENT)
 
 # Files that are named for a type which nothing refers to need no first pass.
 _LEAF = (READ.keys() - INDEXED) | {
@@ -173,6 +175,7 @@ def _account(collected: Intake, result: Result) -> None:
     """Give a piece's counts and bad rows to the intake."""
     for table, count in result.rows.items():
         collected.rows(table, count)
+        collected.kept(table, 0)
     for (table, filter_name), count in result.dropped.items():
         collected.drop(table, filter_name, count)
     for file, table, row, column, reason, content, advice in result.bad:
@@ -190,11 +193,13 @@ def _collect(collected: Intake, results: list[tuple[Piece, Result]]) -> None:
         for file, _ in result.files:
             events = pl.read_ipc(file)
             if gone is not None:
-                parts = events.filter(pl.col("_table") == len(TABLES) - 1, pl.col("_at").is_in(gone["_at"].implode()))
-                collected.drop(TABLES[-1], OLDER, parts.height)
+                parts = events.filter(pl.col("_table") == _COMPONENTS, pl.col("_at").is_in(gone["_at"].implode()))
+                collected.drop(COMPONENT, OLDER, parts.height)
                 events = events.filter(~pl.col("_at").is_in(gone["_at"].implode()))
             for (table,), some in events.partition_by("_table", as_dict=True).items():
                 collected.add(TABLES[table], some)
+                # A component is one event; other resources may give several.
+                collected.kept(TABLES[table], some.height if table == _COMPONENTS else some["_at"].n_unique())
     for short, uri in sorted({each for _, result in results for each in result.locals.items()}):
         collected.note(f"Codes of the system {uri} are named {short}//...")
     if dangling := sum(result.dangling_encounters for _, result in results):

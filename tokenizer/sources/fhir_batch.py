@@ -80,14 +80,14 @@ class Batch:
 
     chunk: Chunk
     places: Sequence[int]
-    ids: list[str | None]
-    updated: list[str | None]
-    subjects: npt.NDArray[np.int64]
-    subject_texts: list[bytes]
-    subject_at: npt.NDArray[np.int64]
-    encounters: pl.Series
-    starts: npt.NDArray[np.int64]
-    times: list[str | None]
+    ids: list[str | None] = field(default_factory=list)
+    updated: list[str | None] = field(default_factory=list)
+    subjects: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    subject_texts: list[bytes] = field(default_factory=list)
+    subject_at: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    encounters: pl.Series = field(default_factory=lambda: pl.Series(dtype=pl.String))
+    starts: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    times: list[str | None] = field(default_factory=list)
     late: list[bool] | None = None
     static: bool = False
     early: dict[int, str] = field(default_factory=dict)

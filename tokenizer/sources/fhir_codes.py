@@ -253,6 +253,10 @@ class Namer:
         return _spelled(self.vocabulary(coding.system, ""), clean(coding.code))
 
 
+raw_bytes = b"".__add__
+"""The bytes of a `msgspec.Raw`; more than twice as fast as `bytes(raw)`."""
+
+
 def given(raw: bytes) -> bool:
     """Whether a member of a resource is there."""
     return raw not in (b"", b"null")

@@ -5,18 +5,18 @@ itself (cancelled, refuted) come first, then faults of subject and time, then fi
 text, a panel whose parts are read).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
 from tokenizer.sources import fhir_index as index
 from tokenizer.sources.fhir_batch import Batch, Memo
-from tokenizer.sources.fhir_codes import READ_ERRORS, Coded, Concept, Namer, clean, fault, given
+from tokenizer.sources.fhir_codes import READ_ERRORS, Coded, Concept, Namer, clean, fault, given, raw_bytes
 from tokenizer.sources.fhir_index import Index
 from tokenizer.sources.fhir_kinds import Block, Chunk
 from tokenizer.sources.fhir_refer import Resolver
@@ -27,6 +27,7 @@ from tokenizer.sources.fhir_values import LARGEST, Values
 PANEL = "panel, its parts are read"
 """The filter that drops an observation without a value of its own whose parts are read."""
 
+_SLICE = 256 << 10
 _REFUTED = frozenset({"refuted", "entered-in-error"})
 _ID, _META, _STATUS = attrgetter("id"), attrgetter("meta"), attrgetter("status")
 _SUBJECT, _ENCOUNTER = attrgetter("subject"), attrgetter("encounter")
@@ -51,86 +52,94 @@ class Reader:
     def read(self, chunk: Chunk) -> tuple[Batch, list[tuple[int, str, str]]]:
         """Decode a chunk and find its events; also rows that aren't what they should be: place, reason, content."""
         objects, places, broken = _decoded(chunk)
-        return self._filled(chunk, objects, places), broken
-
-    def read_block(self, block: Block) -> Batch | None:
-        """Decode the lines of a block at once; None if they aren't all right, or of other kinds."""
-        try:
-            objects = DECODERS[block.kind].decode_lines(block.data)
-        except READ_ERRORS:
-            return None
-        if len(objects) != block.lines:
-            return None
-        rows = range(block.first_row, block.first_row + block.lines)
-        return self._filled(Chunk(block.file, block.kind, rows=rows), objects, range(block.lines))
-
-    def _filled(self, chunk: Chunk, objects: list[Any], places: Sequence[int]) -> Batch:
-        batch = self._batch(chunk, objects, places)
-        if chunk.kind == "MedicationRequest" or READ[chunk.kind].unread.intersection(map(_STATUS, objects)):
-            batch.early = {at: why for at, each in enumerate(objects) if (why := each.dropped())}
+        batch, columns = Batch(chunk, places), _Columns()
+        self._gather(batch, columns, objects)
+        self._finish(batch, columns)
         if chunk.kind == "Patient":
             fill_patients(batch, objects, self.refer)
         elif chunk.kind == "Encounter":
             self._encounters.fill(batch, objects)
-        elif chunk.kind == "Observation":
-            self._observations(batch, objects)
-        elif chunk.kind == "DiagnosticReport":
-            self._reports(batch, objects)
-        else:
-            self._coded(batch, objects)
+        return batch, broken
+
+    def read_block(self, block: Block) -> Batch | None:
+        """Decode the lines of a block; None if they aren't all right, or of other kinds.
+
+        A slice at a time is decoded and emptied, so that few objects live at once.
+        """
+        rows = range(block.first_row, block.first_row + block.lines)
+        batch, columns = Batch(Chunk(block.file, block.kind, rows=rows), range(block.lines)), _Columns()
+        decode = DECODERS[block.kind].decode_lines
+        try:
+            for lines in _slices(block.data):
+                self._gather(batch, columns, decode(lines))
+        except READ_ERRORS:
+            return None
+        if len(columns.ids) != block.lines:
+            return None
+        self._finish(batch, columns)
         return batch
 
-    def _batch(self, chunk: Chunk, objects: list[Any], places: Sequence[int]) -> Batch:
-        subjects, subject_at = _distinct(map(bytes, map(_SUBJECT, objects)))
-        stays, stay_at = _distinct(map(bytes, map(_ENCOUNTER, objects)))
-        self.refer.learn(subjects, stays)
-        ids = list(map(_ID, objects))
-        if not all(ids):
-            ids = [each or index.own_id(chunk, place, None) for place, each in zip(places, ids, strict=True)]
-        usual = READ[chunk.kind].usual_time
+    def _gather(self, batch: Batch, columns: "_Columns", objects: list[Any]) -> None:
+        """Take what is needed of some resources."""
+        kind, start = batch.chunk.kind, len(columns.ids)
+        columns.subjects += map(columns.subject_places.__getitem__, map(raw_bytes, map(_SUBJECT, objects)))
+        columns.stays += map(columns.stay_places.__getitem__, map(raw_bytes, map(_ENCOUNTER, objects)))
+        columns.ids += map(_ID, objects)
+        columns.updated += [meta.last_updated if meta else None for meta in map(_META, objects)]
+        usual = READ[kind].usual_time
         times = list(map(attrgetter(usual), objects)) if usual else [None] * len(objects)
         if not all(times):
             times = [time or each.event_time() for time, each in zip(times, objects, strict=True)]
-        late = None
-        if chunk.kind in TOLD_LATER:
-            told = [each.told_time() for each in objects]
-            if self._told:
-                late = [not text for text in told]
-                times = [text or time for text, time in zip(told, times, strict=True)]
-            else:
-                times = [time or text for text, time in zip(told, times, strict=True)]
-        known = [self.refer.stays[raw] for raw in stays]
-        return Batch(
-            chunk=chunk,
-            places=places,
-            ids=ids,
-            updated=[meta.last_updated if meta else None for meta in map(_META, objects)],
-            subjects=np.array([self.refer.subjects[raw] for raw in subjects], np.int64)[subject_at],
-            subject_texts=subjects,
-            subject_at=subject_at,
-            encounters=pl.Series([stay[0] for stay in known], dtype=pl.String).gather(stay_at),
-            starts=np.array([stay[1] for stay in known], np.int64)[stay_at],
-            times=times,
-            late=late,
-        )
+        columns.times += times
+        if kind in TOLD_LATER:
+            columns.told += [each.told_time() for each in objects]
+        if kind == "MedicationRequest" or READ[kind].unread.intersection(map(_STATUS, objects)):
+            batch.early |= {at: why for at, each in enumerate(objects, start) if (why := each.dropped())}
+        if kind == "Observation":
+            self._observations(batch, objects, start)
+        elif kind == "DiagnosticReport":
+            self._reports(batch, objects, start)
+        elif kind not in ("Patient", "Encounter"):
+            self._coded(batch, objects, start)
+
+    def _finish(self, batch: Batch, columns: "_Columns") -> None:
+        """Follow the references, and choose among the times."""
+        subjects, stays = list(columns.subject_places), list(columns.stay_places)
+        self.refer.learn(subjects, stays)
+        batch.ids = columns.ids
+        if not all(batch.ids):
+            rows = zip(batch.places, columns.ids, strict=True)
+            batch.ids = [each or index.own_id(batch.chunk, place, None) for place, each in rows]
+        batch.updated = columns.updated
+        batch.subject_texts, batch.subject_at = subjects, np.array(columns.subjects, np.int64)
+        batch.subjects = np.array([self.refer.subjects[raw] for raw in subjects], np.int64)[batch.subject_at]
+        known, stay_at = [self.refer.stays[raw] for raw in stays], np.array(columns.stays, np.int64)
+        batch.encounters = pl.Series([stay[0] for stay in known], dtype=pl.String).gather(stay_at)
+        batch.starts = np.array([stay[1] for stay in known], np.int64)[stay_at]
+        batch.times = columns.times
+        if columns.told and self._told:
+            batch.late = [not text for text in columns.told]
+            batch.times = [text or time for text, time in zip(columns.told, columns.times, strict=True)]
+        elif columns.told:
+            batch.times = [time or text for text, time in zip(columns.told, columns.times, strict=True)]
 
     def _code_of(self, kind: str, table: str) -> Memo:
         if table not in self._codes:
             self._codes[table] = Memo(self._namer.concept(kind, table.upper()))
         return self._codes[table]
 
-    def _coded(self, batch: Batch, objects: list[Any]) -> None:
+    def _coded(self, batch: Batch, objects: list[Any], start: int) -> None:
         """Resources that are one code at one time."""
         kind = batch.chunk.kind
         if kind.startswith("Medication"):
             found = self._medications(objects, self._code_of("Medication", kind))
         else:
             codes = self._code_of(kind, kind)
-            found = [codes[bytes(each.code)] for each in objects]
+            found = [codes[raw_bytes(each.code)] for each in objects]
         prefix = "ALLERGY//" if kind == "AllergyIntolerance" else ""
-        for at, (each, coded) in enumerate(zip(objects, found, strict=True)):
+        for at, (each, coded) in enumerate(zip(objects, found, strict=True), start):
             if kind in ("Condition", "AllergyIntolerance"):
-                why, wrong = self._refuted[bytes(each.verification_status)]
+                why, wrong = self._refuted[raw_bytes(each.verification_status)]
                 if why:
                     batch.early.setdefault(at, why)
                 if wrong:
@@ -140,21 +149,23 @@ class Reader:
 
     def _medications(self, objects: list[Any], codes: Memo) -> list[Coded]:
         """The codes of medications: in place, contained, or elsewhere in the source."""
-        found: list[Coded] = [codes[bytes(each.code)] for each in objects]
+        found: list[Coded] = [codes[raw_bytes(each.code)] for each in objects]
         elsewhere = [
-            at for at, coded in enumerate(found) if coded.drop and given(bytes(objects[at].medication_reference))
+            at for at, coded in enumerate(found) if coded.drop and given(raw_bytes(objects[at].medication_reference))
         ]
-        references = [(bytes(objects[at].medication_reference), bytes(objects[at].contained)) for at in elsewhere]
+        references = [
+            (raw_bytes(objects[at].medication_reference), raw_bytes(objects[at].contained)) for at in elsewhere
+        ]
         for at, coded in zip(elsewhere, self.refer.medications(references), strict=True):
             found[at] = codes[coded] if isinstance(coded, bytes) else coded
         return found
 
-    def _observations(self, batch: Batch, objects: list[Any]) -> None:
+    def _observations(self, batch: Batch, objects: list[Any], start: int) -> None:
         codes, units, events = self._code_of("Observation", "Observation"), self._values.units, batch.events
         add_at, add_code = events.at.append, events.code.append
         add_value, add_unit = events.value.append, events.unit.append
-        for at, each in enumerate(objects):
-            coded = codes[bytes(each.code)]
+        for at, each in enumerate(objects, start):
+            coded = codes[raw_bytes(each.code)]
             quantity = each.value_quantity
             # Most are numbers: no call for them but those that remember.
             if quantity is not None and (value := quantity.value) is not None and -LARGEST <= value <= LARGEST:
@@ -173,7 +184,7 @@ class Reader:
     def _other_value(self, batch: Batch, at: int, each: Any, coded: Coded) -> None:
         """An observation whose value isn't a plain quantity."""
         suffix, value, unit, why = self._values.read(each)
-        if why == "no value" and (each.component or given(bytes(each.has_member))):
+        if why == "no value" and (each.component or given(raw_bytes(each.has_member))):
             batch.drops[at] = PANEL
         elif why in ("no value", None):
             batch.events.add(at, f"{coded.code}{suffix}", value, unit)
@@ -184,7 +195,7 @@ class Reader:
 
     def _components(self, batch: Batch, at: int, components: Sequence[Any], codes: Memo) -> None:
         for each in components:
-            coded = codes[bytes(each.code)]
+            coded = codes[raw_bytes(each.code)]
             suffix, value, unit, why = self._values.read(each)
             if coded.code is None:
                 why = f"!{coded.fault}" if coded.fault else coded.drop
@@ -195,13 +206,13 @@ class Reader:
             else:
                 batch.part_drops.append((at, why))
 
-    def _reports(self, batch: Batch, objects: list[Any]) -> None:
+    def _reports(self, batch: Batch, objects: list[Any], start: int) -> None:
         codes = self._code_of("DiagnosticReport", "DiagnosticReport")
-        for at, each in enumerate(objects):
-            coded = codes[bytes(each.code)]
+        for at, each in enumerate(objects, start):
+            coded = codes[raw_bytes(each.code)]
             if not batch.take(at, coded, "code"):
                 continue
-            answers = [self._values.answers[bytes(raw)] for raw in each.conclusion_code or ()]
+            answers = [self._values.answers[raw_bytes(raw)] for raw in each.conclusion_code or ()]
             wrong = next((found.fault for found in answers if found.fault), None)
             if wrong:
                 batch.bads[at] = ("conclusionCode", wrong, "")
@@ -210,11 +221,35 @@ class Reader:
                 batch.events.add(at, code or "")
 
 
-def _distinct(texts: Iterable[bytes]) -> tuple[list[bytes], npt.NDArray[np.int64]]:
-    """The distinct texts in their order, and the place of each text among them."""
-    column = list(texts)
-    places = {text: place for place, text in enumerate(dict.fromkeys(column))}
-    return list(places), np.array([places[text] for text in column], np.int64)
+class _Places(dict[bytes, int]):
+    """Numbers texts in the order in which they come."""
+
+    def __missing__(self, text: bytes) -> int:
+        place = self[text] = len(self)
+        return place
+
+
+@dataclass
+class _Columns:
+    """What is taken of resources one by one: JSON of references by their numbers, and texts."""
+
+    subject_places: _Places = field(default_factory=_Places)
+    stay_places: _Places = field(default_factory=_Places)
+    subjects: list[int] = field(default_factory=list)
+    stays: list[int] = field(default_factory=list)
+    ids: list[str | None] = field(default_factory=list)
+    updated: list[str | None] = field(default_factory=list)
+    times: list[str | None] = field(default_factory=list)
+    told: list[str | None] = field(default_factory=list)
+
+
+def _slices(data: bytes) -> Iterator[bytes]:
+    """Whole lines of about `_SLICE` bytes."""
+    start = 0
+    while start < len(data):
+        end = data.find(b"\n", start + _SLICE) + 1 or len(data)
+        yield data[start:end]
+        start = end
 
 
 def _decoded(chunk: Chunk) -> tuple[list[Any], list[int], list[tuple[int, str, str]]]:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import polars as pl
 from msgspec import Raw, Struct
 
-from tokenizer.sources.fhir_codes import NAME_LIMIT, READ_ERRORS, Coded, clean, given
+from tokenizer.sources.fhir_codes import NAME_LIMIT, READ_ERRORS, Coded, clean, given, raw_bytes
 from tokenizer.sources.fhir_kinds import Chunk
 
 INDEXED = frozenset({"Patient", "Encounter", "Medication", "Location", "Organization"})
@@ -246,8 +246,8 @@ def _value(kind: str, resource: "_Indexed | _Plain", code: Callable[[bytes], Cod
     if not isinstance(resource, _Indexed) or kind == "Patient":
         return None
     if kind == "Medication":
-        return code(bytes(resource.code)).code
-    words = clean(_NAME.decode(resource.name)).upper() if given(bytes(resource.name)) else ""
+        return code(raw_bytes(resource.code)).code
+    words = clean(_NAME.decode(resource.name)).upper() if given(raw_bytes(resource.name)) else ""
     return words if words and len(words) <= NAME_LIMIT else None
 
 

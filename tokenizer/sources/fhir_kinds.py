@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import msgspec
 from msgspec import Raw, Struct
 
-from tokenizer.sources.fhir_codes import READ_ERRORS, fault
+from tokenizer.sources.fhir_codes import READ_ERRORS, fault, raw_bytes
 
 UNREADABLE = "unreadable"
 """The table that rows are counted in whose resource type can't be told."""
@@ -215,7 +215,7 @@ def entries(name: str, raws: list[bytes], rows: range) -> Iterator[Chunk | Lost]
 def _resources(name: str, entries: list[_Entry], rows: Sequence[int]) -> Iterator[Chunk | Lost]:
     raws, numbers, urls = [], [], []
     for entry, row in zip(entries, rows, strict=True):
-        raw = bytes(entry.resource)
+        raw = raw_bytes(entry.resource)
         if raw in (b"", b"null"):
             method = entry.request.method if entry.request else None
             why = (

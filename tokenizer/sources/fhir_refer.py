@@ -7,7 +7,7 @@ import msgspec
 
 from tokenizer.sources import fhir_index as index
 from tokenizer.sources.fhir_batch import REMEMBERED, Memo
-from tokenizer.sources.fhir_codes import READ_ERRORS, Coded, clean, fault, given
+from tokenizer.sources.fhir_codes import READ_ERRORS, Coded, clean, fault, given, raw_bytes
 from tokenizer.sources.fhir_index import Index, Reference
 
 _MISSING = index.NO_TIME + 1
@@ -67,7 +67,7 @@ class Resolver:
                     keys[at] = self._key(raw, "Medication")
                 elif given(contained):
                     name = (_REFERENCE.decode(raw).reference or "").removeprefix("#")
-                    codes = [bytes(inner.code) for inner in _CONTAINED.decode(contained) if inner.id == name]
+                    codes = [raw_bytes(inner.code) for inner in _CONTAINED.decode(contained) if inner.id == name]
                     found[at] = codes[0] if codes else found[at]
             except READ_ERRORS as problem:
                 found[at] = Coded(None, fault=fault(problem))

@@ -8,7 +8,16 @@ import polars as pl
 
 from tokenizer.sources import fhir_index as index
 from tokenizer.sources.fhir_batch import Batch, Memo
-from tokenizer.sources.fhir_codes import READ_ERRORS, Extension, Namer, demographics, encounter_type, fault, given
+from tokenizer.sources.fhir_codes import (
+    READ_ERRORS,
+    Extension,
+    Namer,
+    demographics,
+    encounter_type,
+    fault,
+    given,
+    raw_bytes,
+)
 from tokenizer.sources.fhir_refer import Resolver
 from tokenizer.sources.fhir_resources import Encounter, Patient
 
@@ -54,26 +63,26 @@ class Encounters:
 
     def _add(self, batch: Batch, at: int, each: Encounter, end: str | None) -> None:
         events, start = batch.events, batch.times[at] or ""
-        kind = self._types[bytes(each.class_)]
+        kind = self._types[raw_bytes(each.class_)]
         events.add(at, f"ENCOUNTER_START//{kind}")
         places = each.location or []
         wards = [
-            (self._refer.places[bytes(place.location)], place.period.start if place.period else None)
+            (self._refer.places[raw_bytes(place.location)], place.period.start if place.period else None)
             for place in places
         ]
-        department = self._labels[bytes(each.service_type)] or (wards and wards[0][0])
-        department = department or self._refer.places[bytes(each.service_provider)]
+        department = self._labels[raw_bytes(each.service_type)] or (wards and wards[0][0])
+        department = department or self._refer.places[raw_bytes(each.service_provider)]
         if department:
             events.add(at, f"DEPARTMENT//{department}")
         for ward, since in wards[1:]:
             if ward and since and since > start:
                 events.add(at, f"DEPARTMENT//{ward}", moment=since)
         for raw in each.reason_code or ():
-            if reason := self._labels[bytes(raw)]:
+            if reason := self._labels[raw_bytes(raw)]:
                 events.add(at, f"CHIEF_COMPLAINT//{reason}")
         if end is not None:
             events.add(at, f"ENCOUNTER_END//{kind}", moment=end)
-            left = self._labels[bytes(each.hospitalization.discharge_disposition)] if each.hospitalization else None
+            left = self._labels[raw_bytes(each.hospitalization.discharge_disposition)] if each.hospitalization else None
             if left:
                 events.add(at, f"DISCHARGE_TO//{left}", moment=end)
 
@@ -109,7 +118,7 @@ def fill_patients(batch: Batch, objects: list[Patient], refer: Resolver) -> None
 
 def _birth(patient: Patient) -> str | None:
     """The time of birth where the extension gives it, else the date."""
-    raw = bytes(patient.birth_date_)
+    raw = raw_bytes(patient.birth_date_)
     if given(raw):
         try:
             extensions = _EXTENDED.decode(raw).extension or []

@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from tokenizer.sources.fhir_batch import Memo
-from tokenizer.sources.fhir_codes import Coded, Namer, answer, clean, given
+from tokenizer.sources.fhir_codes import Coded, Namer, answer, clean, given, raw_bytes
 from tokenizer.sources.fhir_resources import Quantity
 
 LARGEST = 3.4028234e38
@@ -44,20 +44,25 @@ class Values:
     def _answer(self, each: Any) -> Coded:
         """A value that isn't a number; or why there is none."""
         found = Coded(None, drop="no value")
-        if given(bytes(each.value_codeable_concept)):
-            found = self.answers[bytes(each.value_codeable_concept)]
+        if given(raw_bytes(each.value_codeable_concept)):
+            found = self.answers[raw_bytes(each.value_codeable_concept)]
         elif each.value_boolean is not None:
             found = Coded(str(each.value_boolean).upper())
         elif each.value_string is not None:
             found = answer(each.value_string)
         elif each.value_range is not None:
             found = answer(self._range(each.value_range))
-        others = (each.value_time, each.value_date_time, bytes(each.value_period), bytes(each.value_sampled_data))
+        others = (
+            each.value_time,
+            each.value_date_time,
+            raw_bytes(each.value_period),
+            raw_bytes(each.value_sampled_data),
+        )
         if found.drop != "no value":
             return found
         if any(others):
             return Coded(None, drop="value of a type that isn't read")
-        return Coded(None, drop="data absent") if given(bytes(each.data_absent_reason)) else found
+        return Coded(None, drop="data absent") if given(raw_bytes(each.data_absent_reason)) else found
 
     def _unit(self, quantity: Quantity) -> str | None:
         return self.units[quantity.code, quantity.unit, quantity.system]

@@ -84,6 +84,7 @@ def codes(events: pl.DataFrame) -> list[str]:
 
 def check_sums(flow: Flow, kept: dict[str, int]) -> None:
     """Every row is kept, dropped by name or set aside."""
+    assert {table: count for table, count in flow.kept.items() if count} == kept
     for table, rows in flow.rows.items():
         gone = sum(flow.dropped.get(table, {}).values()) + sum(flow.quarantined.get(table, {}).values())
         assert rows == kept.get(table, 0) + gone, (table, flow)

@@ -247,7 +247,7 @@ def check_line(line: bytes) -> None:
 WHOLE = changed()
 
 
-@settings(max_examples=150, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(
     st.lists(
         st.tuples(
@@ -278,13 +278,13 @@ LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) 
 VALUES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner))
 
 
-@settings(max_examples=150, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from([*OBSERVATION, "valueString", "valueRatio", "issued", "dataAbsentReason"]), VALUES)
 def test_no_member_of_another_type_is_lost_or_raises(member: str, value: Any) -> None:
     check_line(json.dumps(OBSERVATION | {member: value}).encode())
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(
     st.lists(st.dictionaries(st.text(max_size=4), VALUES, max_size=3), max_size=5), st.integers(1, 60), st.booleans()
 )
