@@ -12,8 +12,8 @@ tags:
 
 # A generative model of medical events
 
-A decoder of the class `Qwen2ForCausalLM`, trained by [fedcomet](https://pypi.org/project/fedcomet/). Its tokens are not
-text but medical events: codes, values, ages and intervals of time. It completes a patient's timeline.
+A decoder of the class `Qwen2ForCausalLM` over the tokens of a fedcomet codebook. They are not text but medical events:
+codes, values, ages and intervals of time. It continues a patient's timeline.
 
 Not a medical device. What it was tested on is not known to this file; ask whoever gave it to you.
 

@@ -180,10 +180,11 @@ def describe(checkpoint: Checkpoint) -> dict[str, str]:
         "positions": f"rotary, base {config.rope_base:g}; {biased} biases on q, k and v",
         "codebook": told("codebook_hash"),
         "manifest": told("manifest_hash"),
-        "round": told("round") + (f" of {told('rounds')}" if "rounds" in facts else ""),
+        "round": f"{told('round')} of {told('rounds')}",
         "trained on": f"{told('tokens')} tokens in {told('steps')} steps at {told('sites')} sites",
         "written by": f"fedcomet {told('software')}, torch {told('torch')}",
     }
+    words = {name: "unknown" if text.startswith("unknown") else text for name, text in words.items()}
     if "imported" in facts:
         words["imported"] = f"from a {facts['imported']['architecture']} folder; its training is not known here"
     if checkpoint.arrays:

@@ -140,8 +140,10 @@ def preset_of(config: DecoderConfig) -> str | None:
     >>> preset_of(preset("1m", vocab=77, context=256))
     '1m'
     """
-    free = {"vocab": config.vocab, "context": config.context, "dropout": config.dropout}
-    return next((name for name, shape in PRESETS.items() if replace(shape, **free) == config), None)
+    for name, shape in PRESETS.items():
+        if config == replace(shape, vocab=config.vocab, context=config.context, dropout=config.dropout):
+            return name
+    return None
 
 
 class Decoder(nn.Module):

@@ -19,6 +19,8 @@ arXiv 2407.10671, section 2.2.1 (biases on q, k and v only).
 """
 
 import json
+import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -30,7 +32,7 @@ import torch
 from torch import Tensor
 
 from model import card
-from model.checkpoint import Checkpoint, digest_of
+from model.checkpoint import Checkpoint, digest_of, save
 from model.decoder import Decoder, DecoderConfig, preset_of
 from tokenizer import durable
 from tokenizer.codebook import Codebook, Token
@@ -39,19 +41,13 @@ from tokenizer.errors import ConfigError, DataError
 _ARCHITECTURE = "Qwen2ForCausalLM"
 _FORMAT = "fedcomet-interchange/1"
 _CONFIG, _GENERATION, _FACTS = "config.json", "generation_config.json", "fedcomet.json"
-_WEIGHTS, _INDEX, _CODEBOOK, _TOKENS = "model.safetensors", "model.safetensors.index.json", "codebook.json", "tokens.json"
+_WEIGHTS, _INDEX, _CODEBOOK, _TOKENS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "codebook.json",
+    "tokens.json",
+)
 _PREFIX, _HEAD, _TABLE = "model.", "lm_head.weight", "model.embed_tokens.weight"
-
-# Qwen2Config's name of a field of DecoderConfig; a folder must give all of them.
-_SIZES = {
-    "vocab": "vocab_size",
-    "layers": "num_hidden_layers",
-    "width": "hidden_size",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "ff": "intermediate_size",
-    "context": "max_position_embeddings",
-}
 
 
 def qwen2_config(config: DecoderConfig) -> dict[str, Any]:
@@ -59,7 +55,13 @@ def qwen2_config(config: DecoderConfig) -> dict[str, Any]:
     return {
         "architectures": [_ARCHITECTURE],
         "model_type": "qwen2",
-        **{theirs: getattr(config, ours) for ours, theirs in _SIZES.items()},
+        "vocab_size": config.vocab,
+        "num_hidden_layers": config.layers,
+        "hidden_size": config.width,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "intermediate_size": config.ff,
+        "max_position_embeddings": config.context,
         "hidden_act": "silu",
         "rms_norm_eps": config.eps,
         "rope_theta": config.rope_base,
@@ -118,8 +120,9 @@ def export_folder(checkpoint: Checkpoint, folder: Path, codebook: Codebook | Non
         "facts": facts,
     }
     with durable.directory(folder) as aside:
-        safetensors.torch.save_file(weights, aside / _WEIGHTS, {"format": "pt"})
         _write_json(aside / _CONFIG, qwen2_config(decoder.config))
+        safetensors.torch.save_file(weights, aside / _WEIGHTS, {"format": "pt"})
+        shutil.copymode(aside / _CONFIG, aside / _WEIGHTS)  # safetensors lets only the owner read
         _write_json(aside / _GENERATION, _generation())
         _write_json(aside / _FACTS, about)
         if codebook is not None:
@@ -168,6 +171,18 @@ def import_folder(folder: Path, codebook: Codebook) -> Checkpoint:
         decoder = Decoder(config)
     decoder.load_state_dict({name: weights[_qwen2_name(name)] for name in decoder.state_dict()}, assign=True)
     return Checkpoint(decoder, facts, {})
+
+
+def save_model(checkpoint: Checkpoint, codebook: Codebook, folder: Path) -> None:
+    """Write a model's folder, `checkpoint.safetensors` and `codebook.json`, which appears whole or not at all.
+
+    Raises:
+        ConfigError: the folder has content.
+    """
+    _refuse_content(folder)
+    with durable.directory(folder) as aside:
+        save(aside / "checkpoint.safetensors", checkpoint.decoder, extra=checkpoint.extra, arrays=checkpoint.arrays)
+        codebook.save(aside / _CODEBOOK)
 
 
 def _qwen2_name(name: str) -> str:
@@ -224,18 +239,29 @@ def _config(path: Path, raw: Mapping[str, Any]) -> DecoderConfig:
     for name, wrong, why in _different(raw):
         if wrong:
             raise DataError(f"{path}: {name} is {raw.get(name)!r:.80}; the decoder {why}, so the model would change")
-    numbers = {"eps": raw.get("rms_norm_eps", 1e-6), "rope_base": _rope_base(path, raw)}
-    sizes = {ours: raw.get(theirs) for ours, theirs in _SIZES.items()}
-    for name, value in (*sizes.items(), *numbers.items()):
-        integer = name in _SIZES
-        if type(value) is not int and (integer or type(value) is not float):
-            kind = "a whole number" if integer else "a number"
-            raise DataError(f"{path}: {_SIZES.get(name, name)} is {value!r:.80}; it must be {kind}")
-    tied = raw.get("tie_word_embeddings", False)
+
+    def whole(name: str) -> int:
+        value = raw.get(name)
+        if type(value) is not int:
+            raise DataError(f"{path}: {name} is {value!r:.80}; it must be a whole number")
+        return value
+
+    tied, eps = raw.get("tie_word_embeddings", False), raw.get("rms_norm_eps", 1e-6)
     if not isinstance(tied, bool):
         raise DataError(f"{path}: tie_word_embeddings is {tied!r:.80}; it must be true or false")
     try:
-        return DecoderConfig(**sizes, **{name: float(value) for name, value in numbers.items()}, tied=tied)
+        return DecoderConfig(
+            vocab=whole("vocab_size"),
+            layers=whole("num_hidden_layers"),
+            width=whole("hidden_size"),
+            heads=whole("num_attention_heads"),
+            kv_heads=whole("num_key_value_heads"),
+            ff=whole("intermediate_size"),
+            context=whole("max_position_embeddings"),
+            rope_base=_rope_base(path, raw),
+            tied=tied,
+            eps=_positive(path, "rms_norm_eps", eps),
+        )
     except ConfigError as error:
         raise DataError(f"{path}: {error}") from None
 
@@ -264,12 +290,19 @@ def _scaled(rope: Any) -> bool:
     return not plain or any(rope.get(name, "default") != "default" for name in ("type", "rope_type"))
 
 
-def _rope_base(path: Path, raw: Mapping[str, Any]) -> Any:
+def _rope_base(path: Path, raw: Mapping[str, Any]) -> float:
     """The base, under either spelling; 10,000 if not given, as in Qwen2Config."""
-    bases = [part["rope_theta"] for part in (raw, raw.get("rope_parameters") or {}) if "rope_theta" in part]
-    if len(set(map(repr, map(float, bases)))) > 1:
-        raise DataError(f"{path}: rope_theta is {bases[0]} and, in rope_parameters, {bases[1]}; let them be equal")
-    return bases[0] if bases else 10_000.0
+    told = [part["rope_theta"] for part in (raw, raw.get("rope_parameters") or {}) if "rope_theta" in part]
+    bases = {_positive(path, "rope_theta", value) for value in told}
+    if len(bases) > 1:
+        raise DataError(f"{path}: rope_theta is {told[0]} and, in rope_parameters, {told[1]}; let them be equal")
+    return bases.pop() if bases else 10_000.0
+
+
+def _positive(path: Path, name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise DataError(f"{path}: {name} is {value!r:.80}; it must be a number above 0")
+    return float(value)
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

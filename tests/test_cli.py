@@ -13,7 +13,8 @@ from tests import tiny
 
 REPOSITORY = Path(__file__).parents[1]
 HELP = Path(__file__).parent / "golden" / "help.txt"
-COMMANDS = ("tokenize", "site", "site check", "simulate", "report", "rollout", "evaluate")
+COMMANDS = ("tokenize", "site", "site check", "simulate", "report", "rollout", "evaluate", "model", "model show")
+COMMANDS = (*COMMANDS, "model export", "model import")
 STUDY = """
 name = "tiny"
 arms = ["federated", "alone", "pooled", "ensemble"]
