@@ -4,7 +4,7 @@ import sys
 from typing import Any
 
 from model.decoder import Decoder
-from model.interchange import qwen2_config, qwen2_weights
+from model.qwen2 import config_json, named_weights
 
 INSTALL = "this benchmark compares with transformers, which fedcomet doesn't need: make install-dev"
 
@@ -15,8 +15,8 @@ def qwen_of(decoder: Decoder) -> Any:
         from transformers import Qwen2Config, Qwen2ForCausalLM
     except ImportError:
         sys.exit(INSTALL)
-    qwen = Qwen2ForCausalLM(Qwen2Config.from_dict(qwen2_config(decoder.config), attn_implementation="sdpa"))
-    missing = set(qwen.load_state_dict(qwen2_weights(decoder), strict=False).missing_keys)
+    qwen = Qwen2ForCausalLM(Qwen2Config.from_dict(config_json(decoder.config), attn_implementation="sdpa"))
+    missing = set(qwen.load_state_dict(named_weights(decoder), strict=False).missing_keys)
     assert missing <= {"lm_head.weight"}, missing
     qwen.tie_weights()
     return qwen
