@@ -407,12 +407,13 @@ def show_model(checkpoint: Checkpoint) -> None:
     """Tell a model's shape, size and provenance, once its content is seen to be what was saved."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from model.checkpoint import describe, load
 
     table = Table.grid(padding=(0, 2))
     for name, text in describe(load(_file_of(checkpoint))).items():
-        table.add_row(f"[bold]{name}[/]", text)
+        table.add_row(f"[bold]{name}[/]", Text(text))
     Console().print(table)
 
 

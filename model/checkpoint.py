@@ -165,12 +165,14 @@ def describe(checkpoint: Checkpoint) -> dict[str, str]:
     config, facts = checkpoint.decoder.config, checkpoint.extra
     tied, biased = ("tied" if config.tied else "untied"), ("with" if config.qkv_bias else "without")
 
-    def told(name: str) -> str:
-        value = facts.get(name)
-        return "unknown" if value is None else f"{value:,}" if type(value) is int else str(value)
+    def told(text: str, *names: str) -> str:
+        values = [facts.get(name) for name in names]
+        if None in values:
+            return "unknown"
+        return text.format(*(f"{value:,}" if type(value) is int else _printable(value) for value in values))
 
     words = {
-        "preset": facts.get("preset") or preset_of(config) or "none",
+        "preset": preset_of(config) or "none",
         "parameters": f"{config.parameters():,}",
         "layers": str(config.layers),
         "width": f"{config.width}, feed-forward {config.ff}",
@@ -178,18 +180,22 @@ def describe(checkpoint: Checkpoint) -> dict[str, str]:
         "vocabulary": f"{config.vocab} tokens, output matrix {tied}",
         "context": f"{config.context} tokens",
         "positions": f"rotary, base {config.rope_base:g}; {biased} biases on q, k and v",
-        "codebook": told("codebook_hash"),
-        "manifest": told("manifest_hash"),
-        "round": f"{told('round')} of {told('rounds')}",
-        "trained on": f"{told('tokens')} tokens in {told('steps')} steps at {told('sites')} sites",
-        "written by": f"fedcomet {told('software')}, torch {told('torch')}",
+        "codebook": told("{}", "codebook_hash"),
+        "manifest": told("{}", "manifest_hash"),
+        "round": told("{} of {}", "round", "rounds"),
+        "trained on": told("{} tokens in {} steps at {} sites", "tokens", "steps", "sites"),
+        "written by": told("fedcomet {}, torch {}", "software", "torch"),
     }
-    words = {name: "unknown" if text.startswith("unknown") else text for name, text in words.items()}
     if "imported" in facts:
-        words["imported"] = f"from a {facts['imported']['architecture']} folder; its training is not known here"
+        words["imported"] = "from a Hugging Face folder; its training is not known"
     if checkpoint.arrays:
-        words["also holds"] = ", ".join(sorted(checkpoint.arrays))
+        words["also holds"] = _printable(", ".join(sorted(checkpoint.arrays)))
     return words
+
+
+def _printable(value: object) -> str:
+    """A fact on one line of a terminal, whatever a foreign file says."""
+    return "".join(letter if letter.isprintable() else "�" for letter in str(value)[:200])
 
 
 def grow(decoder: Decoder, old: Codebook, new: Codebook) -> Decoder:

@@ -58,9 +58,9 @@ def export_folder(checkpoint: Checkpoint, folder: Path, codebook: Codebook | Non
     """
     _refuse_content(folder)
     decoder, facts, _ = checkpoint
-    if codebook is not None and codebook.hash != facts["codebook_hash"]:
+    if codebook is not None and codebook.hash != facts.get("codebook_hash"):
         raise ConfigError(
-            f"the checkpoint was trained with codebook {facts['codebook_hash']}, not {codebook.hash}; "
+            f"the checkpoint was trained with codebook {facts.get('codebook_hash')}, not {codebook.hash}; "
             "give the codebook that belongs to it"
         )
     weights = {name: weight.cpu().contiguous() for name, weight in qwen2.named_weights(decoder).items()}

@@ -450,3 +450,13 @@ def test_a_folder_that_is_none_is_named(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(DataError, match=r"has no model\.safetensors; save the model as safetensors"):
         import_folder(folder, BOOK)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_a_decoder_on_a_device_is_exported_as_the_same_bytes(tmp_path: Path) -> None:
+    for name, device in (("a", "cpu"), ("b", "cuda")):
+        found = model(replace(SMALL, qkv_bias=False))
+        export_folder(found._replace(decoder=found.decoder.to(device)), tmp_path / name, BOOK)
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
