@@ -111,11 +111,11 @@ def times(texts: "Iterable[str | None]", *, zoned: bool = False) -> npt.NDArray[
     """
     column = list(texts)
     # Many resources share a time, and a column may be empty: each text is read once.
-    distinct = list(set(column))
+    distinct = list(dict.fromkeys(column))
     if len(distinct) == 1 and distinct[0] is None:
         return np.full(len(column), NO_TIME)
     moments = dict(zip(distinct, _moments(distinct, zoned=zoned), strict=True))
-    return np.array([moments[text] for text in column], np.int64)
+    return np.fromiter(map(moments.__getitem__, column), np.int64, len(column))
 
 
 def _moments(texts: list[str | None], *, zoned: bool) -> list[int]:
