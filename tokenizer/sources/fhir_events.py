@@ -201,14 +201,12 @@ class Reader:
         names: list[str | None] = list(map(self._names.__getitem__, raws))
         numbers, units, others = self._values.columns(objects)
         failed: list[tuple[int, str, str]] = []
-        for place in others:
-            name, each = names[place], objects[place]
-            if name is None:
+        for place, (suffix, numbers[place], units[place], why) in others:
+            if (name := names[place]) is None:
                 continue
-            suffix, numbers[place], units[place], why = self._values.read(each)
-            if why == NO_VALUE and whole:
-                why = PANEL if each.component or given(raw_bytes(each.has_member)) else None
-            if why is None:
+            if why == NO_VALUE and whole and (objects[place].component or given(raw_bytes(objects[place].has_member))):
+                failed.append((place, "value", PANEL))
+            elif why is None or (why == NO_VALUE and whole):
                 names[place] = name + suffix
             else:
                 failed.append((place, "value", why))

@@ -20,6 +20,7 @@ from tokenizer.sources.fhir_events import Reader
 from tokenizer.sources.fhir_files import Piece, read
 from tokenizer.sources.fhir_kinds import Block, Chunk, Lost
 from tokenizer.sources.fhir_resources import READ
+from tokenizer.sources.fhir_times import NO_TIME, times
 from tokenizer.sources.intake import EARLIEST, EVENTS, LATEST
 
 COMPONENT = "Observation.component"
@@ -203,25 +204,29 @@ class _Sink:
     def _keep(
         self, batch: Batch, events: Events, table: str, stays: npt.NDArray[np.bool_], when: npt.NDArray[np.int64]
     ) -> None:
-        at = np.array(events.at, np.int64)
-        moments = _own_times(events, when, batch)
-        wanted = stays[at]
+        if not events.at:
+            return
+        places = pl.Series(events.at, dtype=pl.Int64)
+        at = places.to_numpy()
+        moments = pl.Series(_own_times(events, at, when, batch))
         frame = pl.DataFrame(
             {
                 "subject_id": batch.subjects[at],
-                "time": moments,
+                "time": moments.cast(EVENTS["time"]),
                 "code": pl.Series(events.code, dtype=pl.String),
-                "numeric_value": pl.Series(events.value, dtype=pl.Float64),
+                "numeric_value": pl.Series(events.value, dtype=pl.Float64).cast(EVENTS["numeric_value"]),
                 "unit": pl.Series(events.unit, dtype=pl.String),
-                "encounter_id": batch.encounters.gather(at),
+                "encounter_id": batch.encounters.gather(places),
                 "_at": (at + self._serial).astype(np.uint32),
+                "_table": np.full(len(at), TABLES.index(table), np.uint8),
             }
         )
-        time = pl.when(pl.col("time") != index.NO_TIME).then("time").cast(pl.Datetime("us"))
-        frame = frame.with_columns(time, pl.lit(TABLES.index(table), pl.UInt8).alias("_table"))
-        kept = frame.filter(pl.Series(wanted)).cast({name: EVENTS[name] for name in EVENTS})
-        self._events.append(kept)
-        self._waiting += kept.height
+        if batch.static:
+            frame = frame.with_columns(time=pl.when(moments != NO_TIME).then("time"))
+        if not (wanted := stays[at]).all():
+            frame = frame.filter(pl.Series(wanted))
+        self._events.append(frame)
+        self._waiting += frame.height
 
     def _parts(
         self,
@@ -251,12 +256,14 @@ class _Sink:
         frame = pl.DataFrame(
             {
                 "key": index.hashed(batch.ids),
-                "updated": index.times(batch.updated, zoned=True),
+                "updated": times(batch.updated, zoned=True),
                 "_at": np.arange(self._serial, self._serial + len(fate), dtype=np.uint32),
                 "kept": fate == _KEEP,
+                "_table": np.full(len(fate), TABLES.index(table), np.uint8),
             }
-        ).with_columns(pl.lit(TABLES.index(table), pl.UInt8).alias("_table"))
-        self._keys.append(frame.filter(pl.Series(batch.ids, dtype=pl.String).is_not_null()))
+        )
+        named = all(batch.ids)
+        self._keys.append(frame if named else frame.filter(pl.Series([each is not None for each in batch.ids])))
 
 
 def _fates(
@@ -288,34 +295,37 @@ def _fates(
 
 def _times(batch: Batch, early: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int64], dict[int, tuple[str, str, str]]]:
     """The time of each resource, and the faults of those times and of events with a time of their own."""
-    when = index.times(batch.times).copy()
+    when = times(batch.times)
     faults: dict[int, tuple[str, str, str]] = {}
     if not batch.static:
-        said = np.array([text is not None for text in batch.times], np.bool_)
-        when = np.where(said, when, batch.starts)
+        unsaid = [at for at, text in enumerate(batch.times) if text is None]
+        when[unsaid] = batch.starts[unsaid]
         if batch.late is not None:
-            later = np.array(batch.late, np.bool_) & said & (when != index.NO_TIME)
+            later = np.array(batch.late, np.bool_) & (when != NO_TIME)
+            later[unsaid] = False
             when = np.where(later, np.maximum(when, batch.starts), when)
         for at in np.flatnonzero(((when < _FIRST) | (when >= _LAST)) & ~early).tolist():
             text = batch.times[at]
             missing = "no time" if text is None else "not a date or time"
-            faults[at] = ("time", missing if when[at] == index.NO_TIME else "time out of range", text or "")
+            faults[at] = ("time", missing if when[at] == NO_TIME else "time out of range", text or "")
     if own := list(batch.events.moment):
-        moments = index.times(batch.events.moment.values())
+        moments = times(batch.events.moment.values())
         for step in np.flatnonzero((moments < _FIRST) | (moments >= _LAST)).tolist():
             at = batch.events.at[own[step]]
-            reason = "not a date or time" if moments[step] == index.NO_TIME else "time out of range"
+            reason = "not a date or time" if moments[step] == NO_TIME else "time out of range"
             if not early[at]:
                 faults.setdefault(at, ("time", reason, batch.events.moment[own[step]] or ""))
     return when, faults
 
 
-def _own_times(events: Events, when: npt.NDArray[np.int64], batch: Batch) -> npt.NDArray[np.int64]:
-    moments = when[np.array(events.at, np.int64)]
+def _own_times(
+    events: Events, at: npt.NDArray[np.int64], when: npt.NDArray[np.int64], batch: Batch
+) -> npt.NDArray[np.int64]:
+    moments = when[at]
     if batch.static:
-        moments[:] = index.NO_TIME
+        moments[:] = NO_TIME
     if events.moment:
-        moments[list(events.moment)] = index.times(events.moment.values())
+        moments[list(events.moment)] = times(events.moment.values())
     return moments
 
 

@@ -24,8 +24,8 @@ NO_VALUE = "no value"
 
 _QUANTITY, _AMOUNT, _UNIT = attrgetter("value_quantity"), attrgetter("value"), attrgetter("code", "unit", "system")
 _ALL = attrgetter(*(name for name in Component.__struct_fields__ if name != "code"))
-_NUMBERS = attrgetter("value_integer", "value_string", "value_ratio")
-_UNSET, _UNSET_NUMBERS = _ALL(Component()), _NUMBERS(Component())
+_ANSWER, _AHEAD = attrgetter("value_codeable_concept"), attrgetter("value_integer", "value_string", "value_ratio")
+_UNSET, _NOT_AHEAD = _ALL(Component()), _AHEAD(Component())
 _NONE: Value = ("", None, None, NO_VALUE)
 
 
@@ -37,21 +37,26 @@ class Values:
         self._units = Memo(_unit)
         self._coded = Memo(self._coded_answer)
 
-    def columns(self, objects: list[Any]) -> tuple[list[float | None], list[str | None], list[int]]:
-        """The quantities of observations or components.
+    def columns(self, objects: list[Any]) -> tuple[list[float | None], list[str | None], list[tuple[int, Value]]]:
+        """The values of observations or components.
 
         Returns:
-            Numbers, units, and the places of those whose value isn't a plain number and has to be `read`.
+            Numbers and units of those that are plain numbers; the places of the others, and their values.
         """
         quantities = list(map(_QUANTITY, objects))
         if not all(quantities):
             quantities = [each or NO_QUANTITY for each in quantities]
         numbers = list(map(_AMOUNT, quantities))
         units = list(map(self._units.__getitem__, map(_UNIT, quantities)))
-        others = [
-            place for place, number in enumerate(numbers) if number is None or not -LARGEST <= number <= LARGEST
+        others = [place for place, number in enumerate(numbers) if number is None or not -LARGEST <= number <= LARGEST]
+        rest = [objects[place] for place in others]
+        answers = map(self._coded.__getitem__, map(raw_bytes, map(_ANSWER, rest)))
+        # Most of the others are coded answers; where another member may come before it, all are looked at in order.
+        found = [
+            answer if answer is not _NONE and numbers[place] is None and ahead == _NOT_AHEAD else self.read(each)
+            for place, each, answer, ahead in zip(others, rest, answers, map(_AHEAD, rest), strict=True)
         ]
-        return numbers, units, others
+        return numbers, units, list(zip(others, found, strict=True))
 
     def read(self, each: Any) -> Value:
         """The value of an observation or of a component."""
@@ -60,10 +65,6 @@ class Values:
         quantity = each.value_quantity
         if quantity is not None and quantity.value is not None:
             return _number(quantity.value, self._unit(quantity))
-        if _NUMBERS(each) == _UNSET_NUMBERS:
-            found = self._coded[raw_bytes(each.value_codeable_concept)]
-            if found is not _NONE:
-                return found
         if each.value_integer is not None:
             return _number(each.value_integer, None)
         if each.value_string is not None and _NUMBER.fullmatch(word := clean(each.value_string)):
