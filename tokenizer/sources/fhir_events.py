@@ -17,7 +17,7 @@ import polars as pl
 
 from tokenizer.sources import fhir_index as index
 from tokenizer.sources.fhir_batch import Batch, Events, Memo
-from tokenizer.sources.fhir_codes import READ_ERRORS, Coded, Concept, Namer, clean, fault, given, raw_bytes
+from tokenizer.sources.fhir_codes import READ_ERRORS, Coded, Concept, Namer, all_bytes, clean, fault, given, raw_bytes
 from tokenizer.sources.fhir_index import Index
 from tokenizer.sources.fhir_kinds import Block, Chunk
 from tokenizer.sources.fhir_refer import Resolver
@@ -51,7 +51,7 @@ class Reader:
         self._encounters = Encounters(self.refer, namer)
         self._values = Values(namer)
         self._codes: dict[str, Memo] = {}
-        self._names = Memo(lambda raw: self._code_of("Observation", "Observation")[raw].code)
+        self._names = Memo(lambda raw: self._code_of("Observation", "Observation")[raw].code or "")
         self._refuted = Memo(_refuted)
 
     def read(self, chunk: Chunk) -> tuple[Batch, list[tuple[int, str, str]]]:
@@ -87,8 +87,8 @@ class Reader:
     def _gather(self, batch: Batch, columns: "_Columns", objects: list[Any]) -> None:
         """Take what is needed of some resources."""
         kind, start = batch.chunk.kind, len(columns.ids)
-        columns.subjects += map(columns.subject_places.__getitem__, map(raw_bytes, map(_SUBJECT, objects)))
-        columns.stays += map(columns.stay_places.__getitem__, map(raw_bytes, map(_ENCOUNTER, objects)))
+        columns.subjects += map(columns.subject_places.__getitem__, all_bytes(map(_SUBJECT, objects)))
+        columns.stays += map(columns.stay_places.__getitem__, all_bytes(map(_ENCOUNTER, objects)))
         columns.ids += map(_ID, objects)
         metas = list(map(_META, objects))
         columns.updated += (
@@ -143,7 +143,7 @@ class Reader:
             found = self._medications(objects, self._code_of("Medication", kind))
         else:
             codes = self._code_of(kind, kind)
-            found = [codes[raw_bytes(each.code)] for each in objects]
+            found = list(map(codes.__getitem__, all_bytes(map(_CODE, objects))))
         prefix = "ALLERGY//" if kind == "AllergyIntolerance" else ""
         for at, (each, coded) in enumerate(zip(objects, found, strict=True), start):
             if kind in ("Condition", "AllergyIntolerance"):
@@ -157,7 +157,7 @@ class Reader:
 
     def _medications(self, objects: list[Any], codes: Memo) -> list[Coded]:
         """The codes of medications: in place, contained, or elsewhere in the source."""
-        found: list[Coded] = [codes[raw_bytes(each.code)] for each in objects]
+        found: list[Coded] = list(map(codes.__getitem__, all_bytes(map(_CODE, objects))))
         elsewhere = [
             at for at, coded in enumerate(found) if coded.drop and given(raw_bytes(objects[at].medication_reference))
         ]
@@ -197,12 +197,12 @@ class Reader:
         Returns:
             Of those without an event: place, member, and a filter, or `!` and a fault.
         """
-        raws = list(map(raw_bytes, map(_CODE, objects)))
-        names: list[str | None] = list(map(self._names.__getitem__, raws))
+        raws = list(all_bytes(map(_CODE, objects)))
+        names: list[str] = list(map(self._names.__getitem__, raws))
         numbers, units, others = self._values.columns(objects)
         failed: list[tuple[int, str, str]] = []
         for place, (suffix, numbers[place], units[place], why) in others:
-            if (name := names[place]) is None:
+            if not (name := names[place]):
                 continue
             if why == NO_VALUE and whole and (objects[place].component or given(raw_bytes(objects[place].has_member))):
                 failed.append((place, "value", PANEL))
@@ -211,7 +211,7 @@ class Reader:
             else:
                 failed.append((place, "value", why))
         if not all(names):
-            unnamed = [place for place, name in enumerate(names) if name is None]
+            unnamed = [place for place, name in enumerate(names) if not name]
             found = [self._code_of("Observation", "Observation")[raws[place]] for place in unnamed]
             failed += [
                 (place, "code", f"!{coded.fault}" if coded.fault else coded.drop or "")
@@ -222,7 +222,7 @@ class Reader:
             keep = bytearray(b"\1") * len(objects)
             for place, _, _ in failed:
                 keep[place] = 0
-            events.extend(*(compress(column, keep) for column in (at, names, numbers, units)))
+            events.extend(compress(at, keep), compress(names, keep), compress(numbers, keep), compress(units, keep))
         else:
             events.extend(at, names, numbers, units)
         return [(at[place], column, why) for place, column, why in failed]

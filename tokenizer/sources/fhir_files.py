@@ -92,23 +92,23 @@ def pieces(source: Path) -> tuple[list[Piece], list[str]]:
     return cut_up, notes
 
 
-def read(piece: Piece, first_row: int = 1, *, whole: Container[str] = ()) -> Iterator[Chunk | Block | Lost]:
+def read(piece: Piece, *, whole: Container[str] = ()) -> Iterator[Chunk | Block | Lost]:
     """Give the resources of a piece, block by block.
 
     Args:
         piece: of `pieces`.
-        first_row: number of its first line in the file.
         whole: kinds whose lines are wanted unsplit.
 
     Yields:
-        Chunks of one kind each, blocks, and what couldn't be read. A block's data is overwritten by what comes next.
+        Chunks of one kind each, blocks, and what couldn't be read. Lines are numbered from 1 in the piece; a block's
+        data is overwritten by what comes next.
     """
     form = _form(piece.path.name)
     if form == "archive":
         yield from _archive(piece, whole)
         return
     with piece.path.open("rb") as plain:
-        yield from _file(plain, piece.name, form, piece, first_row, whole)
+        yield from _file(plain, piece.name, form, piece, whole)
 
 
 def lines_of(piece: Piece) -> int:
@@ -154,20 +154,20 @@ def _archive(piece: Piece, whole: Container[str]) -> Iterator[Chunk | Block | Lo
                 members += 1
                 file = archive.extractfile(member)
                 if file is not None:
-                    yield from _file(file, f"{piece.name}!{member.name}", form, piece, 1, whole)
+                    yield from _file(file, f"{piece.name}!{member.name}", form, piece, whole)
     except _DAMAGE as problem:
         yield Lost(piece.name, members + 1, "archive is cut off or damaged", str(problem), advice="Copy it again")
 
 
 def _file(
-    file: IO[bytes], name: str, form: str | None, piece: Piece, first_row: int, whole: Container[str]
+    file: IO[bytes], name: str, form: str | None, piece: Piece, whole: Container[str]
 ) -> Iterator[Chunk | Block | Lost]:
     opened = cast(IO[bytes], gzip.GzipFile(fileobj=file)) if name.lower().endswith(".gz") else file
     if form == "document":
         yield from _document(opened, name)
     else:
         within = _Range(opened, piece.start, piece.end) if piece.end is not None else opened
-        yield from _lines(within, name, first_row, whole)
+        yield from _lines(within, name, whole, begun=piece.start > 0)
 
 
 class _Range:
@@ -233,9 +233,9 @@ def _blocks(file: "IO[bytes] | _Range | _Chained") -> Iterator[tuple[memoryview,
 
 
 def _lines(
-    file: "IO[bytes] | _Range | _Chained", name: str, first_row: int, whole: Container[str] = ()
+    file: "IO[bytes] | _Range | _Chained", name: str, whole: Container[str] = (), *, begun: bool = False
 ) -> Iterator[Chunk | Block | Lost]:
-    row = first_row
+    row = 1
     try:
         for data, complaint in _blocks(file):
             if complaint:
@@ -243,7 +243,13 @@ def _lines(
                 row += 1
                 continue
             lines = _newlines(data) + (data[-1] != _NEWLINE)
-            block = Block(name, "", data[3:] if row == 1 and data[:3] == b"\xef\xbb\xbf" else data, row, lines)
+            block = Block(
+                name,
+                "",
+                data[3:] if row == 1 and not begun and bytes(data[:3]) == b"\xef\xbb\xbf" else data,
+                row,
+                lines,
+            )
             kind = first_kind(block.data)
             if kind and kind in whole:
                 block.kind = kind
@@ -262,7 +268,7 @@ def _document(file: IO[bytes], name: str) -> Iterator[Chunk | Block | Lost]:
         large = len(start) > _WHOLE
         start = start.removeprefix(b"\xef\xbb\xbf")
         if _whole_first_line(start):
-            yield from _lines(_Chained(start, file), name, 1)
+            yield from _lines(_Chained(start, file), name)
         elif large:
             yield from _large(_Chained(start, file), name, bare=start.lstrip()[:1] == b"[")
         elif not start.strip():

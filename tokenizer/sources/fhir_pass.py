@@ -5,7 +5,7 @@ A piece needs nothing but the index, so that pieces can be read in any order by 
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from tokenizer.sources import fhir_index as index
 from tokenizer.sources.fhir_batch import Batch, Events
 from tokenizer.sources.fhir_codes import Namer
 from tokenizer.sources.fhir_events import Reader
-from tokenizer.sources.fhir_files import Piece, read
+from tokenizer.sources.fhir_files import Piece, lines_of, read
 from tokenizer.sources.fhir_kinds import Block, Chunk, Lost
 from tokenizer.sources.fhir_resources import READ
 from tokenizer.sources.fhir_times import NO_TIME, times
@@ -39,7 +39,7 @@ _SUBJECT_FAULTS = {
 }
 
 BadRow = tuple[str, str, int, str, str, str, str]
-"""File, table, row, column, reason, content, advice."""
+"""File, table, row (from 1 in a piece), column, reason, content, advice."""
 
 
 @dataclass(frozen=True)
@@ -90,14 +90,11 @@ def survey_piece(piece: Piece, settings: Settings) -> index.Seen:
     return seen
 
 
-def read_piece(
-    piece: Piece, first_row: int, found: index.Index, settings: Settings, folder: Path, *, indexed: bool
-) -> Result:
+def read_piece(piece: Piece, found: index.Index, settings: Settings, folder: Path, *, indexed: bool) -> Result:
     """Second pass: the events.
 
     Args:
         piece: of the source.
-        first_row: number of its first line.
         found: what the first pass saw.
         settings: how to read.
         folder: for the files of events.
@@ -109,7 +106,7 @@ def read_piece(
     namer = Namer(settings.systems, settings.prefer)
     reader = Reader(found, namer, told=settings.told)
     sink = _Sink(folder, piece.number)
-    for part in _whole_or_split(piece, first_row, sink, reader):
+    for part in _whole_or_split(piece, sink, reader):
         if isinstance(part, Lost):
             sink.lose(part)
         elif part.kind not in READ:
@@ -119,8 +116,9 @@ def read_piece(
         else:
             sink.settle(*reader.read(part))
         if isinstance(part, Chunk) and part.kind in index.INDEXED and not indexed:
+            row = _row_in_file(piece, part.rows[0])
             raise DataError(
-                f"{part.file}: holds a resource of type {part.kind} in row {part.rows[0]}, but is named as one that has"
+                f"{part.file}: holds a resource of type {part.kind} in row {row}, but is named as one that has"
                 f" {piece.kind} only. Rename the file, without a resource type in front."
             )
         if settings.stop and sink.result.bad:
@@ -131,9 +129,13 @@ def read_piece(
     return sink.result
 
 
-def _whole_or_split(piece: Piece, first_row: int, sink: "_Sink", reader: Reader) -> Iterator[Chunk | Lost]:
+def _row_in_file(piece: Piece, row: int) -> int:
+    return row + (lines_of(replace(piece, start=0, end=piece.start)) if piece.start else 0)
+
+
+def _whole_or_split(piece: Piece, sink: "_Sink", reader: Reader) -> Iterator[Chunk | Lost]:
     """Read blocks at once where all of their lines are right; give what has to be looked at line by line."""
-    for part in read(piece, first_row, whole=READ.keys() - index.INDEXED):
+    for part in read(piece, whole=READ.keys() - index.INDEXED):
         if not isinstance(part, Block):
             yield part
         elif (batch := reader.read_block(part)) is not None:

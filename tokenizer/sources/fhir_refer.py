@@ -105,7 +105,7 @@ class Resolver:
                 keys.append(None)
         starts = self.index.encounters.find(keys, _MISSING).tolist()
         for raw, name, start in zip(new, keys, starts, strict=True):
-            stay = name.removeprefix("Encounter/") if name and name.startswith("Encounter/") else None
+            stay = name[10:] if name and name.startswith("Encounter/") else None
             missing = start == _MISSING
             self.dangling_encounters += missing and given(raw)
             self.stays[raw] = stay, NO_TIME if missing else start

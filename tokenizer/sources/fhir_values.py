@@ -6,7 +6,7 @@ from operator import attrgetter
 from typing import Any
 
 from tokenizer.sources.fhir_batch import Memo
-from tokenizer.sources.fhir_codes import Coded, Namer, answer, clean, given, raw_bytes
+from tokenizer.sources.fhir_codes import Coded, Namer, all_bytes, answer, clean, given, raw_bytes
 from tokenizer.sources.fhir_resources import NO_QUANTITY, Component, Quantity
 
 LARGEST = 3.4028234e38
@@ -50,7 +50,7 @@ class Values:
         units = list(map(self._units.__getitem__, map(_UNIT, quantities)))
         others = [place for place, number in enumerate(numbers) if number is None or not -LARGEST <= number <= LARGEST]
         rest = [objects[place] for place in others]
-        answers = map(self._coded.__getitem__, map(raw_bytes, map(_ANSWER, rest)))
+        answers = map(self._coded.__getitem__, all_bytes(map(_ANSWER, rest)))
         # Most of the others are coded answers; where another member may come before it, all are looked at in order.
         found = [
             answer if answer is not _NONE and numbers[place] is None and ahead == _NOT_AHEAD else self.read(each)
