@@ -5,7 +5,6 @@ interval token is that of the event after it, so a history cut at `time <= t` ne
 that has not passed yet.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -240,11 +239,10 @@ def _intervals(gap: Ints, codebook: Codebook) -> tuple[Ints, Ints]:
     return codebook.first_id("interval") + kind, repeats.astype(np.int64)
 
 
-def _below(breaks: Sequence[float]) -> NDArray[np.float32]:
+def _below(breaks: NDArray[np.float64]) -> NDArray[np.float32]:
     """The largest float32 at or below each break: a float32 value lies above both or above neither."""
-    exact = np.array(breaks, np.float64)
-    near = exact.astype(np.float32)
-    return np.where(near > exact, np.nextafter(near, np.float32(-np.inf)), near)
+    near = breaks.astype(np.float32)
+    return np.where(near > breaks, np.nextafter(near, np.float32(-np.inf)), near)
 
 
 def _first_value(codebook: Codebook) -> int:
