@@ -517,8 +517,14 @@ def _file_of(checkpoint: Path) -> Path:
 def _options_of(
     values: str, bins: int, min_patients: int, intervals: str, spell: list[str] | None
 ) -> "TokenizerOptions":
-    from tokenizer.codebook import TokenizerOptions
+    from tokenizer.options import INTERVAL_TABLES, TokenizerOptions
 
+    for option, value, known in (
+        ("--values", values, ("separate", "fused")),
+        ("--intervals", intervals, INTERVAL_TABLES),
+    ):
+        if value not in known:
+            raise typer.BadParameter(f"choose {' or '.join(known)}", param_hint=option)
     splits = dict(_split_of(each) for each in spell or ())
     return TokenizerOptions(
         values=values,  # type: ignore[arg-type]
