@@ -45,6 +45,12 @@ class Batch:
     lengths: Ints
     patients: Ints
 
+    def windows(self, first: int, last: int) -> "Batch":
+        """The windows from `first` up to, not including, `last`, as a batch of their own; nothing is copied."""
+        ends = np.concatenate([[0], np.cumsum(self.lengths)])
+        span = slice(ends[first], ends[last])
+        return Batch(self.tokens[span], self.targets[span], self.lengths[first:last], self.patients[first:last])
+
 
 @dataclass(frozen=True)
 class _Plan:
