@@ -95,17 +95,14 @@ def _bf16_gain(device: str, shapes: tuple[tuple[int, int], ...]) -> float:
     """Time of linear layers of these (in, out) widths in float32 by their time under bfloat16 autocast."""
     kind = torch.device(device).type
     layers = [(torch.ones(_PROBE_ROWS, n, device=device), torch.ones(m, n, device=device)) for n, m in shapes]
-    best = {False: float("inf"), True: float("inf")}
-    for attempt in range(_PROBE_REPEATS + 1):
-        for narrow in best:
-            begin = time.perf_counter()
-            with torch.no_grad(), torch.autocast(kind, dtype=torch.bfloat16, enabled=narrow):
-                _multiply(layers)
-            if attempt:  # the first one warms up
-                best[narrow] = min(best[narrow], time.perf_counter() - begin)
-    return best[False] / best[True]
+    spent = [(_seconds(layers, kind, False), _seconds(layers, kind, True)) for _ in range(_PROBE_REPEATS + 1)]
+    wide, narrow = (min(side) for side in zip(*spent[1:], strict=True))  # the first pair warms up
+    return wide / narrow
 
 
-def _multiply(layers: list[tuple[Tensor, Tensor]]) -> None:
-    for x, weight in layers:
-        torch.nn.functional.linear(x, weight)
+def _seconds(layers: list[tuple[Tensor, Tensor]], kind: str, narrow: bool) -> float:
+    begin = time.perf_counter()
+    with torch.no_grad(), torch.autocast(kind, dtype=torch.bfloat16, enabled=narrow):
+        for x, weight in layers:
+            torch.nn.functional.linear(x, weight)
+    return time.perf_counter() - begin

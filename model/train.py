@@ -220,12 +220,12 @@ class Trainer:
         self._loss.zero_grad(set_to_none=True)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        longest = int(batch.lengths.max())
+        longest, device = int(batch.lengths.max()), self.decoder.embed_tokens.weight.device
         tried = min(self.micro_tokens or len(batch.tokens), -(-len(batch.tokens) // self._team.size))
         if tried <= longest:
             raise ConfigError(
-                f"A window of {longest} tokens doesn't fit into the memory of {self.decoder.embed_tokens.weight.device}. "
-                "Set checkpointing in the site's options, or shard over more processes; or agree on a shorter context."
+                f"A window of {longest} tokens doesn't fit into the memory of {device}. Set checkpointing in the "
+                "site's options, or shard over more processes; or agree on a shorter context."
             )
         self.micro_tokens = max(longest, tried // 2)
         _log.warning("memory ran out; from now on a pass has %d tokens at most", self.micro_tokens)
