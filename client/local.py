@@ -239,15 +239,16 @@ class Work:
 
     @cached_property
     def _windows(self) -> Windows:
-        return self._split_windows("train")
+        return self._split_windows("train", self._manifest.local.windows_per_patient)
 
-    def _split_windows(self, split: str) -> Windows:
+    def _split_windows(self, split: str, per_patient: int | None = None) -> Windows:
         return Windows(
             self._store.split(split),
             self._codebook,
             context=self._manifest.model.context,
             batch_tokens=self._manifest.local.batch_tokens,
             seed=self._seed(f"windows/{split}"),
+            per_patient=per_patient,
         )
 
     def _starts(self) -> list[int]:

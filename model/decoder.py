@@ -28,8 +28,10 @@ from torch.utils.checkpoint import checkpoint
 from model.attention import SegmentPlan, rotary_angles, rotate
 from tokenizer.errors import ConfigError
 
-# Rows of logits alive at once are chosen so that a chunk holds about this many numbers (8 MB in float32).
+# Rows of logits alive at once are chosen so that a chunk holds about this many numbers: 8 MB in float32, which stay in a
+# CPU's caches, and 256 MB on other devices, which need large products to be busy.
 _CHUNK_NUMBERS = 2**21
+_CHUNK_NUMBERS_ON_DEVICES = 2**26
 _INIT_STD = 0.02
 
 # (layer, q_NHK, k_NGK, v_NGK) -> [N, H, K]: how queries meet keys, of this batch or of a cache.
@@ -353,7 +355,7 @@ class _ChunkedNll(torch.autograd.Function):
             if learn:
                 ctx.grad_hidden = torch.empty_like(hidden)
                 ctx.grad_weight = torch.zeros_like(weight)
-            rows = max(64, _CHUNK_NUMBERS // len(weight))
+            rows = max(64, (_CHUNK_NUMBERS if kind == "cpu" else _CHUNK_NUMBERS_ON_DEVICES) // len(weight))
             for start in range(0, len(targets), rows):
                 h_CD = hidden[start : start + rows].to(dtype)
                 y_C1 = targets[start : start + rows, None]

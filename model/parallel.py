@@ -55,7 +55,8 @@ def shard_(root: nn.Module, blocks: Iterable[nn.Module]) -> None:
     for module in (*blocks, root):
         fully_shard(module)
         assert isinstance(module, FSDPModule)
-        # Sums, not means: see above.
+        # Sums, not means: see above. Gloo, on CPUs, knows no other way than to add first.
+        module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
 
 

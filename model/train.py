@@ -16,8 +16,8 @@ Notable choices:
 import logging
 import math
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -204,8 +204,7 @@ class Trainer:
         device = self.decoder.embed_tokens.weight.device
         total = torch.zeros((), device=device)
         try:
-            for first, last in shares(batch.lengths, self.micro_tokens, self._team):
-                part = batch.windows(first, last)
+            for part, first in self._parts(batch):
                 loss = self._loss(*_placed(part, device), self._dropout(batch, first)) / tokens
                 loss.backward()
                 total += loss.detach()
@@ -214,6 +213,20 @@ class Trainer:
                 raise
             return None
         return total
+
+    def _parts(self, batch: "Batch") -> Iterator[tuple["Batch", int]]:
+        """This process's passes, and the window that each begins with."""
+        mine = shares(batch.lengths, self.micro_tokens, self._team)
+        for first, last in mine:
+            yield batch.windows(first, last), first
+        if self._team.sharded:
+            # Weights come together for all processes at once, so all must make as many passes: the rest learn nothing.
+            teams = [replace(self._team, rank=rank) for rank in range(self._team.size)]
+            most = max(len(shares(batch.lengths, self.micro_tokens, team)) for team in teams)
+            shortest = int(batch.lengths.argmin())
+            idle = batch.windows(shortest, shortest + 1)
+            for _ in range(most - len(mine)):
+                yield replace(idle, targets=np.full_like(idle.targets, -1)), shortest
 
     def _shrink(self, batch: "Batch") -> None:
         """Halve the passes, down to the longest window."""

@@ -93,6 +93,26 @@ def test_loss_and_gradients_equal_the_reference(tied: bool, monkeypatch: pytest.
         torch.testing.assert_close(got[name], weight.grad, atol=2e-3, rtol=1e-4, msg=name)
 
 
+def test_losses_of_a_packed_batch_are_those_of_its_windows_alone_up_to_8192_tokens() -> None:
+    """Each window's own loss and the summed gradient: packing is a matter of speed only."""
+    decoder = shaken(DecoderConfig(vocab=50, layers=2, width=16, heads=2, kv_heads=1, ff=32, context=8192))
+    lengths = [8192, 3, 700, 2048, 1, 650]
+    tokens, sizes, targets = flat_batch(lengths, 50)
+    packed = decoder(tokens, sizes)
+    decoder.nll(packed, targets)[0].backward()
+    together = [weight.grad.clone() for weight in decoder.parameters()]
+    decoder.zero_grad()
+    parts = zip(tokens.split(lengths), targets.split(lengths), packed.detach().split(lengths), strict=True)
+    for length, (own_tokens, own_targets, hidden) in zip(lengths, parts, strict=True):
+        alone, count = decoder.nll(decoder(own_tokens, torch.tensor([length])), own_targets)
+        with torch.no_grad():
+            torch.testing.assert_close(decoder.nll(hidden, own_targets), (alone.detach(), count), rtol=1e-4, atol=1e-3)
+        alone.backward()
+    for got, weight in zip(together, decoder.parameters(), strict=True):
+        scale = weight.grad.abs().max().item()
+        torch.testing.assert_close(got, weight.grad, atol=1e-4 * scale, rtol=1e-3)
+
+
 def test_loss_without_gradient_is_the_same() -> None:
     decoder = shaken(SMALL)
     tokens, sizes, targets = flat_batch([20, 30], 50)
