@@ -28,8 +28,8 @@ from torch.utils.checkpoint import checkpoint
 from model.attention import SegmentPlan, rotary_angles, rotate
 from tokenizer.errors import ConfigError
 
-# Rows of logits alive at once are chosen so that a chunk holds about this many numbers: 8 MB in float32, which stay in a
-# CPU's caches, and 256 MB on other devices, which need large products to be busy.
+# Rows of logits alive at once are chosen so that a chunk holds about this many numbers: 8 MB in float32, which stay in
+# a CPU's caches, and 256 MB on other devices, which need large products to be busy.
 _CHUNK_NUMBERS = 2**21
 _CHUNK_NUMBERS_ON_DEVICES = 2**26
 _INIT_STD = 0.02

@@ -17,7 +17,7 @@ at most so many in an epoch: the pieces of a longer timeline take turns, and are
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -266,7 +266,7 @@ class _Epoch(Sequence[Batch]):
 
 def _hashed(seed: int, turn: Ints) -> Ints:
     """A random number, 0 to 2^62, for every patient and its turn (the mixer of Steele et al., OOPSLA 2014)."""
-    x: NDArray[np.uint64] = (turn.astype(np.uint64) << np.uint64(40)) + np.arange(len(turn), dtype=np.uint64)
+    x: NDArray[Any] = (turn.astype(np.uint64) << np.uint64(40)) + np.arange(len(turn), dtype=np.uint64)
     x = (x + np.uint64(seed % 2**63)) * np.uint64(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
