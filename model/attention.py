@@ -163,10 +163,11 @@ _rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = _Rotate.apply
 def _turn(x_NHK: Tensor, cos_N1k: Tensor, sin_N1k: Tensor) -> Tensor:
     half = x_NHK.shape[-1] // 2
     low, high = x_NHK[..., :half], x_NHK[..., half:]
-    out = torch.empty_like(x_NHK)
-    out[..., :half] = low * cos_N1k - high * sin_N1k
-    out[..., half:] = high * cos_N1k + low * sin_N1k
-    return out
+    # In float32 whatever comes in, and without a copy of a half on the way.
+    out = torch.empty_like(x_NHK, dtype=cos_N1k.dtype)
+    torch.mul(low, cos_N1k, out=out[..., :half]).addcmul_(high, sin_N1k, value=-1)
+    torch.mul(high, cos_N1k, out=out[..., half:]).addcmul_(low, sin_N1k)
+    return out.to(x_NHK.dtype)
 
 
 def rotate(x_NHK: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:

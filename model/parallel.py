@@ -10,6 +10,7 @@ part of weights and moments only.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -46,6 +47,34 @@ class Team:
 
 
 ALONE = Team()
+
+
+def shares(lengths: np.ndarray, most: int, team: Team = ALONE) -> list[tuple[int, int]]:
+    """This process's passes over a batch: runs [first, last) of its windows.
+
+    Args:
+        lengths: int64 [S], tokens per window.
+        most: tokens in a pass, unless one window is longer; 0 is no limit.
+        team: every window goes to one of its processes, and all get about as many tokens.
+
+    >>> shares(np.array([5, 5, 4, 4, 2]), most=8)
+    [(0, 1), (1, 2), (2, 4), (4, 5)]
+    >>> [shares(np.array([5, 5, 4, 4, 2]), 0, Team(rank, 2)) for rank in (0, 1)]
+    [[(0, 2)], [(2, 5)]]
+    """
+    ends = np.cumsum(lengths)
+    # A window belongs to the process in whose part of the batch its middle lies.
+    owner = (2 * ends - lengths) * team.size // (2 * ends[-1])
+    first, stop = (int(at) for at in np.searchsorted(owner, [team.rank, team.rank + 1]))
+    if not most:
+        return [(first, stop)] if first < stop else []
+    passes = []
+    while first < stop:
+        before = ends[first] - lengths[first]
+        last = min(max(first + 1, int(np.searchsorted(ends, before + most, side="right"))), stop)
+        passes.append((first, last))
+        first = last
+    return passes
 
 
 def shard_(root: nn.Module, blocks: Iterable[nn.Module]) -> None:

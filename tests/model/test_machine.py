@@ -10,8 +10,8 @@ import torch
 from model import machine as machine_module
 from model.decoder import Decoder, DecoderConfig
 from model.machine import Machine, choose_precision, measured_precision
-from model.parallel import Team
-from model.train import StepResult, Trainer, TrainOptions, shares
+from model.parallel import Team, shares
+from model.train import StepResult, Trainer, TrainOptions
 from tests.model.test_train import CONFIG, OPTIONS, counting_batch, same_weights
 from tokenizer.errors import ConfigError
 
@@ -92,6 +92,29 @@ def test_a_window_that_does_not_fit_is_told_with_a_way_out_and_spares_the_weight
     with pytest.raises(ConfigError, match=r"A window of \d+ tokens doesn't fit.*checkpointing"):
         trainer.step(counting_batch(1))
     assert all(map(torch.equal, before, trainer.decoder.parameters()))
+
+
+def test_where_the_compiler_fails_the_model_runs_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(block: torch.nn.Module, **_: object) -> None:
+        block._compiled_call_impl = lambda *args: torch.zeros(2) @ torch.zeros(3)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", broken)
+    plain, expected = trained(PLAIN, steps=2)
+    fallen_back, found = trained(replace(PLAIN, compile=True), steps=2)
+    assert found == expected
+    assert same_weights(plain, fallen_back)
+    assert "torch.compile does not work here" in caplog.text
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_to_the_same_weights() -> None:
+    """Of several lengths, one compiled block."""
+    plain, expected = trained(PLAIN)
+    compiled, found = trained(replace(PLAIN, compile=True))
+    assert_about_the_same(plain, compiled)
+    assert [r.loss for r in found] == pytest.approx([r.loss for r in expected], rel=1e-4)
 
 
 def test_other_errors_are_not_taken_for_want_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
