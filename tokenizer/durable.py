@@ -14,13 +14,19 @@ from pathlib import Path
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace `path` by `data` in one step that survives a crash at any moment."""
+    with file(path) as aside:
+        aside.write_bytes(data)
+
+
+@contextmanager
+def file(path: Path) -> Iterator[Path]:
+    """Write to the path that is given here; it replaces `path` only when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield aside
+        with aside.open("rb") as written:
+            os.fsync(written.fileno())
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
