@@ -9,6 +9,7 @@ Shapes: B rows, V vocabulary, D width, A tokens that a narrow row may draw.
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from model.decoder import Decoder
@@ -17,6 +18,7 @@ from model.sampling import nucleus_
 
 # Rows of scores alive at once: 7 MB each for scores and chances at a vocabulary of 7,105.
 BLOCK_ROWS = 256
+_ALIGNED = 64
 
 
 class Head:
@@ -30,9 +32,12 @@ class Head:
     """
 
     def __init__(self, decoder: Decoder, temperature: float, top_p: float, rows: int) -> None:
-        self._weight_VD = decoder.head_weight.detach()
+        self._vocab = decoder.config.vocab
+        # Rows of whole cache lines: on a CPU the product takes up to twice as long with 7,105 columns as with 7,168.
+        width = -(-self._vocab // _ALIGNED) * _ALIGNED
+        self._weight_VD = F.pad(decoder.head_weight.detach(), (0, 0, 0, width - self._vocab))
         self._sharpness, self._top_p = 1.0 / temperature, top_p
-        shape = (min(rows, BLOCK_ROWS), decoder.config.vocab)
+        shape = (min(rows, BLOCK_ROWS), width)
         self._scores, self._chances = (self._weight_VD.new_empty(shape, dtype=torch.float32) for _ in range(2))
 
     def chances(
@@ -52,16 +57,18 @@ class Head:
         chances_BV = self._chances[: len(hidden_BD)]
         if wide:
             scores = self._all_scores(hidden_BD[:wide])
-            masks.hide_(scores, places[:wide])
+            masks.hide_(scores[:, : self._vocab], places[:wide])
+            scores[:, self._vocab :] = -torch.inf
             if len(also[0]):
                 rows, forbidden = (torch.from_numpy(x).to(scores.device) for x in also)
-                scores[rows] = scores[rows].masked_fill_(forbidden, -torch.inf)
+                scores[rows, : self._vocab] = scores[rows, : self._vocab].masked_fill_(forbidden, -torch.inf)
             torch.softmax(scores, 1, out=chances_BV[:wide])
         if wide < len(hidden_BD):
             tokens_BA, bias_BA = masks.few(places[wide:])
             scores = torch.bmm(self._weight_VD[tokens_BA], hidden_BD[wide:, :, None]).squeeze(2).float()
             # Padding repeats a token with a chance of zero.
             chances_BV[wide:].zero_().scatter_add_(1, tokens_BA, torch.softmax(scores + bias_BA, 1))
+        chances_BV = chances_BV[:, : self._vocab]
         return nucleus_(chances_BV, self._top_p) if self._top_p < 1.0 else chances_BV
 
     def _all_scores(self, hidden_BD: Tensor) -> Tensor:
