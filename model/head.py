@@ -43,7 +43,7 @@ class Head:
     def chances(
         self, hidden_BD: Tensor, masks: Masks, places: np.ndarray, wide: int, also: tuple[np.ndarray, np.ndarray]
     ) -> Tensor:
-        """Chance of every token: float32 [B, V], which holds until the next call.
+        """Chance of every token: float32 [B, V and some columns of zeros], which holds until the next call.
 
         Args:
             hidden_BD: float32 [B, D], wide rows first.
@@ -68,7 +68,6 @@ class Head:
             scores = torch.bmm(self._weight_VD[tokens_BA], hidden_BD[wide:, :, None]).squeeze(2).float()
             # Padding repeats a token with a chance of zero.
             chances_BV[wide:].zero_().scatter_add_(1, tokens_BA, torch.softmax(scores + bias_BA, 1))
-        chances_BV = chances_BV[:, : self._vocab]
         return nucleus_(chances_BV, self._top_p) if self._top_p < 1.0 else chances_BV
 
     def _all_scores(self, hidden_BD: Tensor) -> Tensor:

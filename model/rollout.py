@@ -391,7 +391,7 @@ class _Run:
                 self._silence(rows[part[:before]], places[part[:before]]),
             )
             token[part] = pick(chances_BV, uniform[part])
-            end_chances[part] = self._end_chances(chances_BV, rows[part])
+            end_chances[part] = self._end_chances(chances_BV[:, : self._decoder.config.vocab], rows[part])
         return token, end_chances
 
     def _end_chances(self, chances_BV: Tensor, rows: np.ndarray) -> np.ndarray:
