@@ -46,6 +46,7 @@ _LANE_SHARE = 0.25
 _MOST_LANES = 6
 # Tokens of prompts in one pass of the decoder.
 _PREFILL_TOKENS = 8192
+ENCOUNTER_ENDS = ("ENCOUNTER_END", "HOSPITAL_DISCHARGE")
 _NO_TOKENS = np.empty(0, dtype=np.int32)
 
 
@@ -88,6 +89,18 @@ class Stop:
     horizon_us: int | None
     max_tokens: int
 
+    @classmethod
+    def at_encounter_end(cls, codebook: "Codebook", *, horizon_us: int | None = None, max_tokens: int) -> "Stop":
+        """A stop where the encounter ends: outcome 0 is its end, outcome 1 a death that comes first.
+
+        Raises:
+            ConfigError: the codebook knows no event that ends an encounter.
+        """
+        ends, death = codebook.matching(ENCOUNTER_ENDS), codebook.matching(("MEDS_DEATH",))
+        if not ends.any():
+            raise ConfigError(f"the codebook knows no end of an encounter ({' or '.join(ENCOUNTER_ENDS)})")
+        return cls([ends, death & ~ends], horizon_us, max_tokens)
+
 
 @dataclass(frozen=True)
 class Rollouts:
@@ -101,6 +114,7 @@ class Rollouts:
         chances: float64 [P, R, K + 1], for each of the K outcomes, and last for the horizon: the probabilities that
             the next token brings it, summed over the steps of the trajectory. Their mean over trajectories is the
             chance that a trajectory ends so.
+        altered: what made the draws differ from the model's own probabilities (temperature, top_p); empty if nothing.
         tokens: int32 [sum], all sampled tokens in the order of `offsets`; None unless kept.
         offsets: int64 [P * R + 1]; None unless kept.
     """
@@ -110,6 +124,7 @@ class Rollouts:
     elapsed_us: np.ndarray
     tokens_sampled: np.ndarray
     chances: np.ndarray
+    altered: str = ""
     tokens: np.ndarray | None = None
     offsets: np.ndarray | None = None
 
@@ -197,6 +212,10 @@ class _Settings:
     top_p: float
     keep_tokens: bool
     grammar: bool
+
+    def altered(self) -> str:
+        changes = {"temperature": self.temperature, "top_p": self.top_p}
+        return ", ".join(f"{name} {value:g}" for name, value in changes.items() if value != 1.0)
 
     def check(self, decoder: Decoder, clock: Clock, rules: "Grammar | None") -> None:
         vocab, stop = decoder.config.vocab, self.stop
@@ -318,7 +337,7 @@ class _Run:
             x.reshape(self._shape) for x in (self.reason, self._event, self._now_us, self._count.astype(np.int32))
         )
         chances = self._chances.reshape(*self._shape, self._chances.shape[1])
-        result = Rollouts(reason, event, now_us, count, chances)
+        result = Rollouts(reason, event, now_us, count, chances, self._settings.altered())
         if self._kept is None:
             return result
         offsets = np.concatenate([[0], np.cumsum(self._count)])
