@@ -88,7 +88,7 @@ class Masks:
         return (count > 0) & (count <= FEW)
 
     def few(self, places: np.ndarray) -> tuple[Tensor, Tensor]:
-        """What narrow masks allow: tokens, int64 [B, A], and 0 or, behind their ends, minus infinity: float32 [B, A]."""
+        """Tokens that narrow masks allow, int64 [B, A], and 0 or, behind their ends, minus infinity: float32 [B, A]."""
         count = self._count[places]
         most = int(count.max())
         bias = np.where(np.arange(most) < count[:, None], np.float32(0), np.float32(-np.inf))

@@ -438,7 +438,7 @@ class _Run:
         return np.select(list(conditions.values()), [int(reason) for reason in conditions], -1).astype(np.int8)
 
     def _silence(self, rows: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What can't follow before the prediction: int64 [E], which of the rows, and bool [E, V], all that is too short.
+        """Which of the rows lie before the prediction, int64 [E], and what they may not draw for that, bool [E, V].
 
         A code that is being spelled, or the event that an age announces, comes first: no time passes within.
         """

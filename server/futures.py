@@ -179,7 +179,7 @@ def events_of(decoded: pl.DataFrame) -> pl.DataFrame:
 
 
 def history_of(tokens: np.ndarray, times: np.ndarray, codebook: Codebook) -> pl.DataFrame:
-    """Return a known history as time, code and numeric_value, with the recorded times in the place of representative ones.
+    """Return a known history as time, code and numeric_value, with the times that were recorded.
 
     Raises:
         DataError: tokens that don't follow the grammar of timelines.

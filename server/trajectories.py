@@ -12,7 +12,7 @@ Notable choices:
 
 import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from model import checkpoint
 from model.decoder import Decoder
 from model.estimate import summarize
-from model.rollout import Prompt, Reason, Rollouts, Stop, rollout
+from model.rollout import Reason, Rollouts, Stop, rollout
 from model.tasks import Cohort, Task, cohort, prompt_at, task_tokens
 from server.futures import Model, events_of, history_of
 from tokenizer import durable
@@ -92,7 +92,7 @@ def write_trajectories(
     asked: Moment | Sequence[Task],
     out: Path,
     *,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling | None = None,
     history: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Written:
@@ -109,7 +109,7 @@ def write_trajectories(
         split: train, tuning or held_out.
         asked: one prediction for each patient, or the predictions of each task with its horizon and outcomes.
         out: the folder to make.
-        sampling: how trajectories are drawn.
+        sampling: how trajectories are drawn; None draws 25 for each prediction.
         history: write what was known before the prediction, too, with the times that were recorded.
         progress: called with trajectories done and to do.
 
@@ -119,6 +119,10 @@ def write_trajectories(
     """
     if split not in SPLITS:
         raise ConfigError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
+    sampling = sampling or Sampling()
+    altered = (sampling.temperature, sampling.top_p) != (1.0, 1.0)
+    if altered and not isinstance(asked, Moment):
+        raise ConfigError("a temperature or top_p other than 1 would bias the tasks' estimates; leave both at 1")
     codebook = Codebook.load(model.codebook)
     patients = TokenStore.open(store.path, codebook.hash).split(split)
     if isinstance(asked, Moment):
@@ -173,7 +177,7 @@ class _Run:
 
     def shards(self, questions: Sequence[_Question], told: Callable[[int], None]) -> Iterator[tuple[str, pl.DataFrame]]:
         """Each part's events."""
-        sampling, first = self._sampling, 0
+        sampling, first, shard = self._sampling, 0, 0
         for question in questions:
             for begin in range(0, len(question.cohort), _PART):
                 part = question.cohort.part(slice(begin, begin + _PART))
@@ -189,8 +193,8 @@ class _Run:
                     keep_tokens=True,
                 )
                 self._note(question, part, rolled, first)
-                yield f"{first // _PART if len(questions) == 1 else first}", self._events(part, rolled, first)
-                first += len(part)
+                yield str(shard), self._events(part, rolled, first)
+                first, shard = first + len(part), shard + 1
                 told(first * sampling.trajectories)
 
     def _note(self, question: _Question, part: Cohort, rolled: Rollouts, first: int) -> None:
@@ -252,6 +256,8 @@ class _Run:
 
 def _at_moment(moment: Moment, patients: TokenSplit, codebook: Codebook, sampling: Sampling) -> _Question:
     """One prediction for each patient of whom anything is known by then."""
+    if moment.days is not None and moment.days <= 0:
+        raise ConfigError(f"days is {moment.days}; it must be more than 0")
     at = None if moment.at is None else round(moment.at.replace(tzinfo=UTC).timestamp() * 1e6)
     subjects, times_us, prompts = [], [], []
     for place in range(len(patients)):
@@ -265,8 +271,6 @@ def _at_moment(moment: Moment, patients: TokenSplit, codebook: Codebook, samplin
         subjects.append(subject)
         times_us.append(asked)
         prompts.append(prompt_at(timeline, times, subject, asked))
-    if moment.days is not None and moment.days <= 0:
-        raise ConfigError(f"days is {moment.days}; it must be more than 0")
     found = Cohort(
         subject_ids=np.array(subjects, np.int64),
         prediction_us=np.array(times_us, np.int64),
