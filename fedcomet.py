@@ -67,6 +67,25 @@ Schema = Annotated[str | None, typer.Option(help="omop: the database's schema.",
 VocabularySchema = Annotated[
     str | None, typer.Option(help="omop: the schema of its vocabulary, if apart.", rich_help_panel=_SOURCE)
 ]
+Eras = Annotated[
+    bool, typer.Option("--eras", help="omop: read the era tables too, which repeat others.", rich_help_panel=_SOURCE)
+]
+VisitDetails = Annotated[
+    bool,
+    typer.Option("--visit-details", help="omop: read changes of department inside visits.", rich_help_panel=_SOURCE),
+]
+ObservedOnly = Annotated[
+    bool,
+    typer.Option("--observed-only", help="omop: keep only what lies in observation periods.", rich_help_panel=_SOURCE),
+]
+ConditionTime = Annotated[
+    str | None,
+    typer.Option(
+        help="fhir: place diagnoses when they were recorded, or at their onset.",
+        show_default="recorded",
+        rich_help_panel=_SOURCE,
+    ),
+]
 Quarantine = Annotated[
     bool,
     typer.Option("--quarantine", help="Set bad rows aside with their reasons, and go on.", rich_help_panel=_SOURCE),
@@ -86,6 +105,20 @@ Values = Annotated[
 Bins = Annotated[int, typer.Option(help="Quantile bins of a code's values.", rich_help_panel=_TOKENS)]
 MinPatients = Annotated[
     int, typer.Option(help="Codes of fewer patients are told by their parents.", rich_help_panel=_TOKENS)
+]
+Intervals = Annotated[
+    str,
+    typer.Option(
+        help="comet13: classes of gaps from a minute; ethos19: finer, from 5 minutes.", rich_help_panel=_TOKENS
+    ),
+]
+Spell = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Letters of a code's pieces but the last: ICD10CM=3,1 or ATC=whole; may be repeated.",
+        show_default="ICD10CM=3,3 ATC=3,1 ICD10PCS=whole",
+        rich_help_panel=_TOKENS,
+    ),
 ]
 SplitKey = Annotated[str, typer.Option(help="Key of the hash that splits patients.", rich_help_panel=_TOKENS)]
 Workers = Annotated[
@@ -140,6 +173,10 @@ def tokenize(
     table_spec: TableSpec = None,
     schema: Schema = None,
     vocabulary_schema: VocabularySchema = None,
+    eras: Eras = False,
+    visit_details: VisitDetails = False,
+    observed_only: ObservedOnly = False,
+    condition_time: ConditionTime = None,
     quarantine: Quarantine = False,
     config: Config = None,
     codebook: Annotated[
@@ -151,6 +188,8 @@ def tokenize(
     values: Values = "separate",
     bins: Bins = 10,
     min_patients: MinPatients = 10,
+    intervals: Intervals = "comet13",
+    spell: Spell = None,
     split_key: SplitKey = "fedcomet",
     workers: Workers = None,
     ray: Ray = None,
@@ -171,8 +210,12 @@ def tokenize(
     from tokenizer.store import build_store
     from tokenizer.survey import survey
 
-    options, rule, crew = _options_of(values, bins, min_patients), SplitRule(split_key), Crew(workers, ray)
-    place = Source(records, source, quarantine, mapping, codes, cdm, table_spec, schema, vocabulary_schema)
+    options = _options_of(values, bins, min_patients, intervals, spell)
+    rule, crew = SplitRule(split_key), Crew(workers, ray)
+    place = Source(
+        *(records, source, quarantine, mapping, codes, cdm, table_spec, schema, vocabulary_schema),
+        *(eras or None, visit_details or None, observed_only or None, condition_time),
+    )
     words = None if codebook is None else Codebook.load(codebook)
     asked = agreed(config, words)
     with _bars() as watch:
@@ -212,6 +255,10 @@ def check(
     table_spec: TableSpec = None,
     schema: Schema = None,
     vocabulary_schema: VocabularySchema = None,
+    eras: Eras = False,
+    visit_details: VisitDetails = False,
+    observed_only: ObservedOnly = False,
+    condition_time: ConditionTime = None,
     quarantine: Quarantine = False,
     config: Config = None,
     codebook: Annotated[
@@ -221,6 +268,8 @@ def check(
     values: Values = "separate",
     bins: Bins = 10,
     min_patients: MinPatients = 10,
+    intervals: Intervals = "comet13",
+    spell: Spell = None,
     split_key: SplitKey = "fedcomet",
     model: Annotated[
         str, typer.Option(help="The preset whose training time to estimate.", rich_help_panel=_TRAINING)
@@ -258,8 +307,11 @@ def check(
     from tokenizer.sources.source import Source, open_source
     from tokenizer.split import SplitRule
 
-    options, crew = _options_of(values, bins, min_patients), Crew(workers, ray)
-    place = Source(records, source, quarantine, mapping, codes, cdm, table_spec, schema, vocabulary_schema)
+    options, crew = _options_of(values, bins, min_patients, intervals, spell), Crew(workers, ray)
+    place = Source(
+        *(records, source, quarantine, mapping, codes, cdm, table_spec, schema, vocabulary_schema),
+        *(eras or None, visit_details or None, observed_only or None, condition_time),
+    )
     words = None if codebook is None else Codebook.load(codebook)
     asked = agreed(config, words)
     plan = checks.Plan(options, SplitRule(split_key), model, context, passes, seconds, device, asked.survey_privacy)
@@ -496,12 +548,34 @@ def _tasks(study: Path) -> "tuple[Task, ...]":
     return tasks(config.read(study, records=False))
 
 
-def _options_of(values: str, bins: int, min_patients: int) -> "TokenizerOptions":
+def _options_of(
+    values: str, bins: int, min_patients: int, intervals: str, spell: list[str] | None
+) -> "TokenizerOptions":
     from tokenizer.codebook import TokenizerOptions
 
-    if values not in ("separate", "fused"):
-        raise typer.BadParameter("choose separate or fused", param_hint="--values")
-    return TokenizerOptions(values=values, value_bins=bins, min_patients=min_patients)  # type: ignore[arg-type]
+    splits = dict(_split_of(each) for each in spell or ())
+    return TokenizerOptions(
+        values=values,  # type: ignore[arg-type]
+        value_bins=bins,
+        min_patients=min_patients,
+        intervals=intervals,  # type: ignore[arg-type]
+        **splits,  # type: ignore[arg-type]
+    )
+
+
+def _split_of(text: str) -> tuple[str, tuple[int, ...]]:
+    """`ICD10CM=3,1` as an option of the tokenizer and its value."""
+    system, _, letters = text.partition("=")
+    name = f"{system.strip().lower()}_split"
+    try:
+        if name not in ("icd10cm_split", "icd10pcs_split", "atc_split"):
+            raise ValueError
+        return name, () if letters.strip() == "whole" else tuple(int(part) for part in letters.split(","))
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r}: write ICD10CM, ICD10PCS or ATC, =, and numbers of letters such as 3,1, or whole",
+            param_hint="--spell",
+        ) from None
 
 
 def _show(folder: Path, make: "Callable[[], Report]") -> None:

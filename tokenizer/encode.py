@@ -61,31 +61,36 @@ def encode(frame: pl.DataFrame, codebook: Codebook) -> Encoded:
     ages, aged = _ages(time, births[subject], subject, timed & (~follows | (repeats > 0)), codebook)
 
     # Bins are fused with the code's only token, but written apart behind spelled codes.
-    valued = (bins > 0) & codes.apart[codes.place]
+    apart = (bins > 0) & codes.apart[codes.place]
     pieces = codes.pieces[codes.place]
-    widths = repeats + aged + 1 + pieces + valued
+    widths = repeats + aged + 1 + pieces + apart
     # One more place after each patient's last row, for EOT.
     rows = np.bincount(subject, minlength=len(subjects))
     row_ends = np.cumsum(widths)
-    token_ends = np.concatenate([[0], row_ends])[np.cumsum(rows)] + np.arange(1, len(subjects) + 1)
+    last = np.cumsum(rows) - 1
+    token_ends = np.concatenate([[0], row_ends])[last + 1] + np.arange(1, len(subjects) + 1)
     offsets = np.concatenate([[0], token_ends])
     start = row_ends - widths + subject
 
     tokens = np.full(offsets[-1], codebook.eot, np.int32)
-    times = np.full(offsets[-1], STATIC, np.int64)
     gaps = np.flatnonzero(repeats)
     tokens[_ranges(start[gaps], repeats[gaps])] = np.repeat(intervals[gaps], repeats[gaps])
     at = start + repeats
     tokens[at[aged]] = ages[aged]
     at += aged
-    tokens[at] = codes.first[codes.place] + np.where(valued, 0, bins)
+    tokens[at] = codes.first[codes.place] + np.where(apart, 0, bins)
     spelled = np.flatnonzero(pieces)
     rest = codes.place[spelled]
     tokens[_ranges(at[spelled] + 1, pieces[spelled])] = codes.rest[_ranges(codes.rest_start[rest], codes.pieces[rest])]
+    valued = np.flatnonzero(apart)
     tokens[at[valued] + 1 + pieces[valued]] = _first_value(codebook) - 1 + bins[valued]
-    times[_ranges(start, widths)] = np.repeat(time, widths)
-    ended = rows > 0
-    times[token_ends[ended] - 1] = time[np.cumsum(rows)[ended] - 1]
+
+    # A row's tokens have its time, and EOT has that of the patient's last row.
+    widths[last[rows > 0]] += 1
+    times = np.repeat(time, widths)
+    silent = np.flatnonzero(rows == 0)
+    if len(silent):
+        times = np.insert(times, token_ends[silent] - 1 - np.arange(len(silent)), STATIC)
     return Encoded(tokens, times, offsets, subjects, rows, codes.fallbacks())
 
 
@@ -195,21 +200,21 @@ class _Codes:
 
     def bins(self, events: pl.DataFrame, time: Ints, codebook: Codebook) -> Ints:
         """Value bin of each row, from 1; 0 where there is no value or the code has no bins."""
-        values = events["numeric_value"].cast(pl.Float64).fill_null(float("nan")).to_numpy()
-        edges = np.full((codebook.options.value_bins - 1, len(self.told)), np.inf)
+        values = events["numeric_value"].cast(pl.Float32).fill_null(float("nan")).to_numpy()
+        edges = np.full((codebook.options.value_bins - 1, len(self.told)), np.inf, np.float32)
         has_bins = np.zeros(len(self.told), bool)
         for place, way in enumerate(self.told):
             # A value is told in the bins of its own code only: an ancestor's are other values, or another unit's.
             if place % 2 and way is not None and way.level == "itself" and way.text in codebook.breaks:
                 breaks = codebook.breaks[way.text]
-                edges[: len(breaks), place] = breaks
+                edges[: len(breaks), place] = _below(breaks)
                 has_bins[place] = True
         bins = np.zeros(len(self.place), np.int64)
         rows = np.flatnonzero(has_bins[self.place] & ~np.isnan(values))
         measured, places = values[rows], self.place[rows]
-        inside = np.ones(len(rows), np.int64)
+        inside = np.ones(len(rows), np.int16)
         for row in edges:
-            inside += row[places] < measured
+            inside += row.take(places) < measured
         bins[rows] = inside
         return bins
 
@@ -232,6 +237,12 @@ def _intervals(gap: Ints, codebook: Codebook) -> tuple[Ints, Ints]:
     # Half-way rounds up, in integers.
     repeats = np.where(gap >= longest, (2 * gap + longest) // (2 * longest), kind >= 0)
     return codebook.first_id("interval") + kind, repeats.astype(np.int64)
+
+
+def _below(breaks: NDArray[np.float64]) -> NDArray[np.float32]:
+    """The largest float32 at or below each break: a float32 value lies above both or above neither."""
+    near = breaks.astype(np.float32)
+    return np.where(near > breaks, np.nextafter(near, np.float32(-np.inf)), near)
 
 
 def _first_value(codebook: Codebook) -> int:

@@ -33,6 +33,11 @@ _CORE_TYPES: dict[str, pl.DataType] = {
     "code": pl.String(),
     "numeric_value": pl.Float32(),
 }
+# Years that records can hold, those included in which de-identification puts birth 300 years before a stay after 2100;
+# what lies outside is a typing error or a filler such as 9999-12-31.
+EARLIEST, LATEST = "1800-01-01", "2250-01-01"
+# What polars raises on a file that is damaged; for some damage its reader ends in a panic.
+UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
 
 
 class MedsDataset:
@@ -200,6 +205,7 @@ def read(path: Path, part: str | Piece, extra: tuple[str, ...] = ()) -> tuple[pl
     schema = _schema(file)
     present = [column for column in (*CORE, *extra) if column in schema]
     frame = _canonical_types(_read(file, present, start, rows), str(file), start)
+    _refuse_far_times(frame, str(file), start)
     frame = _cast(frame, str(file), **{column: pl.String() for column in extra if column in schema})
     if broken := int((~frame["numeric_value"].is_finite()).sum()):
         value = pl.col("numeric_value")
@@ -253,7 +259,7 @@ def _data_files(path: Path) -> list[Path]:
 def _count_rows(file: Path) -> int:
     try:
         return pl.scan_parquet(file, hive_partitioning=False, glob=False).select(pl.len()).collect().item()
-    except (pl.exceptions.PolarsError, OSError) as problem:
+    except UNREADABLE as problem:
         raise _damaged(file, problem) from None
 
 
@@ -352,7 +358,7 @@ def _read_name(path: Path) -> tuple[str, list[str]]:
 def _schema(file: Path) -> dict[str, pl.DataType]:
     try:
         return dict(pl.read_parquet_schema(file))
-    except (pl.exceptions.PolarsError, OSError) as problem:
+    except UNREADABLE as problem:
         raise _damaged(file, problem) from None
 
 
@@ -360,11 +366,11 @@ def _read(file: Path, columns: list[str], start: int = 0, rows: int | None = Non
     try:
         frame = pl.scan_parquet(file, hive_partitioning=False, glob=False).select(columns)
         return frame.slice(start, rows).collect()
-    except (pl.exceptions.PolarsError, OSError) as problem:
+    except UNREADABLE as problem:
         raise _damaged(file, problem) from None
 
 
-def _damaged(file: Path, problem: Exception) -> DataError:
+def _damaged(file: Path, problem: BaseException) -> DataError:
     reason = str(problem).splitlines()[0]
     return DataError(f"{file}: not a readable parquet file ({reason}). Write the shard again.")
 
@@ -413,6 +419,37 @@ def _refuse_nulls(frame: pl.DataFrame, column: str, place: str, first_row: int =
         raise DataError(
             f"{place}: row {row} (from 0) has no {column}."
             " Remove the row or give it its value, and write the shard again."
+        )
+
+
+def out_of_range(column: str | pl.Expr) -> pl.Expr:
+    """Whether a time lies outside of the years that a record can hold."""
+    time = pl.col(column) if isinstance(column, str) else column
+    bounds = [pl.lit(day).str.to_datetime("%Y-%m-%d", time_unit="us") for day in (EARLIEST, LATEST)]
+    return (time < bounds[0]) | (time >= bounds[1])
+
+
+def as_text(column: pl.Series) -> pl.Series:
+    """A column as text, for people; dates of more than four digits of year, which polars can't write, as numbers."""
+    kind = column.dtype
+    if not isinstance(kind, pl.Datetime | pl.Date):
+        return column.cast(pl.String, strict=False)
+    number = column.to_physical()
+    per_day = {"ms": 86_400_000, "us": 86_400_000_000, "ns": 86_400_000_000_000}
+    day = number if isinstance(kind, pl.Date) else number // per_day[kind.time_unit]
+    first, last = (int(np.datetime64(text, "D").astype(np.int64)) for text in ("0001-01-01", "9999-12-31"))
+    return column.set(~day.is_between(first, last), None).cast(pl.String).fill_null(number.cast(pl.String))
+
+
+def _refuse_far_times(frame: pl.DataFrame, place: str, first_row: int) -> None:
+    far = frame.select(out_of_range("time").fill_null(value=False)).to_series()
+    if far.any():
+        at = far.arg_max() or 0
+        # polars writes no years of more than four digits.
+        time = np.datetime64(frame["time"].to_physical()[at], "us")
+        raise DataError(
+            f"{place}: row {first_row + at} (from 0) has the time {time}, outside of {EARLIEST} to"
+            f" {LATEST}. Correct it, or read the dataset with --quarantine, which sets such rows aside."
         )
 
 

@@ -30,6 +30,7 @@ from typing import Literal
 import polars as pl
 
 from tokenizer.errors import DataError
+from tokenizer.events import UNREADABLE
 
 _COLUMNS = ("system", "code", "target_system", "target_code")
 _TABLES = {"ICD9CM": ("icd9cm_to_icd10cm.csv.gz", "ICD10CM"), "ICD9Proc": ("icd9proc_to_icd10pcs.csv.gz", "ICD10PCS")}
@@ -230,7 +231,7 @@ def _read(path: Path) -> pl.DataFrame:
         raise DataError(f"{path}: a map file ends in .csv, .tsv or .parquet; rename or convert it.")
     try:
         raw = readers[path.suffix.lower()]()
-    except (pl.exceptions.PolarsError, OSError) as problem:
+    except UNREADABLE as problem:
         raise DataError(f"{path}: can't be read ({str(problem).splitlines()[0]}). Mend the file.") from None
     names = {re.sub(r"[^a-z]+", "_", column.lower()).strip("_"): column for column in raw.columns}
     missing = [column for column in _COLUMNS if column not in names]

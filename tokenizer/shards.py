@@ -1,4 +1,4 @@
-"""Work on the parts of a dataset in this process, in worker processes, or on a Ray cluster, with the same results.
+"""Work on the parts of a dataset in threads, in worker processes, or on a Ray cluster, with the same results.
 
 A job is a call of a module's function that reads files and writes files; only what is small goes through pipes. Who
 does which job makes no difference, so the number of workers changes nothing but the time.
@@ -8,6 +8,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -22,6 +23,8 @@ T = TypeVar("T")
 
 # Below this many events a worker process takes longer to start than to save.
 SMALL_EVENTS = 5_000_000
+# More threads wait for each other: between numpy's and polars' calls only one runs.
+MOST_THREADS = 4
 # What a worker needs for a piece of a million events, with room to spare.
 WORKER_BYTES = 1 << 30
 _ONE_THREAD = {"POLARS_MAX_THREADS": "1"}
@@ -32,8 +35,8 @@ class Crew:
     """Who works.
 
     Args:
-        workers: processes; None: one per core (fewer where memory is short) if there is enough to do, else none.
-            1 is this process.
+        workers: processes; None: one per core (fewer where memory is short) if there is enough to do, else this
+            process with a thread per core. 1 is this process and one thread.
         ray: address of a Ray cluster, "auto" for the one that this machine belongs to, "local" to start one here.
             All its machines must see the files under the same paths.
     """
@@ -55,6 +58,12 @@ class Crew:
             return 1
         cores = len(os.sched_getaffinity(0))
         return max(1, min(cores, jobs, _free_memory() // WORKER_BYTES))
+
+    def threads(self, jobs: int) -> int:
+        """Threads of this process for so many jobs, where it works alone."""
+        if self.workers is not None or workers.is_worker():
+            return 1
+        return max(1, min(len(os.sched_getaffinity(0)), MOST_THREADS, jobs, _free_memory() // WORKER_BYTES))
 
 
 AS_IT_FITS = Crew()
@@ -81,6 +90,8 @@ def each(
         return _on_ray(function, jobs, crew.ray, what)
     if (processes := crew.processes(len(jobs), events)) > 1:
         return _on_pool(function, jobs, processes, what)
+    if (threads := crew.threads(len(jobs))) > 1:
+        return _on_threads(function, jobs, threads)
     return (function(*job) for job in jobs)
 
 
@@ -95,6 +106,15 @@ def _on_pool(function: Callable[..., T], jobs: Sequence[tuple[Any, ...]], proces
                     f"{death} If memory ran out, use fewer workers (each needs about"
                     f" {WORKER_BYTES >> 30} GiB for a million events of a piece)."
                 ) from None
+
+
+def _on_threads(function: Callable[..., T], jobs: Sequence[tuple[Any, ...]], threads: int) -> Generator[T]:
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for future in _ahead((pool.submit(function, *job) for job in jobs), 2 * threads):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _on_ray(function: Callable[..., T], jobs: Sequence[tuple[Any, ...]], address: str, what: str) -> Generator[T]:

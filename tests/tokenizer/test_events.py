@@ -1,14 +1,18 @@
 """MEDS datasets are read in one order, and what can't be read is named."""
 
 import json
+from contextlib import suppress
 from datetime import UTC, date, datetime
 
 import polars as pl
 import pyarrow.parquet
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from meds import schema as meds
 
-from tests.tokenizer.hospital import frame, stays
+from tests.tokenizer.hospital import codebook, frame, stays
+from tokenizer.encode import encode
 from tokenizer.errors import DataError
 from tokenizer.events import MedsDataset, write_meds
 
@@ -187,3 +191,25 @@ def test_the_fingerprint_follows_the_contents(tmp_path):
         write_meds(tmp_path / place, [("0", stays(range(5), seed))], name=place)
     prints = [MedsDataset.open(tmp_path / place).fingerprint() for place in "abc"]
     assert prints[0] == prints[1] != prints[2]
+
+
+@pytest.mark.parametrize("time", [datetime(9999, 12, 31), datetime(1, 1, 1)])
+def test_a_time_that_no_record_can_hold_is_named_with_its_row(tmp_path, time):
+    with pytest.raises(DataError, match=r"0\.parquet: row 1 \(from 0\) has the time .* outside of 1800.*--quarantine"):
+        read_all(written(tmp_path, rows(time=[datetime(2020, 1, 1), time])))
+
+
+@given(st.data())
+def test_damage_anywhere_is_an_error_of_the_data_or_harmless(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("damaged")
+    write_meds(path / "meds", [("0", stays(range(8)))], name="x")
+    file = path / "meds/data/0.parquet"
+    content = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 6))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    file.write_bytes(content[: data.draw(st.sampled_from([len(content), len(content) // 2]))])
+    book = codebook("fused")
+    with suppress(DataError):
+        for part in read_all(path / "meds"):
+            encoded = encode(part, book)
+            assert len(encoded.tokens) == len(encoded.times) == encoded.offsets[-1]

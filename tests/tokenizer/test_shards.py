@@ -20,7 +20,7 @@ from tokenizer.survey import survey
 from tokenizer.workers import WorkerDied
 
 RULE = SplitRule("key")
-ALONE, TWO = Crew(1), Crew(2)
+ALONE, THREADS, TWO = Crew(1), Crew(), Crew(2)
 
 
 @pytest.fixture
@@ -47,7 +47,8 @@ def test_stores_are_byte_identical_whoever_builds_them(site, tmp_path):
     together = build_store(
         site, book, RULE, tmp_path / "together", lambda done, total: told.append((done, total)), crew=TWO
     )
-    assert files(together.path) == files(alone.path)
+    threaded = build_store(site, book, RULE, tmp_path / "threaded", crew=THREADS)
+    assert files(together.path) == files(threaded.path) == files(alone.path)
     assert told == [(done, len(site.pieces)) for done in range(1, len(site.pieces) + 1)]
 
 
@@ -55,21 +56,22 @@ def test_surveys_are_byte_identical_whoever_takes_them(site, tmp_path):
     options = TokenizerOptions(min_patients=7)
     whole = MedsDataset.open(site.path)
     assert len(whole.pieces) == 3
-    taken = [survey(site, RULE, options, crew=crew).to_bytes() for crew in (ALONE, TWO)]
-    assert taken == [survey(whole, RULE, options, crew=ALONE).to_bytes()] * 2
+    taken = [survey(site, RULE, options, crew=crew).to_bytes() for crew in (ALONE, THREADS, TWO)]
+    assert taken == [survey(whole, RULE, options, crew=ALONE).to_bytes()] * 3
 
 
 def test_results_come_in_the_order_of_the_jobs():
     work = [(number,) for number in range(20)]
-    assert listed(jobs.double, work, TWO) == listed(jobs.double, work, ALONE) == [2 * number for number in range(20)]
-    assert listed(jobs.double, [], TWO) == []
+    for crew in (ALONE, THREADS, TWO):
+        assert listed(jobs.double, work, crew) == [2 * number for number in range(20)]
+        assert listed(jobs.double, [], crew) == []
 
 
 def test_what_a_job_raises_comes_through_and_nothing_is_left(site, tmp_path):
     book = Codebook.build(survey(site, RULE, TokenizerOptions(min_patients=40)))
     damaged = site.path / site.shards[1]
     damaged.write_bytes(damaged.read_bytes()[:-50])
-    for crew in (ALONE, TWO):
+    for crew in (ALONE, THREADS, TWO):
         with pytest.raises(DataError, match=r"b\.parquet: not a readable parquet file"):
             build_store(site, book, RULE, tmp_path / "store", crew=crew)
     assert not list(tmp_path.glob("store*"))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import polars as pl
 
-from tokenizer.sources.intake import out_of_range
+from tokenizer.events import as_text, out_of_range
 from tokenizer.sources.mapping import Condition, Template, Time
 
 _US = {"days": 86_400_000_000, "hours": 3_600_000_000, "minutes": 60_000_000, "seconds": 1_000_000}
@@ -87,9 +87,8 @@ class Columns:
             whole = column.cast(pl.Int64, strict=False)
             is_whole = (whole == column).fill_null(value=False)
             return whole.cast(pl.String).zip_with(is_whole, column.cast(pl.String))
-        if isinstance(column.dtype, pl.Datetime):
-            return column.dt.strftime("%Y-%m-%d %H:%M:%S")
-        return column.cast(pl.String)
+        # Times without fractions of a second.
+        return as_text(column).str.replace(r"\.\d+$", "") if column.dtype == pl.Datetime else as_text(column)
 
     def number(self, name: str) -> pl.Series:
         """A column as float64; null where it is no number."""

@@ -31,6 +31,8 @@ _SLICE = 256 << 10
 _REFUTED = frozenset({"refuted", "entered-in-error"})
 _ID, _META, _STATUS = attrgetter("id"), attrgetter("meta"), attrgetter("status")
 _SUBJECT, _ENCOUNTER = attrgetter("subject"), attrgetter("encounter")
+_CODE, _QUANTITY, _COMPONENT = attrgetter("code"), attrgetter("value_quantity"), attrgetter("component")
+_UNIT = attrgetter("code", "unit", "system")
 _CONCEPT = msgspec.json.Decoder(Concept)
 
 
@@ -161,25 +163,28 @@ class Reader:
         return found
 
     def _observations(self, batch: Batch, objects: list[Any], start: int) -> None:
-        codes, units, events = self._code_of("Observation", "Observation"), self._values.units, batch.events
-        add_at, add_code = events.at.append, events.code.append
-        add_value, add_unit = events.value.append, events.unit.append
-        for at, each in enumerate(objects, start):
-            coded = codes[raw_bytes(each.code)]
-            quantity = each.value_quantity
-            # Most are numbers: no call for them but those that remember.
-            if quantity is not None and (value := quantity.value) is not None and -LARGEST <= value <= LARGEST:
-                if (name := coded[0]) is not None:
-                    add_at(at)
-                    add_code(name)
-                    add_value(value)
-                    add_unit(units[quantity.code, quantity.unit, quantity.system])
-                else:
-                    batch.take(at, coded, "code")
-            elif batch.take(at, coded, "code"):
-                self._other_value(batch, at, each, coded)
-            if each.component:
-                self._components(batch, at, each.component, codes)
+        codes, events = self._code_of("Observation", "Observation"), batch.events
+        coded = list(map(codes.__getitem__, map(raw_bytes, map(_CODE, objects))))
+        quantities = list(map(_QUANTITY, objects))
+        numbers = [None if quantity is None else quantity.value for quantity in quantities]
+        # Most are numbers: whole columns for them, and calls for the others only.
+        plain = [
+            place
+            for place, (number, found) in enumerate(zip(numbers, coded, strict=True))
+            if number is not None and -LARGEST <= number <= LARGEST and found[0] is not None
+        ]
+        events.at += [start + place for place in plain]
+        events.code += [coded[place][0] for place in plain]
+        events.value += [numbers[place] for place in plain]
+        events.unit += map(self._values.units.__getitem__, map(_UNIT, map(quantities.__getitem__, plain)))
+        if len(plain) < len(objects):
+            done = set(plain)
+            for place, each in enumerate(objects):
+                if place not in done and batch.take(start + place, coded[place], "code"):
+                    self._other_value(batch, start + place, each, coded[place])
+        for place, parts in enumerate(map(_COMPONENT, objects)):
+            if parts:
+                self._components(batch, start + place, parts, codes)
 
     def _other_value(self, batch: Batch, at: int, each: Any, coded: Coded) -> None:
         """An observation whose value isn't a plain quantity."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, cast
 
 import msgspec
+import numpy as np
 from msgspec import Raw
 
 from tokenizer.errors import DataError
@@ -113,8 +114,13 @@ def lines_of(piece: Piece) -> int:
     with piece.path.open("rb") as file:
         part = _Range(file, piece.start, piece.end)
         while data := part.read(_BLOCK):
-            total, last = total + data.count(b"\n"), data[-1:]
+            total, last = total + _newlines(data), data[-1:]
     return total + (last not in (b"", b"\n"))
+
+
+def _newlines(data: bytes) -> int:
+    # Several times faster than bytes.count on lines of this length.
+    return int(np.count_nonzero(np.frombuffer(data, np.uint8) == ord("\n")))
 
 
 def _form(name: str) -> str | None:
@@ -214,7 +220,7 @@ def _lines(
                 yield Lost(name, row, complaint, data.decode(errors="replace"))
                 row += 1
                 continue
-            lines = data.count(b"\n") + (not data.endswith(b"\n"))
+            lines = _newlines(data) + (not data.endswith(b"\n"))
             block = Block(name, "", data.removeprefix(b"\xef\xbb\xbf") if row == 1 else data, row, lines)
             kind = first_kind(block.data)
             if kind and kind in whole:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import polars as pl
 
 from tokenizer.errors import DataError
+from tokenizer.events import EARLIEST, LATEST
 from tokenizer.sources import fhir_index as index
 from tokenizer.sources.fhir_batch import Batch, Events
 from tokenizer.sources.fhir_codes import Namer
@@ -20,7 +21,7 @@ from tokenizer.sources.fhir_events import Reader
 from tokenizer.sources.fhir_files import Piece, read
 from tokenizer.sources.fhir_kinds import Block, Chunk, Lost
 from tokenizer.sources.fhir_resources import READ
-from tokenizer.sources.intake import EARLIEST, EVENTS, LATEST
+from tokenizer.sources.intake import EVENTS
 
 COMPONENT = "Observation.component"
 DECEASED = "Patient.deceased"

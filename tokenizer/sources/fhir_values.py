@@ -52,14 +52,14 @@ class Values:
             found = answer(each.value_string)
         elif each.value_range is not None:
             found = answer(self._range(each.value_range))
+        if found.drop != "no value":
+            return found
         others = (
             each.value_time,
             each.value_date_time,
             raw_bytes(each.value_period),
             raw_bytes(each.value_sampled_data),
         )
-        if found.drop != "no value":
-            return found
         if any(others):
             return Coded(None, drop="value of a type that isn't read")
         return Coded(None, drop="data absent") if given(raw_bytes(each.data_absent_reason)) else found

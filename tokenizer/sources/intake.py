@@ -20,7 +20,7 @@ from typing import Any
 import polars as pl
 
 from tokenizer.errors import DataError
-from tokenizer.events import write_meds
+from tokenizer.events import as_text, write_meds
 from tokenizer.sources.quarantine import Quarantine
 from tokenizer.sources.spill import Spill, spill_folder
 from tokenizer.sources.subjects import SubjectIds
@@ -36,9 +36,6 @@ EVENTS: dict[str, Any] = {
 """The columns that sources give: MEDS' own, the unit of the value as recorded, and the encounter it belongs to."""
 
 QUARANTINE, FLOW = "quarantine.csv", "metadata/fedcomet_flow.json"
-
-# Years that a record of a living person can hold; what lies outside is a typing error or a filler such as 9999-12-31.
-EARLIEST, LATEST = "1850-01-01", "2250-01-01"
 
 
 @dataclass
@@ -163,7 +160,7 @@ class Intake:
         bad = marked.filter("_bad")
         if not bad.height:
             return frame
-        content = pl.col(column).cast(pl.String) if column in frame.columns else pl.lit(None, pl.String)
+        content = as_text(bad[column]) if column in frame.columns else pl.lit(None, pl.String)
         self.set_aside(
             bad.select(
                 file=pl.lit(file),
@@ -253,10 +250,3 @@ def _nothing_left(flow: Flow) -> str:
         for reason, count in reasons.items()
     ]
     return f"{flow.source}: no event is left to tokenize; read were {read}" + (f" ({'; '.join(why)})." if why else ".")
-
-
-def out_of_range(column: str | pl.Expr) -> pl.Expr:
-    """Whether a time lies outside of the years that a record can hold."""
-    time = pl.col(column) if isinstance(column, str) else column
-    bounds = [pl.lit(day).str.to_datetime("%Y-%m-%d", time_unit="us") for day in (EARLIEST, LATEST)]
-    return (time < bounds[0]) | (time >= bounds[1])

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import polars as pl
 
-from tokenizer.events import rows
-from tokenizer.sources.intake import EVENTS, Flow, intake, out_of_range
+from tokenizer.events import out_of_range, rows
+from tokenizer.sources.intake import EVENTS, Flow, intake
 
 
 def import_meds(

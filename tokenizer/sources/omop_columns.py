@@ -8,7 +8,8 @@ from typing import Literal
 
 import polars as pl
 
-from tokenizer.sources.intake import Intake, out_of_range
+from tokenizer.events import as_text, out_of_range
+from tokenizer.sources.intake import Intake
 
 Kind = Literal["id", "number", "time", "text"]
 
@@ -66,7 +67,7 @@ class Rows:
                 row="_row",
                 column=pl.lit(column),
                 reason=pl.lit(reason),
-                content=pl.col(content).cast(pl.String, strict=False) if content in wrong.columns else pl.lit(""),
+                content=as_text(wrong[content]) if content in wrong.columns else pl.lit(""),
             ).with_columns(pl.col("content").fill_null("")),
             advice,
         )

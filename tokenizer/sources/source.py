@@ -32,6 +32,9 @@ class Source:
         cdm: omop: the version whose columns files without a header have.
         table_spec: omop: a file that names these columns instead.
         schema, vocabulary_schema: omop: of a database's tables, where they aren't the user's own.
+        eras, visit_details, observed_only: omop: read the era tables, read changes of department, keep only what lies
+            in observation periods.
+        condition_time: fhir: place diagnoses when they were `recorded`, or at their `onset`.
     """
 
     place: str
@@ -43,6 +46,10 @@ class Source:
     table_spec: Path | None = None
     schema: str | None = None
     vocabulary_schema: str | None = None
+    eras: bool | None = None
+    visit_details: bool | None = None
+    observed_only: bool | None = None
+    condition_time: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -50,7 +57,7 @@ class Source:
         if self.kind == "tables" and self.mapping is None:
             raise ConfigError("The source tables needs a mapping file that says what the columns mean (--mapping).")
         for field in fields(self)[3:]:
-            owner = "tables" if field.name == "mapping" else "omop"
+            owner = {"mapping": "tables", "condition_time": "fhir"}.get(field.name, "omop")
             if getattr(self, field.name) is not None and self.kind != owner:
                 option = f"--{field.name.replace('_', '-')}"
                 raise ConfigError(f"{option} is for the source {owner}, not for {self.kind}; leave it out.")
@@ -123,8 +130,8 @@ def _import_meds(source: Source, out: Path, progress: _Progress, crew: Crew) -> 
 def _import_omop(source: Source, out: Path, progress: _Progress, crew: Crew) -> Flow:
     from tokenizer.sources.omop import import_omop
 
-    given = {name: getattr(source, name) for name in ("codes", "cdm", "table_spec", "schema", "vocabulary_schema")}
-    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    names = ("codes", "cdm", "table_spec", "schema", "vocabulary_schema", "eras", "visit_details", "observed_only")
+    options: dict[str, Any] = {name: value for name in names if (value := getattr(source, name)) is not None}
     place = source.place if "://" in source.place else Path(source.place)
     return import_omop(
         place, out, name=source.name, quarantine=source.quarantine, progress=progress.of_table, **options
@@ -140,6 +147,7 @@ def _import_fhir(source: Source, out: Path, progress: _Progress, crew: Crew) -> 
         name=source.name,
         quarantine=source.quarantine,
         progress=progress.counted,
+        condition_time=source.condition_time or "recorded",
         workers=crew.workers or (len(os.sched_getaffinity(0)) if _size(Path(source.place)) >= _LARGE_BYTES else 1),
     )
 

@@ -234,7 +234,7 @@ ROWS: dict[str, tuple[dict[str, str | bytes], str, list[tuple[str, str, str, str
     ),
     "dates": (
         {"person.csv": PERSON, "death.csv": "person_id,death_date\n1,31/12/2020\n1,9999-12-31\n1,\n1,2020-02-30\n"
-         "1,1849-12-31 23:59:59\n"},
+         "1,1799-12-31 23:59:59\n"},
         r"death, row 2, death_date: not a date \('31/12/2020'\)",
         [("death", "2", "death_date", "not a date"), ("death", "5", "death_date", "not a date"),
          ("death", "4", "death_date", "no time"), ("death", "3", "death_datetime", "time out of range"),

@@ -130,3 +130,15 @@ def test_nothing_there_is_an_error_of_every_source(tmp_path):
             with pytest.raises((DataError, ConfigError)):
                 open_source(Source(str(tmp_path / place), kind, mapping=mapping), tmp_path / "out")
             assert not (tmp_path / "out").exists()
+
+
+def test_times_that_no_calendar_holds_are_set_aside_too(tmp_path):
+    far = pl.Series([0, 2**63 - 1, -(2**63) + 1]).cast(pl.Datetime("us"))
+    file = tmp_path / "meds" / "data" / "0.parquet"
+    file.parent.mkdir(parents=True)
+    pl.DataFrame({"subject_id": [1, 1, 2], "time": far, "code": ["A", "B", "C"]}).write_parquet(file)
+    with pytest.raises(DataError, match=r"row 1 \(from 0\) has the time 294247-01-10"):
+        MedsDataset.open(tmp_path / "meds").read("data/0.parquet")
+    flow = import_meds(tmp_path / "meds", tmp_path / "out", name="x", quarantine=True)
+    assert flow.quarantined == {"data/0.parquet": {"time out of range": 2}}
+    assert pl.read_csv(tmp_path / "out" / "quarantine.csv")["content"].to_list() == [2**63 - 1, -(2**63) + 1]
