@@ -172,6 +172,18 @@ def test_futures_of_a_patient_are_shown_and_written(finished: Path, tokens: Path
     assert set(pl.read_parquet(tmp_path / "futures.parquet")["trajectory"]) <= {-1, 0, 1}
 
 
+def test_futures_of_a_split_are_written_as_records(root: Path, finished: Path, tokens: Path, tmp_path: Path) -> None:
+    arguments = ("rollout", finished / "model", tokens, "--split", "held_out", "--max-tokens", 12)
+    done = fedcomet(*arguments, "--days", 30, "--until", "HOSPITAL_ADMISSION", "--out", tmp_path / "futures")
+    assert done.returncode == 0, done.stderr
+    assert "predictions x 3" in done.stdout
+    again = fedcomet("tokenize", tmp_path / "futures", "--out", tmp_path / "again", "--min-patients", 1)
+    assert again.returncode == 0, again.stderr
+    done = fedcomet(*arguments, "--study", root / "study.toml", "--out", tmp_path / "asked")
+    assert done.returncode == 0, done.stderr
+    assert pl.read_parquet(tmp_path / "asked" / "estimates.parquet")["risk"].is_between(0, 1).all()
+
+
 def test_a_model_is_evaluated_on_a_store(root: Path, finished: Path, tokens: Path, tmp_path: Path) -> None:
     arguments = (finished / "model", tokens, root / "study.toml", "--split", "train", "--workers", 1)
     done = fedcomet("evaluate", *arguments, "--out", tmp_path / "risks.parquet")
@@ -256,6 +268,10 @@ def test_wrong_arguments_have_exit_code_2(finished: Path, tokens: Path, root: Pa
         ("tokenize", root, "--out", root / "x", "--values", "odd"),
         ("rollout", finished / "model", tokens, "--subject", 1, "--at", "yesterday"),
         ("evaluate", finished / "model", tokens, root / "study.toml", "--split", "odd"),
+        ("rollout", finished / "model", tokens),
+        ("rollout", finished / "model", tokens, "--subject", 1, "--split", "train"),
+        ("rollout", finished / "model", tokens, "--split", "train"),
+        ("rollout", finished / "model", tokens, "--subject", 1, "--top-p", "0.5"),
     ):
         assert fedcomet(*arguments).returncode == 2
 
