@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -209,6 +210,24 @@ def test_what_is_wrong_is_said_without_a_traceback_and_with_exit_code_1(
     assert fedcomet("tokenize", own, "--out", tmp_path / "own-tokens", "--min-patients", 5).returncode == 0
     told = refused("evaluate", finished / "model", tmp_path / "own-tokens" / "store", root / "study.toml")
     assert "codebook" in told
+
+
+def test_tokenize_replaces_nothing_that_it_did_not_write(tmp_path: Path) -> None:
+    site = tiny.site(tmp_path, "here", seed=1)
+    out = tmp_path / "out"
+    shutil.copytree(site.data, out / "records")
+    before = {file: file.read_bytes() for file in out.rglob("*.*")}
+    assert "the records are read from there" in refused("tokenize", out / "records", "--out", out, "--quarantine")
+    assert "wasn't written by fedcomet" in refused("tokenize", site.data, "--out", out, "--quarantine")
+    assert {file: file.read_bytes() for file in out.rglob("*.*")} == before
+
+
+def test_what_the_system_refuses_is_said_with_its_place(tmp_path: Path) -> None:
+    site = tiny.site(tmp_path, "here", seed=1)
+    file = tmp_path / "file"
+    file.touch()
+    assert f"{file}: is a file" in refused("tokenize", site.data, "--out", file)
+    assert f"{file}/below/it: Not a directory" in refused("tokenize", site.data, "--out", file / "below" / "it")
 
 
 def test_wrong_arguments_have_exit_code_2(finished: Path, tokens: Path, root: Path) -> None:
