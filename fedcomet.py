@@ -160,6 +160,7 @@ def _said(problem: OSError) -> str:
     todo = {
         errno.ENOSPC: "Free some room there, or write to another disk.",
         errno.EDQUOT: "Free some room there, or write to another disk.",
+        errno.EFBIG: "Files there may not be so large; write to another disk.",
         errno.EACCES: "Ask for the right to it, or choose another place.",
         errno.EPERM: "Ask for the right to it, or choose another place.",
         errno.EROFS: "Choose a place that can be written to.",
@@ -221,6 +222,7 @@ def tokenize(
     from tokenizer.prepare import records_of
     from tokenizer.settings import agreed
     from tokenizer.shards import Crew
+    from tokenizer.sources.intake import FLOW
     from tokenizer.sources.source import Source, open_source
     from tokenizer.split import SPLITS, SplitRule
     from tokenizer.store import build_store
@@ -244,6 +246,8 @@ def tokenize(
     console = Console()
     for note in (*(flow.notes if flow else ()), *dataset.notes):
         console.print(f"[yellow]note[/] {note}")
+    if flow is not None and flow.dropped_total:
+        console.print(f"{flow.dropped_total:,} rows were left out by named filters, counted in {dataset.path / FLOW}")
     if flow is not None and flow.quarantined_total:
         aside = dataset.path / "quarantine.csv"
         console.print(f"[yellow]{flow.quarantined_total:,} rows were set aside[/], with the reasons in {aside}")

@@ -132,7 +132,7 @@ def test_tables_are_read_by_their_mapping_and_bad_rows_are_set_aside(tmp_path: P
     folder = tmp_path / "extract"
     folder.mkdir()
     rows = [f"{patient},2020-01-{day:02},{100 + day}" for patient in range(1, 21) for day in range(1, 9)]
-    (folder / "labs.csv").write_text("\n".join(["patient,day,glucose", *rows, "1,2020-13-01,5"]) + "\n")
+    (folder / "labs.csv").write_text("\n".join(["patient,day,glucose", *rows, "1,2020-13-01,5", *["1,2020-01-01,"] * 3]) + "\n")
     (tmp_path / "mapping.toml").write_text(
         '[[table]]\nname = "labs"\nfiles = "labs.csv"\nsubject = "patient"\ntime = "day"\n'
         '[[table.event]]\ncode = "LAB//GLUCOSE"\nvalue = "glucose"\nunit = "mg/dL"\n'
@@ -146,6 +146,7 @@ def test_tables_are_read_by_their_mapping_and_bad_rows_are_set_aside(tmp_path: P
     done = fedcomet(*arguments, "--quarantine")
     assert done.returncode == 0, done.stderr
     assert "1 rows were set aside" in done.stdout
+    assert "3 rows were left out by named filters, counted in" in done.stdout
     assert "LAB//GLUCOSE//mg/dL" in (tmp_path / "out" / "codebook.json").read_text()
     assert (tmp_path / "out" / "records" / "quarantine.csv").exists()
 
@@ -228,6 +229,13 @@ def test_what_the_system_refuses_is_said_with_its_place(tmp_path: Path) -> None:
     file.touch()
     assert f"{file}: is a file" in refused("tokenize", site.data, "--out", file)
     assert f"{file}/below/it: Not a directory" in refused("tokenize", site.data, "--out", file / "below" / "it")
+    small = ["sh", "-c", 'ulimit -f 8; exec "$@"', "sh", sys.executable, str(REPOSITORY / "fedcomet.py")]
+    command = [*small, "tokenize", str(site.data), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"{tmp_path}/out/store: File too large. Files there may not be so large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_wrong_arguments_have_exit_code_2(finished: Path, tokens: Path, root: Path) -> None:

@@ -22,6 +22,9 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
+    except OSError as problem:
+        _named(problem, path)
+        raise
     finally:
         aside.unlink(missing_ok=True)
     _sync_directory(path.parent)
@@ -53,9 +56,18 @@ def directory(path: Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             aside.rename(path)
+    except OSError as problem:
+        _named(problem, path)
+        raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     _sync_directory(path.parent)
+
+
+def _named(problem: OSError, path: Path) -> None:
+    """Say what was to be written where the system didn't: a full disk has no name."""
+    if problem.filename is None and problem.errno is not None:
+        problem.filename = str(path)
 
 
 def _sync_directory(path: Path) -> None:

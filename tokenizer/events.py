@@ -374,6 +374,8 @@ def _read(file: Path, columns: list[str], start: int = 0, rows: int | None = Non
 
 
 def _damaged(file: Path, problem: BaseException) -> DataError:
+    if isinstance(problem, PermissionError):
+        return DataError(f"{file}: may not be read. Ask for the right to read it.")
     reason = str(problem).splitlines()[0]
     return DataError(f"{file}: not a readable parquet file ({reason}). Write the shard again.")
 
