@@ -4,6 +4,7 @@ The command line. It reads arguments, calls one function of a room, shows progre
 stand inside the commands, so that a hospital's machine needs no more than the rooms it uses.
 """
 
+import errno
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -151,9 +152,28 @@ def main() -> None:
             raise
         print(f"fedcomet: {error}", file=sys.stderr)
         sys.exit(1)
+    except OSError as problem:
+        if debug:
+            raise
+        print(f"fedcomet: {_said(problem)}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("fedcomet: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+
+
+def _said(problem: OSError) -> str:
+    """What the system refused, where, and what to do."""
+    todo = {
+        errno.ENOSPC: "Free some room there, or write to another disk.",
+        errno.EDQUOT: "Free some room there, or write to another disk.",
+        errno.EFBIG: "Files there may not be so large; write to another disk.",
+        errno.EACCES: "Ask for the right to it, or choose another place.",
+        errno.EPERM: "Ask for the right to it, or choose another place.",
+        errno.EROFS: "Choose a place that can be written to.",
+    }
+    place = f"{problem.filename}: " if problem.filename else ""
+    return f"{place}{problem.strerror or problem}. {todo.get(problem.errno or 0, '--debug shows where.')}"
 
 
 @app.callback()
@@ -205,9 +225,11 @@ def tokenize(
     from rich.console import Console
 
     from tokenizer.codebook import Codebook, merge
+    from tokenizer.output import CODEBOOK, RECORDS, STORE, output
     from tokenizer.prepare import records_of
     from tokenizer.settings import agreed
     from tokenizer.shards import Crew
+    from tokenizer.sources.intake import FLOW
     from tokenizer.sources.source import Source, open_source
     from tokenizer.split import SPLITS, SplitRule
     from tokenizer.store import build_store
@@ -221,20 +243,22 @@ def tokenize(
     )
     words = None if codebook is None else Codebook.load(codebook)
     asked = agreed(config, words)
-    with _bars() as watch:
-        dataset, flow = open_source(place, out / "records", watch, crew)
+    with output(out, records), _bars() as watch:
+        dataset, flow = open_source(place, out / RECORDS, watch, crew)
         events = records_of(dataset, asked.preparation)
         if words is None:
             words = Codebook.build(merge([survey(events, rule, options, _counter(watch, "survey"), crew)]))
-        store = build_store(events, words, rule, out / "store", _counter(watch, "encode"), crew)
-        words.save(out / "codebook.json")
+        store = build_store(events, words, rule, out / STORE, _counter(watch, "encode"), crew)
+        words.save(out / CODEBOOK)
     console = Console()
     for note in (*(flow.notes if flow else ()), *dataset.notes):
         console.print(f"[yellow]note[/] {note}")
+    if flow is not None and flow.dropped_total:
+        console.print(f"{flow.dropped_total:,} rows were left out by named filters, counted in {dataset.path / FLOW}")
     if flow is not None and flow.quarantined_total:
         aside = dataset.path / "quarantine.csv"
         console.print(f"[yellow]{flow.quarantined_total:,} rows were set aside[/], with the reasons in {aside}")
-    console.print(f"{len(words)} tokens in the codebook {words.hash[:16]} ({out / 'codebook.json'})")
+    console.print(f"{len(words)} tokens in the codebook {words.hash[:16]} ({out / CODEBOOK})")
     for name in SPLITS:
         counts = store.manifest["splits"][name]
         console.print(

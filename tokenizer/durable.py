@@ -28,6 +28,9 @@ def file(path: Path) -> Iterator[Path]:
         with aside.open("rb") as written:
             os.fsync(written.fileno())
         aside.replace(path)
+    except OSError as problem:
+        _named(problem, path)
+        raise
     finally:
         aside.unlink(missing_ok=True)
     _sync_directory(path.parent)
@@ -59,9 +62,18 @@ def directory(path: Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             aside.rename(path)
+    except OSError as problem:
+        _named(problem, path)
+        raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     _sync_directory(path.parent)
+
+
+def _named(problem: OSError, path: Path) -> None:
+    """Say what was to be written where the system didn't: a full disk has no name."""
+    if problem.filename is None and problem.errno is not None:
+        problem.filename = str(path)
 
 
 def _sync_directory(path: Path) -> None:
