@@ -31,6 +31,7 @@ from federation.masking import (
     ConsentRequest,
     ForgedSignature,
     Keys,
+    KeysRequest,
     Masked,
     MaskedRequest,
     Opened,
@@ -150,8 +151,9 @@ class MaskedSite(_Unshown):
         """Give what the site holds, for its own archive only: whoever reads it can take the masks off."""
         return canonical.encode(self._held)
 
-    def keys(self) -> Keys:
+    def keys(self, request: KeysRequest) -> Keys:
         """Give the public keys of this sum, signed."""
+        self._belongs(request.agreement)
         return self._held.keys
 
     def shares(self, request: SharesRequest) -> Shares:
@@ -279,8 +281,8 @@ class MaskedSite(_Unshown):
 
     def _begin(self) -> _Held:
         agreement, drawn = self._agreement, _Secrets.draw()
-        public = (key.public_key().public_bytes_raw().hex() for key in (drawn.channel_key, drawn.mask_key))
-        keys = Keys(self._site, agreement.digest, *public, signature="")
+        channel, mask = (key.public_key().public_bytes_raw().hex() for key in (drawn.channel_key, drawn.mask_key))
+        keys = Keys(self._site, agreement.digest, channel, mask, signature="")
         keys = dataclasses.replace(keys, signature=signed(self._identity, keys))
         return _Held(agreement.manifest_hash, agreement.round, agreement.attempt, agreement.digest, keys, drawn)
 

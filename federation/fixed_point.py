@@ -122,7 +122,7 @@ class FixedPoint:
         return clipped
 
     def decode(self, words: Words, weight: float, out: Vector) -> None:
-        """Write at most `CHUNK` words of the sum as their mean, given the summed weight; `out` may share their memory."""
+        """Write at most `CHUNK` words of the sum as their mean by the summed weight; `out` may share their memory."""
         signed = words.view(f"<i{words.dtype.itemsize}")
         out[:] = signed * (self.step * self.max_weight / weight)
 

@@ -1,9 +1,9 @@
 """The one place that turns messages into Flower's records and back, and that touches Flower's inside.
 
 A message is a `RecordDict` of two records: `header`, with one string, and `payloads`, an `ArrayRecord` whose arrays
-hold raw little-endian float32, unsigned integers of masked sums, or plain bytes. Arrays travel in content-addressed chunks, so that weights sent to many
-sites cost the server one copy. Nothing is unpickled and no array header is parsed. Whatever arrives from the other
-side in another shape is a `ProtocolError`.
+hold raw little-endian float32, the unsigned integers of masked sums, or plain bytes. Arrays travel in content-
+addressed chunks, so that weights sent to many sites cost the server one copy. Nothing is unpickled and no array
+header is parsed. Whatever arrives from the other side in another shape is a `ProtocolError`.
 
 Checked against flwr 1.41; the version is pinned.
 """

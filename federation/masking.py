@@ -1,8 +1,8 @@
 """Secure aggregation, what both sides must agree on: the options, the ten messages, and what is signed.
 
 The protocol is the one of Bonawitz et al., Practical secure aggregation for privacy-preserving machine learning
-(CCS 2017, figure 4, with the steps against an active server); docs/secure-aggregation.md tells it step by step. A site's
-side is `client.masked`, the coordinator's `server.unmask`; both are pure: no clock, no files, no transport.
+(CCS 2017, figure 4, with the steps against an active server); docs/secure-aggregation.md tells it step by step. A
+site's side is `client.masked`, the coordinator's `server.unmask`; both are pure: no clock, no files, no transport.
 
 Every message names its `Agreement` by digest: manifest, round, attempt, roster of identities and options. Every
 signature covers that digest, so nothing can be played back in another round, run or attempt.

@@ -2,9 +2,9 @@
 
 One object per sum, as pure as the round engine. It walks through five stages; in each it asks some sites, takes what
 they answer, and `advance`s when all have answered or nobody waits any longer. Who has not answered by then has dropped
-out; below the threshold the sum fails, naming the stage and the sites. Masked updates are added up as they come, chunk by
-chunk. All that it does follows from the replies it was given and where `advance` stood between them, so a coordinator
-that was killed is rebuilt by giving it the same again.
+out; below the threshold the sum fails, naming the stage and the sites. Masked updates are added up as they come, chunk
+by chunk. All that it does follows from the replies it was given and where `advance` stood between them, so a
+coordinator that was killed is rebuilt by giving it the same again.
 """
 
 import enum
@@ -140,11 +140,11 @@ class Unmasking:
         Raises:
             MaskingError: the reply can't be used; the site counts as one that has not answered.
         """
-        expected = _REPLIES.get(self.stage)
-        if expected is None or not isinstance(reply, expected):
-            if isinstance(reply, tuple(_REPLIES.values())) and site in self._agreement.roster:
-                return
-            raise OutOfTurn(f"{site} sent a {type(reply).__name__} while {self.stage.value} are asked for.")
+        stage = next(stage for stage, kind in _REPLIES.items() if isinstance(reply, kind))
+        if _ORDER.index(stage) < _ORDER.index(self.stage):
+            return
+        if stage is not self.stage:
+            raise OutOfTurn(f"{site} sent {stage.value} while {self.stage.value} are asked for.")
         if reply.site != site or site not in self._asked:
             raise ForgedSignature(f"A reply of {site} names {reply.site:.80}, or was not asked for.")
         if site in self._replies[self.stage]:
@@ -167,10 +167,10 @@ class Unmasking:
             raise OutOfTurn("The sum is open; no stage is left.")
         answered, threshold = self._answered(self.stage), self._agreement.options.threshold
         if len(answered) < threshold:
+            missing = ", ".join(sorted(set(self._agreement.roster) - set(answered)))
             raise TooFewSites(
                 f"Round {self._agreement.round}, attempt {self._agreement.attempt}: {len(answered)} sites gave "
-                f"{self.stage.value}, {threshold} must. Missing: {', '.join(sorted(set(self._agreement.roster) - set(answered)))}. "
-                f"{self._way_out()}"
+                f"{self.stage.value}, {threshold} must. Missing: {missing}. {self._way_out()}"
             )
         if self.stage is Stage.KEYS:
             self._keyring = keyring_of(self._agreement, self._of(Keys))
@@ -280,8 +280,8 @@ class Unmasking:
     def _wrong(self, site: str) -> MaskingError:
         opening = ", ".join(self._answered(Stage.OPENING))
         return MaskingError(
-            f"The shares of {site}'s secret don't give back what it was bound to: {site} shared a wrong one out, or one "
-            f"of {opening} released a wrong share. The round must be left out."
+            f"The shares of {site}'s secret don't give back what it was bound to: {site} shared a wrong one out, or "
+            f"one of {opening} released a wrong share. This round's updates are lost; the next round has new keys."
         )
 
     def _way_out(self) -> str:
