@@ -10,16 +10,14 @@ the site's own archive, where a reply must not leave before the state that goes 
 import dataclasses
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import NoReturn
 
 import numpy as np
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
+from client.held import Held, Secrets, Unshown, check_progress
 from federation import canonical, shamir
 from federation.keystream import Mask, Masks, chunks, pair_mask, shared_key
 from federation.masking import (
@@ -44,6 +42,7 @@ from federation.masking import (
     SharesRequest,
     SplitRoster,
     TooFewSites,
+    check_keys,
     check_signature,
     keyring_of,
     signed,
@@ -55,61 +54,7 @@ from tokenizer.errors import ConfigError, DataError
 _NONCE_BYTES = 12
 
 
-class _Unshown:
-    """Base of what holds secrets: no repr of the content, no pickle, no copy."""
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__}: not shown>"
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise TypeError(f"A {type(self).__name__} holds secrets of this site and is not to be pickled or copied.")
-
-
-@dataclass(frozen=True, repr=False)
-class _Secrets(_Unshown):
-    """Two X25519 private keys and the self mask's seed, in hex."""
-
-    channel: str
-    mask: str
-    seed: str
-
-    @classmethod
-    def draw(cls) -> "_Secrets":
-        return cls(*(secrets.token_hex(32) for _ in range(3)))
-
-    @property
-    def channel_key(self) -> X25519PrivateKey:
-        return X25519PrivateKey.from_private_bytes(bytes.fromhex(self.channel))
-
-    @property
-    def mask_key(self) -> X25519PrivateKey:
-        return X25519PrivateKey.from_private_bytes(bytes.fromhex(self.mask))
-
-
-@dataclass(frozen=True, repr=False)
-class _Held(_Unshown):
-    """All that a site holds of one sum.
-
-    `shares` are, by owner and in hex, the shares of its mask key and of its seed. Once the site has opened a sum, its
-    secrets and shares are gone, and what remains keeps it from opening another one of the same round.
-    """
-
-    manifest_hash: str
-    round: int
-    attempt: int
-    agreement: str
-    keys: Keys
-    secrets: _Secrets | None
-    keyring: tuple[Keys, ...] = ()
-    sent: Shares | None = None
-    shares: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    masked: bool = False
-    consent: Consent | None = None
-    summed: tuple[str, ...] = ()
-    opened: Opened | None = None
-
-
-class MaskedSite(_Unshown):
+class MaskedSite(Unshown):
     """One site's part in one sum."""
 
     def __init__(
@@ -140,11 +85,11 @@ class MaskedSite(_Unshown):
             raise ConfigError(f"The roster does not list {site} with the key that this site was enrolled with.")
         self._least = max(agreement.options.threshold, minimum)
         self._enough(agreement.roster, "the roster")
-        last = None if before is None else canonical.decode(_Held, before, "The kept masking state", ConfigError)
+        last = None if before is None else canonical.decode(Held, before, "The kept masking state", ConfigError)
         if last is not None and last.agreement == agreement.digest:
             self._held = last
         else:
-            _check_progress(agreement, last)
+            check_progress(agreement, last)
             self._held = self._begin()
 
     def to_secret_bytes(self) -> bytes:
@@ -160,7 +105,7 @@ class MaskedSite(_Unshown):
         """Check all keys, and share the own secrets out over their owners.
 
         Raises:
-            Replayed, ForgedSignature, SplitRoster, TooFewSites: see `federation.masking`; the site is named.
+            Replayed, ForgedSignature, WeakKeys, SplitRoster, TooFewSites: see `federation.masking`; the site is named.
         """
         self._belongs(request.agreement)
         if self._held.sent is not None:
@@ -169,7 +114,7 @@ class MaskedSite(_Unshown):
             return self._held.sent
         names = _in_order([keys.site for keys in request.keys], "The keys")
         for keys in request.keys:
-            check_signature(self._agreement, keys)
+            check_keys(self._agreement, keys)
         public = [key for keys in request.keys for key in (keys.channel, keys.mask)]
         if len(set(public)) != len(public):
             raise ForgedSignature("Two sites show the same key; each draws its own.")
@@ -279,12 +224,12 @@ class MaskedSite(_Unshown):
         self._held = dataclasses.replace(self._held, secrets=None, shares={}, opened=opened)
         return opened
 
-    def _begin(self) -> _Held:
-        agreement, drawn = self._agreement, _Secrets.draw()
+    def _begin(self) -> Held:
+        agreement, drawn = self._agreement, Secrets.draw()
         channel, mask = (key.public_key().public_bytes_raw().hex() for key in (drawn.channel_key, drawn.mask_key))
         keys = Keys(self._site, agreement.digest, channel, mask, signature="")
         keys = dataclasses.replace(keys, signature=signed(self._identity, keys))
-        return _Held(agreement.manifest_hash, agreement.round, agreement.attempt, agreement.digest, keys, drawn)
+        return Held(agreement.manifest_hash, agreement.round, agreement.attempt, agreement.digest, keys, drawn)
 
     def _share_out(self, keyring: tuple[Keys, ...]) -> Shares:
         own, agreement = self._secrets(), self._agreement
@@ -375,25 +320,10 @@ class MaskedSite(_Unshown):
                 f"from {self._least} on: threshold {self._agreement.options.threshold}, or its own policy."
             )
 
-    def _secrets(self) -> _Secrets:
+    def _secrets(self) -> Secrets:
         if self._held.secrets is None:
             raise OutOfTurn(f"{self._site} has opened this sum and forgotten its secrets.")
         return self._held.secrets
-
-
-def _check_progress(agreement: Agreement, last: _Held | None) -> None:
-    if last is None or last.manifest_hash != agreement.manifest_hash:
-        return
-    if (agreement.round, agreement.attempt) <= (last.round, last.attempt):
-        raise OutOfTurn(
-            f"Round {agreement.round}, attempt {agreement.attempt} does not come after round {last.round}, attempt "
-            f"{last.attempt}; a sum that was begun is never begun again."
-        )
-    if agreement.round == last.round and last.consent is not None:
-        raise SecondUnmasking(
-            f"A set of sites was signed for round {last.round} already; the sums of two sets would tell the updates of "
-            "the sites between them."
-        )
 
 
 def _in_order(names: "list[str] | tuple[str, ...]", what: str) -> tuple[str, ...]:

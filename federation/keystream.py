@@ -34,10 +34,9 @@ class Mask:
 
 
 def shared_key(own: X25519PrivateKey, other: bytes, purpose: bytes) -> bytes:
-    """Agree on a key of 32 bytes with the owner of another public key; both must name the same purpose.
+    """Agree on a key of 32 bytes with the owner of another public key, which `masking.check_keys` let pass.
 
-    Raises:
-        ValueError: the other key is not one that X25519 can agree with.
+    Both must name the same purpose.
     """
     secret = own.exchange(X25519PublicKey.from_public_bytes(other))
     return HKDF(SHA256(), 32, salt=None, info=purpose).derive(secret)

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
 from federation import canonical
 from federation.fixed_point import FixedPoint, Total
@@ -38,6 +39,10 @@ class Replayed(MaskingError):
 
 class ForgedSignature(MaskingError):
     """Something that was not signed by the identity that the roster names."""
+
+
+class WeakKeys(MaskingError):
+    """A public key that is no point of X25519's large group."""
 
 
 class SplitRoster(MaskingError):
@@ -328,6 +333,23 @@ def check_signature(agreement: Agreement, message: Keys | Shares | Share | Conse
         raise ForgedSignature(
             f"What is said to be {message.site}'s {_what(message)} is not signed by its enrolled identity: somebody in "
             "between has changed it, or the roster is out of date."
+        ) from None
+
+
+def check_keys(agreement: Agreement, keys: Keys) -> None:
+    """Refuse keys that `check_signature` refuses, or that agree on the same secret with everybody.
+
+    Raises:
+        Replayed, ForgedSignature: as above.
+        WeakKeys: naming the site.
+    """
+    check_signature(agreement, keys)
+    try:
+        for key in (keys.channel, keys.mask):
+            X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(bytes.fromhex(key)))
+    except ValueError:
+        raise WeakKeys(
+            f"The keys of {keys.site} are none that a secret could be agreed on with; leave it out."
         ) from None
 
 

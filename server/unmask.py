@@ -8,7 +8,7 @@ coordinator that was killed is rebuilt by giving it the same again.
 """
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import TypeVar
@@ -42,11 +42,12 @@ from federation.masking import (
     SplitRoster,
     TooFewSites,
     WrongLength,
+    check_keys,
     check_signature,
     keyring_of,
     transcript_of,
 )
-from federation.messages import Vector, Words
+from federation.messages import ProtocolError, Vector, Words
 
 T = TypeVar("T", Keys, Shares, Masked, Consent, Opened)
 
@@ -205,7 +206,7 @@ class Unmasking:
     def _check(self, reply: Reply) -> None:
         match reply:
             case Keys():
-                check_signature(self._agreement, reply)
+                check_keys(self._agreement, reply)
             case Shares():
                 check_signature(self._agreement, reply)
                 self._check_keyring(reply.site, reply.keyring)
@@ -257,29 +258,28 @@ class Unmasking:
         return Masks(masks)
 
     def _seed(self, site: str) -> bytes:
-        secret = self._secret(site, {reply.site: reply.seeds[site] for reply in self._of(Opened)})
-        shares = self._replies[Stage.SHARES][site]
-        if not isinstance(shares, Shares) or sha256(secret).hexdigest() != shares.commitment:
-            raise self._wrong(site)
-        return secret
+        shares = {reply.site: reply.seeds[site] for reply in self._of(Opened)}
+        commitments = {reply.site: reply.commitment for reply in self._of(Shares)}
+        return self._secret(site, shares, lambda secret: sha256(secret).hexdigest() == commitments[site])
 
     def _mask_key(self, site: str, keys: Keys) -> X25519PrivateKey:
-        secret = self._secret(site, {reply.site: reply.keys[site] for reply in self._of(Opened)})
-        key = X25519PrivateKey.from_private_bytes(secret)
-        if key.public_key().public_bytes_raw().hex() != keys.mask:
-            raise self._wrong(site)
-        return key
+        shares = {reply.site: reply.keys[site] for reply in self._of(Opened)}
+        secret = self._secret(site, shares, lambda secret: _public(secret) == keys.mask)
+        return X25519PrivateKey.from_private_bytes(secret)
 
-    def _secret(self, site: str, shares: Mapping[str, str]) -> bytes:
-        enough = sorted(shares)[: self._agreement.options.threshold]
-        try:
-            return shamir.combine({self._agreement.points[other]: bytes.fromhex(shares[other]) for other in enough})
-        except ValueError:
-            raise self._wrong(site) from None
-
-    def _wrong(self, site: str) -> MaskingError:
+    def _secret(self, site: str, shares: Mapping[str, str], fits: Callable[[bytes], bool]) -> bytes:
+        """Combine a threshold of shares; where more came, one that is wrong is gone around."""
+        senders, threshold = sorted(shares) * 2, self._agreement.options.threshold
+        for start in range(len(shares)):
+            chosen = senders[start : start + threshold]
+            try:
+                secret = shamir.combine({self._agreement.points[one]: bytes.fromhex(shares[one]) for one in chosen})
+            except (ValueError, ProtocolError):
+                continue
+            if fits(secret):
+                return secret
         opening = ", ".join(self._answered(Stage.OPENING))
-        return MaskingError(
+        raise MaskingError(
             f"The shares of {site}'s secret don't give back what it was bound to: {site} shared a wrong one out, or "
             f"one of {opening} released a wrong share. This round's updates are lost; the next round has new keys."
         )
@@ -298,6 +298,10 @@ class Unmasking:
 
     def _answered(self, stage: Stage) -> tuple[str, ...]:
         return tuple(sorted(self._replies[stage]))
+
+
+def _public(secret: bytes) -> str:
+    return X25519PrivateKey.from_private_bytes(secret).public_key().public_bytes_raw().hex()
 
 
 def _for(site: str, shares: Shares) -> Share:

@@ -99,9 +99,7 @@ def test_masked_vectors_are_uniform() -> None:
 def byte_chances(words: np.ndarray) -> list[float]:
     columns = words.view(np.uint8).reshape(words.size, -1).T
     expected = words.size / 256
-    return [
-        float(chi2.sf(np.sum((np.bincount(c, minlength=256) - expected) ** 2 / expected), 255)) for c in columns
-    ]
+    return [float(chi2.sf(np.sum((np.bincount(c, minlength=256) - expected) ** 2 / expected), 255)) for c in columns]
 
 
 def test_the_same_update_is_masked_differently_each_time() -> None:
