@@ -348,9 +348,7 @@ def check_keys(agreement: Agreement, keys: Keys) -> None:
         for key in (keys.channel, keys.mask):
             X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(bytes.fromhex(key)))
     except ValueError:
-        raise WeakKeys(
-            f"The keys of {keys.site} are none that a secret could be agreed on with; leave it out."
-        ) from None
+        raise WeakKeys(f"No secret can be agreed on with the keys of {keys.site}: the site must be left out.") from None
 
 
 def _statement(message: Keys | Shares | Share | Consent) -> bytes:

@@ -19,18 +19,18 @@ from federation.masking import (
     ConsentRequest,
     ForgedSignature,
     KeysRequest,
-    MaskingError,
     OpenRequest,
     OutOfTurn,
     Replayed,
     SecondUnmasking,
     SplitRoster,
     TooFewSites,
+    WeakKeys,
     keyring_of,
     transcript_of,
 )
 from federation.messages import ProtocolError
-from server.unmask import Stage
+from server.unmask import Stage, Unmasking
 from tests.sums import FAR, IDENTITIES, NAMES, Federation, agreement, changed, foreign_consent, resigned
 from tokenizer.errors import ConfigError, DataError
 
@@ -80,8 +80,10 @@ def test_a_key_that_agrees_with_anybody_is_refused() -> None:
     played = Federation(agreement())
     request = played.requests(Stage.SHARES)["ash"]
     weak = resigned("birch", request.keys[1], channel="00" * 32)
-    with pytest.raises(MaskingError, match="birch"):
+    with pytest.raises(WeakKeys, match="birch"):
         played.answer("ash", dataclasses.replace(request, keys=(request.keys[0], weak, *request.keys[2:])))
+    with pytest.raises(WeakKeys, match="birch"):
+        Unmasking(played.agreement).receive("birch", weak)
 
 
 def test_a_list_without_the_site_s_own_keys_is_refused() -> None:
@@ -152,9 +154,8 @@ def test_shares_from_sites_that_were_shown_other_keys_are_refused() -> None:
     of_ash = dataclasses.replace(of_ash, shares=tuple(s for s in of_ash.shares if s.site != "elm"))
     with pytest.raises(SplitRoster, match="ash and birch were shown different lists of keys"):
         played.answer("ash", of_ash)
-    lied = dataclasses.replace(
-        of_ash, shares=tuple(dataclasses.replace(s, keyring=of_ash.keyring) for s in of_ash.shares)
-    )
+    renamed = tuple(dataclasses.replace(share, keyring=of_ash.keyring) for share in of_ash.shares)
+    lied = dataclasses.replace(of_ash, shares=renamed)
     with pytest.raises(ForgedSignature, match="birch's shares"):
         played.answer("ash", lied)
 
@@ -173,9 +174,8 @@ def test_sites_that_are_brought_different_shares_do_not_open_a_sum() -> None:
     played = Federation(agreement(5, 3))
     requests = played.requests(Stage.MASKED)
     for name, request in requests.items():
-        if name == "birch":
-            request = dataclasses.replace(request, shares=tuple(s for s in request.shares if s.site != "elm"))
-        played.answer(name, request)
+        fewer = dataclasses.replace(request, shares=tuple(s for s in request.shares if s.site != "elm"))
+        played.answer(name, fewer if name == "birch" else request)
     everybody, without = ("ash", "birch", "cedar", "elm", "fir"), ("ash", "birch", "cedar", "fir")
     summed = without
     asked = ConsentRequest(played.agreement.digest, everybody, summed, FAR)
