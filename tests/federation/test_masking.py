@@ -1,6 +1,8 @@
 """Claims about masked sums: they are the plain sums, whoever drops out when, and a masked vector tells nothing."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -202,3 +204,13 @@ def test_the_stated_error_is_not_idle() -> None:
     fixed.encode(values, 1, words)
     fixed.decode(words, 1, mean)
     assert np.max(np.abs(mean - values)) > 0.5 * fixed.mean_error(1, 1)
+
+
+def test_the_thresholds_that_the_docs_recommend_are_what_the_docs_say() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "secure-aggregation.md").read_text(encoding="utf-8")
+    rows = [tuple(map(int, row)) for row in re.findall(r"^\| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", text, re.MULTILINE)]
+    assert len(rows) == 9
+    for sites, threshold, leaving, colluding in rows:
+        assert sites / 2 < threshold <= sites
+        assert leaving == sites - threshold
+        assert colluding == min(2 * threshold - sites - 1, threshold - 2)
