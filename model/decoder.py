@@ -144,7 +144,7 @@ class Decoder(nn.Module):
         table = torch.empty(config.vocab, config.width)
         self.embed_tokens = nn.Embedding(config.vocab, config.width, _weight=table)
         self.layers = nn.ModuleList(_Block(config) for _ in range(config.layers))
-        self.norm = _RMSNorm(config.width, config.eps)
+        self.norm = RMSNorm(config.width, config.eps)
         self.lm_head = None if config.tied else nn.Linear(config.width, config.vocab, bias=False)
 
     @classmethod
@@ -253,13 +253,16 @@ class _Walk:
         return x * keep.div_(1.0 - self.rate)
 
 
-class _RMSNorm(nn.Module):
+class RMSNorm(nn.Module):
+    """Root mean square norm (Zhang, Sennrich 2019, arXiv 1910.07467), without a bias."""
+
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
     def forward(self, x_ND: Tensor) -> Tensor:
+        """Each row over its root mean square, times the weight."""
         return F.rms_norm(x_ND, (x_ND.shape[-1],), self.weight, self.eps)
 
 
@@ -295,9 +298,9 @@ class _FeedForward(nn.Module):
 class _Block(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.input_layernorm = _RMSNorm(config.width, config.eps)
+        self.input_layernorm = RMSNorm(config.width, config.eps)
         self.self_attn = _Attention(config)
-        self.post_attention_layernorm = _RMSNorm(config.width, config.eps)
+        self.post_attention_layernorm = RMSNorm(config.width, config.eps)
         self.mlp = _FeedForward(config)
 
     def forward(self, x_ND: Tensor, layer: int, walk: _Walk) -> Tensor:
