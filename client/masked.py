@@ -9,7 +9,7 @@ the site's own archive, where a reply must not leave before the state that goes 
 
 import dataclasses
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from hashlib import sha256
 
 import numpy as np
@@ -83,7 +83,7 @@ class MaskedSite(Unshown):
         self._agreement, self._site, self._identity = agreement, site, identity
         if agreement.roster.get(site) != identity.public_key().public_bytes_raw().hex():
             raise ConfigError(f"The roster does not list {site} with the key that this site was enrolled with.")
-        self._least = max(agreement.options.threshold, minimum)
+        self._minimum, self._least = minimum, max(agreement.options.threshold, minimum)
         self._enough(agreement.roster, "the roster")
         last = None if before is None else canonical.decode(Held, before, "The kept masking state", ConfigError)
         if last is not None and last.agreement == agreement.digest:
@@ -299,7 +299,7 @@ class MaskedSite(Unshown):
                 raise SplitRoster(f"{consent.site} was shown other keys or other sites than {self._site}.")
         if stranger := sorted(set(names) - set(request.summed)):
             raise SplitRoster(f"{stranger[0]} signed, but is not among the summed sites.")
-        self._enough(names, "the sites that signed")
+        self._enough(names, "the sites that signed", self._agreement.options.threshold)
 
     def _belongs(self, agreement: str) -> None:
         if agreement != self._agreement.digest:
@@ -313,11 +313,13 @@ class MaskedSite(Unshown):
         if sent is None or keyring != sent.keyring:
             raise SplitRoster(f"{self._site} and {who} were shown different lists of keys.")
 
-    def _enough(self, sites: "Mapping[str, object] | tuple[str, ...] | list[str]", what: str) -> None:
-        if len(sites) < self._least:
+    def _enough(self, sites: Collection[str], what: str, least: int | None = None) -> None:
+        """Refuse fewer sites than the least: the threshold or, where sums are about, the site's own minimum."""
+        least = least or self._least
+        if len(sites) < least:
             raise TooFewSites(
-                f"{what[0].upper()}{what[1:]} are {len(sites)} ({', '.join(sorted(sites))}); {self._site} takes part "
-                f"from {self._least} on: threshold {self._agreement.options.threshold}, or its own policy."
+                f"{what[0].upper()}{what[1:]} are {len(sites)} ({', '.join(sorted(sites))}); {self._site} needs "
+                f"{least}: the threshold is {self._agreement.options.threshold}, its own minimum {self._minimum}."
             )
 
     def _secrets(self) -> Secrets:
@@ -326,7 +328,7 @@ class MaskedSite(Unshown):
         return self._held.secrets
 
 
-def _in_order(names: "list[str] | tuple[str, ...]", what: str) -> tuple[str, ...]:
+def _in_order(names: Sequence[str], what: str) -> tuple[str, ...]:
     if list(names) != sorted(set(names)):
         raise ProtocolError(f"{what} are not in the order of distinct site names.")
     return tuple(names)

@@ -8,6 +8,7 @@ header is parsed. Whatever arrives from the other side in another shape is a `Pr
 Checked against flwr 1.41; the version is pinned.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,21 +16,21 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, RecordDict
 from flwr.app import Message as FlowerMessage
 from flwr.supercore.task_identity import TaskIdentity
 
-from federation.messages import DeliveryError, Message, ProtocolError, Vector, Wire, Words, from_wire, to_wire
+from federation.messages import KINDS, DeliveryError, Message, ProtocolError, Vector, Wire, Words, from_wire, to_wire
 
 _RAW = "fedcomet.raw"
 _DTYPES = {"uint8": "u1", "float32": "<f4", "uint32": "<u4", "uint64": "<u8"}
 
 
-def to_record(message: Message) -> RecordDict:
+def to_record(message: Any) -> RecordDict:
     """Pack a message for Flower."""
     wire = to_wire(message)
     arrays = {name: _array(payload) for name, payload in wire.payloads.items()}
     return RecordDict({"header": ConfigRecord({"json": wire.header.decode()}), "payloads": ArrayRecord(arrays)})
 
 
-def from_record(record: RecordDict) -> Message:
-    """Read a message that may come from anybody.
+def from_record(record: RecordDict, kinds: Mapping[str, type[Any]] = KINDS) -> Any:
+    """Read a message of one of the kinds; it may come from anybody.
 
     Raises:
         ProtocolError: naming what is missing, unknown or of the wrong type.
@@ -42,7 +43,9 @@ def from_record(record: RecordDict) -> Message:
     text = header.get("json")
     if set(header) != {"json"} or not isinstance(text, str):
         raise ProtocolError("The message's header must hold one text named 'json'.")
-    return from_wire(Wire(text.encode("utf-8", "surrogatepass"), {k: _payload(k, v) for k, v in payloads.items()}))
+    return from_wire(
+        Wire(text.encode("utf-8", "surrogatepass"), {k: _payload(k, v) for k, v in payloads.items()}), kinds
+    )
 
 
 def request(record: RecordDict, kind: str, node: int, *, group: str, ttl_s: float) -> FlowerMessage:

@@ -9,6 +9,7 @@ signature covers that digest, so nothing can be played back in another round, ru
 """
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -133,6 +134,11 @@ class Agreement:
             )
         if wrong := [name for name in self.roster if not is_site_name(name)]:
             raise ConfigError(f"{wrong[0]!r:.80} can't be the name of a site in the roster.")
+        for name, key in self.roster.items():
+            if not _is_key(key):
+                raise ConfigError(
+                    f"The roster's key of {name} is not an Ed25519 public key: 32 bytes in lowercase hex."
+                )
         if len(set(self.roster.values())) != count:
             raise ConfigError("Two sites of the roster have the same identity key; each needs its own.")
         if self.size < 1:
@@ -346,6 +352,8 @@ def check_keys(agreement: Agreement, keys: Keys) -> None:
     check_signature(agreement, keys)
     try:
         for key in (keys.channel, keys.mask):
+            if not _is_key(key):
+                raise ValueError
             X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(bytes.fromhex(key)))
     except ValueError:
         raise WeakKeys(f"No secret can be agreed on with the keys of {keys.site}: the site must be left out.") from None
@@ -355,6 +363,10 @@ def _statement(message: Keys | Shares | Share | Consent) -> bytes:
     left_out = {"signature", "sealed"}
     fields = {name: value for name, value in vars(message).items() if name not in left_out}
     return _DOMAIN + canonical.encode({"what": _what(message), **fields})
+
+
+def _is_key(text: str) -> bool:
+    return re.fullmatch("[0-9a-f]{64}", text) is not None
 
 
 def _what(message: Keys | Shares | Share | Consent) -> str:

@@ -179,7 +179,8 @@ Request = SurveyRequest | PrepareRequest | TrainRequest | EvaluateRequest
 Reply = SurveyReply | PrepareReply | TrainReply | EvaluateReply | Refusal
 Message = Request | Reply
 
-_KINDS: dict[str, type[Any]] = {kind.kind: kind for kind in (*Request.__args__, *Reply.__args__)}
+KINDS: Mapping[str, type[Any]] = {kind.kind: kind for kind in (*Request.__args__, *Reply.__args__)}
+"""The vocabulary of this module by name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,7 +208,7 @@ def to_wire(message: Any) -> Wire:
     return Wire(canonical.encode(header), payloads)
 
 
-def from_wire(wire: Wire, kinds: Mapping[str, type[Any]] = _KINDS) -> Any:
+def from_wire(wire: Wire, kinds: Mapping[str, type[Any]] = KINDS) -> Any:
     """Read a message that may come from anybody.
 
     Args:

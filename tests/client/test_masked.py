@@ -104,16 +104,24 @@ def test_keys_out_of_order_or_twice_are_refused() -> None:
 # The roster
 
 
+def test_a_site_s_minimum_is_of_summed_sites_not_of_those_that_sign() -> None:
+    agreed = agreement(5, 3)
+    played = Federation(agreed)
+    played.sites["ash"] = MaskedSite(agreed, "ash", IDENTITIES["ash"], minimum=5)
+    played.play(dropped={Stage.CONSENT: ["elm"], Stage.OPENING: ["fir"]})
+    played.check(played.server.open_())
+
+
 def test_a_roster_below_the_threshold_is_refused() -> None:
     played = Federation(agreement(5, 4))
     request = played.requests(Stage.SHARES)["ash"]
-    with pytest.raises(TooFewSites, match=r"3 \(ash, birch, cedar\); ash takes part from 4"):
+    with pytest.raises(TooFewSites, match=r"3 \(ash, birch, cedar\); ash needs 4"):
         played.answer("ash", dataclasses.replace(request, keys=request.keys[:3]))
 
 
 def test_a_site_s_own_minimum_counts_where_it_is_higher() -> None:
     agreed = agreement(5, 3)
-    with pytest.raises(TooFewSites, match="from 6 on"):
+    with pytest.raises(TooFewSites, match="needs 6: the threshold is 3, its own minimum 6"):
         MaskedSite(agreed, "ash", IDENTITIES["ash"], minimum=6)
     played = Federation(agreed)
     played.sites["ash"] = MaskedSite(agreed, "ash", IDENTITIES["ash"], minimum=5)

@@ -140,9 +140,7 @@ def test_every_message_survives_the_wire() -> None:
 
 
 def carried(message: object) -> object:
-    record = flower.to_record(message)
-    payloads = {name: flower._payload(name, array) for name, array in record["payloads"].items()}
-    return from_wire(Wire(record["header"]["json"].encode(), payloads), KINDS)
+    return flower.from_record(flower.to_record(message), KINDS)
 
 
 @pytest.mark.parametrize("words", [np.zeros(3, np.float32), b"123", np.zeros(3, np.int32)])
@@ -182,6 +180,13 @@ def test_a_roster_with_one_key_for_two_sites_is_refused() -> None:
     agreed = agreement()
     with pytest.raises(ConfigError, match="same identity key"):
         dataclasses.replace(agreed, roster={**agreed.roster, "ash": agreed.roster["birch"]})
+
+
+@pytest.mark.parametrize("key", ["", "zz" * 32, "AB" * 32, "ab" * 31])
+def test_a_roster_with_what_is_no_key_is_refused(key: str) -> None:
+    agreed = agreement()
+    with pytest.raises(ConfigError, match="key of birch"):
+        dataclasses.replace(agreed, roster={**agreed.roster, "birch": key})
 
 
 def test_options_name_what_is_wrong() -> None:
