@@ -34,6 +34,8 @@ _SOURCE, _TOKENS, _TRAINING, _WORK = "Records", "Tokens", "Training", "Work"
 
 site = typer.Typer(help="What a site does by itself.", no_args_is_help=True)
 app.add_typer(site, name="site", rich_help_panel=_SITE)
+model_app = typer.Typer(help="Look at a model, and exchange it with other software.", no_args_is_help=True)
+app.add_typer(model_app, name="model", rich_help_panel=_RESEARCH)
 
 # What several commands take.
 Records = Annotated[
@@ -117,6 +119,7 @@ Spell = Annotated[
     ),
 ]
 SplitKey = Annotated[str, typer.Option(help="Key of the hash that splits patients.", rich_help_panel=_TOKENS)]
+Checkpoint = Annotated[Path, typer.Argument(help="A model's folder, such as runs/NAME/model, or a checkpoint file.")]
 Workers = Annotated[
     int | None,
     typer.Option(min=1, help="Worker processes.", show_default="one per core if it pays off", rich_help_panel=_WORK),
@@ -449,6 +452,66 @@ def evaluate(
     if out is not None:
         write(out, answers)
         console.print(f"all predictions: {out}")
+
+
+@model_app.command("show")
+def show_model(checkpoint: Checkpoint) -> None:
+    """Tell a model's shape, size and provenance, once its content is seen to be what was saved."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from model.checkpoint import describe, load
+
+    table = Table.grid(padding=(0, 2))
+    for name, text in describe(load(_file_of(checkpoint))).items():
+        table.add_row(f"[bold]{name}[/]", Text(text))
+    Console().print(table)
+
+
+@model_app.command("export")
+def export_model(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Argument(help="The folder to write; new or empty.")],
+    codebook: Annotated[
+        Path | None,
+        typer.Option(
+            help="The model's codebook, to go with it.", show_default="the codebook.json beside it, if there is one"
+        ),
+    ] = None,
+) -> None:
+    """Write a model as a Hugging Face folder (Qwen2ForCausalLM, safetensors)."""
+    from model.checkpoint import load
+    from model.interchange import export_folder
+    from tokenizer.codebook import Codebook
+
+    path = _file_of(checkpoint)
+    beside = path.with_name("codebook.json")
+    words = codebook or (beside if beside.exists() else None)
+    export_folder(load(path), out, None if words is None else Codebook.load(words))
+    print(f"exported: {out}" if words else f"exported without a codebook, which --codebook would add: {out}")
+
+
+@model_app.command("import")
+def import_model(
+    folder: Annotated[Path, typer.Argument(help="A Hugging Face folder of a Qwen2ForCausalLM.")],
+    out: Annotated[Path, typer.Argument(help="The model's folder to write; new or empty.")],
+    codebook: Annotated[
+        Path | None,
+        typer.Option(help="What its tokens mean.", show_default="the folder's codebook.json"),
+    ] = None,
+) -> None:
+    """Make a model's folder (checkpoint and codebook) of a Hugging Face folder."""
+    from model.interchange import import_folder, save_model
+    from tokenizer.codebook import Codebook
+
+    words = Codebook.load(codebook or folder / "codebook.json")
+    save_model(import_folder(folder, words), words, out)
+    print(f"imported: {out}")
+
+
+def _file_of(checkpoint: Path) -> Path:
+    return checkpoint / "checkpoint.safetensors" if checkpoint.is_dir() else checkpoint
 
 
 def _options_of(

@@ -43,9 +43,8 @@ def from_record(record: RecordDict, kinds: Mapping[str, type[Any]] = KINDS) -> A
     text = header.get("json")
     if set(header) != {"json"} or not isinstance(text, str):
         raise ProtocolError("The message's header must hold one text named 'json'.")
-    return from_wire(
-        Wire(text.encode("utf-8", "surrogatepass"), {k: _payload(k, v) for k, v in payloads.items()}), kinds
-    )
+    wire = Wire(text.encode("utf-8", "surrogatepass"), {k: _payload(k, v) for k, v in payloads.items()})
+    return from_wire(wire, kinds)
 
 
 def request(record: RecordDict, kind: str, node: int, *, group: str, ttl_s: float) -> FlowerMessage:

@@ -134,6 +134,18 @@ def preset(name: str, vocab: int, context: int | None = None, dropout: float | N
     return config if dropout is None else replace(config, dropout=dropout)
 
 
+def preset_of(config: DecoderConfig) -> str | None:
+    """Name of the preset that a decoder is, whatever its vocabulary, context and dropout; None if it is none.
+
+    >>> preset_of(preset("1m", vocab=77, context=256))
+    '1m'
+    """
+    for name, shape in PRESETS.items():
+        if config == replace(shape, vocab=config.vocab, context=config.context, dropout=config.dropout):
+            return name
+    return None
+
+
 class Decoder(nn.Module):
     """Embedding, blocks, final norm and output layer; use `create` for initial weights that follow from a seed."""
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,12 @@ import polars as pl
 import pytest
 
 from tests import tiny
+from tokenizer.codebook import Codebook
 
 REPOSITORY = Path(__file__).parents[1]
 HELP = Path(__file__).parent / "golden" / "help.txt"
-COMMANDS = ("tokenize", "site", "site check", "simulate", "report", "rollout", "evaluate")
+COMMANDS = ("tokenize", "site", "site check", "simulate", "report", "rollout", "evaluate", "model", "model show")
+COMMANDS = (*COMMANDS, "model export", "model import")
 STUDY = """
 name = "tiny"
 arms = ["federated", "alone", "pooled", "ensemble"]
@@ -177,6 +180,41 @@ def test_a_model_is_evaluated_on_a_store(root: Path, finished: Path, tokens: Pat
     risks = pl.read_parquet(tmp_path / "risks.parquet")
     assert risks.height > 50
     assert risks["model"].is_between(0, 1).all()
+
+
+def test_a_model_goes_out_and_comes_back(root: Path, finished: Path, tokens: Path) -> None:
+    shown = fedcomet("model", "show", finished / "model")
+    assert shown.returncode == 0, shown.stderr
+    for told in (
+        "preset",
+        "0.3m",
+        "1 of 1",
+        "2 sites",
+        "fedcomet",
+        Codebook.load(finished / "model/codebook.json").hash,
+    ):
+        assert told in shown.stdout
+    assert "unknown" not in shown.stdout
+    done = fedcomet("model", "export", finished / "model", root / "export")
+    assert done.returncode == 0, done.stderr
+    done = fedcomet("model", "import", root / "export", root / "back")
+    assert done.returncode == 0, done.stderr
+    for name in ("checkpoint.safetensors", "codebook.json"):
+        assert (root / "back" / name).read_bytes() == (finished / "model" / name).read_bytes()
+    assert "would be replaced" in refused("model", "import", root / "export", root / "back")
+    assert "can't be read" in refused("model", "show", root / "gone")
+    assert "config.json: can't be read" in refused("model", "import", finished / "model", root / "more")
+
+
+def test_the_guide_to_interchange_works_as_it_stands(root: Path, finished: Path, tokens: Path) -> None:
+    if not (root / "export").exists():
+        assert fedcomet("model", "export", finished / "model", root / "export").returncode == 0
+    (guide,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "interchange.md").read_text(), re.DOTALL)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "error", "-c", guide]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("numeric_value") == 3
 
 
 def refused(*arguments: object) -> str:
