@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -134,7 +135,8 @@ def test_tables_are_read_by_their_mapping_and_bad_rows_are_set_aside(tmp_path: P
     folder = tmp_path / "extract"
     folder.mkdir()
     rows = [f"{patient},2020-01-{day:02},{100 + day}" for patient in range(1, 21) for day in range(1, 9)]
-    (folder / "labs.csv").write_text("\n".join(["patient,day,glucose", *rows, "1,2020-13-01,5"]) + "\n")
+    bad = ["1,2020-13-01,5", *["1,2020-01-01,"] * 3]
+    (folder / "labs.csv").write_text("\n".join(["patient,day,glucose", *rows, *bad]) + "\n")
     (tmp_path / "mapping.toml").write_text(
         '[[table]]\nname = "labs"\nfiles = "labs.csv"\nsubject = "patient"\ntime = "day"\n'
         '[[table.event]]\ncode = "LAB//GLUCOSE"\nvalue = "glucose"\nunit = "mg/dL"\n'
@@ -148,6 +150,7 @@ def test_tables_are_read_by_their_mapping_and_bad_rows_are_set_aside(tmp_path: P
     done = fedcomet(*arguments, "--quarantine")
     assert done.returncode == 0, done.stderr
     assert "1 rows were set aside" in done.stdout
+    assert "3 rows were left out by named filters, counted in" in done.stdout
     assert "LAB//GLUCOSE//mg/dL" in (tmp_path / "out" / "codebook.json").read_text()
     assert (tmp_path / "out" / "records" / "quarantine.csv").exists()
 
@@ -170,6 +173,18 @@ def test_futures_of_a_patient_are_shown_and_written(finished: Path, tokens: Path
     assert done.returncode == 0, done.stderr
     assert "future 2:" in done.stdout
     assert set(pl.read_parquet(tmp_path / "futures.parquet")["trajectory"]) <= {-1, 0, 1}
+
+
+def test_futures_of_a_split_are_written_as_records(root: Path, finished: Path, tokens: Path, tmp_path: Path) -> None:
+    arguments = ("rollout", finished / "model", tokens, "--split", "held_out", "--max-tokens", 12)
+    done = fedcomet(*arguments, "--days", 30, "--until", "HOSPITAL_ADMISSION", "--out", tmp_path / "futures")
+    assert done.returncode == 0, done.stderr
+    assert "predictions x 3" in done.stdout
+    again = fedcomet("tokenize", tmp_path / "futures", "--out", tmp_path / "again", "--min-patients", 1)
+    assert again.returncode == 0, again.stderr
+    done = fedcomet(*arguments, "--study", root / "study.toml", "--out", tmp_path / "asked")
+    assert done.returncode == 0, done.stderr
+    assert pl.read_parquet(tmp_path / "asked" / "estimates.parquet")["risk"].is_between(0, 1).all()
 
 
 def test_a_model_is_evaluated_on_a_store(root: Path, finished: Path, tokens: Path, tmp_path: Path) -> None:
@@ -249,6 +264,31 @@ def test_what_is_wrong_is_said_without_a_traceback_and_with_exit_code_1(
     assert "codebook" in told
 
 
+def test_tokenize_replaces_nothing_that_it_did_not_write(tmp_path: Path) -> None:
+    site = tiny.site(tmp_path, "here", seed=1)
+    out = tmp_path / "out"
+    shutil.copytree(site.data, out / "records")
+    before = {file: file.read_bytes() for file in out.rglob("*.*")}
+    assert "the records are read from there" in refused("tokenize", out / "records", "--out", out, "--quarantine")
+    assert "wasn't written by fedcomet" in refused("tokenize", site.data, "--out", out, "--quarantine")
+    assert {file: file.read_bytes() for file in out.rglob("*.*")} == before
+
+
+def test_what_the_system_refuses_is_said_with_its_place(tmp_path: Path) -> None:
+    site = tiny.site(tmp_path, "here", seed=1)
+    file = tmp_path / "file"
+    file.touch()
+    assert f"{file}: is a file" in refused("tokenize", site.data, "--out", file)
+    assert f"{file}/below/it: Not a directory" in refused("tokenize", site.data, "--out", file / "below" / "it")
+    small = ["sh", "-c", 'ulimit -f 8; exec "$@"', "sh", sys.executable, str(REPOSITORY / "fedcomet.py")]
+    command = [*small, "tokenize", str(site.data), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"{tmp_path}/out/store: File too large. Files there may not be so large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_wrong_arguments_have_exit_code_2(finished: Path, tokens: Path, root: Path) -> None:
     for arguments in (
         ("simulate",),
@@ -256,6 +296,10 @@ def test_wrong_arguments_have_exit_code_2(finished: Path, tokens: Path, root: Pa
         ("tokenize", root, "--out", root / "x", "--values", "odd"),
         ("rollout", finished / "model", tokens, "--subject", 1, "--at", "yesterday"),
         ("evaluate", finished / "model", tokens, root / "study.toml", "--split", "odd"),
+        ("rollout", finished / "model", tokens),
+        ("rollout", finished / "model", tokens, "--subject", 1, "--split", "train"),
+        ("rollout", finished / "model", tokens, "--split", "train"),
+        ("rollout", finished / "model", tokens, "--subject", 1, "--top-p", "0.5"),
     ):
         assert fedcomet(*arguments).returncode == 2
 
