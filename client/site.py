@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from client.archive import Agreement, Archive, RunArchive
-from federation import canonical
+from client.budget import FILE, Budget, Limit, Release, State
+from federation import accountant, canonical
 from federation.manifest import Manifest, software_version
 from federation.messages import (
     EvaluateReply,
@@ -44,7 +45,7 @@ from model.train import Trainer, TrainOptions, evaluate
 from tokenizer.codebook import Codebook, TokenizerOptions
 from tokenizer.errors import ConfigError, DataError
 from tokenizer.events import MedsDataset, Records
-from tokenizer.noisy_survey import SurveyPrivacy, noisy_survey
+from tokenizer.noisy_survey import SurveyPrivacy, noisy_survey, price
 from tokenizer.prepare import Prepared, records_of
 from tokenizer.settings import AS_THEY_ARE, agreed
 from tokenizer.shards import AS_IT_FITS, Crew
@@ -60,6 +61,8 @@ class SiteFiles:
 
     `device` is the torch device that it trains on; only on "cpu" does the same work give the same bits. `settings` says
     what is done to the records before they are surveyed or encoded: a TOML file, "standard", or "none".
+    `budget` is the SQLAlchemy URL of the privacy budget's database, a file in `state` if empty; `limit` is the most
+    that may be spent.
     """
 
     name: str
@@ -67,6 +70,8 @@ class SiteFiles:
     state: Path
     device: str = "cpu"
     settings: str = AS_THEY_ARE
+    budget: str = ""
+    limit: Limit | None = None
 
     def __post_init__(self) -> None:
         if not is_site_name(self.name):
@@ -114,6 +119,10 @@ class Site:
                 return self.train(request)
             case EvaluateRequest():
                 return self.evaluate(request)
+
+    def budget(self) -> Budget:
+        """Open the site's privacy budget."""
+        return Budget.open(self.files.budget or self.files.state / FILE, self.files.limit)
 
     def survey(self, request: SurveyRequest) -> SurveyReply:
         """Tell what may be told about the codes of the patients that train."""
@@ -202,20 +211,24 @@ class Site:
         )
 
     def _private_survey(self, records: Records, request: SurveyRequest, privacy: SurveyPrivacy) -> bytes:
-        """Draw the noise once for good: the same request gets the same bytes, and no other one is answered."""
+        """Charge the survey and draw its noise once for good: the same request gets the same bytes, no other any."""
         asked = {"split": request.split, "tokenizer": request.tokenizer}
+        costs = accountant.of_survey(price(privacy, request.tokenizer.min_patients))
         digest = hashlib.sha256(canonical.encode(asked)).hexdigest()
-        with self.archive.surveying():
-            if (kept := self.archive.private_survey()) is None:
-                told, spend = noisy_survey(records, request.split, request.tokenizer, privacy)
-                kept = digest, told.to_bytes()
-                self.archive.keep_private_survey(*kept, spend=dataclasses.asdict(spend))
-            if kept[0] != digest:
+        release = Release("survey", 0, "survey", costs, digest)
+        with self.archive.surveying(), self.budget() as budget:
+            kept = budget.find(release.run, release.round, release.purpose)
+            if kept and kept.state != State.RESERVED and kept.release.request != digest:
                 raise SiteRefusal(
                     f"{self.files.name} has given the one private survey that its settings allow; another, with other "
                     "options, would cost its patients more. Use the options of the first."
                 )
-        return kept[1]
+            charge = budget.reserve(release)
+            if charge.answer is None:
+                told, _ = noisy_survey(records, request.split, request.tokenizer, privacy, key=charge.key)
+                charge = budget.charge(release, told.to_bytes())
+            budget.released(release)
+        return charge.answer or b""
 
     def _in_time(self, deadline_s: float) -> None:
         if self._clock() > deadline_s:
