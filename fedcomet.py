@@ -35,6 +35,9 @@ _SOURCE, _TOKENS, _TRAINING, _WORK = "Records", "Tokens", "Training", "Work"
 site = typer.Typer(help="What a site does by itself.", no_args_is_help=True)
 app.add_typer(site, name="site", rich_help_panel=_SITE)
 
+privacy = typer.Typer(help="What private releases cost, planned and spent.", no_args_is_help=True)
+app.add_typer(privacy, name="privacy", rich_help_panel=_SITE)
+
 # What several commands take.
 Records = Annotated[
     str, typer.Argument(help="The records: a file or folder, or the SQLAlchemy URL of an OMOP database.")
@@ -329,6 +332,102 @@ def check(
     if out is not None:
         write_page(out, found)
         Console(stderr=True).print(f"all of it: [bold]{out}[/]")
+
+
+@privacy.command("plan")
+def plan_privacy(
+    patients: Annotated[int, typer.Option(min=2, help="Patients who train at the site; take the smallest site.")],
+    epsilon: Annotated[float, typer.Option(help="The most that the whole training may cost a patient.")],
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of the run.")],
+    delta: Annotated[float, typer.Option(help="At this delta; well below 1 / patients.")] = 1e-6,
+    steps_per_round: Annotated[int | None, typer.Option(min=1, help="Private steps in a round.")] = None,
+    passes: Annotated[
+        float | None, typer.Option(help="Or: how often each patient is seen in the whole run, on average.")
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Patients in a batch, on average; larger and smaller ones are compared."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="The preset to train.")] = "1m",
+    json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+) -> None:
+    """Tell how much noise a protection needs, and what it will probably cost.
+
+    The noise multiplier is computed: with it, all steps of all rounds are proven to cost at most epsilon. Progress per
+    step and the cost in loss are estimates, for comparing batch sizes; only training tells the truth.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from federation import canonical
+    from federation.planner import Wish, batches_around, plan
+    from model.decoder import preset
+
+    parameters = preset(model, vocab=5000).parameters()
+    wish = Wish(patients, epsilon, delta, rounds, steps_per_round, passes, parameters)
+    if batch is not None and batch > patients:
+        raise typer.BadParameter(f"the site has {patients} patients", param_hint="--batch")
+    rows = plan(wish, batches_around(patients, batch))
+    if json:
+        print(canonical.encode({"wish": wish, "rows": rows}).decode())
+        return
+    table = Table(title=f"At most epsilon {epsilon:g} at delta {delta:g} for each of {patients:,} patients")
+    for name in ("batch", "sampling rate", "steps", "noise multiplier", "epsilon: 1 round", "all"):
+        table.add_column(name, justify="right")
+    for name in ("noise / batch", "progress per step*", "cost in loss*"):
+        table.add_column(name, justify="right", style="dim")
+    for row in rows:
+        table.add_row(
+            *(f"{row.batch:,}", f"{row.sampling_rate:.4g}", f"{row.steps:,}", f"{row.noise_multiplier:.4g}"),
+            *(f"{row.epsilon_of_one_round:.3f}", f"{row.epsilon:.3f}", f"{row.noise_per_patient:.2e}"),
+            *(f"{row.progress:.1%}", f"{row.loss:+.2f} nats"),
+            style="bold" if row.batch == batch else None,
+        )
+    Console().print(table)
+    print("* Rough estimates for comparing rows, not promises: docs/privacy.md says what they assume.")
+
+
+@privacy.command("budget")
+def show_budget(
+    state: Annotated[
+        list[Path] | None, typer.Option(help="A site's state folder; several are added up for a patient of all.")
+    ] = None,
+    database: Annotated[list[str] | None, typer.Option(help="Or the SQLAlchemy URL of a site's budget.")] = None,
+    limit: Annotated[
+        float | None, typer.Option(help="The most epsilon that may be spent, to see what is left.")
+    ] = None,
+    delta: Annotated[float, typer.Option(help="The delta at which epsilon is told.")] = 1e-6,
+    json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+) -> None:
+    """Show what a site has spent of its privacy budget, on what, and what is left."""
+    from contextlib import ExitStack
+
+    from rich.console import Console
+
+    from client.budget import FILE, Budget, Limit
+    from client.budget_report import of_sites, report, tables
+    from federation import canonical
+
+    places: list[Path | str] = [*(folder / FILE for folder in state or ()), *(database or ())]
+    if not places:
+        raise typer.BadParameter("give a site's state folder, or its database", param_hint="--state")
+    most = None if limit is None else Limit(limit, delta)
+    with ExitStack() as opened:
+        budgets = [opened.enter_context(Budget.open(place, most, begin=False)) for place in places]
+        found = [report(budget, delta) for budget in budgets]
+        together = of_sites(budgets, delta)
+    if json:
+        print(canonical.encode({"sites": found, "across": together}).decode())
+        return
+    console = Console()
+    for place, each in zip(places, found, strict=True):
+        if len(places) > 1:
+            console.rule(str(place))
+        for part in tables(each):
+            console.print(part)
+    if len(places) > 1:
+        console.print(f"a patient of one of these sites: epsilon {together.one_site:.3f}")
+        console.print(f"a patient of all of them: epsilon {together.all_sites:.3f}")
 
 
 @app.command(rich_help_panel=_RESEARCH)

@@ -9,11 +9,16 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from client.budget import Budget, Release
+from federation.accountant import Approximate, Mechanisms
 from tests import tiny
 
 REPOSITORY = Path(__file__).parents[1]
 HELP = Path(__file__).parent / "golden" / "help.txt"
-COMMANDS = ("tokenize", "site", "site check", "simulate", "report", "rollout", "evaluate")
+COMMANDS = (
+    *("tokenize", "site", "site check", "privacy", "privacy plan", "privacy budget"),
+    *("simulate", "report", "rollout", "evaluate"),
+)
 STUDY = """
 name = "tiny"
 arms = ["federated", "alone", "pooled", "ensemble"]
@@ -179,6 +184,36 @@ def test_a_model_is_evaluated_on_a_store(root: Path, finished: Path, tokens: Pat
     assert risks["model"].is_between(0, 1).all()
 
 
+def test_a_privacy_plan_compares_batch_sizes() -> None:
+    arguments = ("--patients", 2000, "--epsilon", 4, "--rounds", 5, "--steps-per-round", 4, "--batch", 200)
+    done = fedcomet("privacy", "plan", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "not promises" in done.stdout
+    done = fedcomet("privacy", "plan", *arguments, "--json")
+    rows = json.loads(done.stdout)["rows"]
+    assert [row["batch"] for row in rows] == [50, 100, 200, 400, 800]
+    assert all(3.9 < row["epsilon"] <= 4 for row in rows)
+
+
+def test_a_budget_tells_what_was_spent_on_what_and_what_is_left(tmp_path: Path) -> None:
+    for name, cost in (("a", 0.5), ("b", 0.25)):
+        release = Release("c" * 64, 1, "training", Mechanisms((Approximate(cost),)), "request")
+        with Budget.open(tmp_path / name / "budget.sqlite") as budget:
+            budget.charge(budget.reserve(release).release, b"answer")
+    done = fedcomet("privacy", "budget", "--state", tmp_path / "a", "--limit", 2)
+    assert done.returncode == 0, done.stderr
+    assert "spent: epsilon 0.500 at delta 1e-06" in done.stdout
+    assert "left: at least 1.500" in done.stdout
+    assert "1 step of (0.5, 0)-DP" in done.stdout
+    done = fedcomet("privacy", "budget", "--state", tmp_path / "a", "--state", tmp_path / "b", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["sites"][0]["lines"][0]["rounds"] == 1
+    assert found["across"]["one_site"] == pytest.approx(0.5, abs=1e-3)
+    assert found["across"]["all_sites"] == pytest.approx(0.75, abs=1e-3)
+    assert "There is no privacy budget at" in refused("privacy", "budget", "--state", tmp_path / "none")
+
+
 def refused(*arguments: object) -> str:
     done = fedcomet(*arguments)
     assert done.returncode == 1
@@ -215,6 +250,8 @@ def test_wrong_arguments_have_exit_code_2(finished: Path, tokens: Path, root: Pa
     for arguments in (
         ("simulate",),
         ("nonsense",),
+        ("privacy", "budget"),
+        ("privacy", "plan", "--patients", 10, "--epsilon", 1, "--rounds", 1, "--passes", 1, "--batch", 11),
         ("tokenize", root, "--out", root / "x", "--values", "odd"),
         ("rollout", finished / "model", tokens, "--subject", 1, "--at", "yesterday"),
         ("evaluate", finished / "model", tokens, root / "study.toml", "--split", "odd"),
