@@ -372,19 +372,21 @@ def plan_privacy(
         print(canonical.encode({"wish": wish, "rows": rows}).decode())
         return
     table = Table(title=f"At most epsilon {epsilon:g} at delta {delta:g} for each of {patients:,} patients")
-    for name in ("batch", "sampling rate", "steps", "noise multiplier", "epsilon: 1 round", "all"):
+    for name in ("batch", "rate", "steps", "noise", "ε 1 round", "ε all"):
         table.add_column(name, justify="right")
-    for name in ("noise / batch", "progress per step*", "cost in loss*"):
+    for name in ("noise/batch", "progress*", "loss*"):
         table.add_column(name, justify="right", style="dim")
     for row in rows:
         table.add_row(
             *(f"{row.batch:,}", f"{row.sampling_rate:.4g}", f"{row.steps:,}", f"{row.noise_multiplier:.4g}"),
             *(f"{row.epsilon_of_one_round:.3f}", f"{row.epsilon:.3f}", f"{row.noise_per_patient:.2e}"),
-            *(f"{row.progress:.1%}", f"{row.loss:+.2f} nats"),
+            *(f"{row.progress:.1%}", f"{row.loss:+.2f}"),
             style="bold" if row.batch == batch else None,
         )
     Console().print(table)
-    print("* Rough estimates for comparing rows, not promises: docs/privacy.md says what they assume.")
+    print("rate: chance of a patient to be in a batch; noise: multiplier, standard deviation / clipping bound.")
+    print("* Progress of a step against one without noise, and what it costs in nats per token: rough estimates, for")
+    print("  comparing rows. docs/privacy.md says what they assume.")
 
 
 @privacy.command("budget")
