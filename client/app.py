@@ -1,14 +1,18 @@
 """The Flower ClientApp of a site: it takes Flower messages, asks `client.site.Site`, and never breaks down.
 
 The site's own configuration comes from the node (`flower-supernode --node-config`): `name`, `data` (the folder of its
-MEDS dataset), `state` (a folder of its own) and, where it is not "cpu", the torch `device`; `settings` is the file that
-says what is done to the records (when not given: "standard"; with "none" they stay as they are). Whatever goes
+MEDS dataset) and `state` (a folder of its own); `settings` is the file that says what is done to the records (when not
+given: "standard"; with "none" they stay as they are). How its machine trains is its own choice: `device`, `precision`,
+`micro_tokens`, `checkpointing`, `compile`, `processes` and `shard` are those of `model.machine.Machine`, and
+`snapshot_minutes` is how much of a round's work may be lost when it is stopped. Whatever goes
 wrong is answered by a refusal. The text of an error travels only when it is about the protocol or settings; errors
 about records travel as their mere fact, and unexpected ones as the name of their type. The full story is in
 `state/site.log`.
 """
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -16,6 +20,7 @@ from flwr.clientapp import ClientApp
 from client.site import Site, SiteFiles
 from federation import flower
 from federation.messages import ProtocolError, Refusal, Reply, Request, SiteRefusal
+from model.machine import Machine
 from model.train import TrainingDiverged
 from tokenizer.errors import ConfigError, FedcometError
 from tokenizer.settings import STANDARD
@@ -61,9 +66,23 @@ def site_files(context: Context) -> SiteFiles:
         if not isinstance(value, str) or not value:
             raise ConfigError(f"The node's configuration lacks {key!r}; give it by --node-config '{key}=\"...\"'.")
         values[key] = value
-    device = str(context.node_config.get("device", "cpu"))
     settings = str(context.node_config.get("settings", STANDARD))
-    return SiteFiles(values["name"], Path(values["data"]), Path(values["state"]), device, settings)
+    choices = {f.name: _value(context, f.name, f.default) for f in dataclasses.fields(Machine)}
+    minutes = _value(context, "snapshot_minutes", SiteFiles.snapshot_minutes)
+    folders = Path(values["data"]), Path(values["state"])
+    return SiteFiles(values["name"], *folders, settings, Machine(**choices), minutes)
+
+
+def _value(context: Context, key: str, default: Any) -> Any:
+    """A setting that need not be given, of the type of its default."""
+    value = context.node_config.get(key, default)
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    if type(value) is not type(default):
+        raise ConfigError(
+            f"The node's configuration has {key} = {value!r}; a value of type {type(default).__name__} is expected."
+        )
+    return value
 
 
 def _answer(message: Message, context: Context) -> Message:
