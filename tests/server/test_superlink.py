@@ -28,6 +28,7 @@ from federation.manifest import OuterOptions
 from server.app import coordinate
 from server.journal import Journal, Status
 from tests import tiny
+from tokenizer.settings import STANDARD
 
 pytestmark = pytest.mark.slow
 
@@ -258,7 +259,7 @@ def test_a_real_superlink_gives_what_the_engine_on_one_machine_gives(tmp_path: P
         assert journal.committed() == plan.rounds, told + "".join(superlink.lines)
         assert [entry.status for entry in journal.replies(2)] == [Status.ACCEPTED] * 3
         fingerprint = journal.fingerprint()
-    fresh = [SiteFiles(one.name, one.data, tmp_path / "fresh" / one.name) for one in files]
+    fresh = [SiteFiles(one.name, one.data, tmp_path / "fresh" / one.name, STANDARD) for one in files]
     grid = tiny.FunctionGrid(dict(enumerate(map(tiny.honest, fresh), 1)))
     here = coordinate(grid, tmp_path / "here", plan)
     assert here.ledger_fingerprint == fingerprint

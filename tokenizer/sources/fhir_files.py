@@ -30,6 +30,7 @@ _COUNTED = 128 << 10
 _RANGE = 64 << 20
 _WHOLE = 64 << 20
 _LINE = 256 << 20
+_AGAIN = "Copy or export the file again"
 _SHOWN = 1000
 _NEWLINE = ord("\n")
 
@@ -156,7 +157,9 @@ def _archive(piece: Piece, whole: Container[str]) -> Iterator[Chunk | Block | Lo
                 if file is not None:
                     yield from _file(file, f"{piece.name}!{member.name}", form, piece, whole)
     except _DAMAGE as problem:
-        yield Lost(piece.name, members + 1, "archive is cut off or damaged", str(problem), advice="Copy it again")
+        yield Lost(
+            piece.name, members + 1, "archive is cut off or damaged", str(problem), advice="Copy it again", whole=True
+        )
 
 
 def _file(
@@ -258,7 +261,7 @@ def _lines(
                 yield from block.split()
             row += lines
     except _DAMAGE as problem:
-        yield Lost(name, row, "file is cut off or damaged", str(problem), advice="Copy or export the file again")
+        yield Lost(name, row, "file is cut off or damaged", str(problem), advice=_AGAIN, whole=True)
 
 
 def _document(file: IO[bytes], name: str) -> Iterator[Chunk | Block | Lost]:
@@ -279,9 +282,9 @@ def _document(file: IO[bytes], name: str) -> Iterator[Chunk | Block | Lost]:
         else:
             yield from by_kind(name, [start], [1], [None], top=True)
     except _DAMAGE as problem:
-        yield Lost(name, 1, "file is cut off or damaged", str(problem), advice="Copy or export the file again")
+        yield Lost(name, 1, "file is cut off or damaged", str(problem), advice=_AGAIN, whole=True)
     except READ_ERRORS as problem:
-        yield Lost(name, 1, fault(problem), start[:2000].decode(errors="replace"), advice="Export the file again")
+        yield Lost(name, 1, fault(problem), start[:2000].decode(errors="replace"), advice=_AGAIN, whole=True)
 
 
 class _Chained:
@@ -312,7 +315,7 @@ def _large(file: "_Chained", name: str, *, bare: bool) -> Iterator[Chunk | Lost]
     row = 1
     for found in cut(file, _LINE):
         if isinstance(found, str):
-            yield Lost(name, row, found, advice="Export the file again")
+            yield Lost(name, row, found, advice=_AGAIN, whole=True)
             return
         rows = range(row, row + len(found))
         yield from by_kind(name, found, rows, [None] * len(rows)) if bare else entries(name, found, rows)

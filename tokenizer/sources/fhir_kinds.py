@@ -42,6 +42,11 @@ class _Bundle(Struct, gc=False, rename="camel", tag="Bundle", tag_field="resourc
     entry: list[_Entry] | None = None
 
 
+class _RawBundle(Struct, gc=False, rename="camel", tag="Bundle", tag_field="resourceType"):
+    entry: list[Raw] | None = None
+
+
+_RAW_BUNDLE = msgspec.json.Decoder(_RawBundle)
 _KIND, _BUNDLE = msgspec.json.Decoder(_Kind), msgspec.json.Decoder(_Bundle)
 _ENTRY = msgspec.json.Decoder(_Entry)
 
@@ -100,6 +105,7 @@ class Lost:
         dropped: it is left out by a filter.
         table: it is counted in.
         advice: what to do.
+        whole: it is a file or the rest of one, so nobody can count what is lost: it is refused, and never set aside.
     """
 
     file: str
@@ -109,6 +115,7 @@ class Lost:
     dropped: bool = False
     table: str = UNREADABLE
     advice: str = ""
+    whole: bool = False
 
 
 def by_kind(
@@ -178,11 +185,22 @@ def _kind(name: str, row: int, raw: bytes) -> "str | Lost":
 def _opened(name: str, raw: bytes, row: int, top: bool) -> Iterator[Chunk | Lost]:
     """The resources of a bundle; entries of a file's only bundle are numbered, others have the bundle's row."""
     try:
-        entries = _BUNDLE.decode(raw).entry or []
-    except READ_ERRORS as problem:
-        yield Lost(name, row, fault(problem), raw[:2000].decode(errors="replace"), table="Bundle")
+        found = _BUNDLE.decode(raw).entry or []
+    except READ_ERRORS:
+        yield from _opened_apart(name, raw, row, top)
         return
-    yield from _resources(name, entries, range(1, len(entries) + 1) if top else [row] * len(entries))
+    yield from _resources(name, found, range(1, len(found) + 1) if top else [row] * len(found))
+
+
+def _opened_apart(name: str, raw: bytes, row: int, top: bool) -> Iterator[Chunk | Lost]:
+    """The same, entry by entry: one that is wrong doesn't take the others along."""
+    try:
+        found = [raw_bytes(entry) for entry in _RAW_BUNDLE.decode(raw).entry or []]
+    except READ_ERRORS as problem:
+        content, advice = raw[:2000].decode(errors="replace"), "Export the file again" if top else ""
+        yield Lost(name, row, fault(problem), content, table="Bundle", advice=advice, whole=top)
+        return
+    yield from entries(name, found, range(1, len(found) + 1) if top else [row] * len(found))
 
 
 def is_object(text: bytes) -> bool:
@@ -200,8 +218,8 @@ def first_kind(text: memoryview) -> str | None:
     return match[1].decode() if match else None
 
 
-def entries(name: str, raws: list[bytes], rows: range) -> Iterator[Chunk | Lost]:
-    """The resources of a large bundle's entries."""
+def entries(name: str, raws: list[bytes], rows: Sequence[int]) -> Iterator[Chunk | Lost]:
+    """The resources of a bundle's entries."""
     good, numbers = [], []
     for raw, row in zip(raws, rows, strict=True):
         try:

@@ -102,13 +102,19 @@ def read_piece(piece: Piece, found: index.Index, settings: Settings, folder: Pat
         indexed: whether the first pass has looked at this piece.
 
     Raises:
-        DataError: a file whose name says that it needs no first pass holds resources that others refer to.
+        DataError: a file that is cut off or damaged, where bad rows are set aside; a file whose name says that it needs
+            no first pass holds resources that others refer to.
     """
     namer = Namer(settings.systems, settings.prefer)
     reader = Reader(found, namer, told=settings.told)
     sink = _Sink(folder, piece.number)
     for part in _whole_or_split(piece, sink, reader):
         if isinstance(part, Lost):
+            if part.whole and not settings.stop:
+                raise DataError(
+                    f"{part.file}: {part.reason}. How many resources are lost can't be told, so nothing is set aside."
+                    f" {part.advice}, or take it away."
+                )
             sink.lose(part)
         elif part.kind not in READ:
             sink.result.rows[part.kind] += len(part.raws)

@@ -137,9 +137,7 @@ def test_an_identifier_of_two_patients_is_ambiguous(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut_at", [0.3, 0.6, 0.95])
-def test_a_file_that_is_cut_off_is_refused_and_what_stands_before_the_cut_is_kept(
-    tmp_path: Path, cut_at: float
-) -> None:
+def test_a_file_that_is_cut_off_is_refused_and_never_set_aside(tmp_path: Path, cut_at: float) -> None:
     lines = [changed(id=f"o{i}", valueQuantity={"value": i, "unit": "x" * (i % 37)}) for i in range(5000)]
     whole = gzip.compress(rows_of(*lines))
     folder = tmp_path / "in"
@@ -148,8 +146,29 @@ def test_a_file_that_is_cut_off_is_refused_and_what_stands_before_the_cut_is_kep
     (folder / "b.ndjson").write_bytes(rows_of(changed(id="other")))
     with pytest.raises(DataError, match=r"a\.ndjson\.gz: .*file is cut off or damaged.*Copy or export the file again"):
         import_fhir(folder, tmp_path / "out", name="x")
+    with pytest.raises(
+        DataError, match=r"a\.ndjson\.gz: file is cut off or damaged\. How many resources are lost can't"
+    ):
+        import_fhir(folder, tmp_path / "out", name="x", quarantine=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bundle_that_is_cut_off_is_refused_and_a_wrong_entry_is_set_aside_alone(tmp_path: Path) -> None:
+    entries = [{"resource": PATIENT}, None, {"resource": json.loads(changed(id="a"))}, 7]
+    text = json.dumps({"resourceType": "Bundle", "type": "collection", "entry": entries})
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "bundle.json").write_text(text)
+    with pytest.raises(DataError, match=r"bundle\.json: Bundle, row 2"):
+        import_fhir(folder, tmp_path / "out", name="x")
     flow = import_fhir(folder, tmp_path / "out", name="x", quarantine=True)
-    assert flow.quarantined == {"unreadable": {"file is cut off or damaged": 1}}
+    assert flow.events["Observation"] == 1
+    assert sum(flow.quarantined["Bundle"].values()) == 2
+    assert [row["row"] for row in aside(tmp_path / "out").rows(named=True)] == ["2", "4"]
+    (folder / "bundle.json").write_text(text[:-40])
+    for quarantine in (False, True):
+        with pytest.raises(DataError, match=r"bundle\.json: .*not JSON.*Export the file again"):
+            import_fhir(folder, tmp_path / "out", name="x", quarantine=quarantine)
 
 
 def test_a_damaged_archive_is_refused(tmp_path: Path) -> None:
