@@ -2,12 +2,16 @@
 
 The site's own configuration comes from the node (`flower-supernode --node-config`): `name`, `data` (the folder of its
 MEDS dataset), `state` (a folder of its own) and, where it is not "cpu", the torch `device`; `settings` is the file that
-says what is done to the records (when not given: "standard"; with "none" they stay as they are). Whatever goes
+says what is done to the records (when not given: "standard"; with "none" they stay as they are); `policy` is the file
+that says what the site allows (`client.policy`; when not given, it answers whoever reaches it).
+
+This is the one place where messages leave, and each one is on the site's list first (`client.outbound`). Whatever goes
 wrong is answered by a refusal. The text of an error travels only when it is about the protocol or settings; errors
 about records travel as their mere fact, and unexpected ones as the name of their type. The full story is in
 `state/site.log`.
 """
 
+import contextlib
 from pathlib import Path
 
 from flwr.app import Context, Message
@@ -63,15 +67,45 @@ def site_files(context: Context) -> SiteFiles:
         values[key] = value
     device = str(context.node_config.get("device", "cpu"))
     settings = str(context.node_config.get("settings", STANDARD))
-    return SiteFiles(values["name"], Path(values["data"]), Path(values["state"]), device, settings)
+    policy = context.node_config.get("policy")
+    if policy is not None and (not isinstance(policy, str) or not policy):
+        raise ConfigError("The node's configuration must name the policy's file in 'policy', or leave it out.")
+    return SiteFiles(
+        values["name"],
+        Path(values["data"]),
+        Path(values["state"]),
+        device,
+        settings,
+        None if policy is None else Path(policy),
+    )
 
 
 def _answer(message: Message, context: Context) -> Message:
     try:
-        files = site_files(context)
+        site = Site(site_files(context))
     except ConfigError as error:
+        # Without a state folder there is no list to write on: this text, which tells of no record, is on none.
         return flower.reply(Refusal(f"node-{context.node_id}", str(error)), message)
-    return flower.reply(_ask(Site(files), message), message)
+    return _send(site, _ask(site, message), message)
+
+
+def _send(site: Site, reply: Reply, to: Message) -> Message:
+    """Write down what is about to leave, and let it go; what can't be written down, or is too much, doesn't leave."""
+    name, asked = site.files.name, to.metadata.message_type
+    try:
+        record = flower.to_record(reply)
+        if not isinstance(reply, Refusal):
+            try:
+                site.gate.admit_bytes(flower.on_the_wire(record)[1])
+            except SiteRefusal as refusal:
+                _log(site, asked, refusal)
+                reply, record = Refusal(name, str(refusal)), flower.to_record(Refusal(name, str(refusal)))
+        site.gate.note(reply, asked, *flower.on_the_wire(record))
+    except Exception as error:
+        _log(site, asked, error)
+        # The one text that leaves without being on the list, for the list is what's broken; it is always the same.
+        return flower.reply(Refusal(name, "This site can't write down what leaves, so it gives no answer."), to)
+    return flower.packed_reply(record, to)
 
 
 def _ask(site: Site, message: Message) -> Reply:
@@ -82,11 +116,17 @@ def _ask(site: Site, message: Message) -> Reply:
             raise ProtocolError(f"A {request.kind} is not a request that came as {message.metadata.message_type}.")
         return site.answer(request)
     except _MAY_TRAVEL as error:
-        site.archive.log(message.metadata.message_type, error)
+        _log(site, message.metadata.message_type, error)
         return Refusal(name, str(error))
     except FedcometError as error:
-        site.archive.log(message.metadata.message_type, error)
+        _log(site, message.metadata.message_type, error)
         return Refusal(name, f"{name} can't use its records or files; its own log says which and why.")
     except Exception as error:  # the site must answer, and must not tell what it stumbled over
-        site.archive.log(message.metadata.message_type, error)
+        _log(site, message.metadata.message_type, error)
         return Refusal(name, f"{name} ran into an unexpected {type(error).__name__}; its own log says more.")
+
+
+def _log(site: Site, task: str, error: BaseException) -> None:
+    """Write an error down for the site; where even that fails, its text would otherwise travel in Flower's error."""
+    with contextlib.suppress(OSError):
+        site.archive.log(task, error)

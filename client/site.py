@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from client.archive import Agreement, Archive, RunArchive
+from client.gate import Gate
 from federation import canonical
 from federation.manifest import Manifest, software_version
 from federation.messages import (
@@ -59,7 +60,8 @@ class SiteFiles:
     """A site's name, its records (a MEDS dataset's folder) and the folder for what it must not forget.
 
     `device` is the torch device that it trains on; only on "cpu" does the same work give the same bits. `settings` says
-    what is done to the records before they are surveyed or encoded: a TOML file, "standard", or "none".
+    what is done to the records before they are surveyed or encoded: a TOML file, "standard", or "none". `policy` is the
+    site's policy (a TOML file, see `client.policy`); without one it answers whoever reaches it.
     """
 
     name: str
@@ -67,6 +69,7 @@ class SiteFiles:
     state: Path
     device: str = "cpu"
     settings: str = AS_THEY_ARE
+    policy: Path | None = None
 
     def __post_init__(self) -> None:
         if not is_site_name(self.name):
@@ -86,25 +89,33 @@ class SiteFiles:
 class Site:
     """A hospital's site; everything it must remember is in `files.state`."""
 
-    def __init__(self, files: SiteFiles, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        files: SiteFiles,
+        clock: Callable[[], float] = time.time,
+        pause: Callable[[float], None] = time.sleep,
+    ) -> None:
         """Set up a site.
 
         Args:
             files: its name and folders.
             clock: gives seconds since the epoch; requests past their deadline are refused.
+            pause: called with a number of seconds when the device is to rest.
         """
         self.files = files
         self.archive = Archive(files.state)
-        self._clock = clock
+        self.gate = Gate(files.name, files.policy, files.device, self._survey_privacy, self.archive, clock)
+        self._clock, self._pause = clock, pause
 
     def answer(self, request: Request) -> Reply:
-        """Answer any request.
+        """Answer any request that the site's policy allows.
 
         Raises:
             SiteRefusal: the site does not want to, or can't.
             ProtocolError: the request makes no sense.
             FedcometError: whatever else stands in the way; its text may speak of records and must stay here.
         """
+        self.gate.admit(request)
         match request:
             case SurveyRequest():
                 return self.survey(request)
@@ -121,7 +132,8 @@ class Site:
         dataset = self.files.records()
         if dataset.subjects == 0:
             raise SiteRefusal(f"{self.files.name} has no patients.")
-        privacy = agreed(self.files.settings).survey_privacy
+        self.gate.admit_patients(dataset.subjects)
+        privacy = self._survey_privacy()
         if privacy is None:
             told = survey_bytes(dataset, request.split, request.tokenizer)
         else:
@@ -134,6 +146,7 @@ class Site:
         manifest, codebook = Manifest.from_bytes(request.manifest), _read_codebook(request.codebook)
         _check_agreement(manifest, codebook)
         dataset = self.files.records(codebook)
+        self.gate.admit_patients(dataset.subjects)
         run = self.archive.run(manifest.hash)
         with self.archive.building():
             name = _store_name(dataset.fingerprint(), codebook, manifest.split)
@@ -145,9 +158,12 @@ class Site:
             store = self._store(dataset, codebook, manifest.split, name)
             work = _Work(self.files, manifest, codebook, store)
             work.check()
+            self.gate.admit_steps(work.most_steps)
+            # Asked again while nobody else can agree: two runs may come at once, and add up.
+            self.gate.admit_run(manifest)
             if run.agreement() is None:
                 run.agree(manifest, codebook, agreement)
-        counts = {split: SplitCounts(**store.manifest["splits"][split]) for split in SPLITS}
+        counts = {split: self._told(store, split) for split in SPLITS}
         fallbacks = sum(sum(codes.values()) for codes in store.manifest["fallbacks"].values())
         return PrepareReply(self.files.name, manifest.hash, counts, fallbacks)
 
@@ -165,9 +181,14 @@ class Site:
             begin = time.monotonic()
             trainer = work.trainer(request.round, request.weights, optimizer)
             losses, tokens = [], []
+            share = self.gate.share_of_time
             for batch in work.batches(request.round):
                 self._in_time(request.deadline_s)
+                self.gate.admit_time()
+                step_began = time.monotonic()
                 result = trainer.step(batch)
+                if share < 1:
+                    self._pause((time.monotonic() - step_began) * (1 / share - 1))
                 losses.append(result.loss)
                 tokens.append(result.tokens)
             update = to_vector(trainer.decoder)
@@ -195,6 +216,7 @@ class Site:
             )
         work = self._work(self.archive.run(request.manifest_hash))
         work.check_request(request.round, request.weights)
+        self.gate.admit_figure(work.patients(request.split))
         mean, tokens = work.evaluate(request.split, request.weights)
         nll = mean * tokens if tokens else 0.0
         return EvaluateReply(
@@ -217,6 +239,9 @@ class Site:
                 )
         return kept[1]
 
+    def _survey_privacy(self) -> SurveyPrivacy | None:
+        return agreed(self.files.settings).survey_privacy
+
     def _in_time(self, deadline_s: float) -> None:
         if self._clock() > deadline_s:
             raise SiteRefusal("The deadline of the request has passed.")
@@ -238,6 +263,11 @@ class Site:
         if agreement is None:
             raise SiteRefusal(f"{self.files.name} takes no part in run {run.path.name}: ask it to prepare first.")
         return agreement
+
+    def _told(self, store: TokenStore, split: str) -> SplitCounts:
+        """How much a split holds; one with fewer patients than the policy's floor is told as empty."""
+        counts = SplitCounts(**store.manifest["splits"][split])
+        return counts if counts.patients >= self.gate.floor else SplitCounts(0, 0, 0)
 
     def _work(self, run: RunArchive) -> "_Work":
         codebook = run.codebook()
@@ -275,6 +305,15 @@ class _Work:
     @property
     def keeps_optimizer(self) -> bool:
         return self._manifest.local.optimizer_state == "keep"
+
+    @property
+    def most_steps(self) -> int:
+        """Steps of the longest round."""
+        return max(after - before for before, after in itertools.pairwise(self._starts()))
+
+    def patients(self, split: str) -> int:
+        """How many patients a split has."""
+        return len(self._store.split(split))
 
     def check(self) -> None:
         """Refuse what can't be trained on."""
@@ -363,6 +402,9 @@ def _read_codebook(data: bytes) -> Codebook:
 
 def _check_agreement(manifest: Manifest, codebook: Codebook) -> None:
     """Refuse a manifest that doesn't fit the codebook beside it, or this software."""
+    if manifest.privacy is not None or manifest.secure_aggregation is not None:
+        # Training without what was promised would be worse than not training.
+        raise SiteRefusal(f"fedcomet {software_version()} has neither private training nor secure aggregation yet.")
     if manifest.software != software_version():
         raise SiteRefusal(f"The run is for fedcomet {manifest.software}, here is {software_version()}.")
     if codebook.hash != manifest.codebook_hash:

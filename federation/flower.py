@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, RecordDict
 from flwr.app import Message as FlowerMessage
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
 from federation.messages import DeliveryError, Message, ProtocolError, Vector, Wire, from_wire, to_wire
@@ -51,12 +52,27 @@ def request(record: RecordDict, kind: str, node: int, *, group: str, ttl_s: floa
 
 def reply(message: Message, to: FlowerMessage) -> FlowerMessage:
     """Answer a Flower message."""
-    return FlowerMessage(to_record(message), reply_to=to)
+    return packed_reply(to_record(message), to)
+
+
+def packed_reply(record: RecordDict, to: FlowerMessage) -> FlowerMessage:
+    """Answer a Flower message with a packed one."""
+    return FlowerMessage(record, reply_to=to)
 
 
 def number_(message: FlowerMessage, name: str) -> None:
     """Give a message its id, as a grid does when it takes one."""
     message.metadata.__dict__["_message_id"] = name
+
+
+def on_the_wire(record: RecordDict) -> tuple[str, int]:
+    """Give the sha256 and the number of the bytes that Flower sends of a packed message, without its envelope.
+
+    Flower cuts a record into objects, sends equal ones once, and names each by the sha256 of its bytes, which hold the
+    names of its parts: the name of the whole stands for every byte.
+    """
+    parts = get_all_nested_objects(record)
+    return record.object_id, sum(len(part.deflate()) for part in parts.values())
 
 
 def failure(reason: str, to: FlowerMessage) -> FlowerMessage:

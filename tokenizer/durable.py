@@ -24,7 +24,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def directory(path: Path) -> Iterator[Path]:
             for name in names:
                 with Path(folder, name).open("rb") as file:
                     os.fsync(file.fileno())
-            _sync_directory(Path(folder))
+            sync_directory(Path(folder))
         if path.exists():
             # A rename can't replace a directory with content: the old one steps aside first.
             old = path.with_name(f"{path.name}.old.partial")
@@ -55,10 +55,11 @@ def directory(path: Path) -> Iterator[Path]:
             aside.rename(path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Flush what a directory says about its files: names that came, went or changed."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
