@@ -94,13 +94,16 @@ def _send(site: Site, reply: Reply, to: Message) -> Message:
     name, asked = site.files.name, to.metadata.message_type
     try:
         record = flower.to_record(reply)
+        sha256, size = flower.on_the_wire(record)
         if not isinstance(reply, Refusal):
             try:
-                site.gate.admit_bytes(flower.on_the_wire(record)[1])
+                site.gate.admit_bytes(size)
             except SiteRefusal as refusal:
                 _log(site, asked, refusal)
-                reply, record = Refusal(name, str(refusal)), flower.to_record(Refusal(name, str(refusal)))
-        site.gate.note(reply, asked, *flower.on_the_wire(record))
+                reply = Refusal(name, str(refusal))
+                record = flower.to_record(reply)
+                sha256, size = flower.on_the_wire(record)
+        site.gate.note(reply, asked, sha256, size)
     except Exception as error:
         _log(site, asked, error)
         # The one text that leaves without being on the list, for the list is what's broken; it is always the same.

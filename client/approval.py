@@ -5,7 +5,7 @@
     waiting/<hash>.json          a manifest that was sent and isn't approved, as it came
     waiting/<hash>.coordinator   the public key of whoever signed it; empty if nobody did
 
-An approval names a manifest by the sha256 of its bytes, so one changed bit makes another manifest, which isn't approved.
+An approval names a manifest by the sha256 of its bytes: one changed bit makes another one, which isn't approved.
 """
 
 from dataclasses import dataclass, replace

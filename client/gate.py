@@ -82,9 +82,7 @@ class Gate:
         broken = policy.check_request(request, coordinator, datetime.fromtimestamp(self.clock()))
         match request:
             case SurveyRequest():
-                privacy = self.survey_privacy()
-                cost = (None, None) if privacy is None else (privacy.epsilon, privacy.delta)
-                broken += policy.check_survey(*cost, self._spent_on_runs())
+                broken += policy.check_survey(self.survey_privacy(), spent_on_runs(self.archive))
             case PrepareRequest():
                 manifest = Manifest.from_bytes(request.manifest)
                 self._admit_run(policy, manifest, coordinator, broken)
@@ -204,18 +202,22 @@ class Gate:
 
     def _spent(self, but: str) -> Spent:
         """What the site has agreed to, and its private survey, cost a patient at most; without one run."""
-        spent = self._spent_on_runs(but)
+        spent = spent_on_runs(self.archive, but)
         privacy = self.survey_privacy()
         if privacy is None:
             return spent
         return Spent(spent.epsilon + privacy.epsilon, spent.delta + privacy.delta)
-
-    def _spent_on_runs(self, but: str = "") -> Spent:
-        asked = [run.manifest().privacy for run in self.archive.runs() if run.path.name != but]
-        return Spent(sum(p.epsilon for p in asked if p), sum(p.delta for p in asked if p))
 
     def _too_much(self, policy: Policy, count: int) -> list[Broken]:
         if policy.traffic.max_bytes_per_day is None:
             return []
         since = datetime.fromtimestamp(self.clock(), UTC) - _DAY
         return policy.check_day(self.outbound().bytes_since(since), count)
+
+
+def spent_on_runs(archive: Archive, but: str = "") -> Spent:
+    """What the runs that a site has agreed to cost a patient, at most; without the one whose manifest has this hash."""
+    asked = [run.manifest().privacy for run in archive.runs() if run.path.name != but]
+    return Spent(
+        sum(privacy.epsilon for privacy in asked if privacy), sum(privacy.delta for privacy in asked if privacy)
+    )

@@ -1,15 +1,16 @@
-"""The list of everything that has left the site: append-only, hash-chained, signed, and written before a message goes out.
+"""The list of all that has left the site: append-only, hash-chained, signed, written before a message goes out.
 
     outbound/000000000001.jsonl   entries from number 1 on, one canonical JSON object per line
              000000004217.jsonl   the next file, named by its first entry; begun when the last one was full
              head.json            where the list ends: written after every entry, and only then its message leaves
 
-Every entry holds the sha256 of the line before it and a signature of the site's key, so none can be changed, left out or
-put in between by anybody who hasn't that key; `head.json` tells where the end is missing. Who has the key and the folder can
-write the whole list anew: note the head that `fedcomet site audit` prints somewhere else, and ask for it later (--expect).
+Every entry holds the sha256 of the line before it and a signature of the site's key, so none can be changed, left out
+or put in between by anybody who hasn't that key; `head.json` tells where the end is missing. Who has the key and the
+folder can write the whole list anew: note the head that `fedcomet site audit` prints somewhere else, and ask for it
+later (--expect).
 
-What a crash left behind the noted end, a cut-off line or one entry, belongs to a message that never left: it is dropped,
-and the next entry says how many bytes. Anything else that doesn't fit is damage, and nothing leaves any more.
+What a crash left behind the noted end, a cut-off line or one entry, belongs to a message that never left: it is
+dropped, and the next entry says how many bytes. Anything else that doesn't fit is damage, and nothing leaves any more.
 """
 
 import fcntl
@@ -121,7 +122,7 @@ class Outbound:
             DataError: the list is damaged, or can't be written; the message must not leave.
         """
         try:
-            with self._alone():
+            with alone(self.folder):
                 return self._append(message, now)
         except OSError as cause:
             raise DataError(
@@ -177,15 +178,17 @@ class Outbound:
                 os.truncate(path, head.bytes)
         return head, len(tail)
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the right to a list, which one process has at a time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def content_of(reply: Reply) -> dict[str, Any]:

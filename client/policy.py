@@ -21,6 +21,7 @@ from federation.identity import is_public_key
 from federation.manifest import Manifest
 from federation.messages import EvaluateRequest, PrepareRequest, Request, SiteRefusal, SurveyRequest, TrainRequest
 from tokenizer.errors import ConfigError
+from tokenizer.noisy_survey import SurveyPrivacy
 from tokenizer.settings import explain
 
 TEMPLATE = Path(__file__).parent / "templates" / "policy.toml"
@@ -70,25 +71,25 @@ class _Privacy(_Section):
 
     training: Literal["required", "optional"] = "required"
     survey: Literal["required", "optional"] = "optional"
-    epsilon_per_run: float | None = Field(None, gt=0, allow_inf_nan=False)
-    delta_per_run: float | None = Field(None, gt=0, lt=1)
-    epsilon_total: float | None = Field(None, gt=0, allow_inf_nan=False)
-    delta_total: float | None = Field(None, gt=0, lt=1)
+    epsilon_per_run: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    delta_per_run: float | None = Field(default=None, gt=0, lt=1)
+    epsilon_total: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    delta_total: float | None = Field(default=None, gt=0, lt=1)
 
 
 class _Statistics(_Section):
     """Fewest patients: at the site that train, and behind any figure that leaves (of a survey, split or evaluation)."""
 
-    min_patients: int = Field(1, ge=1)
-    floor: int = Field(10, ge=1)
+    min_patients: int = Field(default=1, ge=1)
+    floor: int = Field(default=10, ge=1)
 
 
 class _SecureAggregation(_Section):
     """Whether sums must be masked, and among how many sites at least."""
 
     required: bool = True
-    min_sites: int = Field(3, ge=2)
-    min_threshold: int = Field(2, ge=2)
+    min_sites: int = Field(default=3, ge=2)
+    min_threshold: int = Field(default=2, ge=2)
 
     @model_validator(mode="after")
     def _fits(self) -> "_SecureAggregation":
@@ -100,11 +101,11 @@ class _SecureAggregation(_Section):
 class _Work(_Section):
     """The most work of a run: None is as much as is asked."""
 
-    max_rounds: int | None = Field(None, ge=1)
-    max_steps_per_round: int | None = Field(None, ge=1)
-    max_epochs_per_round: float | None = Field(None, gt=0)
-    max_batch_tokens: int | None = Field(None, ge=1)
-    max_parameters: int | None = Field(None, ge=1)
+    max_rounds: int | None = Field(default=None, ge=1)
+    max_steps_per_round: int | None = Field(default=None, ge=1)
+    max_epochs_per_round: float | None = Field(default=None, gt=0)
+    max_batch_tokens: int | None = Field(default=None, ge=1)
+    max_parameters: int | None = Field(default=None, ge=1)
     optimizers: Annotated[tuple[Literal["adamw", "muon"], ...], _Tuple] = ("adamw", "muon")
 
 
@@ -113,7 +114,7 @@ class _Machine(_Section):
 
     hours: Annotated[tuple[str, ...], _Tuple] = ()
     devices: Annotated[tuple[str, ...] | None, _Tuple] = None
-    share_of_time: float = Field(1.0, gt=0, le=1)
+    share_of_time: float = Field(default=1.0, gt=0, le=1)
 
     @field_validator("hours")
     @classmethod
@@ -125,8 +126,8 @@ class _Machine(_Section):
 class _Traffic(_Section):
     """The most bytes that may leave, with one answer of a round and within 24 hours; None is any number."""
 
-    max_bytes_per_round: int | None = Field(None, ge=1)
-    max_bytes_per_day: int | None = Field(None, ge=1)
+    max_bytes_per_round: int | None = Field(default=None, ge=1)
+    max_bytes_per_day: int | None = Field(default=None, ge=1)
 
 
 @dataclass(frozen=True)
@@ -292,15 +293,15 @@ class Policy(_Section):
         yield from _above("privacy.epsilon_total", "ε with what was agreed to before", epsilon, rules.epsilon_total)
         yield from _above("privacy.delta_total", "δ with what was agreed to before", delta, rules.delta_total)
 
-    def check_survey(self, epsilon: float | None, delta: float | None, spent: Spent) -> list[Broken]:
-        """Name the rules that the site's survey breaks; ε and δ are None where it has no differential privacy."""
+    def check_survey(self, privacy: SurveyPrivacy | None, spent: Spent) -> list[Broken]:
+        """Name the rules that the site's survey breaks, with its privacy (None: none) and what runs have cost."""
         rules = self.privacy
-        if epsilon is None or delta is None:
+        if privacy is None:
             told = "the site's settings hold no [survey_privacy]"
             return [Broken("privacy.survey", told)] if rules.survey == "required" else []
         return [
-            *_above("privacy.epsilon_total", "ε with the survey", spent.epsilon + epsilon, rules.epsilon_total),
-            *_above("privacy.delta_total", "δ with the survey", spent.delta + delta, rules.delta_total),
+            *_above("privacy.epsilon_total", "ε with the survey", spent.epsilon + privacy.epsilon, rules.epsilon_total),
+            *_above("privacy.delta_total", "δ with the survey", spent.delta + privacy.delta, rules.delta_total),
         ]
 
     def _wrong_sum(self, manifest: Manifest) -> Iterator[Broken]:

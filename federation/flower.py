@@ -71,8 +71,17 @@ def on_the_wire(record: RecordDict) -> tuple[str, int]:
     Flower cuts a record into objects, sends equal ones once, and names each by the sha256 of its bytes, which hold the
     names of its parts: the name of the whole stands for every byte.
     """
-    parts = get_all_nested_objects(record)
-    return record.object_id, sum(len(part.deflate()) for part in parts.values())
+    # Of a twin that shares the arrays' bytes: Flower keeps views of them in a record that it has cut, and a record with
+    # views can't be handed to another process.
+    twin = RecordDict({name: _twin(part) for name, part in record.items()})
+    parts = get_all_nested_objects(twin)
+    return twin.object_id, sum(len(part.deflate()) for part in parts.values())
+
+
+def _twin(part: Any) -> Any:
+    if not isinstance(part, ArrayRecord):
+        return part
+    return ArrayRecord({name: Array(a.dtype, a.shape, a.stype, a.data) for name, a in part.items()})
 
 
 def failure(reason: str, to: FlowerMessage) -> FlowerMessage:

@@ -13,7 +13,8 @@ from tests import tiny
 
 REPOSITORY = Path(__file__).parents[1]
 HELP = Path(__file__).parent / "golden" / "help.txt"
-COMMANDS = ("tokenize", "site", "site check", "simulate", "report", "rollout", "evaluate")
+SITE = ("site", "site check", "site policy", "site approve", "site audit", "site key")
+COMMANDS = ("tokenize", *SITE, "coordinator", "coordinator key", "simulate", "report", "rollout", "evaluate")
 STUDY = """
 name = "tiny"
 arms = ["federated", "alone", "pooled", "ensemble"]
