@@ -1,5 +1,6 @@
 """The command line: what a person types, sees, and gets back as exit codes."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from server.app import coordinate
+from server.post import TooFewSites
 from tests import tiny
 
 REPOSITORY = Path(__file__).parents[1]
@@ -159,6 +162,46 @@ def test_a_site_is_checked_in_the_terminal_on_a_page_and_as_json(tmp_path: Path)
     assert (tmp_path / "check.html").read_text().startswith("<!DOCTYPE html>")
     done = fedcomet("site", "check", site.data, *options, "--json")
     assert json.loads(done.stdout)["subjects"] == 40
+
+
+def test_a_site_approves_a_run_and_audits_what_left(tmp_path: Path) -> None:
+    files = tiny.site(tmp_path, "icu", seed=1)
+    (tmp_path / "strict.toml").write_text(fedcomet("site", "policy").stdout)
+    rules = 'version = 1\n[privacy]\ntraining = "optional"\n[secure_aggregation]\nrequired = false\n'
+    (tmp_path / "policy.toml").write_text(rules + "[statistics]\nfloor = 5\n")
+    files = dataclasses.replace(files, policy=tmp_path / "policy.toml")
+    grid = tiny.FunctionGrid({1: tiny.honest(files)})
+    plan = tiny.plan(rounds=1, min_sites=1)
+    with pytest.raises(TooFewSites, match="has not approved"):
+        coordinate(grid, tmp_path / "run", plan)
+    state = ("--state", files.state)
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_bytes())
+    (waits, _) = fedcomet("site", "approve", *state).stdout.split(" ", 1)
+    told = fedcomet("site", "approve", waits[:12], *state, "--policy", tmp_path / "strict.toml")
+    assert told.returncode == 1
+    assert "privacy.training: the run has no differential privacy" in told.stderr
+    done = fedcomet("site", "approve", tmp_path / "run" / "manifest.json", *state, "--policy", files.policy, "--yes")
+    assert done.returncode == 0, done.stderr
+    for part in ("What will run: tiny", "What will leave", "What it costs a patient", manifest["software"], waits):
+        assert part in done.stdout
+    coordinate(grid, tmp_path / "run", plan)
+    done = fedcomet("site", "audit", files.state)
+    assert done.returncode == 0, done.stderr
+    assert "whole" in done.stdout
+    found = json.loads(fedcomet("site", "audit", files.state, "--json").stdout)
+    assert (found["broken"], found["entries"], found["without_policy"]) == (None, 5, 0)
+    assert fedcomet("site", "key", files.state).stdout.strip() == found["key"]
+    path = next((files.state / "outbound").glob("*.jsonl"))
+    path.write_bytes(path.read_bytes().replace(b"train.reply", b"train.repls"))
+    done = fedcomet("site", "audit", files.state)
+    assert done.returncode == 1
+    assert "broken at entry 4" in done.stderr
+
+
+def test_keys_are_made_once_and_shown(tmp_path: Path) -> None:
+    first = fedcomet("coordinator", "key", tmp_path / "runs").stdout
+    assert first.startswith("ed25519:")
+    assert fedcomet("coordinator", "key", tmp_path / "runs").stdout == first
 
 
 def test_futures_of_a_patient_are_shown_and_written(finished: Path, tokens: Path, tmp_path: Path) -> None:

@@ -59,6 +59,11 @@ def test_the_template_names_every_rule() -> None:
             assert f"\n{key} = " in text or f"\n# {key} = " in text, f"{name}.{key}"
 
 
+def test_the_page_shows_the_template_that_is_shipped() -> None:
+    page = Path(__file__).parents[2] / "docs" / "site-policy.md"
+    assert f"```toml\n{TEMPLATE.read_text()}```\n" in page.read_text()
+
+
 def test_an_empty_policy_is_a_strict_one() -> None:
     empty = Policy.model_validate({"version": 1})
     assert rules(empty.check(BASE)) == ["privacy.training", "secure_aggregation.required"]
