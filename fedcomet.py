@@ -4,6 +4,7 @@ The command line. It reads arguments, calls one function of a room, shows progre
 stand inside the commands, so that a hospital's machine needs no more than the rooms it uses.
 """
 
+import errno
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,8 +17,11 @@ from tokenizer.errors import FedcometError
 from tokenizer.progress import Step
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from rich.progress import TaskID
 
+    from model.tasks import Task
     from server.results import Report
     from tokenizer.codebook import TokenizerOptions
 
@@ -31,11 +35,14 @@ app = typer.Typer(
 )
 _SITE, _COORDINATOR, _RESEARCH = "For a site", "For a coordinator", "For a researcher"
 _SOURCE, _TOKENS, _TRAINING, _WORK = "Records", "Tokens", "Training", "Work"
+_WHOM, _FUTURES = "Whom and when", "Futures"
 
 site = typer.Typer(help="What a site does by itself.", no_args_is_help=True)
 app.add_typer(site, name="site", rich_help_panel=_SITE)
 coordinator = typer.Typer(help="What a coordinator does by itself.", no_args_is_help=True)
 app.add_typer(coordinator, name="coordinator", rich_help_panel=_COORDINATOR)
+model_app = typer.Typer(help="Look at a model, and exchange it with other software.", no_args_is_help=True)
+app.add_typer(model_app, name="model", rich_help_panel=_RESEARCH)
 
 # What several commands take.
 Records = Annotated[
@@ -119,6 +126,7 @@ Spell = Annotated[
     ),
 ]
 SplitKey = Annotated[str, typer.Option(help="Key of the hash that splits patients.", rich_help_panel=_TOKENS)]
+Checkpoint = Annotated[Path, typer.Argument(help="A model's folder, such as runs/NAME/model, or a checkpoint file.")]
 Workers = Annotated[
     int | None,
     typer.Option(min=1, help="Worker processes.", show_default="one per core if it pays off", rich_help_panel=_WORK),
@@ -149,9 +157,28 @@ def main() -> None:
             raise
         print(f"fedcomet: {error}", file=sys.stderr)
         sys.exit(1)
+    except OSError as problem:
+        if debug:
+            raise
+        print(f"fedcomet: {_said(problem)}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("fedcomet: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+
+
+def _said(problem: OSError) -> str:
+    """What the system refused, where, and what to do."""
+    todo = {
+        errno.ENOSPC: "Free some room there, or write to another disk.",
+        errno.EDQUOT: "Free some room there, or write to another disk.",
+        errno.EFBIG: "Files there may not be so large; write to another disk.",
+        errno.EACCES: "Ask for the right to it, or choose another place.",
+        errno.EPERM: "Ask for the right to it, or choose another place.",
+        errno.EROFS: "Choose a place that can be written to.",
+    }
+    place = f"{problem.filename}: " if problem.filename else ""
+    return f"{place}{problem.strerror or problem}. {todo.get(problem.errno or 0, '--debug shows where.')}"
 
 
 @app.callback()
@@ -203,9 +230,11 @@ def tokenize(
     from rich.console import Console
 
     from tokenizer.codebook import Codebook, merge
+    from tokenizer.output import CODEBOOK, RECORDS, STORE, output
     from tokenizer.prepare import records_of
     from tokenizer.settings import agreed
     from tokenizer.shards import Crew
+    from tokenizer.sources.intake import FLOW
     from tokenizer.sources.source import Source, open_source
     from tokenizer.split import SPLITS, SplitRule
     from tokenizer.store import build_store
@@ -219,20 +248,22 @@ def tokenize(
     )
     words = None if codebook is None else Codebook.load(codebook)
     asked = agreed(config, words)
-    with _bars() as watch:
-        dataset, flow = open_source(place, out / "records", watch, crew)
+    with output(out, records), _bars() as watch:
+        dataset, flow = open_source(place, out / RECORDS, watch, crew)
         events = records_of(dataset, asked.preparation)
         if words is None:
             words = Codebook.build(merge([survey(events, rule, options, _counter(watch, "survey"), crew)]))
-        store = build_store(events, words, rule, out / "store", _counter(watch, "encode"), crew)
-        words.save(out / "codebook.json")
+        store = build_store(events, words, rule, out / STORE, _counter(watch, "encode"), crew)
+        words.save(out / CODEBOOK)
     console = Console()
     for note in (*(flow.notes if flow else ()), *dataset.notes):
         console.print(f"[yellow]note[/] {note}")
+    if flow is not None and flow.dropped_total:
+        console.print(f"{flow.dropped_total:,} rows were left out by named filters, counted in {dataset.path / FLOW}")
     if flow is not None and flow.quarantined_total:
         aside = dataset.path / "quarantine.csv"
         console.print(f"[yellow]{flow.quarantined_total:,} rows were set aside[/], with the reasons in {aside}")
-    console.print(f"{len(words)} tokens in the codebook {words.hash[:16]} ({out / 'codebook.json'})")
+    console.print(f"{len(words)} tokens in the codebook {words.hash[:16]} ({out / CODEBOOK})")
     for name in SPLITS:
         counts = store.manifest["splits"][name]
         console.print(
@@ -485,35 +516,112 @@ def report(
 def rollout(
     model: Annotated[Path, typer.Argument(help="A model's folder, such as runs/NAME/model.")],
     store: Annotated[Path, typer.Argument(help="A token store made with the model's codebook (fedcomet tokenize).")],
-    subject: Annotated[int, typer.Option(help="The patient's subject_id.")],
+    subject: Annotated[
+        int | None, typer.Option(help="One patient's subject_id: the futures are shown.", rich_help_panel=_WHOM)
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="All patients of train, tuning or held_out: their futures are written to --out.", rich_help_panel=_WHOM
+        ),
+    ] = None,
     at: Annotated[
         str | None,
-        typer.Option(help="Where the known history ends, as 2150-03-01T12:00; the record's end if left out."),
+        typer.Option(
+            help="Where the known history ends, as 2150-03-01T12:00; the record's end if left out.",
+            rich_help_panel=_WHOM,
+        ),
     ] = None,
-    days: Annotated[float | None, typer.Option(min=0.0, help="How far to look; as far as it goes if left out.")] = None,
-    trajectories: Annotated[int, typer.Option(min=1, help="How many futures to simulate.")] = 3,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one future.")] = 256,
-    seed: Annotated[int, typer.Option(help="Equal seeds give equal futures.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Write all events to this Parquet file, too.")] = None,
+    study: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --split: a study file; its questions say when to predict and how far to look, and are answered.",
+            rich_help_panel=_WHOM,
+        ),
+    ] = None,
+    days: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="How far to look; as far as it goes if left out.", rich_help_panel=_FUTURES),
+    ] = None,
+    until: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --split: a code, or what codes begin with, that ends a future, such as ENCOUNTER_END; may be"
+            " given again.",
+            rich_help_panel=_FUTURES,
+        ),
+    ] = None,
+    trajectories: Annotated[
+        int, typer.Option(min=1, help="How many futures of each to simulate.", rich_help_panel=_FUTURES)
+    ] = 3,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one future.", rich_help_panel=_FUTURES)] = 256,
+    temperature: Annotated[
+        float,
+        typer.Option(
+            help="With --split: below 1 likely tokens become likelier; estimates need 1.", rich_help_panel=_FUTURES
+        ),
+    ] = 1.0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            help="With --split: draw from the likeliest tokens that together reach this; estimates need 1.",
+            rich_help_panel=_FUTURES,
+        ),
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal futures.", rich_help_panel=_FUTURES)] = 0,
+    history: Annotated[bool, typer.Option("--history", help="With --split: write what was known before, too.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="With --subject: write all events to this Parquet file, too. With --split: the folder."),
+    ] = None,
 ) -> None:
-    """Simulate a patient's futures and show them as events."""
-    from datetime import datetime
-
+    """Simulate futures: of one patient, shown as events, or of a split's patients, written as a MEDS dataset."""
     from rich.console import Console
 
     from server.futures import Model, futures
     from tokenizer.store import TokenStore
 
-    try:
-        known_until = None if at is None else datetime.fromisoformat(at)
-    except ValueError:
-        raise typer.BadParameter(f"{at} is not a time such as 2150-03-01T12:00", param_hint="--at") from None
+    if (subject is None) == (split is None):
+        raise typer.BadParameter("give either --subject or --split", param_hint="--subject")
+    if split is not None:
+        from server.trajectories import Moment, Sampling, write_trajectories
+
+        if out is None:
+            raise typer.BadParameter("name the folder to write", param_hint="--out")
+        if study is not None and (at is not None or days is not None or until):
+            raise typer.BadParameter("the study says when and how far; leave out --at, --days, --until")
+        asked = Moment(_time(at), days, tuple(until or ())) if study is None else _tasks(study)
+        sampling = Sampling(trajectories, max_tokens, seed, temperature, top_p)
+        with _bars() as watch:
+            written = write_trajectories(
+                Model.at(model),
+                TokenStore.open(store),
+                split,
+                asked,
+                out,
+                sampling=sampling,
+                history=history,
+                progress=_counter(watch, "rollouts"),
+            )
+        console = Console()
+        for note in written.notes:
+            console.print(f"[yellow]note[/] {note}")
+        for reason, count in written.excluded.items():
+            if count:
+                console.print(f"not asked about: {count:,} ({reason})")
+        ends = ", ".join(f"{count:,} {reason}" for reason, count in written.reasons.items())
+        console.print(f"{written.predictions:,} predictions x {trajectories}: {written.events:,} events; ends: {ends}")
+        console.print(f"all of it: {out}")
+        return
+    if study is not None or until or history or (temperature, top_p) != (1.0, 1.0):
+        raise typer.BadParameter("--study, --until, --history, --temperature and --top-p need --split")
+    assert subject is not None
     with _bars() as watch:
         told = futures(
             Model.at(model),
             TokenStore.open(store),
             subject,
-            at=known_until,
+            at=_time(at),
             days=days,
             trajectories=trajectories,
             max_tokens=max_tokens,
@@ -565,11 +673,93 @@ def evaluate(
         console.print(f"all predictions: {out}")
 
 
+@model_app.command("show")
+def show_model(checkpoint: Checkpoint) -> None:
+    """Tell a model's shape, size and provenance, once its content is seen to be what was saved."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from model.checkpoint import describe, load
+
+    table = Table.grid(padding=(0, 2))
+    for name, text in describe(load(_file_of(checkpoint))).items():
+        table.add_row(f"[bold]{name}[/]", Text(text))
+    Console().print(table)
+
+
+@model_app.command("export")
+def export_model(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Argument(help="The folder to write; new or empty.")],
+    codebook: Annotated[
+        Path | None,
+        typer.Option(
+            help="The model's codebook, to go with it.", show_default="the codebook.json beside it, if there is one"
+        ),
+    ] = None,
+) -> None:
+    """Write a model as a Hugging Face folder (Qwen2ForCausalLM, safetensors)."""
+    from model.checkpoint import load
+    from model.interchange import export_folder
+    from tokenizer.codebook import Codebook
+
+    path = _file_of(checkpoint)
+    beside = path.with_name("codebook.json")
+    words = codebook or (beside if beside.exists() else None)
+    export_folder(load(path), out, None if words is None else Codebook.load(words))
+    print(f"exported: {out}" if words else f"exported without a codebook, which --codebook would add: {out}")
+
+
+@model_app.command("import")
+def import_model(
+    folder: Annotated[Path, typer.Argument(help="A Hugging Face folder of a Qwen2ForCausalLM.")],
+    out: Annotated[Path, typer.Argument(help="The model's folder to write; new or empty.")],
+    codebook: Annotated[
+        Path | None,
+        typer.Option(help="What its tokens mean.", show_default="the folder's codebook.json"),
+    ] = None,
+) -> None:
+    """Make a model's folder (checkpoint and codebook) of a Hugging Face folder."""
+    from model.interchange import import_folder, save_model
+    from tokenizer.codebook import Codebook
+
+    words = Codebook.load(codebook or folder / "codebook.json")
+    save_model(import_folder(folder, words), words, out)
+    print(f"imported: {out}")
+
+
+def _file_of(checkpoint: Path) -> Path:
+    return checkpoint / "checkpoint.safetensors" if checkpoint.is_dir() else checkpoint
+
+
+def _time(text: str | None) -> "datetime | None":
+    from datetime import datetime
+
+    try:
+        return None if text is None else datetime.fromisoformat(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text} is not a time such as 2150-03-01T12:00", param_hint="--at") from None
+
+
+def _tasks(study: Path) -> "tuple[Task, ...]":
+    from simulation import config
+    from simulation.questions import tasks
+
+    return tasks(config.read(study, records=False))
+
+
 def _options_of(
     values: str, bins: int, min_patients: int, intervals: str, spell: list[str] | None
 ) -> "TokenizerOptions":
-    from tokenizer.codebook import TokenizerOptions
+    from tokenizer.options import INTERVAL_TABLES, TokenizerOptions
 
+    for option, value, known in (
+        ("--values", values, ("separate", "fused")),
+        ("--intervals", intervals, INTERVAL_TABLES),
+    ):
+        if value not in known:
+            raise typer.BadParameter(f"choose {' or '.join(known)}", param_hint=option)
     splits = dict(_split_of(each) for each in spell or ())
     return TokenizerOptions(
         values=values,  # type: ignore[arg-type]

@@ -1,9 +1,11 @@
 """The Flower ClientApp of a site: it takes Flower messages, asks `client.site.Site`, and never breaks down.
 
 The site's own configuration comes from the node (`flower-supernode --node-config`): `name`, `data` (the folder of its
-MEDS dataset), `state` (a folder of its own) and, where it is not "cpu", the torch `device`; `settings` is the file that
-says what is done to the records (when not given: "standard"; with "none" they stay as they are); `policy` is the file
-that says what the site allows (`client.policy`; when not given, it answers whoever reaches it).
+MEDS dataset) and `state` (a folder of its own); `settings` is the file that says what is done to the records (when not
+given: "standard"; with "none" they stay as they are); `policy` is the file that says what the site allows
+(`client.policy`; when not given, it answers whoever reaches it). How its machine trains is its own choice: `device`,
+`precision`, `micro_tokens`, `checkpointing`, `compile`, `processes` and `shard` are those of `model.machine.Machine`,
+and `snapshot_minutes` is how much of a round's work may be lost when it is stopped.
 
 This is the one place where messages leave, and each one is on the site's list first (`client.outbound`). Whatever goes
 wrong is answered by a refusal. The text of an error travels only when it is about the protocol or settings; errors
@@ -12,7 +14,9 @@ about records travel as their mere fact, and unexpected ones as the name of thei
 """
 
 import contextlib
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -20,6 +24,7 @@ from flwr.clientapp import ClientApp
 from client.site import Site, SiteFiles
 from federation import flower
 from federation.messages import ProtocolError, Refusal, Reply, Request, SiteRefusal
+from model.machine import Machine
 from model.train import TrainingDiverged
 from tokenizer.errors import ConfigError, FedcometError
 from tokenizer.settings import STANDARD
@@ -65,19 +70,24 @@ def site_files(context: Context) -> SiteFiles:
         if not isinstance(value, str) or not value:
             raise ConfigError(f"The node's configuration lacks {key!r}; give it by --node-config '{key}=\"...\"'.")
         values[key] = value
-    device = str(context.node_config.get("device", "cpu"))
     settings = str(context.node_config.get("settings", STANDARD))
-    policy = context.node_config.get("policy")
-    if policy is not None and (not isinstance(policy, str) or not policy):
-        raise ConfigError("The node's configuration must name the policy's file in 'policy', or leave it out.")
-    return SiteFiles(
-        values["name"],
-        Path(values["data"]),
-        Path(values["state"]),
-        device,
-        settings,
-        None if policy is None else Path(policy),
-    )
+    choices = {f.name: _value(context, f.name, f.default) for f in dataclasses.fields(Machine)}
+    minutes = _value(context, "snapshot_minutes", SiteFiles.snapshot_minutes)
+    folders = Path(values["data"]), Path(values["state"])
+    policy = _value(context, "policy", "")
+    return SiteFiles(values["name"], *folders, settings, Machine(**choices), minutes, Path(policy) if policy else None)
+
+
+def _value(context: Context, key: str, default: Any) -> Any:
+    """A setting that need not be given, of the type of its default."""
+    value = context.node_config.get(key, default)
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    if type(value) is not type(default):
+        raise ConfigError(
+            f"The node's configuration has {key} = {value!r}; a value of type {type(default).__name__} is expected."
+        )
+    return value
 
 
 def _answer(message: Message, context: Context) -> Message:

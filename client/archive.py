@@ -9,6 +9,8 @@
                          rounds/0007.safetensors   the answer of round 7 (only of the last two rounds)
                          rounds/0007.digest        what round 7 was asked (kept for good)
                          optimizer/0007.safetensors  AdamW's state after round 7 (only of the last two)
+                         choices.json           what this machine chose when the run began, and found since
+                         local.safetensors      where the round that is being worked on stood, until it is answered
 
 Every file appears whole or not at all. Work on a run, and on the stores, is done by one process at a time.
 """
@@ -32,12 +34,14 @@ from torch import Tensor
 from federation import canonical
 from federation.manifest import Manifest
 from federation.messages import ProtocolError, TrainReply, Wire, from_wire, to_wire
+from model.machine import Precision
 from tokenizer import durable
 from tokenizer.codebook import Codebook
 from tokenizer.errors import DataError
 
 _KEPT_ROUNDS = 2
 _PRIVATE_SURVEY = "private-survey.json"
+_SNAPSHOT = "local.safetensors"
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,34 @@ class Agreement:
 
     fingerprint: str
     store: str
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a machine chose for a run, so that it computes the same again after a stop; see `model.machine`."""
+
+    precision: Precision
+    micro_tokens: int
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A round in the middle of its local work.
+
+    Attributes:
+        request_digest: of the request that is being worked on.
+        done: optimizer steps that were taken.
+        choices: what they were computed with, and the next ones will be.
+        seconds: spent so far.
+        tensors: "weights" float32 [P]; "losses" float64 [done] and "tokens" int64 [done] of the steps; and
+            "optimizer/<name>", the trainer's state.
+    """
+
+    request_digest: str
+    done: int
+    choices: Choices
+    seconds: float
+    tensors: dict[str, Tensor]
 
 
 class Archive:
@@ -139,6 +171,32 @@ class RunArchive:
         """Give the run's codebook."""
         return Codebook.load(self.path / "codebook.json")
 
+    def choices(self) -> Choices | None:
+        """Give what this machine chose for the run, if it has begun to work on it."""
+        path = self.path / "choices.json"
+        return canonical.decode(Choices, path.read_bytes(), str(path), DataError) if path.exists() else None
+
+    def choose(self, choices: Choices) -> None:
+        """Note what this machine chose."""
+        durable.write_bytes(self.path / "choices.json", canonical.encode(choices))
+
+    def keep_snapshot(self, snapshot: Snapshot) -> None:
+        """Replace the snapshot of the round that is being worked on."""
+        header = {key: value for key, value in vars(snapshot).items() if key != "tensors"}
+        with durable.file(self.path / _SNAPSHOT) as path:
+            safetensors.torch.save_file(snapshot.tensors, path, {"header": canonical.encode(header).decode()})
+
+    def snapshot(self, request_digest: str) -> Snapshot | None:
+        """Give the snapshot of the work on this request, if there is one."""
+        path = self.path / _SNAPSHOT
+        if not path.exists():
+            return None
+        header = self._header(path)
+        if header["request_digest"] != request_digest:
+            return None
+        fields = {**header, "tensors": safetensors.torch.load_file(path)}
+        return canonical.build(Snapshot, fields, str(path), DataError)
+
     def answered(self) -> dict[int, str]:
         """Give what was asked in every round that has an answer: request digests by round."""
         digests = {int(p.stem): p.read_text() for p in (self.path / "rounds").glob("[0-9]*.digest")}
@@ -166,6 +224,7 @@ class RunArchive:
         wire = to_wire(reply)
         data = safetensors.numpy.save(dict(wire.payloads), {"header": wire.header.decode()})  # type: ignore[arg-type]
         durable.write_bytes(self.path / "rounds" / f"{number:04d}.safetensors", data)
+        (self.path / _SNAPSHOT).unlink(missing_ok=True)
         self._sweep(number - _KEPT_ROUNDS)
 
     def optimizer_before(self, number: int) -> dict[str, Tensor] | None:
@@ -186,9 +245,9 @@ class RunArchive:
                 path.unlink()
 
     @staticmethod
-    def _header(path: Path) -> dict[str, str]:
+    def _header(path: Path) -> dict[str, Any]:
         with safetensors.safe_open(path, "np") as file:
-            header: dict[str, str] = json.loads(file.metadata()["header"])
+            header: dict[str, Any] = json.loads(file.metadata()["header"])
         return header
 
 

@@ -8,18 +8,15 @@ work again. What leaves are surveys over the floor, counts, updates and sums; ne
 
 import dataclasses
 import hashlib
-import itertools
-import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-
+from client import torchrun
 from client.archive import Agreement, Archive, RunArchive
 from client.gate import Gate
+from client.local import LocalRound, Task, Work, agreement_of, choices_of, open_work
 from federation import canonical
 from federation.manifest import Manifest, software_version
 from federation.messages import (
@@ -36,12 +33,10 @@ from federation.messages import (
     SurveyRequest,
     TrainReply,
     TrainRequest,
-    Vector,
     is_site_name,
 )
-from federation.update import Layout, to_decoder, to_vector
-from model.decoder import Decoder
-from model.train import Trainer, TrainOptions, evaluate
+from federation.update import Layout
+from model.machine import Machine
 from tokenizer.codebook import Codebook, TokenizerOptions
 from tokenizer.errors import ConfigError, DataError
 from tokenizer.events import MedsDataset, Records
@@ -52,23 +47,27 @@ from tokenizer.shards import AS_IT_FITS, Crew
 from tokenizer.split import SPLITS, SplitRule
 from tokenizer.store import TokenStore, build_store
 from tokenizer.survey import survey
-from tokenizer.windows import Batch, Windows
 
 
 @dataclass(frozen=True)
 class SiteFiles:
     """A site's name, its records (a MEDS dataset's folder) and the folder for what it must not forget.
 
-    `device` is the torch device that it trains on; only on "cpu" does the same work give the same bits. `settings` says
-    what is done to the records before they are surveyed or encoded: a TOML file, "standard", or "none". `policy` is the
-    site's policy (a TOML file, see `client.policy`); without one it answers whoever reaches it.
+    Attributes:
+        name: up to 64 letters, digits, '.', '_' and '-'.
+        data, state: the folders.
+        settings: what is done to the records before they are surveyed or encoded: a TOML file, "standard", or "none".
+        machine: how it computes.
+        snapshot_minutes: how much of a round's work may be lost when it is stopped in the middle; 0 loses nothing.
+        policy: the site's rules (a TOML file, see `client.policy`); without them it answers whoever reaches it.
     """
 
     name: str
     data: Path
     state: Path
-    device: str = "cpu"
     settings: str = AS_THEY_ARE
+    machine: Machine = field(default_factory=Machine)
+    snapshot_minutes: float = 10.0
     policy: Path | None = None
 
     def __post_init__(self) -> None:
@@ -76,6 +75,13 @@ class SiteFiles:
             raise ConfigError(
                 f"{self.name!r} can't be the name of a site: use up to 64 letters, digits, '.', '_' and '-'."
             )
+
+    def node_config(self) -> dict[str, bool | float | int | str]:
+        """What a Flower node is told to be this site; `client.app` reads it back."""
+        folders = {"name": self.name, "data": str(self.data), "state": str(self.state)}
+        policy = {} if self.policy is None else {"policy": str(self.policy)}
+        rest = {"settings": self.settings, "snapshot_minutes": self.snapshot_minutes, **vars(self.machine)}
+        return {**folders, **policy, **rest}
 
     def records(self, codebook: Codebook | None = None) -> MedsDataset | Prepared:
         """Open the records as they are to be read, and by this codebook.
@@ -104,7 +110,7 @@ class Site:
         """
         self.files = files
         self.archive = Archive(files.state)
-        self.gate = Gate(files.name, files.policy, files.device, self._survey_privacy, self.archive, clock)
+        self.gate = Gate(files.name, files.policy, files.machine.device, self._survey_privacy, self.archive, clock)
         self._clock, self._pause = clock, pause
 
     def answer(self, request: Request) -> Reply:
@@ -156,7 +162,7 @@ class Site:
                     f"The records of {self.files.name} have changed since this run began; begin a new run."
                 )
             store = self._store(dataset, codebook, manifest.split, name)
-            work = _Work(self.files, manifest, codebook, store)
+            work = Work(self.files.name, manifest, codebook, store)
             work.check()
             self.gate.admit_steps(work.most_steps)
             # Asked again while nobody else can agree: two runs may come at once, and add up.
@@ -170,41 +176,31 @@ class Site:
     def train(self, request: TrainRequest) -> TrainReply:
         """Do a round's local work from the global weights and give the difference."""
         run = self.archive.run(request.manifest_hash)
-        self._agreement(run)
+        agreement_of(run, self.files.name)
         with run.working():
             if (known := self._answered(run, request)) is not None:
                 return known
             self._in_time(request.deadline_s)
-            work = self._work(run)
+            work = open_work(self.archive, run, self.files.name)
             work.check_request(request.round, request.weights)
-            optimizer = run.optimizer_before(request.round) if work.keeps_optimizer else None
-            begin = time.monotonic()
-            trainer = work.trainer(request.round, request.weights, optimizer)
-            losses, tokens = [], []
-            share = self.gate.share_of_time
-            for batch in work.batches(request.round):
+            machine = self.files.machine
+
+            def in_time() -> None:
                 self._in_time(request.deadline_s)
                 self.gate.admit_time()
-                step_began = time.monotonic()
-                result = trainer.step(batch)
-                if share < 1:
-                    self._pause((time.monotonic() - step_began) * (1 / share - 1))
-                losses.append(result.loss)
-                tokens.append(result.tokens)
-            update = to_vector(trainer.decoder)
-            update -= request.weights
-            reply = TrainReply(
-                site=self.files.name,
-                manifest_hash=request.manifest_hash,
-                round=request.round,
-                request_digest=request.digest,
-                update=update,
-                tokens=sum(tokens),
-                steps=len(tokens),
-                loss=float(np.average(losses, weights=tokens)),
-                seconds=time.monotonic() - begin,
-            )
-            run.keep(reply, trainer.state_dict() if work.keeps_optimizer else None)
+
+            task = Task(request, machine, 60 * self.files.snapshot_minutes, in_time)
+            task = replace(task, share_of_time=self.gate.share_of_time, pause=self._pause)
+            if machine.processes > 1:
+                torchrun.advance(self.files, run, work, task)
+                # The snapshot that is left holds the whole round, so nothing more is computed here.
+                task = replace(task, machine=Machine())
+            local = LocalRound(work, run, task)
+            local.go()
+            reply = local.reply(self.files.name)
+            run.keep(reply, local.trainer.state_dict() if work.keeps_optimizer else None)
+            if local.choices != run.choices():
+                run.choose(local.choices)
         return reply
 
     def evaluate(self, request: EvaluateRequest) -> EvaluateReply:
@@ -214,10 +210,14 @@ class Site:
             raise ProtocolError(
                 f"There is no split {request.split!r} to evaluate on; there are {', '.join(SPLITS[1:])}."
             )
-        work = self._work(self.archive.run(request.manifest_hash))
+        run = self.archive.run(request.manifest_hash)
+        work = open_work(self.archive, run, self.files.name)
         work.check_request(request.round, request.weights)
         self.gate.admit_figure(work.patients(request.split))
-        mean, tokens = work.evaluate(request.split, request.weights)
+        machine = self.files.machine
+        mean, tokens = work.evaluate(
+            request.split, request.weights, machine.device, choices_of(run, work, machine).precision
+        )
         nll = mean * tokens if tokens else 0.0
         return EvaluateReply(
             self.files.name, request.manifest_hash, request.round, request.split, request.digest, nll, tokens
@@ -258,21 +258,10 @@ class Site:
             raise SiteRefusal(f"Round {request.round} is over: round {last} was answered already.")
         return None
 
-    def _agreement(self, run: RunArchive) -> Agreement:
-        agreement = run.agreement()
-        if agreement is None:
-            raise SiteRefusal(f"{self.files.name} takes no part in run {run.path.name}: ask it to prepare first.")
-        return agreement
-
     def _told(self, store: TokenStore, split: str) -> SplitCounts:
         """How much a split holds; one with fewer patients than the policy's floor is told as empty."""
         counts = SplitCounts(**store.manifest["splits"][split])
         return counts if counts.patients >= self.gate.floor else SplitCounts(0, 0, 0)
-
-    def _work(self, run: RunArchive) -> "_Work":
-        codebook = run.codebook()
-        store = TokenStore.open(self.archive.store_path(self._agreement(run).store), codebook.hash)
-        return _Work(self.files, run.manifest(), codebook, store)
 
     def _store(self, dataset: Records, codebook: Codebook, rule: SplitRule, name: str) -> TokenStore:
         path = self.archive.store_path(name)
@@ -293,104 +282,6 @@ def survey_bytes(
 ) -> bytes:
     """What a site answers to a survey request; `client.check` shows the same before anything leaves."""
     return survey(records, rule, options, progress, crew).to_bytes()
-
-
-class _Work:
-    """The work that one run asks of one site, as a function of the round."""
-
-    def __init__(self, files: SiteFiles, manifest: Manifest, codebook: Codebook, store: TokenStore) -> None:
-        self._site, self._device = files.name, files.device
-        self._manifest, self._codebook, self._store = manifest, codebook, store
-
-    @property
-    def keeps_optimizer(self) -> bool:
-        return self._manifest.local.optimizer_state == "keep"
-
-    @property
-    def most_steps(self) -> int:
-        """Steps of the longest round."""
-        return max(after - before for before, after in itertools.pairwise(self._starts()))
-
-    def patients(self, split: str) -> int:
-        """How many patients a split has."""
-        return len(self._store.split(split))
-
-    def check(self) -> None:
-        """Refuse what can't be trained on."""
-        if len(self._store.split("train")) == 0:
-            raise SiteRefusal(f"{self._site} has no patients in the train split.")
-        if self._windows.steps(0) == 0:
-            raise SiteRefusal(f"{self._site} has no timeline with something to predict in the train split.")
-
-    def check_request(self, number: int, weights: Vector) -> None:
-        """Refuse weights that don't fit the agreed model, or a round that was not agreed on."""
-        if not 1 <= number <= self._manifest.rounds:
-            raise ProtocolError(f"There is no round {number}; {self._manifest.rounds} were agreed on.")
-        size = self._manifest.model.parameters()
-        if weights.shape != (size,) or not np.isfinite(weights).all():
-            raise ProtocolError(f"The weights must be {size} finite numbers; they have shape {weights.shape}.")
-
-    def trainer(self, number: int, weights: Vector, optimizer: dict | None) -> Trainer:
-        """Set up the training of a round from the global weights and the optimizer's kept state."""
-        decoder = self._decoder(weights)
-        starts = self._starts()
-        trainer = Trainer(decoder, self._train_options(starts[-1]), starts[number - 1])
-        if optimizer is not None:
-            trainer.load_state_dict(optimizer)
-            trainer.global_step = starts[number - 1]
-        return trainer
-
-    def batches(self, number: int) -> Iterator[Batch]:
-        """Walk through a round's batches."""
-        starts = self._starts()
-        for step in range(starts[number - 1], starts[number]):
-            yield self._windows.batch(step)
-
-    def evaluate(self, split: str, weights: Vector) -> tuple[float, int]:
-        """Give the mean nll in nats and the number of targets."""
-        windows = self._split_windows(split)
-        return evaluate(self._decoder(weights), windows.epoch(0), self._manifest.train.precision)
-
-    @cached_property
-    def _windows(self) -> Windows:
-        return self._split_windows("train")
-
-    def _split_windows(self, split: str) -> Windows:
-        return Windows(
-            self._store.split(split),
-            self._codebook,
-            context=self._manifest.model.context,
-            batch_tokens=self._manifest.local.batch_tokens,
-            seed=self._seed(f"windows/{split}"),
-        )
-
-    def _starts(self) -> list[int]:
-        """The global step at which each round starts, and the one at which the last ends."""
-        local, rounds = self._manifest.local, self._manifest.rounds
-        if local.steps is not None:
-            return [number * local.steps for number in range(rounds + 1)]
-        passes = [number * (local.epochs or 1.0) for number in range(rounds + 1)]
-        steps = [self._windows.steps(epoch) for epoch in range(math.ceil(passes[-1]) + 1)]
-        before = list(itertools.accumulate(steps, initial=0))
-        starts = [0]
-        for done in passes[1:]:
-            whole = math.floor(done)
-            # A site with a handful of patients does at least one step in every round.
-            starts.append(max(starts[-1] + 1, before[whole] + round((done - whole) * steps[whole])))
-        return starts
-
-    def _train_options(self, total: int) -> TrainOptions:
-        warmup = min(round(total * self._manifest.local.warmup_share), total - 1)
-        return dataclasses.replace(
-            self._manifest.train, total_steps=total, warmup_steps=warmup, seed=self._seed("dropout")
-        )
-
-    def _decoder(self, weights: Vector) -> Decoder:
-        return to_decoder(self._manifest.model, weights, self._device)
-
-    def _seed(self, use: str) -> int:
-        key = f"{self._manifest.seed}/{self._site}/{use}".encode()
-        return int.from_bytes(hashlib.blake2b(key, digest_size=7).digest())
 
 
 def _read_codebook(data: bytes) -> Codebook:

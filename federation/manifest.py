@@ -29,6 +29,8 @@ class LocalWork:
     Attributes:
         steps, epochs: one of the two; a quarter of a pass is 0.25 epochs.
         batch_tokens: most tokens of a step's batch; the context of its windows is the model's.
+        windows_per_patient: most windows of a patient in one pass over the patients, none is all of them; see
+            `tokenizer.windows`.
         warmup_share: share of the site's steps in the whole run with a rising learning rate.
         optimizer_state: AdamW's moments are kept from round to round at the site, or start anew.
     """
@@ -36,6 +38,7 @@ class LocalWork:
     steps: int | None = None
     epochs: float | None = None
     batch_tokens: int = 8192
+    windows_per_patient: int | None = None
     warmup_share: float = 0.03
     optimizer_state: Literal["keep", "reset"] = "keep"
 
@@ -48,6 +51,8 @@ class LocalWork:
             raise ConfigError("Local work needs either steps or epochs, and more than 0.")
         if self.batch_tokens < 1:
             raise ConfigError("local.batch_tokens must be at least 1.")
+        if self.windows_per_patient is not None and self.windows_per_patient < 1:
+            raise ConfigError("local.windows_per_patient must be at least 1, or absent.")
         if not 0 <= self.warmup_share < 1:
             raise ConfigError("local.warmup_share must be at least 0 and below 1.")
 

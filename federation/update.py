@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from federation import canonical
 from model.decoder import Decoder, DecoderConfig
+from model.parallel import whole
 from tokenizer.errors import DataError
 
 
@@ -50,12 +51,12 @@ class Layout:
 
 @torch.no_grad()
 def to_vector(decoder: Decoder) -> NDArray[np.float32]:
-    """Copy a decoder's parameters into a new float32 vector [P]."""
+    """Copy a decoder's parameters into a new float32 vector [P]; of a sharded one, all processes must ask at once."""
     parameters = list(decoder.parameters())
     vector = torch.empty(sum(p.numel() for p in parameters), dtype=torch.float32)
     start = 0
     for parameter in parameters:
-        vector[start : start + parameter.numel()].copy_(parameter.reshape(-1))
+        vector[start : start + parameter.numel()].copy_(whole(parameter).reshape(-1))
         start += parameter.numel()
     array: NDArray[np.float32] = vector.numpy()
     return array

@@ -6,6 +6,9 @@ on each block, and gathers the results back. A patient can't see another one, be
 padding stands behind it, where the causal mask hides it. The gradients of both moves are gathers too, so nothing is
 added up in an order that could change from run to run.
 
+On CUDA devices, half-precision queries go through PyTorch's attention for segments of any length
+(`torch.nn.attention.varlen`, FlashAttention) as they lie: no blocks, no padding, no moves.
+
 Shapes: N flat tokens, M padded tokens, S segments, B rows and L columns of one block, H query heads, G key/value heads,
 K head width.
 """
@@ -33,12 +36,14 @@ class SegmentPlan:
         blocks: rows and columns of every block, in the order of the padded axis M.
         take: int64 [M], flat index of every padded place, or None when the flat batch already is one block.
         put: int64 [N], padded place of every flat token.
+        ends: int32 [S + 1], where segments begin and the last ends; on CUDA devices only.
     """
 
     positions: Tensor
     blocks: tuple[tuple[int, int], ...]
     take: Tensor | None
     put: Tensor | None
+    ends: Tensor | None = None
 
     @classmethod
     def of(cls, lengths: Tensor, device: torch.device) -> "SegmentPlan":
@@ -63,14 +68,19 @@ class SegmentPlan:
             blocks.append((len(members), columns))
             padded += flat_BL.size
             first += len(members)
-        places = torch.from_numpy(positions).to(device)
+        places, ends = torch.from_numpy(positions).to(device), None
+        if device.type == "cuda":
+            ends = torch.from_numpy(np.append(start_S, len(positions)).astype(np.int32)).to(device)
         if len(blocks) == 1 and padded == len(positions):
-            return cls(places, tuple(blocks), None, None)
+            return cls(places, tuple(blocks), None, None, ends)
         take_M = torch.from_numpy(np.concatenate(take)).to(device)
-        return cls(places, tuple(blocks), take_M, torch.from_numpy(put).to(device))
+        return cls(places, tuple(blocks), take_M, torch.from_numpy(put).to(device), ends)
 
     def attend(self, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
         """Causal attention inside every segment: `[N, H, K]`."""
+        if self.ends is not None and q_NHK.dtype in (torch.bfloat16, torch.float16):
+            longest = max(columns for _, columns in self.blocks)
+            return _attend_flat(q_NHK, k_NGK, v_NGK.to(q_NHK.dtype), self.ends, longest)
         if self.take is None or self.put is None:
             return _attend_block(q_NHK, k_NGK, v_NGK, *self.blocks[0])
         sizes = [rows * columns for rows, columns in self.blocks]
@@ -82,6 +92,16 @@ class SegmentPlan:
             ]
         )
         return _unpad(out_MHK, self.put)
+
+
+def _attend_flat(q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, ends: Tensor, longest: int) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    grouped = q_NHK.shape[1] != k_NGK.shape[1]
+    # The window (-1, 0) is all of the past and nothing of the future.
+    out = varlen_attn(q_NHK, k_NGK, v_NGK, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=grouped)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def _attend_block(q_MHK: Tensor, k_MGK: Tensor, v_MGK: Tensor, rows: int, columns: int) -> Tensor:
@@ -143,10 +163,11 @@ _rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = _Rotate.apply
 def _turn(x_NHK: Tensor, cos_N1k: Tensor, sin_N1k: Tensor) -> Tensor:
     half = x_NHK.shape[-1] // 2
     low, high = x_NHK[..., :half], x_NHK[..., half:]
-    out = torch.empty_like(x_NHK)
-    out[..., :half] = low * cos_N1k - high * sin_N1k
-    out[..., half:] = high * cos_N1k + low * sin_N1k
-    return out
+    # In float32 whatever comes in, and without a copy of a half on the way.
+    out = torch.empty_like(x_NHK, dtype=cos_N1k.dtype)
+    torch.mul(low, cos_N1k, out=out[..., :half]).addcmul_(high, sin_N1k, value=-1)
+    torch.mul(high, cos_N1k, out=out[..., half:]).addcmul_(low, sin_N1k)
+    return out.to(x_NHK.dtype)
 
 
 def rotate(x_NHK: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:

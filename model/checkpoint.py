@@ -3,11 +3,14 @@
 The header says which format version wrote it, the decoder's shape, the caller's own facts (the codebook's hash must be
 among them), and a digest of header and tensors. Reading checks each of them, so a file that loads is the file that was
 written. No pickle is involved: a checkpoint from elsewhere can't run code.
+
+The facts of a checkpoint that a coordinator wrote are those of `Provenance`. One that came from a Hugging Face folder
+without them (`model.interchange`) has `codebook_hash`, `preset` and `imported` instead.
 """
 
 import hashlib
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from model.decoder import Decoder, DecoderConfig
+from model.decoder import Decoder, DecoderConfig, preset_of
 from tokenizer import durable
 from tokenizer.codebook import Codebook, Token
 from tokenizer.errors import ConfigError, DataError
@@ -40,6 +43,37 @@ class Checkpoint(NamedTuple):
     decoder: Decoder
     extra: dict[str, Any]
     arrays: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where trained weights come from: the facts that a coordinator puts into every checkpoint.
+
+    No time of day, no name of a site: equal runs give equal bytes, and a checkpoint that is passed on names nobody.
+
+    Attributes:
+        codebook_hash: of the vocabulary.
+        manifest_hash: of the agreement that the sites trained under.
+        preset: name of the preset that the decoder is (`model.decoder.preset_of`), or None.
+        round: the round after which this is the state.
+        rounds: how many the run has.
+        tokens: that all sites together trained on until then; tokens of repeated passes count again.
+        steps: of all sites' optimizers together until then.
+        sites: how many sites had a part in it.
+        software: version of fedcomet that wrote it.
+        torch: version of torch that wrote it.
+    """
+
+    codebook_hash: str
+    manifest_hash: str
+    preset: str | None
+    round: int
+    rounds: int
+    tokens: int
+    steps: int
+    sites: int
+    software: str
+    torch: str
 
 
 def save(
@@ -111,6 +145,57 @@ def load(path: Path, codebook_hash: str | None = None) -> Checkpoint:
         extra=header["extra"],
         arrays=_under(_ARRAYS, tensors),
     )
+
+
+def digest_of(tensors: dict[str, Tensor], described: bytes = b"") -> str:
+    """SHA-256 (hex) over `described`, and names, types, shapes and bytes of all tensors, which lie on the CPU."""
+    digest = hashlib.sha256(described)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, str]:
+    """What there is to tell about a checkpoint, in words: shape, size, provenance.
+
+    Facts that it doesn't carry read `unknown`; keys are in the order in which a person wants them.
+    """
+    config, facts = checkpoint.decoder.config, checkpoint.extra
+    tied, biased = ("tied" if config.tied else "untied"), ("with" if config.qkv_bias else "without")
+
+    def told(text: str, *names: str) -> str:
+        values = [facts.get(name) for name in names]
+        if None in values:
+            return "unknown"
+        return text.format(*(f"{value:,}" if type(value) is int else _printable(value) for value in values))
+
+    words = {
+        "preset": preset_of(config) or "none",
+        "parameters": f"{config.parameters():,}",
+        "layers": str(config.layers),
+        "width": f"{config.width}, feed-forward {config.ff}",
+        "heads": f"{config.heads} of width {config.head_width}, {config.kv_heads} for keys and values",
+        "vocabulary": f"{config.vocab} tokens, output matrix {tied}",
+        "context": f"{config.context} tokens",
+        "positions": f"rotary, base {config.rope_base:g}; {biased} biases on q, k and v",
+        "codebook": told("{}", "codebook_hash"),
+        "manifest": told("{}", "manifest_hash"),
+        "round": told("{} of {}", "round", "rounds"),
+        "trained on": told("{} tokens in {} steps at {} sites", "tokens", "steps", "sites"),
+        "written by": told("fedcomet {}, torch {}", "software", "torch"),
+    }
+    if "imported" in facts:
+        words["imported"] = "from a Hugging Face folder; its training is not known"
+    if checkpoint.arrays:
+        words["also holds"] = _printable(", ".join(sorted(checkpoint.arrays)))
+    return words
+
+
+def _printable(value: object) -> str:
+    """A fact on one line of a terminal, whatever a foreign file says."""
+    return "".join(letter if letter.isprintable() else "�" for letter in str(value)[:200])
 
 
 def grow(decoder: Decoder, old: Codebook, new: Codebook) -> Decoder:
@@ -193,12 +278,8 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     """SHA-256 over the header, and names, types, shapes and bytes of all tensors."""
-    digest = hashlib.sha256(_canonical({key: value for key, value in header.items() if key != "digest"}).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    described = _canonical({key: value for key, value in header.items() if key != "digest"})
+    return digest_of(tensors, described.encode())
 
 
 def _canonical(header: dict[str, Any]) -> str:

@@ -8,7 +8,8 @@ Notable choices:
   attention (`model.attention`), and patients never see each other.
 - Logits of a whole batch never exist: `nll` walks over the positions that have a target in chunks and computes the
   gradients of hidden states and weight on the way.
-- Randomness comes only from generators that the caller owns. Dropout happens when a generator is given, not by a mode.
+- Dropout happens when masks are given, not by a mode. A mask is a function of (seed, place), so it is the same however
+  a batch is cut into passes, and when a block is computed again on the way back.
 
 Shapes: N flat tokens, S segments, D width, H query heads, G key/value heads, K head width, F feed-forward width,
 V vocabulary. `x_ND` is float [N, D].
@@ -22,12 +23,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.attention import SegmentPlan, rotary_angles, rotate
 from tokenizer.errors import ConfigError
 
-# Rows of logits alive at once are chosen so that a chunk holds about this many numbers (8 MB in float32).
+# Rows of logits alive at once are chosen so that a chunk holds about this many numbers: 8 MB in float32, which stay in
+# a CPU's caches, and 256 MB on other devices, which need large products to be busy.
 _CHUNK_NUMBERS = 2**21
+_CHUNK_NUMBERS_ON_DEVICES = 2**26
 _INIT_STD = 0.02
 
 # (layer, q_NHK, k_NGK, v_NGK) -> [N, H, K]: how queries meet keys, of this batch or of a cache.
@@ -134,6 +138,18 @@ def preset(name: str, vocab: int, context: int | None = None, dropout: float | N
     return config if dropout is None else replace(config, dropout=dropout)
 
 
+def preset_of(config: DecoderConfig) -> str | None:
+    """Name of the preset that a decoder is, whatever its vocabulary, context and dropout; None if it is none.
+
+    >>> preset_of(preset("1m", vocab=77, context=256))
+    '1m'
+    """
+    for name, shape in PRESETS.items():
+        if config == replace(shape, vocab=config.vocab, context=config.context, dropout=config.dropout):
+            return name
+    return None
+
+
 class Decoder(nn.Module):
     """Embedding, blocks, final norm and output layer; use `create` for initial weights that follow from a seed."""
 
@@ -144,7 +160,7 @@ class Decoder(nn.Module):
         table = torch.empty(config.vocab, config.width)
         self.embed_tokens = nn.Embedding(config.vocab, config.width, _weight=table)
         self.layers = nn.ModuleList(_Block(config) for _ in range(config.layers))
-        self.norm = _RMSNorm(config.width, config.eps)
+        self.norm = RMSNorm(config.width, config.eps)
         self.lm_head = None if config.tied else nn.Linear(config.width, config.vocab, bias=False)
 
     @classmethod
@@ -175,13 +191,16 @@ class Decoder(nn.Module):
         """Output matrix [V, D]: the embedding when tied."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, tokens: Tensor, lengths: Tensor, dropout: torch.Generator | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, lengths: Tensor, dropout: "Dropout | None" = None, checkpointing: bool = False
+    ) -> Tensor:
         """Final hidden states of a flat batch.
 
         Args:
             tokens: int64 [N], the segments end to end.
             lengths: int64 [S], their lengths; their sum is N.
-            dropout: generator of the dropout masks, on the device of `tokens`; None drops nothing.
+            dropout: the dropout masks; None drops nothing.
+            checkpointing: keep the input of every block only, and compute its inside again on the way back.
 
         Returns:
             float32 [N, D].
@@ -196,14 +215,19 @@ class Decoder(nn.Module):
                 f"{len(tokens)} tokens and a context of {self.config.context}"
             )
         plan = SegmentPlan.of(lengths, tokens.device)
-        return self.run(tokens, plan.positions, lambda _, q, k, v: plan.attend(q, k, v), dropout=dropout)
+
+        def attend(_: int, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
+            return plan.attend(q_NHK, k_NGK, v_NGK)
+
+        return self.run(tokens, plan.positions, attend, dropout, checkpointing)
 
     def run(
         self,
         tokens: Tensor,
         positions: Tensor,
         attend: Attend,
-        dropout: torch.Generator | None = None,
+        dropout: "Dropout | None" = None,
+        checkpointing: bool = False,
     ) -> Tensor:
         """Final hidden states [N, D] where `attend` decides what each token sees (rollouts bring a cache).
 
@@ -211,9 +235,12 @@ class Decoder(nn.Module):
         """
         angles = rotary_angles(positions, self.config.head_width, self.config.rope_base)
         walk = _Walk(angles, attend, self.config.dropout, dropout)
-        x_ND = walk.drop(self.embed_tokens(tokens))
+        x_ND = walk.drop(self.embed_tokens(tokens), 0)
         for index, block in enumerate(self.layers):
-            x_ND = block(x_ND, index, walk)
+            if checkpointing:
+                x_ND = checkpoint(block, x_ND, index, walk, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_ND = block(x_ND, index, walk)
         return self.norm(x_ND)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
@@ -238,28 +265,53 @@ class Decoder(nn.Module):
 
 
 @dataclass(frozen=True)
+class Dropout:
+    """The masks of one step's batch, for a part of it.
+
+    Attributes:
+        seed: of all masks, below 2^63.
+        rows: tokens of the whole batch.
+        first: how many of them lie before this part.
+    """
+
+    seed: int
+    rows: int
+    first: int = 0
+
+    def scale(self, x_ND: Tensor, rate: float, place: int) -> Tensor:
+        """What to multiply by: 0 at a share `rate` of the numbers, 1 / (1 - rate) at the others; like `x_ND`."""
+        # An odd factor keeps places apart; the whole mask is drawn, so that a row's share doesn't depend on the cut.
+        mixed = (self.seed + place * 0x9E3779B97F4A7C15) % 2**63
+        generator = torch.Generator(x_ND.device).manual_seed(mixed)
+        keep_RD = x_ND.new_empty(self.rows, x_ND.shape[1]).bernoulli_(1.0 - rate, generator=generator)
+        return keep_RD[self.first : self.first + len(x_ND)].div_(1.0 - rate)
+
+
+@dataclass(frozen=True)
 class _Walk:
     """What every block of one forward pass shares."""
 
     angles: tuple[Tensor, Tensor]
     attend: Attend
     rate: float
-    dropout: torch.Generator | None
+    dropout: Dropout | None
 
-    def drop(self, x: Tensor) -> Tensor:
+    def drop(self, x_ND: Tensor, place: int) -> Tensor:
         if self.dropout is None or self.rate == 0.0:
-            return x
-        keep = torch.empty_like(x).bernoulli_(1.0 - self.rate, generator=self.dropout)
-        return x * keep.div_(1.0 - self.rate)
+            return x_ND
+        return x_ND * self.dropout.scale(x_ND, self.rate, place)
 
 
-class _RMSNorm(nn.Module):
+class RMSNorm(nn.Module):
+    """Root mean square norm (Zhang, Sennrich 2019, arXiv 1910.07467), without a bias."""
+
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
     def forward(self, x_ND: Tensor) -> Tensor:
+        """Each row over its root mean square, times the weight."""
         return F.rms_norm(x_ND, (x_ND.shape[-1],), self.weight, self.eps)
 
 
@@ -295,14 +347,14 @@ class _FeedForward(nn.Module):
 class _Block(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.input_layernorm = _RMSNorm(config.width, config.eps)
+        self.input_layernorm = RMSNorm(config.width, config.eps)
         self.self_attn = _Attention(config)
-        self.post_attention_layernorm = _RMSNorm(config.width, config.eps)
+        self.post_attention_layernorm = RMSNorm(config.width, config.eps)
         self.mlp = _FeedForward(config)
 
     def forward(self, x_ND: Tensor, layer: int, walk: _Walk) -> Tensor:
-        x_ND = x_ND + walk.drop(self.self_attn(self.input_layernorm(x_ND), layer, walk))
-        return x_ND + walk.drop(self.mlp(self.post_attention_layernorm(x_ND)))
+        x_ND = x_ND + walk.drop(self.self_attn(self.input_layernorm(x_ND), layer, walk), 2 * layer + 1)
+        return x_ND + walk.drop(self.mlp(self.post_attention_layernorm(x_ND)), 2 * layer + 2)
 
 
 class _ChunkedNll(torch.autograd.Function):
@@ -318,7 +370,7 @@ class _ChunkedNll(torch.autograd.Function):
             if learn:
                 ctx.grad_hidden = torch.empty_like(hidden)
                 ctx.grad_weight = torch.zeros_like(weight)
-            rows = max(64, _CHUNK_NUMBERS // len(weight))
+            rows = max(64, (_CHUNK_NUMBERS if kind == "cpu" else _CHUNK_NUMBERS_ON_DEVICES) // len(weight))
             for start in range(0, len(targets), rows):
                 h_CD = hidden[start : start + rows].to(dtype)
                 y_C1 = targets[start : start + rows, None]

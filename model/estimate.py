@@ -92,7 +92,16 @@ def estimate(
 
 
 def summarize(rolled: Rollouts, estimator: Estimator = "chances") -> Estimates:
-    """Turn trajectories, whose outcomes are [the outcome, competing events], into risks."""
+    """Turn trajectories, whose outcomes are [the outcome, competing events], into risks.
+
+    Raises:
+        ConfigError: trajectories that were not drawn by the model's own probabilities.
+    """
+    if rolled.altered:
+        raise ConfigError(
+            f"the trajectories were drawn with {rolled.altered}, so they would give biased risks; "
+            "roll out with temperature 1 and top_p 1"
+        )
     resolved = np.isin(rolled.reason, (Reason.EVENT, Reason.HORIZON))
     if estimator == "count":
         yes = ((rolled.reason == Reason.EVENT) & (rolled.event == 0)).sum(axis=1).astype(np.float64)

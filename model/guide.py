@@ -6,7 +6,7 @@ as soon as every way to go on spells one of its codes. Where a code is an outcom
 way), the token after it tells which it was.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,8 +18,81 @@ from tokenizer.errors import DataError
 if TYPE_CHECKING:
     from tokenizer.grammar import Grammar
 
-# Masks kept at once; states beyond are met rarely.
-_MOST_MASKS = 4096
+# Masks kept at once (58 MB at a vocabulary of 7,105); more distinct ones than that are met rarely.
+_MOST_MASKS = 2048
+# A mask that leaves at most so many tokens is narrow: their scores alone cost less than all.
+FEW = 64
+
+
+class Masks:
+    """What may be drawn: a table of distinct masks on the device, filled as states are met.
+
+    Args:
+        never: bool [V], tokens that are forbidden in any state; mask 0 forbids no others.
+        device: where scores are.
+    """
+
+    def __init__(self, never: np.ndarray, device: torch.device) -> None:
+        self._never, self._device = never, device
+        self._forget()
+
+    def _forget(self) -> None:
+        self._place: dict[int, int] = {}
+        self._known: dict[bytes, int] = {}
+        self._bias = torch.empty(0, len(self._never), device=self._device)
+        self._few = np.empty((0, FEW), dtype=np.int64)
+        self._count = np.empty(0, dtype=np.int64)
+        self._add(~self._never[None])
+
+    def places(self, states: np.ndarray, allowed: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """Place of each state's mask in the table, int64 [S]; `allowed` gives bool [S, V] for states not met before."""
+        new = np.array([state for state in states.tolist() if state not in self._place], dtype=np.int64)
+        if len(new) + len(self._bias) > _MOST_MASKS:
+            self._forget()
+            new = states
+        if len(new):
+            self._place |= dict(zip(new.tolist(), self._add(allowed(new) & ~self._never), strict=True))
+        return np.array([self._place[state] for state in states.tolist()], dtype=np.int64)
+
+    def _add(self, allowed: np.ndarray) -> list[int]:
+        """Place of each mask (bool [S, V]) in the table; equal masks share one."""
+        contents, fresh = [mask.tobytes() for mask in np.packbits(allowed, axis=1)], []
+        for n, content in enumerate(contents):
+            if content not in self._known:
+                self._known[content] = len(self._known)
+                fresh.append(n)
+        bias = np.where(allowed[fresh], np.float32(0), np.float32(-np.inf))
+        self._bias = torch.cat([self._bias, torch.from_numpy(bias).to(self._device)])
+        few = np.zeros((len(fresh), FEW), dtype=np.int64)
+        for n, mask in enumerate(allowed[fresh]):
+            some = np.flatnonzero(mask)[:FEW]
+            few[n, : len(some)] = some
+        self._few = np.concatenate([self._few, few])
+        self._count = np.concatenate([self._count, allowed[fresh].sum(1)])
+        return [self._known[content] for content in contents]
+
+    def hide_(self, scores_BV: Tensor, places: np.ndarray) -> None:
+        """Set the scores of forbidden tokens to minus infinity."""
+        if (places == places[0]).all():
+            scores_BV += self._bias[places[0]]
+        else:
+            scores_BV += self._bias.index_select(0, torch.from_numpy(places).to(self._device))
+
+    def forbids(self, places: np.ndarray) -> np.ndarray:
+        """Forbidden tokens: bool [B, V]."""
+        return torch.isinf(self._bias[torch.from_numpy(places).to(self._device)]).cpu().numpy()
+
+    def is_narrow(self, places: np.ndarray) -> np.ndarray:
+        """Masks that leave at most `FEW` tokens, but one at least: bool [B]."""
+        count = self._count[places]
+        return (count > 0) & (count <= FEW)
+
+    def few(self, places: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Tokens that narrow masks allow, int64 [B, A], and 0 or, behind their ends, minus infinity: float32 [B, A]."""
+        count = self._count[places]
+        most = int(count.max())
+        bias = np.where(np.arange(most) < count[:, None], np.float32(0), np.float32(-np.inf))
+        return tuple(torch.from_numpy(x).to(self._device) for x in (self._few[places, :most], bias))  # type: ignore[return-value]
 
 
 class Guide:
@@ -57,25 +130,14 @@ class Guide:
         # One column per outcome: the tokens that bring it whatever came before.
         members = self._known[: len(never), None] == np.arange(len(outcomes))
         self._members = torch.from_numpy(members.astype(np.float32)).to(device)
-        self._never = torch.from_numpy(never).to(device)
-        self._place: dict[int, int] = {}
-        self._table = self._never[None]
+        self.masks = Masks(never, device)
 
-    def forbidden(self, rows: np.ndarray) -> Tensor:
-        """Tokens that may not follow in each row: bool [B, V] on the device."""
+    def places(self, rows: np.ndarray) -> np.ndarray:
+        """Which of `masks` holds in each row: int64 [B]."""
         if self._grammar is None or not self._masked:
-            return self._never.expand(len(rows), -1)
-        keys = self._grammar.same_mask(self._state[rows])
-        distinct = np.unique(keys)
-        if len(self._place) + len(distinct) > _MOST_MASKS:
-            self._place, self._table = {}, self._never[None]
-        new = np.array([key for key in distinct.tolist() if key not in self._place], dtype=np.int64)
-        if len(new):
-            masks = torch.from_numpy(~self._grammar.allowed(new)).to(self._never.device) | self._never
-            self._place |= {key: len(self._table) + n for n, key in enumerate(new.tolist())}
-            self._table = torch.cat([self._table, masks])
-        places = torch.tensor([self._place[key] for key in keys.tolist()], device=self._never.device)
-        return self._table[places]
+            return np.zeros(len(rows), dtype=np.int64)
+        distinct, where = np.unique(self._grammar.same_mask(self._state[rows]), return_inverse=True)
+        return self.masks.places(distinct, self._grammar.allowed)[where]
 
     def chances(self, rows: np.ndarray, chances_BV: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """How probable it is that the next token brings each outcome.

@@ -59,14 +59,12 @@ class Lane:
         """Store the newest keys and values of a layer; attend to window and suffix: `[B, H, K]`."""
         rows, heads, width = q_BHK.shape
         kv_heads = k_BGK.shape[1]
-        suffix = self._suffix[layer, :, :rows, :, : self._columns]
-        suffix[0, :, :, -1], suffix[1, :, :, -1] = k_BGK, v_BGK
+        # Rows x heads beside each other: keys and values [B G, C, K] are views of the storage.
+        keys, values = self._suffix[layer, :, :rows].flatten(1, 2)[:, :, : self._columns]
+        keys[:, -1], values[:, -1] = k_BGK.flatten(0, 1), v_BGK.flatten(0, 1)
         first = int(self._pad.min())
-        own, own_lse = attention_with_lse(
-            q_BHK.view(rows, kv_heads, -1, width),
-            suffix[0][:, :, first:],
-            suffix[1][:, :, first:],
-            self._row_bias(first),
+        own, own_lse = attention_of_few(
+            q_BHK.reshape(rows * kv_heads, -1, width), keys[:, first:], values[:, first:], self._row_bias(first)
         )
         grid = q_BHK.new_zeros(self._grid * len(self._window), heads, width)
         grid[self._place] = q_BHK
@@ -140,7 +138,8 @@ class Lane:
         if self._padded is None:
             return None
         column = torch.arange(first, self._columns, device=self._padded.device)
-        return torch.where(column < self._padded[:, None], _HIDDEN, 0.0)[:, None, None].to(self._suffix.dtype)
+        hidden = torch.where(column < self._padded[:, None], _HIDDEN, 0.0).to(self._suffix.dtype)
+        return hidden.repeat_interleave(self._suffix.shape[3], 0)[:, None]
 
     def _to_rows(self, grid: Tensor) -> Tensor:
         """`[W, G, rows x heads, ...]` of the grid back to `[B, H, ...]`."""
@@ -166,6 +165,26 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> 
         out, lse = kernel(q, k, v, attn_mask=bias)
         return out, lse
     return plain_attention_with_lse(q, k, v, bias)
+
+
+def attention_of_few(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same for one or few queries per block, where the fused kernel wastes most of its tile.
+
+    Args:
+        q: float32 [N, Q, K].
+        k: float32 [N, T, K].
+        v: float32 [N, T, K].
+        bias: float32 [N, 1, T], added to the scores; None adds nothing.
+
+    Returns:
+        Output [N, Q, K] and natural log-sum-exp [N, Q, 1].
+    """
+    scores = torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(1, 2))
+    if bias is not None:
+        scores += bias
+    most = scores.amax(2, keepdim=True)
+    total = scores.sub_(most).exp_().sum(2, keepdim=True)
+    return torch.bmm(scores, v).div_(total), total.log_().add_(most)
 
 
 def plain_attention_with_lse(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

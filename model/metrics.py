@@ -24,6 +24,9 @@ BINS = 10
 _CHUNK = 4_000_000
 _ONE_CLASS = "all labels are {}: not defined"
 _EMPTY = "no predictions"
+# Log-odds of 0 and 1 are infinite; risks from trajectories can be either.
+_LEAST_RISK = 1e-6
+_NEWTON_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,38 @@ def brier(labels: ArrayLike, scores: ArrayLike) -> float:
 def ece(labels: ArrayLike, scores: ArrayLike) -> float:
     """Expected calibration error: mean |observed - predicted| over `BINS` bins of about equal size."""
     return _plain(_ece, labels, scores)
+
+
+def recalibration(labels: ArrayLike, scores: ArrayLike) -> tuple[float, float]:
+    """Slope and intercept of the logistic regression of labels on the log-odds of risks.
+
+    A slope of 1 and an intercept of 0 are perfect; a slope below 1 says that risks are too extreme. Risks are clipped
+    to [1e-6, 1 - 1e-6]; nan where a class is missing, or where risks separate the classes or don't differ.
+
+    Source: Cox, "Two further applications of a model for binary regression", Biometrika 45 (1958); Van Calster et al.,
+    "Calibration: the Achilles heel of predictive analytics", BMC Medicine 17 (2019), weak calibration.
+
+    >>> slope, intercept = recalibration([0, 0, 0, 1, 0, 1, 1, 1], [0.25] * 4 + [0.75] * 4)
+    >>> round(slope, 6), round(abs(intercept), 6)
+    (1.0, 0.0)
+    """
+    truth = _labels(labels)
+    risk = np.clip(_scores("scores", scores, len(truth)), _LEAST_RISK, 1 - _LEAST_RISK)
+    nan = float("nan")
+    if not 0 < truth.sum() < len(truth) or np.ptp(risk) == 0:
+        return nan, nan
+    design = np.stack([np.log(risk / (1 - risk)), np.ones_like(risk)], axis=1)
+    found = np.zeros(2)
+    for _ in range(_NEWTON_STEPS):
+        fitted = 1 / (1 + np.exp(-np.clip(design @ found, -30, 30)))
+        curvature = design.T @ (design * (fitted * (1 - fitted))[:, None])
+        if np.linalg.cond(curvature) > 1e12:
+            return nan, nan
+        step = np.linalg.solve(curvature, design.T @ (truth - fitted))
+        found += step * min(1.0, 5.0 / max(np.abs(step).max(), 1e-12))
+        if np.abs(step).max() < 1e-10:
+            return float(found[0]), float(found[1])
+    return nan, nan
 
 
 def compare(

@@ -30,8 +30,9 @@ from model.attention import SegmentPlan
 from model.clock import Clock
 from model.decoder import Decoder
 from model.guide import Guide, states_after
+from model.head import BLOCK_ROWS, Head
 from model.lanes import Lane
-from model.sampling import pick, probabilities, uniforms
+from model.sampling import pick, uniforms
 from tokenizer.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ _LANE_SHARE = 0.25
 _MOST_LANES = 6
 # Tokens of prompts in one pass of the decoder.
 _PREFILL_TOKENS = 8192
+ENCOUNTER_ENDS = ("ENCOUNTER_END", "HOSPITAL_DISCHARGE")
 _NO_TOKENS = np.empty(0, dtype=np.int32)
 
 
@@ -87,6 +89,18 @@ class Stop:
     horizon_us: int | None
     max_tokens: int
 
+    @classmethod
+    def at_encounter_end(cls, codebook: "Codebook", *, horizon_us: int | None = None, max_tokens: int) -> "Stop":
+        """A stop where the encounter ends: outcome 0 is its end, outcome 1 a death that comes first.
+
+        Raises:
+            ConfigError: the codebook knows no event that ends an encounter.
+        """
+        ends, death = codebook.matching(ENCOUNTER_ENDS), codebook.matching(("MEDS_DEATH",))
+        if not ends.any():
+            raise ConfigError(f"the codebook knows no end of an encounter ({' or '.join(ENCOUNTER_ENDS)})")
+        return cls([ends, death & ~ends], horizon_us, max_tokens)
+
 
 @dataclass(frozen=True)
 class Rollouts:
@@ -100,6 +114,7 @@ class Rollouts:
         chances: float64 [P, R, K + 1], for each of the K outcomes, and last for the horizon: the probabilities that
             the next token brings it, summed over the steps of the trajectory. Their mean over trajectories is the
             chance that a trajectory ends so.
+        altered: what made the draws differ from the model's own probabilities (temperature, top_p); empty if nothing.
         tokens: int32 [sum], all sampled tokens in the order of `offsets`; None unless kept.
         offsets: int64 [P * R + 1]; None unless kept.
     """
@@ -109,6 +124,7 @@ class Rollouts:
     elapsed_us: np.ndarray
     tokens_sampled: np.ndarray
     chances: np.ndarray
+    altered: str = ""
     tokens: np.ndarray | None = None
     offsets: np.ndarray | None = None
 
@@ -134,6 +150,7 @@ def rollout(
     stop: Stop,
     seed: int,
     temperature: float = 1.0,
+    top_p: float = 1.0,
     batch_rows: int = 256,
     keep_tokens: bool = False,
     grammar: bool = True,
@@ -148,7 +165,9 @@ def rollout(
         trajectories: continuations per prompt (R).
         stop: when one ends.
         seed: of all draws.
-        temperature: divides the logits; 1 samples what the model believes.
+        temperature: divides the scores; 1 samples what the model believes.
+        top_p: draw only from the most probable tokens that together reach this probability, among those that the
+            grammar allows; 1 draws from all.
         batch_rows: most trajectories under way at once; memory is at most that many contexts of keys and values.
         keep_tokens: return the sampled tokens too.
         grammar: draw only what the codebook's grammar allows.
@@ -163,7 +182,7 @@ def rollout(
             are not finite.
     """
     clock, rules = (codebook, None) if isinstance(codebook, Clock) else (Clock.of(codebook), codebook.grammar)
-    settings = _Settings(stop, trajectories, batch_rows, seed, temperature, keep_tokens, grammar)
+    settings = _Settings(stop, trajectories, batch_rows, seed, temperature, top_p, keep_tokens, grammar)
     settings.check(decoder, clock, rules)
     _check_prompts(prompts, decoder.config.vocab)
     run = _Run(decoder, clock, rules, prompts, settings)
@@ -190,8 +209,13 @@ class _Settings:
     batch_rows: int
     seed: int
     temperature: float
+    top_p: float
     keep_tokens: bool
     grammar: bool
+
+    def altered(self) -> str:
+        changes = {"temperature": self.temperature, "top_p": self.top_p}
+        return ", ".join(f"{name} {value:g}" for name, value in changes.items() if value != 1.0)
 
     def check(self, decoder: Decoder, clock: Clock, rules: "Grammar | None") -> None:
         vocab, stop = decoder.config.vocab, self.stop
@@ -205,6 +229,8 @@ class _Settings:
             raise ConfigError("rollout: max_tokens, trajectories and batch_rows must be at least 1")
         if self.temperature <= 0:
             raise ConfigError(f"rollout: the temperature is {self.temperature}; it must be positive")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"rollout: top_p is {self.top_p}; it must lie in (0, 1]")
         if stop.horizon_us is not None and stop.horizon_us < 0:
             raise ConfigError(f"rollout: the horizon is {stop.horizon_us} us; it must not be negative")
 
@@ -243,6 +269,8 @@ class _Run:
             never=clock.never,
             device=self._device,
         )
+        most = min(settings.batch_rows, len(prompts) * trajectories)
+        self._head = Head(decoder, settings.temperature, settings.top_p, max(most, 1))
         self._passing = np.flatnonzero(clock.advance_us)
         keys = [place if prompt.key is None else prompt.key for place, prompt in enumerate(prompts)]
         self._key = np.repeat(np.array(keys, dtype=np.int64), trajectories)
@@ -272,7 +300,7 @@ class _Run:
         prefix = torch.zeros(shape, device=self._device)
         last_WD = torch.cat([self._prefill(prefix, tasks, part) for part in _parts(lengths)])
         lane = Lane(prefix, lengths, owner, rows)
-        self._draw(lane, self._decoder.logits(last_WD).index_select(0, self._to_device(owner)))
+        self._draw([lane], last_WD.index_select(0, self._to_device(owner)))
         return lane
 
     def advance(self, lanes: Sequence[Lane]) -> None:
@@ -288,8 +316,7 @@ class _Run:
             return torch.cat([lane.attend(layer, q, k, v) for lane, q, k, v in parts])
 
         hidden_BD = self._decoder.run(self._to_device(tokens), self._to_device(positions), attend)
-        for lane, logits in zip(lanes, self._decoder.logits(hidden_BD).split(sizes), strict=True):
-            self._draw(lane, logits)
+        self._draw(lanes, hidden_BD)
 
     def unload_full(self, lane: Lane) -> list[_Task]:
         """Take rows out of the lane whose window has no place for the newest token; their shorter windows follow."""
@@ -310,7 +337,7 @@ class _Run:
             x.reshape(self._shape) for x in (self.reason, self._event, self._now_us, self._count.astype(np.int32))
         )
         chances = self._chances.reshape(*self._shape, self._chances.shape[1])
-        result = Rollouts(reason, event, now_us, count, chances)
+        result = Rollouts(reason, event, now_us, count, chances, self._settings.altered())
         if self._kept is None:
             return result
         offsets = np.concatenate([[0], np.cumsum(self._count)])
@@ -331,14 +358,11 @@ class _Run:
         hidden_ND = self._decoder.run(self._to_device(np.concatenate(windows)), plan.positions, attend)
         return hidden_ND[self._to_device(np.cumsum(lengths) - 1)]
 
-    def _draw(self, lane: Lane, logits_BV: Tensor) -> None:
-        """Draw a token for every row of the lane, move the rows' clocks, and drop the rows that end."""
-        rows = lane.rows
-        self._forbid_(logits_BV, rows)
-        uniform = uniforms(self._settings.seed, self._key[rows], self._trajectory[rows], self._count[rows])
-        chances_BV = probabilities(logits_BV, self._settings.temperature)
-        token = pick(chances_BV, uniform)
-        self._chances[rows] += self._end_chances(chances_BV, rows)
+    def _draw(self, lanes: Sequence[Lane], hidden_BD: Tensor) -> None:
+        """Draw a token for every row, move the rows' clocks, and drop the rows that end from their lanes."""
+        rows = np.concatenate([lane.rows for lane in lanes])
+        token, end_chances = self._choose(rows, hidden_BD)
+        self._chances[rows] += end_chances
         event, before = self._guide.advance(rows, token)
         # A token that only told what the one before it was is no part of the trajectory.
         self._newest[rows] = token
@@ -351,12 +375,43 @@ class _Run:
         self.reason[rows] = reason
         ends = reason >= 0
         if ends.any():
-            for row in rows[ends].tolist():
-                self._window.pop(row)
-                drawn_tokens = self._drawn.pop(row)
-                if self._kept is not None:
-                    self._kept[row] = np.array(drawn_tokens, dtype=np.int32)
-            lane.drop(ends)
+            self._close(rows[ends])
+            for lane, dead in zip(lanes, np.split(ends, np.cumsum([len(lane) for lane in lanes])[:-1]), strict=True):
+                if dead.any():
+                    lane.drop(dead)
+
+    def _close(self, rows: np.ndarray) -> None:
+        for row in rows.tolist():
+            self._window.pop(row)
+            drawn = self._drawn.pop(row)
+            if self._kept is not None:
+                self._kept[row] = np.array(drawn, dtype=np.int32)
+
+    def _choose(self, rows: np.ndarray, hidden_BD: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Draw the next tokens, int64 [B], and tell the chances of what may end each row, float64 [B, K + 1]."""
+        uniform = uniforms(self._settings.seed, self._key[rows], self._trajectory[rows], self._count[rows])
+        places = self._guide.places(rows)
+        narrow = self._guide.masks.is_narrow(places) & (self._now_us[rows] >= 0)
+        # Rows whose next token is one of few stand last.
+        order = np.argsort(narrow, kind="stable")
+        if narrow.any():
+            hidden_BD = hidden_BD[self._to_device(order)]
+        token = np.empty(len(rows), dtype=np.int64)
+        end_chances = np.empty((len(rows), self._chances.shape[1]))
+        wide = len(rows) - int(narrow.sum())
+        for first in range(0, len(rows), BLOCK_ROWS):
+            part = order[first : first + BLOCK_ROWS]
+            before = max(0, min(wide - first, len(part)))
+            chances_BV = self._head.chances(
+                hidden_BD[first : first + BLOCK_ROWS],
+                self._guide.masks,
+                places[part],
+                before,
+                self._silence(rows[part[:before]], places[part[:before]]),
+            )
+            token[part] = pick(chances_BV, uniform[part])
+            end_chances[part] = self._end_chances(chances_BV[:, : self._decoder.config.vocab], rows[part])
+        return token, end_chances
 
     def _end_chances(self, chances_BV: Tensor, rows: np.ndarray) -> np.ndarray:
         """Chance that the next token brings each outcome or, last, passes the horizon: float64 [B, K + 1]."""
@@ -382,24 +437,20 @@ class _Run:
         }
         return np.select(list(conditions.values()), [int(reason) for reason in conditions], -1).astype(np.int8)
 
-    def _forbid_(self, logits_BV: Tensor, rows: np.ndarray) -> None:
-        """Exclude what can't follow, and before the prediction all that doesn't reach it.
+    def _silence(self, rows: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which of the rows lie before the prediction, int64 [E], and what they may not draw for that, bool [E, V].
 
         A code that is being spelled, or the event that an age announces, comes first: no time passes within.
         """
-        forbidden_BV = self._guide.forbidden(rows)
         now_us, advance = self._now_us[rows], self._clock.advance_us
-        early = np.flatnonzero(now_us < 0)
-        if len(early) and advance.any():
-            need_us = np.minimum(-now_us[early], advance.max())
-            late = advance < need_us[:, None]
-            late[:, self._clock.eot] = False
-            index = self._to_device(early)
-            both = forbidden_BV[index] | self._to_device(late)
-            stuck = both.all(1, keepdim=True)
-            forbidden_BV = forbidden_BV.clone()
-            forbidden_BV[index] = torch.where(stuck, forbidden_BV[index], both)
-        logits_BV.masked_fill_(forbidden_BV, -torch.inf)
+        early = np.flatnonzero(now_us < 0) if advance.any() else np.empty(0, dtype=np.int64)
+        if not len(early):
+            return early, np.empty((0, len(advance)), dtype=bool)
+        need_us = np.minimum(-now_us[early], advance.max())
+        late = advance < need_us[:, None]
+        late[:, self._clock.eot] = False
+        stuck = (late | self._guide.masks.forbids(places[early])).all(1)
+        return early[~stuck], late[~stuck]
 
     def _to_device(self, numbers: np.ndarray) -> Tensor:
         return torch.from_numpy(numbers).to(self._device)

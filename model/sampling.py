@@ -15,6 +15,8 @@ _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
+# Tokens in a block of `pick`: about the root of usual vocabularies.
+_BLOCK = 64
 
 
 def uniforms(seed: int, key: np.ndarray, trajectory: np.ndarray, step: np.ndarray) -> np.ndarray:
@@ -46,22 +48,29 @@ def philox(counter: tuple[np.ndarray, ...], key: tuple[int, int]) -> tuple[np.nd
     return c0, c1, c2, c3
 
 
-def probabilities(logits_BV: Tensor, temperature: float) -> Tensor:
-    """Chance of every token: float32 [B, V].
+def nucleus_(chances_BV: Tensor, top_p: float) -> Tensor:
+    """Keep the most probable tokens of each row that together reach `top_p`, in place, and scale them to 1.
+
+    Tokens as probable as the least of them are kept, too, so what is kept follows from the chances alone, not from the
+    order of tokens (Holtzman et al., "The curious case of neural text degeneration", ICLR 2020, section 3.1).
 
     Args:
-        logits_BV: float32 [B, V]; minus infinity forbids a token.
-        temperature: divides the logits.
+        chances_BV: float32 [B, V], each row a distribution.
+        top_p: in (0, 1].
     """
-    scores_BV = logits_BV if temperature == 1.0 else logits_BV / temperature
-    return torch.softmax(scores_BV, dim=1)
+    falling_BV = chances_BV.sort(dim=1, descending=True).values
+    before_BV = falling_BV.cumsum(1, dtype=torch.float64) - falling_BV
+    needed_B1 = (before_BV < top_p).sum(1, keepdim=True)
+    least_B1 = falling_BV.gather(1, needed_B1 - 1)
+    chances_BV.mul_(chances_BV >= least_B1)
+    return chances_BV.div_(chances_BV.sum(1, keepdim=True))
 
 
 def pick(chances_BV: Tensor, uniform: np.ndarray) -> np.ndarray:
-    """Invert the cumulated probabilities of each row at its uniform.
+    """Invert the cumulated probabilities of each row at its uniform: first to a block of tokens, then to a token.
 
     Args:
-        chances_BV: float32 [B, V], from `probabilities`.
+        chances_BV: float32 [B, V], not negative; their sum need not be exactly 1.
         uniform: float64 [B] in [0, 1).
 
     Returns:
@@ -70,13 +79,27 @@ def pick(chances_BV: Tensor, uniform: np.ndarray) -> np.ndarray:
     Raises:
         DataError: when a row holds no finite distribution, as after a diverged training.
     """
-    cumulated_BV = chances_BV.cumsum(1, dtype=torch.float64)
-    total_B1 = cumulated_BV[:, -1:]
-    if not bool(torch.isfinite(total_B1).all()):
+    vocab = chances_BV.shape[1]
+    whole = vocab - vocab % _BLOCK
+    sums = chances_BV[:, :whole].unflatten(1, (-1, _BLOCK)).sum(2)
+    if whole < vocab:
+        sums = torch.cat([sums, chances_BV[:, whole:].sum(1, keepdim=True)], dim=1)
+    cumulated = sums.cumsum(1, dtype=torch.float64)
+    total = cumulated[:, -1:]
+    if not bool(torch.isfinite(total).all()):
         raise DataError(
             "the decoder's scores are not finite numbers; use a checkpoint from before its training diverged"
         )
-    # A uniform just below 1 may round up to the total; the last token of positive probability is meant then.
-    below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
-    target_B1 = torch.minimum(torch.from_numpy(uniform).to(chances_BV.device)[:, None] * total_B1, below_B1)
-    return torch.searchsorted(cumulated_BV, target_B1, right=True).squeeze(1).cpu().numpy()
+    target = torch.from_numpy(uniform).to(chances_BV.device)[:, None] * total
+    block = torch.searchsorted(cumulated, _below(target, total), right=True)
+    place = block * _BLOCK + torch.arange(_BLOCK, device=block.device)
+    inside = chances_BV.gather(1, place.clamp(max=vocab - 1)).masked_fill_(place >= vocab, 0.0)
+    rest = target - torch.where(block > 0, cumulated.gather(1, (block - 1).clamp(min=0)), 0.0)
+    steps = inside.cumsum(1, dtype=torch.float64)
+    token = block * _BLOCK + torch.searchsorted(steps, _below(rest, steps[:, -1:]), right=True)
+    return token.squeeze(1).cpu().numpy()
+
+
+def _below(target: Tensor, total: Tensor) -> Tensor:
+    """The target, but below the total: what rounding lifts to it means the last token of positive probability."""
+    return torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))

@@ -168,7 +168,11 @@ class Cohort:
 
     def labelled(self) -> "Cohort":
         """Return the cohort without censored predictions."""
-        rows = np.nonzero(self.labels >= 0)[0]
+        return self.part(np.nonzero(self.labels >= 0)[0])
+
+    def part(self, which: slice | NDArray[np.int64]) -> "Cohort":
+        """Return some of the predictions, in the order given."""
+        rows = np.arange(len(self))[which]
         return replace(
             self,
             subject_ids=self.subject_ids[rows],
@@ -234,7 +238,7 @@ def cohort(task: Task, split: TokenSplit, codebook: Codebook) -> Cohort:
             subject_id = int(split.subject_ids[patient])
             found.subject_ids.append(subject_id)
             found.prediction_us.append(asked)
-            found.prompts.append(_prompt(story, subject_id, asked))
+            found.prompts.append(prompt_at(story.timeline, story.times, subject_id, asked))
             found.labels.append(_label(story, asked, task.horizon_us))
     return Cohort(
         subject_ids=np.array(found.subject_ids, np.int64),
@@ -290,13 +294,21 @@ def _unfit(story: _Story, start: int, at: int) -> str | None:
     return TOO_SHORT if story.times[-1] < at else None
 
 
-def _prompt(story: _Story, subject_id: int, at: int) -> Prompt:
-    length = int(np.searchsorted(story.times[: len(story.timeline)], at, side="right"))
+def prompt_at(timeline: NDArray[np.int32], times: NDArray[np.int64], subject_id: int, at: int) -> Prompt:
+    """What is known of a patient at a time: the tokens up to it, and a key that follows from patient and time.
+
+    Args:
+        timeline: int32 [T], without the end of the timeline.
+        times: int64, microseconds, of at least those tokens.
+        subject_id: the patient.
+        at: the prediction, microseconds since the epoch; an event with a time lies before or at it.
+    """
+    length = int(np.searchsorted(times[: len(timeline)], at, side="right"))
     # The draws follow from patient and time: the same in every arm, and whoever else is in the cohort.
     digest = hashlib.blake2b(f"{subject_id} {at}".encode(), digest_size=8).digest()
     return Prompt(
-        tokens=story.timeline[:length],
-        elapsed_us=at - int(story.times[length - 1]),
+        tokens=timeline[:length],
+        elapsed_us=at - int(times[length - 1]),
         key=int.from_bytes(digest, "little", signed=True),
     )
 

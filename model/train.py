@@ -7,26 +7,34 @@ Notable choices:
   AdamW.
 - Weight decay is decoupled and touches only the matrices of the blocks and an untied output layer. Norms and
   biases are free, and so is the embedding: a hospital that never writes a code must not shrink that code's row.
-- Mixed precision is used where it is fast, and nowhere else: CUDA devices with bfloat16. On the CPUs that were measured
-  without bfloat16 units autocast is three times slower than float32.
+- The agreed batch is a matter of learning, how much of it goes through the model at once one of memory: a step takes
+  as many passes as it needs, over whole windows, and when memory runs out it starts again with half as much per pass.
+- What a machine decides for itself (precision, passes, checkpointing, compiling) is in `model.machine`; several
+  processes that share a step in `model.parallel`.
 """
 
+import logging
 import math
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from model.decoder import Decoder
+from model import parallel
+from model.decoder import Decoder, Dropout
+from model.machine import Machine, Precision, choose_precision
 from model.muon import Muon
+from model.parallel import ALONE, Team, shares
 from tokenizer.errors import ConfigError, DataError, FedcometError
 
 if TYPE_CHECKING:
     from tokenizer.windows import Batch
+
+_log = logging.getLogger(__name__)
 
 
 class TrainingDiverged(FedcometError):
@@ -46,7 +54,7 @@ class TrainOptions:
         weight_decay: decoupled decay of the blocks' matrices.
         betas: AdamW's decay rates of the two moments.
         clip: largest gradient norm; 0 clips nothing.
-        precision: "auto" is bfloat16 autocast on CUDA devices that have it, else float32.
+        precision: of the products (weights are float32); "auto" leaves it to the machine.
         seed: of the dropout masks.
 
     Raises:
@@ -112,27 +120,41 @@ class Trainer:
         decoder: trained in place, on the device where it lies.
         options: see `TrainOptions`.
         start_step: global step of the first call to `step`.
+        machine: see `Machine`; its device is the decoder's.
+        team: the processes that train together; each of them must hold the same weights and get the same batches.
+
+    Attributes:
+        micro_tokens: most tokens of a pass, 0 while nothing has asked for a limit.
+        precision: what it computes in.
+
+    Raises:
+        ConfigError: options that don't go together.
     """
 
-    def __init__(self, decoder: Decoder, options: TrainOptions, start_step: int = 0) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        options: TrainOptions,
+        start_step: int = 0,
+        machine: Machine | None = None,
+        team: Team = ALONE,
+    ) -> None:
+        machine = machine or Machine(device=str(decoder.embed_tokens.weight.device))
+        if team.sharded and options.optimizer == "muon":
+            raise ConfigError("Muon needs whole matrices: train with shard off, or with the optimizer adamw.")
         self.decoder = decoder
         self.options = options
         self.global_step = start_step
+        self.micro_tokens = machine.micro_tokens
+        self.precision: Precision = choose_precision(options.precision, machine, decoder.config)
+        self._team = team
+        self._loss: nn.Module = _Loss(decoder, self.precision, machine.checkpointing)
+        if team.sharded:
+            parallel.shard_(self._loss, decoder.layers)
+        if machine.compile:
+            compile_blocks_(decoder, self.precision)
         self._names = [name for name, _ in decoder.named_parameters()]
-        matrices = [p for name, p in decoder.named_parameters() if _is_decayed(name, p)]
-        free = [p for name, p in decoder.named_parameters() if not _is_decayed(name, p)]
-        groups = [{"params": free, "weight_decay": 0.0}]
-        self._optimizers: list[torch.optim.Optimizer] = []
-        if options.optimizer == "muon":
-            inner = [p for p in matrices if p is not decoder.head_weight]
-            matrices = [p for p in matrices if p is decoder.head_weight]
-            self._optimizers.append(Muon(inner, options.lr, weight_decay=options.weight_decay))
-        groups.append({"params": matrices, "weight_decay": options.weight_decay})
-        self._optimizers.append(torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, fused=True))
-
-    @property
-    def _device(self) -> torch.device:
-        return self.decoder.embed_tokens.weight.device
+        self._optimizers = list(_optimizers(decoder, options))
 
     def step(self, batch: "Batch") -> StepResult:
         """Take one optimizer step on a batch; a batch without targets counts as a step that changes nothing.
@@ -142,17 +164,16 @@ class Trainer:
 
         Raises:
             TrainingDiverged: when loss or gradient is not finite; the weights are as before the step.
+            ConfigError: when not even one window fits into the device's memory.
         """
         lr = learning_rate(self.options, self.global_step)
-        nll, tokens = _batch_nll(self.decoder, batch, self.options.precision, self._dropout_generator())
+        tokens = int((batch.targets >= 0).sum())
         if tokens == 0:
             self.global_step += 1
             return StepResult(0.0, 0, 0.0, lr)
-        loss = nll / tokens
-        if not math.isfinite(mean := loss.item()):
+        mean = self._gradients(batch, tokens)
+        if not math.isfinite(mean):
             raise TrainingDiverged(self._diverged("loss", mean, lr))
-        self.decoder.zero_grad(set_to_none=True)
-        loss.backward()
         norm = self._clip()
         if not math.isfinite(norm):
             raise TrainingDiverged(self._diverged("gradient norm", norm, lr))
@@ -163,12 +184,86 @@ class Trainer:
         self.global_step += 1
         return StepResult(mean, tokens, norm, lr)
 
+    def _gradients(self, batch: "Batch", tokens: int) -> float:
+        """Leave the gradient of the batch's mean loss in the parameters; gives that loss."""
+        while True:
+            loss = self._passes(batch, tokens)
+            if not self._team.any(loss is None):
+                assert loss is not None
+                break
+            loss = None
+            self._shrink(batch)
+        if not self._team.sharded:
+            self._team.sum_(self._grads())
+        self._team.sum_([loss])
+        return loss.item()
+
+    def _passes(self, batch: "Batch", tokens: int) -> Tensor | None:
+        """This process's part of `_gradients`; None where memory ran out."""
+        self._loss.zero_grad(set_to_none=True)
+        device = self.decoder.embed_tokens.weight.device
+        total = torch.zeros((), device=device)
+        try:
+            for part, first in self._parts(batch):
+                loss = self._loss(*_placed(part, device), self._dropout(batch, first)) / tokens
+                loss.backward()
+                total += loss.detach()
+        except RuntimeError as error:
+            if not _out_of_memory(error) or self._team.sharded:
+                raise
+            return None
+        return total
+
+    def _parts(self, batch: "Batch") -> Iterator[tuple["Batch", int]]:
+        """This process's passes, and the window that each begins with."""
+        mine = shares(batch.lengths, self.micro_tokens, self._team)
+        for first, last in mine:
+            yield batch.windows(first, last), first
+        if self._team.sharded:
+            # Weights come together for all processes at once, so all must make as many passes: the rest learn nothing.
+            teams = [replace(self._team, rank=rank) for rank in range(self._team.size)]
+            most = max(len(shares(batch.lengths, self.micro_tokens, team)) for team in teams)
+            shortest = int(batch.lengths.argmin())
+            idle = batch.windows(shortest, shortest + 1)
+            for _ in range(most - len(mine)):
+                yield replace(idle, targets=np.full_like(idle.targets, -1)), shortest
+
+    def _shrink(self, batch: "Batch") -> None:
+        """Halve the passes, down to the longest window."""
+        self._loss.zero_grad(set_to_none=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        longest, device = int(batch.lengths.max()), self.decoder.embed_tokens.weight.device
+        tried = min(self.micro_tokens or len(batch.tokens), -(-len(batch.tokens) // self._team.size))
+        if tried <= longest:
+            raise ConfigError(
+                f"A window of {longest} tokens doesn't fit into the memory of {device}. Set checkpointing in the "
+                "site's options, or shard over more processes; or agree on a shorter context."
+            )
+        self.micro_tokens = max(longest, tried // 2)
+        _log.warning("memory ran out; from now on a pass has %d tokens at most", self.micro_tokens)
+
+    def _grads(self) -> list[Tensor]:
+        """The gradients of all parameters; a process whose share held nothing gets zeros."""
+        for weight in self.decoder.parameters():
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+        return [weight.grad for weight in self.decoder.parameters() if weight.grad is not None]
+
+    def _dropout(self, batch: "Batch", first: int) -> Dropout | None:
+        """Masks that depend on seed and global step only, so that a resumed run drops the same units."""
+        if self.decoder.config.dropout == 0.0:
+            return None
+        words = np.random.SeedSequence([self.options.seed, self.global_step]).generate_state(2)
+        seed = (int(words[0]) << 32 | int(words[1])) % 2**63
+        return Dropout(seed, len(batch.tokens), int(batch.lengths[:first].sum()))
+
     def state_dict(self) -> dict[str, Tensor]:
         """Moments and step counts as named tensors (int64 scalars, float32 like the parameters)."""
         state = {"global_step": torch.tensor(self.global_step)}
         for name, weight in self.decoder.named_parameters():
             for key, value in self._state_of(weight).items():
-                state[f"{key}.{name}"] = value.detach().clone()
+                state[f"{key}.{name}"] = parallel.whole(value.detach()).clone()
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -189,7 +284,7 @@ class Trainer:
                 for key, value in moments.items():
                     if value is None or (key != "step" and value.shape != weight.shape):
                         raise DataError(f"optimizer state: {key}.{name} is missing or misshapen")
-                    optimizer.state[weight][key] = value.to(weight.device, copy=True)
+                    optimizer.state[weight][key] = value.clone() if key == "step" else parallel.like(value, weight)
 
     def _state_of(self, weight: Tensor) -> dict[str, Tensor]:
         """What the optimizers remember of a parameter; empty before its first step."""
@@ -200,15 +295,7 @@ class Trainer:
         norm = torch.nn.utils.get_total_norm(grads)
         if self.options.clip:
             torch.nn.utils.clip_grads_with_norm_(self.decoder.parameters(), self.options.clip, norm)
-        return norm.item()
-
-    def _dropout_generator(self) -> torch.Generator | None:
-        """A generator that depends on seed and global step only, so that a resumed run drops the same units."""
-        if self.decoder.config.dropout == 0.0:
-            return None
-        words = np.random.SeedSequence([self.options.seed, self.global_step]).generate_state(2)
-        seed = int(words[0]) << 32 | int(words[1])
-        return torch.Generator(self._device).manual_seed(seed)
+        return parallel.whole(norm).item()
 
     def _diverged(self, what: str, value: float, lr: float) -> str:
         return (
@@ -218,34 +305,77 @@ class Trainer:
 
 
 @torch.no_grad()
-def evaluate(
-    decoder: Decoder,
-    batches: Iterable["Batch"],
-    precision: Literal["auto", "fp32", "bf16"] = "auto",
-) -> tuple[float, int]:
+def evaluate(decoder: Decoder, batches: Iterable["Batch"], precision: Precision = "fp32") -> tuple[float, int]:
     """Mean negative log-likelihood (nats per token) over all targets, and their number; NaN when there is none."""
+    loss = _Loss(decoder, precision)
+    device = decoder.embed_tokens.weight.device
     total, tokens = 0.0, 0
     for batch in batches:
-        nll, count = _batch_nll(decoder, batch, precision, None)
-        total += nll.item()
-        tokens += count
+        total += loss(*_placed(batch, device), None).item()
+        tokens += int((batch.targets >= 0).sum())
     return (total / tokens if tokens else math.nan), tokens
 
 
-def _batch_nll(decoder: Decoder, batch: "Batch", precision: str, dropout: torch.Generator | None) -> tuple[Tensor, int]:
+class _Loss(nn.Module):
+    """The decoder with its loss: what goes through the model in one call, so that sharded weights are whole inside."""
+
+    def __init__(self, decoder: Decoder, precision: Precision, checkpointing: bool = False) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self._narrow, self._checkpointing = precision == "bf16", checkpointing
+
+    def forward(self, tokens: Tensor, lengths: Tensor, targets: Tensor, dropout: Dropout | None) -> Tensor:
+        """Summed negative log-likelihood in nats."""
+        with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=self._narrow):
+            hidden = self.decoder(tokens, lengths, dropout, self._checkpointing)
+            return self.decoder.nll(hidden, targets)[0]
+
+
+def compile_blocks_(decoder: Decoder, precision: Precision) -> None:
+    """Run the decoder's blocks through torch.compile; where that fails they stay as they are, and the log says why.
+
+    All lengths share one compiled block, and torch's own limit bounds how often it is compiled again. The
+    first compilation happens here, on a few tokens, not in the middle of a round.
+    """
+    for block in decoder.layers:
+        block.compile(dynamic=True)
     device = decoder.embed_tokens.weight.device
-    tokens = torch.from_numpy(batch.tokens).to(device)
-    targets = torch.from_numpy(batch.targets).to(device)
-    with _autocast(device, precision):
-        hidden = decoder(tokens, torch.from_numpy(batch.lengths), dropout)
-        return decoder.nll(hidden, targets)
+    begin = time.monotonic()
+    try:
+        for length in (8, 24):
+            tokens = torch.zeros(length, dtype=torch.int64, device=device)
+            _Loss(decoder, precision)(tokens, torch.tensor([length]), tokens, None).backward()
+    except Exception as error:  # the compiler's errors have no common class
+        _log.warning("torch.compile does not work here, so the model runs without: %s", error)
+        for block in decoder.layers:
+            block._compiled_call_impl = None
+    else:
+        _log.info("the blocks were compiled in %.1f s", time.monotonic() - begin)
+    decoder.zero_grad(set_to_none=True)
 
 
-def _autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if precision == "bf16" or (precision == "auto" and fast):
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()
+def _optimizers(decoder: Decoder, options: TrainOptions) -> Iterable[torch.optim.Optimizer]:
+    matrices = [p for name, p in decoder.named_parameters() if _is_decayed(name, p)]
+    free = [p for name, p in decoder.named_parameters() if not _is_decayed(name, p)]
+    groups: list[dict[str, Any]] = [{"params": free, "weight_decay": 0.0}]
+    if options.optimizer == "muon":
+        inner = [p for p in matrices if p is not decoder.head_weight]
+        matrices = [p for p in matrices if p is decoder.head_weight]
+        yield Muon(inner, options.lr, weight_decay=options.weight_decay)
+    groups.append({"params": matrices, "weight_decay": options.weight_decay})
+    yield torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, fused=True)
+
+
+def _placed(batch: "Batch", device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, lengths and targets as tensors; lengths stay on the CPU, where attention is planned."""
+    tokens = torch.from_numpy(batch.tokens).to(device, non_blocking=True)
+    targets = torch.from_numpy(batch.targets).to(device, non_blocking=True)
+    return tokens, torch.from_numpy(batch.lengths), targets
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    # On a CPU torch has no class for it.
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def _is_decayed(name: str, weight: Tensor) -> bool:

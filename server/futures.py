@@ -146,11 +146,10 @@ def futures(
         keep_tokens=True,
         progress=progress,
     )
-    first, last = int(times[times != STATIC][0]), int(times[known - 1])
-    history = _events(decode(prompt.tokens, codebook, start_us=first), -1)
-    told = [_with_times(history, prompt.tokens, times[:known], codebook)]
+    last = int(times[known - 1])
+    told = [_numbered(history_of(prompt.tokens, times[:known], codebook), -1)]
     for number in range(trajectories):
-        told.append(_events(decode(rolled.trajectory(0, number), codebook, start_us=last), number))
+        told.append(_numbered(events_of(decode(rolled.trajectory(0, number), codebook, start_us=last)), number))
     ends = tuple(_ENDS[Reason(int(reason))] for reason in rolled.reason[0])
     return Futures(subject, _when(at_us), pl.concat(told), ends)
 
@@ -172,23 +171,32 @@ def _timeline(store: TokenStore, subject: int, codebook: Codebook) -> tuple[np.n
     raise DataError(f"{store.path}: there is no subject {subject}")
 
 
-def _events(frame: pl.DataFrame, trajectory: int) -> pl.DataFrame:
-    return frame.filter(pl.col("code") != "MEDS_BIRTH").select(
-        pl.lit(trajectory, pl.Int32).alias("trajectory"),
-        pl.col("time").cast(pl.Datetime("us")),
-        pl.col("code").cast(pl.String),
-        pl.col("numeric_value").cast(pl.Float64),
+def events_of(decoded: pl.DataFrame) -> pl.DataFrame:
+    """Return decoded events as time, code and numeric_value, without the birth that ages only hint at."""
+    return decoded.filter(pl.col("code") != "MEDS_BIRTH").select(
+        pl.col("time").cast(pl.Datetime("us")), pl.col("code").cast(pl.String), pl.col("numeric_value")
     )
 
 
-def _with_times(history: pl.DataFrame, tokens: np.ndarray, times: np.ndarray, codebook: Codebook) -> pl.DataFrame:
-    """Put the recorded times in the place of those that the intervals stand for."""
+def history_of(tokens: np.ndarray, times: np.ndarray, codebook: Codebook) -> pl.DataFrame:
+    """Return a known history as time, code and numeric_value, with the times that were recorded.
+
+    Raises:
+        DataError: tokens that don't follow the grammar of timelines.
+    """
+    history = events_of(decode(tokens, codebook, start_us=int(times[times != STATIC][0])))
     told = np.array([token.kind in ("static", "code", "other") for token in codebook.tokens])[tokens]
     recorded = pl.Series("time", times[told])
     if len(recorded) != history.height:
         raise DataError("the history's tokens don't follow the grammar of timelines; tokenize the records again")
     return history.with_columns(
         pl.when(recorded == STATIC).then(None).otherwise(recorded).cast(pl.Datetime("us")).alias("time")
+    )
+
+
+def _numbered(events: pl.DataFrame, trajectory: int) -> pl.DataFrame:
+    return events.select(
+        pl.lit(trajectory, pl.Int32).alias("trajectory"), "time", "code", pl.col("numeric_value").cast(pl.Float64)
     )
 
 

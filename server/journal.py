@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from sqlalchemy import Engine, create_engine, delete, event, func, select
 from sqlalchemy.exc import DatabaseError
@@ -95,6 +95,14 @@ class RoundEntry:
     round: int
     phase: Phase
     checkpoint_sha256: str = ""
+
+
+class Work(NamedTuple):
+    """What the accepted updates of all rounds up to one stand for: tokens and steps summed, and how many sites."""
+
+    tokens: int
+    steps: int
+    sites: int
 
 
 class _Base(DeclarativeBase):
@@ -271,6 +279,14 @@ class Journal:
         with Session(self._engine) as session:
             rows = session.scalars(select(_Reply).where(_Reply.round == number).order_by(_Reply.site))
             return [_reply_entry(row) for row in rows]
+
+    def work(self, until: int) -> Work:
+        """Sum the work behind the accepted updates of the rounds up to and with `until`."""
+        sums = select(func.sum(_Reply.tokens), func.sum(_Reply.steps), func.count(_Reply.site.distinct()))
+        with Session(self._engine) as session:
+            rows = session.execute(sums.where(_Reply.round <= until, _Reply.status == Status.ACCEPTED))
+            tokens, steps, sites = rows.one()
+        return Work(tokens or 0, steps or 0, sites)
 
     def note_scores(self, entries: Sequence[ScoreEntry], number: int) -> None:
         """Note a round's evaluations and that it is evaluated, in one step."""

@@ -27,7 +27,7 @@ from federation.messages import (
     printable,
 )
 from server.aggregate import GlobalState, outer_step
-from server.journal import Journal, Phase, ReplyEntry, ScoreEntry, Status
+from server.journal import Journal, Phase, ReplyEntry, ScoreEntry, Status, Work
 from tokenizer.errors import FedcometError
 
 TUNING = "tuning"
@@ -66,8 +66,8 @@ class Store(Protocol):
     def update(self, number: int, site: str, sha256: str) -> Vector:
         """Give back a kept update, float32 [P]; it may be a view of the file."""
 
-    def save(self, number: int, state: GlobalState) -> str:
-        """Keep the state after a round (0 = the beginning) and give the sha256 of its file."""
+    def save(self, number: int, state: GlobalState, work: Work) -> str:
+        """Keep the state after a round, with the work behind it, and give the sha256 of its file."""
 
     def load(self, number: int, sha256: str) -> GlobalState:
         """Give back the state after a round; round 0 is the beginning, of which `sha256` says nothing."""
@@ -179,7 +179,7 @@ class Rounds:
         state = outer_step(self._state, updates, shares, self.manifest.outer)
         if not math.isfinite(_norm(state.weights)):
             raise RoundFailed(f"Round {self.number} would make the global weights infinite; set max_norm in a new run.")
-        sha256 = self._store.save(self.number, state)
+        sha256 = self._store.save(self.number, state, self._journal.work(self.number))
         self._state = state
         self._journal.enter(self.number, Phase.AGGREGATED, sha256)
         tokens = sum(entry.tokens for entry in accepted)

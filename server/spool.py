@@ -10,17 +10,19 @@ Every file appears whole or not at all, and the ledger points at it only afterwa
 import hashlib
 import shutil
 from collections.abc import Collection
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from federation.manifest import Manifest
+from federation.manifest import Manifest, software_version
 from federation.messages import Vector
 from federation.update import to_decoder, to_vector
 from model import checkpoint
-from model.decoder import Decoder
+from model.decoder import Decoder, preset_of
 from server.aggregate import GlobalState
+from server.journal import Work
 from tokenizer import durable
 from tokenizer.errors import DataError
 
@@ -55,15 +57,24 @@ class Spool:
         vector: Vector = np.memmap(path, "<f4", "r").astype(np.float32, copy=False)
         return vector
 
-    def save(self, number: int, state: GlobalState) -> str:
-        """Keep the state after a round as a checkpoint and give the sha256 of its file."""
+    def save(self, number: int, state: GlobalState, work: Work) -> str:
+        """Keep the state after a round as a checkpoint with its provenance, and give the sha256 of its file."""
         decoder = to_decoder(self._manifest.model, state.weights)
         momentum = {} if state.momentum is None else {_MOMENTUM: torch.from_numpy(state.momentum)}
         manifest = self._manifest
-        extra = {"round": number, "manifest_hash": manifest.hash, "codebook_hash": manifest.codebook_hash}
+        provenance = checkpoint.Provenance(
+            codebook_hash=manifest.codebook_hash,
+            manifest_hash=manifest.hash,
+            preset=preset_of(manifest.model),
+            round=number,
+            rounds=manifest.rounds,
+            **work._asdict(),
+            software=software_version(),
+            torch=str(torch.__version__),
+        )
         path = self.checkpoint_path(number)
         path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.save(path, decoder, extra=extra, arrays=momentum)
+        checkpoint.save(path, decoder, extra=asdict(provenance), arrays=momentum)
         return _sha256(path)
 
     def load(self, number: int, sha256: str) -> GlobalState:

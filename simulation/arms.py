@@ -177,6 +177,7 @@ def _plan(study: Study, name: str, **changes: object) -> FederationPlan:
             steps=train.local_steps,
             epochs=train.local_epochs,
             batch_tokens=train.batch_tokens,
+            windows_per_patient=train.windows_per_patient,
             warmup_share=train.warmup_share,
             optimizer_state=train.optimizer_state,
         ),

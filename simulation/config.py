@@ -119,6 +119,7 @@ class Training(_Section):
     local_epochs: Annotated[float, Field(gt=0.0)] | None = None
     local_steps: _Positive | None = None
     batch_tokens: _Positive = 8192
+    windows_per_patient: _Positive | None = None
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0.0)] = 3e-3
     min_learning_rate_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1

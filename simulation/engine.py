@@ -51,8 +51,7 @@ def play(site: SiteFiles, node: int, message: Message) -> Message:
     """Answer a message as a site: through the ClientApp that runs at real sites, in a worker process."""
     from client.app import app
 
-    config: dict[str, bool | float | int | str] = {k: str(v) for k, v in vars(site).items() if v is not None}
-    return app(message, Context(0, node, config, RecordDict(), {}))
+    return app(message, Context(0, node, site.node_config(), RecordDict(), {}))
 
 
 class LocalGrid(Grid):

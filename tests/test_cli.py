@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +15,13 @@ import pytest
 from server.app import coordinate
 from server.post import TooFewSites
 from tests import tiny
+from tokenizer.codebook import Codebook
 
 REPOSITORY = Path(__file__).parents[1]
 HELP = Path(__file__).parent / "golden" / "help.txt"
 SITE = ("site", "site check", "site policy", "site approve", "site audit", "site key")
 COMMANDS = ("tokenize", *SITE, "coordinator", "coordinator key", "simulate", "report", "rollout", "evaluate")
+COMMANDS = (*COMMANDS, "model", "model show", "model export", "model import")
 STUDY = """
 name = "tiny"
 arms = ["federated", "alone", "pooled", "ensemble"]
@@ -135,7 +139,8 @@ def test_tables_are_read_by_their_mapping_and_bad_rows_are_set_aside(tmp_path: P
     folder = tmp_path / "extract"
     folder.mkdir()
     rows = [f"{patient},2020-01-{day:02},{100 + day}" for patient in range(1, 21) for day in range(1, 9)]
-    (folder / "labs.csv").write_text("\n".join(["patient,day,glucose", *rows, "1,2020-13-01,5"]) + "\n")
+    bad = ["1,2020-13-01,5", *["1,2020-01-01,"] * 3]
+    (folder / "labs.csv").write_text("\n".join(["patient,day,glucose", *rows, *bad]) + "\n")
     (tmp_path / "mapping.toml").write_text(
         '[[table]]\nname = "labs"\nfiles = "labs.csv"\nsubject = "patient"\ntime = "day"\n'
         '[[table.event]]\ncode = "LAB//GLUCOSE"\nvalue = "glucose"\nunit = "mg/dL"\n'
@@ -149,6 +154,7 @@ def test_tables_are_read_by_their_mapping_and_bad_rows_are_set_aside(tmp_path: P
     done = fedcomet(*arguments, "--quarantine")
     assert done.returncode == 0, done.stderr
     assert "1 rows were set aside" in done.stdout
+    assert "3 rows were left out by named filters, counted in" in done.stdout
     assert "LAB//GLUCOSE//mg/dL" in (tmp_path / "out" / "codebook.json").read_text()
     assert (tmp_path / "out" / "records" / "quarantine.csv").exists()
 
@@ -213,6 +219,18 @@ def test_futures_of_a_patient_are_shown_and_written(finished: Path, tokens: Path
     assert set(pl.read_parquet(tmp_path / "futures.parquet")["trajectory"]) <= {-1, 0, 1}
 
 
+def test_futures_of_a_split_are_written_as_records(root: Path, finished: Path, tokens: Path, tmp_path: Path) -> None:
+    arguments = ("rollout", finished / "model", tokens, "--split", "held_out", "--max-tokens", 12)
+    done = fedcomet(*arguments, "--days", 30, "--until", "HOSPITAL_ADMISSION", "--out", tmp_path / "futures")
+    assert done.returncode == 0, done.stderr
+    assert "predictions x 3" in done.stdout
+    again = fedcomet("tokenize", tmp_path / "futures", "--out", tmp_path / "again", "--min-patients", 1)
+    assert again.returncode == 0, again.stderr
+    done = fedcomet(*arguments, "--study", root / "study.toml", "--out", tmp_path / "asked")
+    assert done.returncode == 0, done.stderr
+    assert pl.read_parquet(tmp_path / "asked" / "estimates.parquet")["risk"].is_between(0, 1).all()
+
+
 def test_a_model_is_evaluated_on_a_store(root: Path, finished: Path, tokens: Path, tmp_path: Path) -> None:
     arguments = (finished / "model", tokens, root / "study.toml", "--split", "train", "--workers", 1)
     done = fedcomet("evaluate", *arguments, "--out", tmp_path / "risks.parquet")
@@ -221,6 +239,41 @@ def test_a_model_is_evaluated_on_a_store(root: Path, finished: Path, tokens: Pat
     risks = pl.read_parquet(tmp_path / "risks.parquet")
     assert risks.height > 50
     assert risks["model"].is_between(0, 1).all()
+
+
+def test_a_model_goes_out_and_comes_back(root: Path, finished: Path, tokens: Path) -> None:
+    shown = fedcomet("model", "show", finished / "model")
+    assert shown.returncode == 0, shown.stderr
+    for told in (
+        "preset",
+        "0.3m",
+        "1 of 1",
+        "2 sites",
+        "fedcomet",
+        Codebook.load(finished / "model/codebook.json").hash,
+    ):
+        assert told in shown.stdout
+    assert "unknown" not in shown.stdout
+    done = fedcomet("model", "export", finished / "model", root / "export")
+    assert done.returncode == 0, done.stderr
+    done = fedcomet("model", "import", root / "export", root / "back")
+    assert done.returncode == 0, done.stderr
+    for name in ("checkpoint.safetensors", "codebook.json"):
+        assert (root / "back" / name).read_bytes() == (finished / "model" / name).read_bytes()
+    assert "would be replaced" in refused("model", "import", root / "export", root / "back")
+    assert "can't be read" in refused("model", "show", root / "gone")
+    assert "config.json: can't be read" in refused("model", "import", finished / "model", root / "more")
+
+
+def test_the_guide_to_interchange_works_as_it_stands(root: Path, finished: Path, tokens: Path) -> None:
+    if not (root / "export").exists():
+        assert fedcomet("model", "export", finished / "model", root / "export").returncode == 0
+    (guide,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "interchange.md").read_text(), re.DOTALL)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "error", "-c", guide]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("numeric_value") == 3
 
 
 def refused(*arguments: object) -> str:
@@ -255,6 +308,31 @@ def test_what_is_wrong_is_said_without_a_traceback_and_with_exit_code_1(
     assert "codebook" in told
 
 
+def test_tokenize_replaces_nothing_that_it_did_not_write(tmp_path: Path) -> None:
+    site = tiny.site(tmp_path, "here", seed=1)
+    out = tmp_path / "out"
+    shutil.copytree(site.data, out / "records")
+    before = {file: file.read_bytes() for file in out.rglob("*.*")}
+    assert "the records are read from there" in refused("tokenize", out / "records", "--out", out, "--quarantine")
+    assert "wasn't written by fedcomet" in refused("tokenize", site.data, "--out", out, "--quarantine")
+    assert {file: file.read_bytes() for file in out.rglob("*.*")} == before
+
+
+def test_what_the_system_refuses_is_said_with_its_place(tmp_path: Path) -> None:
+    site = tiny.site(tmp_path, "here", seed=1)
+    file = tmp_path / "file"
+    file.touch()
+    assert f"{file}: is a file" in refused("tokenize", site.data, "--out", file)
+    assert f"{file}/below/it: Not a directory" in refused("tokenize", site.data, "--out", file / "below" / "it")
+    small = ["sh", "-c", 'ulimit -f 8; exec "$@"', "sh", sys.executable, str(REPOSITORY / "fedcomet.py")]
+    command = [*small, "tokenize", str(site.data), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"{tmp_path}/out/store: File too large. Files there may not be so large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_wrong_arguments_have_exit_code_2(finished: Path, tokens: Path, root: Path) -> None:
     for arguments in (
         ("simulate",),
@@ -262,6 +340,10 @@ def test_wrong_arguments_have_exit_code_2(finished: Path, tokens: Path, root: Pa
         ("tokenize", root, "--out", root / "x", "--values", "odd"),
         ("rollout", finished / "model", tokens, "--subject", 1, "--at", "yesterday"),
         ("evaluate", finished / "model", tokens, root / "study.toml", "--split", "odd"),
+        ("rollout", finished / "model", tokens),
+        ("rollout", finished / "model", tokens, "--subject", 1, "--split", "train"),
+        ("rollout", finished / "model", tokens, "--split", "train"),
+        ("rollout", finished / "model", tokens, "--subject", 1, "--top-p", "0.5"),
     ):
         assert fedcomet(*arguments).returncode == 2
 

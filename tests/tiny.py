@@ -74,10 +74,7 @@ def plan(**changes: Any) -> FederationPlan:
 
 def honest(files: SiteFiles) -> Node:
     """A node that runs the real ClientApp in this process."""
-    config: dict[str, Any] = {"name": files.name, "data": str(files.data), "state": str(files.state)}
-    config["settings"] = files.settings
-    if files.policy is not None:
-        config["policy"] = str(files.policy)
+    config = files.node_config()
     return lambda message: client_app.app(message, Context(0, message.metadata.dst_node_id, config, RecordDict(), {}))
 
 

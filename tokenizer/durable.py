@@ -14,14 +14,23 @@ from pathlib import Path
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace `path` by `data` in one step that survives a crash at any moment."""
+    with file(path) as aside:
+        aside.write_bytes(data)
+
+
+@contextmanager
+def file(path: Path) -> Iterator[Path]:
+    """Write to the path that is given here; it replaces `path` only when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield aside
+        with aside.open("rb") as written:
+            os.fsync(written.fileno())
         aside.replace(path)
+    except OSError as problem:
+        _named(problem, path)
+        raise
     finally:
         aside.unlink(missing_ok=True)
     sync_directory(path.parent)
@@ -53,9 +62,18 @@ def directory(path: Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             aside.rename(path)
+    except OSError as problem:
+        _named(problem, path)
+        raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     sync_directory(path.parent)
+
+
+def _named(problem: OSError, path: Path) -> None:
+    """Say what was to be written where the system didn't: a full disk has no name."""
+    if problem.filename is None and problem.errno is not None:
+        problem.filename = str(path)
 
 
 def sync_directory(path: Path) -> None:

@@ -36,6 +36,7 @@ _CORE_TYPES: dict[str, pl.DataType] = {
 # Years that records can hold, those included in which de-identification puts birth 300 years before a stay after 2100;
 # what lies outside is a typing error or a filler such as 9999-12-31.
 EARLIEST, LATEST = "1800-01-01", "2250-01-01"
+_BLANKS = "\t\n\v\f\r "
 # What polars raises on a file that is damaged; for some damage its reader ends in a panic.
 UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
 
@@ -206,7 +207,7 @@ def read(path: Path, part: str | Piece, extra: tuple[str, ...] = ()) -> tuple[pl
     present = [column for column in (*CORE, *extra) if column in schema]
     frame = _canonical_types(_read(file, present, start, rows), str(file), start)
     _refuse_far_times(frame, str(file), start)
-    frame = _cast(frame, str(file), **{column: pl.String() for column in extra if column in schema})
+    frame = _cast(frame, str(file), start, **{column: pl.String() for column in extra if column in schema})
     if broken := int((~frame["numeric_value"].is_finite()).sum()):
         value = pl.col("numeric_value")
         frame = frame.with_columns(pl.when(value.is_finite()).then(value))
@@ -242,16 +243,18 @@ def rows(path: Path, extra: tuple[str, ...] = ()) -> Iterator[Chunk]:
         kinds = {**_CORE_TYPES, **dict.fromkeys(extra, pl.String())}
         start = 0
         while len(frame := _read(file, present, start, PIECE_EVENTS)):
-            yield Chunk(shard, start, total, _cast(frame, str(file), **{name: kinds[name] for name in present}))
+            yield Chunk(shard, start, total, _cast(frame, str(file), start, **{name: kinds[name] for name in present}))
             start += len(frame)
 
 
 def _data_files(path: Path) -> list[Path]:
     folder = path / meds.data_subdirectory
-    if files := sorted(folder.glob("**/*.parquet")):
+    # Some tools write a folder of that ending, with the files in it.
+    if files := sorted(file for file in folder.glob("**/*.parquet") if not file.is_dir()):
         return files
+    what = "no parquet files" if path.is_dir() else "is a file" if path.exists() else "there is no such folder"
     raise DataError(
-        f"{folder}: no parquet files. A MEDS dataset keeps its events in data/**/*.parquet;"
+        f"{folder if path.is_dir() else path}: {what}. A MEDS dataset keeps its events in data/**/*.parquet;"
         " give the folder that holds data/ and metadata/."
     )
 
@@ -371,6 +374,8 @@ def _read(file: Path, columns: list[str], start: int = 0, rows: int | None = Non
 
 
 def _damaged(file: Path, problem: BaseException) -> DataError:
+    if isinstance(problem, PermissionError):
+        return DataError(f"{file}: may not be read. Ask for the right to read it.")
     reason = str(problem).splitlines()[0]
     return DataError(f"{file}: not a readable parquet file ({reason}). Write the shard again.")
 
@@ -408,17 +413,28 @@ def _canonical_types(frame: pl.DataFrame, place: str, first_row: int = 0) -> pl.
     _check_types(dict(frame.schema), place)
     if "numeric_value" not in frame.columns:
         frame = frame.with_columns(numeric_value=pl.lit(None, pl.Float32))
+    frame = _cast(frame, place, first_row, **_CORE_TYPES)
     _refuse_nulls(frame, "subject_id", place, first_row)
     _refuse_nulls(frame, "code", place, first_row)
-    return _cast(frame, place, **_CORE_TYPES)
+    return frame
+
+
+def without(column: str) -> pl.Expr:
+    """Whether a row has no subject_id or no code; a blank code is none."""
+    cell = pl.col(column)
+    return cell.is_null() | (cell.str.strip_chars(_BLANKS) == "") if column == "code" else cell.is_null()
 
 
 def _refuse_nulls(frame: pl.DataFrame, column: str, place: str, first_row: int = 0) -> None:
-    if frame[column].null_count():
-        row = first_row + (frame[column].is_null().arg_max() or 0)
+    # Blanks sort before all else, and comparing is six times as fast as stripping.
+    if column == "code" and not (frame["code"].null_count() or (frame["code"] < "!").any()):
+        return
+    missing = frame.select(without(column)).to_series()
+    if missing.any():
+        row = first_row + (missing.arg_max() or 0)
         raise DataError(
             f"{place}: row {row} (from 0) has no {column}."
-            " Remove the row or give it its value, and write the shard again."
+            " Give it one, or read the dataset with --quarantine, which sets such rows aside."
         )
 
 
@@ -453,11 +469,23 @@ def _refuse_far_times(frame: pl.DataFrame, place: str, first_row: int) -> None:
         )
 
 
-def _cast(frame: pl.DataFrame, place: str, **types: pl.DataType) -> pl.DataFrame:
-    try:
-        return frame.with_columns(pl.col(column).cast(kind) for column, kind in types.items())
-    except pl.exceptions.PolarsError as problem:
-        raise DataError(f"{place}: {str(problem).splitlines()[0]}. Correct these values.") from None
+def _cast(frame: pl.DataFrame, place: str, first_row: int = 0, /, **types: pl.DataType) -> pl.DataFrame:
+    kind = frame.schema.get("time")
+    if isinstance(kind, pl.Datetime) and kind.time_unit == "ms":
+        # What doesn't fit microseconds ends near their limits, which are out of range too.
+        most = np.iinfo(np.int64).max // 1000
+        frame = frame.with_columns(pl.col("time").to_physical().clip(-most, most).cast(kind))
+    for column, wanted in types.items():
+        try:
+            frame = frame.with_columns(pl.col(column).cast(wanted))
+        except pl.exceptions.PolarsError:
+            lost = frame[column].cast(wanted, strict=False).is_null() & frame[column].is_not_null()
+            at = lost.arg_max() or 0
+            raise DataError(
+                f"{place}: row {first_row + at} (from 0): {column} can't be read as {wanted} ({frame[column][at]!r})."
+                " Correct it, and write the shard again."
+            ) from None
+    return frame
 
 
 def _count_unsorted(frame: pl.DataFrame) -> int:
@@ -480,7 +508,7 @@ def _subject_chunks(file: Path) -> Iterator[NDArray[np.int64]]:
     start = 0
     while len(column := _read(file, ["subject_id"], start, CHUNK_ROWS)):
         _refuse_nulls(column, "subject_id", str(file), start)
-        yield _cast(column, str(file), subject_id=pl.Int64())["subject_id"].to_numpy()
+        yield _cast(column, str(file), start, subject_id=pl.Int64())["subject_id"].to_numpy()
         start += CHUNK_ROWS
 
 
@@ -494,5 +522,6 @@ def _refuse_shared_subjects(subjects: dict[str, pl.Series]) -> None:
         places = [shard for shard, column in subjects.items() if first in column]
         raise DataError(
             f"Subject {first} is in {places[0]} and in {places[1]}. MEDS keeps all events of a"
-            " subject in one file; write them again with each subject in one shard."
+            " subject in one file; write them again with each subject in one shard, or read the dataset with"
+            " --quarantine, which does that."
         )

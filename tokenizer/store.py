@@ -236,7 +236,7 @@ def _write_part(folder: Path, split: str, encoded: "Encoded", chosen: NDArray[np
         "subject_ids": encoded.subject_ids[chosen],
     }
     for field, values in fields.items():
-        values.astype(_FIELDS[field], copy=False).tofile(_part_file(folder, split, field))
+        _write(_part_file(folder, split, field), values.astype(_FIELDS[field], copy=False))
     return {
         "patients": len(fields["subject_ids"]),
         "tokens": len(fields["tokens"]),
@@ -258,7 +258,7 @@ class _Writer:
         self.counts = {"patients": 0, "tokens": 0, "events": 0}
         (root / split).mkdir()
         for field, kind in _FIELDS.items():
-            np.zeros(int(field == "offsets"), kind).tofile(_file(root, split, field))
+            _write(_file(root, split, field), np.zeros(int(field == "offsets"), kind))
 
     def append(self, folder: Path, counts: dict[str, int]) -> None:
         """Move a part's files to the ends of the store's."""
@@ -267,12 +267,18 @@ class _Writer:
             with part.open("rb") as source, _file(self._root, self._split, field).open("r+b") as target:
                 target.seek(0, os.SEEK_END)
                 if field == "offsets":
-                    (np.fromfile(source, kind) + self.counts["tokens"]).tofile(target)
+                    target.write((np.fromfile(source, kind) + self.counts["tokens"]).data)
                 else:
                     _copy(source.fileno(), target.fileno(), os.fstat(source.fileno()).st_size)
             part.unlink()
         for name, count in counts.items():
             self.counts[name] += count
+
+
+def _write(file: Path, values: NDArray) -> None:
+    # numpy's own tofile doesn't say that a disk is full, only how much of it was written.
+    with file.open("wb") as target:
+        target.write(np.ascontiguousarray(values).data)
 
 
 def _copy(source: int, target: int, size: int) -> None:

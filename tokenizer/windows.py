@@ -10,11 +10,14 @@ A batch is a row of windows without padding; `lengths` tells where one ends, and
 cross. Windows are shuffled, sorted by length inside pools of about 50 batches, and the batches
 shuffled again: a batch holds windows of similar length, and every epoch mixes patients anew. No
 polars, no torch.
+
+Where some timelines are far longer than others, few patients would make most windows. With `per_patient` a patient has
+at most so many in an epoch: the pieces of a longer timeline take turns, and are cut anew when all have had theirs.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +48,12 @@ class Batch:
     lengths: Ints
     patients: Ints
 
+    def windows(self, first: int, last: int) -> "Batch":
+        """The windows from `first` up to, not including, `last`, as a batch of their own; nothing is copied."""
+        ends = np.concatenate([[0], np.cumsum(self.lengths)])
+        span = slice(ends[first], ends[last])
+        return Batch(self.tokens[span], self.targets[span], self.lengths[first:last], self.patients[first:last])
+
 
 @dataclass(frozen=True)
 class _Plan:
@@ -66,12 +75,22 @@ class Windows:
         context: Longest window, header and all.
         batch_tokens: Most tokens in a batch.
         seed: Same seed, same batches.
+        per_patient: Most windows of a patient in one epoch; None is all.
 
     Raises:
         ConfigError: A batch smaller than the context, or a context that a header fills.
     """
 
-    def __init__(self, split: TokenSplit, codebook: Codebook, *, context: int, batch_tokens: int, seed: int) -> None:
+    def __init__(
+        self,
+        split: TokenSplit,
+        codebook: Codebook,
+        *,
+        context: int,
+        batch_tokens: int,
+        seed: int,
+        per_patient: int | None = None,
+    ) -> None:
         if batch_tokens < context:
             raise ConfigError(
                 f"A batch of {batch_tokens} tokens can't hold a window of {context}."
@@ -79,6 +98,7 @@ class Windows:
             )
         self._split, self._codebook = split, codebook
         self._context, self._batch_tokens, self._seed = context, batch_tokens, seed
+        self._per_patient = per_patient
         kinds = np.array([token.kind for token in codebook.tokens])
         self._is_age = kinds == "age"
         self._statics, self._headers = self._measure_headers(kinds == "static")
@@ -143,7 +163,7 @@ class Windows:
 
     def _make_plan(self, epoch: int) -> _Plan:
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([self._seed, epoch])))
-        patient, start, length = self._cut(rng)
+        patient, start, length = self._cut(rng, epoch)
         total = self._headers[patient] + length
         order = rng.permutation(len(patient))
         filled = np.cumsum(total[order])
@@ -160,7 +180,7 @@ class Windows:
         order = order[_ranges(firsts, sizes[shuffled])]
         return _Plan(patient, start, length, order, np.concatenate([[0], np.cumsum(sizes[shuffled])]))
 
-    def _cut(self, rng: np.random.Generator) -> tuple[Ints, Ints, Ints]:
+    def _cut(self, rng: np.random.Generator, epoch: int) -> tuple[Ints, Ints, Ints]:
         """Windows in the order of patients: patient, place of the first body token, body tokens."""
         offsets = np.asarray(self._split.offsets)
         targets = np.diff(offsets) - self._headers - 1
@@ -169,14 +189,28 @@ class Windows:
         # A long timeline's first piece has 1 to `stride` targets, later ones `stride`, the last the
         # rest.
         phase = rng.integers(1, stride, endpoint=True) if len(stride) else stride
+        turn, epochs = self._turns(targets, stride, epoch)
+        phase = np.where(epochs > 1, 1 + _hashed(self._seed, turn) % stride, phase)
         first = np.where(long, phase, targets)
         pieces = np.where(targets > 0, 1 + -(-(targets - first) // stride), 0)
-        patient = np.repeat(np.arange(len(pieces)), pieces)
-        nth = np.arange(len(patient)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        taken = pieces if self._per_patient is None else np.minimum(pieces, self._per_patient)
+        patient = np.repeat(np.arange(len(pieces)), taken)
+        nth = np.arange(len(patient)) - np.repeat(np.cumsum(taken) - taken, taken)
+        if self._per_patient is not None:
+            begin = epoch % np.maximum(epochs, 1) * self._per_patient
+            nth = (begin[patient] + nth) % np.maximum(pieces, 1)[patient]
         done = np.where(nth > 0, first[patient] + (nth - 1) * stride[patient], 0)
         here = np.where(nth > 0, stride[patient], first[patient])
         start = (offsets[:-1] + self._headers)[patient] + done
         return patient, start, np.minimum(here, targets[patient] - done) + 1
+
+    def _turns(self, targets: Ints, stride: Ints, epoch: int) -> tuple[Ints, Ints]:
+        """How many epochs each patient's pieces need to have had their turn, and which turn this epoch is in."""
+        if self._per_patient is None:
+            return np.zeros_like(targets), np.ones_like(targets)
+        most = 1 + -(-np.maximum(targets - 1, 0) // stride)
+        epochs = np.where(targets > stride, -(-most // self._per_patient), 1)
+        return epoch // epochs, epochs
 
     def _make(self, epoch: int, at: int) -> Batch:
         plan = self._plan(epoch)
@@ -228,6 +262,15 @@ class _Epoch(Sequence[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         for at in range(len(self)):
             yield self[at]
+
+
+def _hashed(seed: int, turn: Ints) -> Ints:
+    """A random number, 0 to 2^62, for every patient and its turn (the mixer of Steele et al., OOPSLA 2014)."""
+    x: NDArray[Any] = (turn.astype(np.uint64) << np.uint64(40)) + np.arange(len(turn), dtype=np.uint64)
+    x = (x + np.uint64(seed % 2**63)) * np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return ((x ^ (x >> np.uint64(31))) >> np.uint64(2)).astype(np.int64)
 
 
 def _ranges(starts: Ints, lengths: Ints) -> Ints:

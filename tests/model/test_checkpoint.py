@@ -1,7 +1,11 @@
 """Checkpoints: what was saved comes back, and nothing else does."""
 
-from dataclasses import replace
+import io
+import pickle
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -98,6 +102,47 @@ def test_other_files_and_no_file_are_refused(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "gone.safetensors")
     with pytest.raises(DataError, match="can't be read"):
         checkpoint.load(tmp_path)
+
+
+class Trap:
+    """Unpickling it leaves a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("save", [pickle.dump, torch.save])
+def test_loading_never_unpickles(tmp_path: Path, save: Callable[[Trap, io.BytesIO], None]) -> None:
+    sprung, buffer = tmp_path / "sprung", io.BytesIO()
+    save(Trap(sprung), buffer)
+    (tmp_path / "7.safetensors").write_bytes(buffer.getvalue())
+    with pytest.raises(DataError, match="not a checkpoint"):
+        checkpoint.load(tmp_path / "7.safetensors")
+    assert not sprung.exists()
+    buffer.seek(0)
+    _ = pickle.load(buffer) if save is pickle.dump else torch.load(buffer, weights_only=False)
+    assert sprung.exists()  # the trap works
+
+
+def test_a_checkpoint_is_described_by_what_it_holds(tmp_path: Path) -> None:
+    facts = checkpoint.Provenance("c0de", "a9" * 32, "0.3m", 3, 9, 12_345, 60, 4, "0.1.0", "2.13.0")
+    checkpoint.save(tmp_path / "x", Decoder.create(preset("0.3m", 40), 1), extra=asdict(facts), arrays=ARRAYS)
+    told = checkpoint.describe(checkpoint.load(tmp_path / "x"))
+    assert told["parameters"] == f"{preset('0.3m', 40).parameters():,}"
+    assert (told["preset"], told["codebook"], told["manifest"]) == ("0.3m", "c0de", "a9" * 32)
+    assert told["trained on"] == "12,345 tokens in 60 steps at 4 sites"
+    assert (told["round"], told["written by"]) == ("3 of 9", "fedcomet 0.1.0, torch 2.13.0")
+    assert told["also holds"] == "moment, none, step"
+    bare = checkpoint.Checkpoint(Decoder.create(preset("0.3m", 40), 1), {"codebook_hash": "c0de"}, {})
+    told = checkpoint.describe(bare)
+    assert told["preset"] == "0.3m"
+    assert {told[name] for name in ("manifest", "round", "trained on", "written by")} == {"unknown"}
+    told = checkpoint.describe(bare._replace(extra={"codebook_hash": "\x1b[2J[red]\n", "manifest_hash": "x" * 10**6}))
+    assert told["codebook"] == "�[2J[red]�"
+    assert len(told["manifest"]) == 200
 
 
 def test_a_checkpoint_without_a_codebook_is_not_written(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from model import decoder as decoder_module
 from model.attention import SegmentPlan
-from model.decoder import PRESETS, Decoder, DecoderConfig, preset
+from model.decoder import PRESETS, Decoder, DecoderConfig, Dropout, preset
 from tokenizer.errors import ConfigError
 
 SMALL = DecoderConfig(vocab=50, layers=2, width=32, heads=4, kv_heads=2, ff=64, context=128)
@@ -93,6 +93,26 @@ def test_loss_and_gradients_equal_the_reference(tied: bool, monkeypatch: pytest.
         torch.testing.assert_close(got[name], weight.grad, atol=2e-3, rtol=1e-4, msg=name)
 
 
+def test_losses_of_a_packed_batch_are_those_of_its_windows_alone_up_to_8192_tokens() -> None:
+    """Each window's own loss and the summed gradient: packing is a matter of speed only."""
+    decoder = shaken(DecoderConfig(vocab=50, layers=2, width=16, heads=2, kv_heads=1, ff=32, context=8192))
+    lengths = [8192, 3, 700, 2048, 1, 650]
+    tokens, sizes, targets = flat_batch(lengths, 50)
+    packed = decoder(tokens, sizes)
+    decoder.nll(packed, targets)[0].backward()
+    together = [weight.grad.clone() for weight in decoder.parameters()]
+    decoder.zero_grad()
+    parts = zip(tokens.split(lengths), targets.split(lengths), packed.detach().split(lengths), strict=True)
+    for length, (own_tokens, own_targets, hidden) in zip(lengths, parts, strict=True):
+        alone, count = decoder.nll(decoder(own_tokens, torch.tensor([length])), own_targets)
+        with torch.no_grad():
+            torch.testing.assert_close(decoder.nll(hidden, own_targets), (alone.detach(), count), rtol=1e-4, atol=1e-3)
+        alone.backward()
+    for got, weight in zip(together, decoder.parameters(), strict=True):
+        scale = weight.grad.abs().max().item()
+        torch.testing.assert_close(got, weight.grad, atol=1e-4 * scale, rtol=1e-3)
+
+
 def test_loss_without_gradient_is_the_same() -> None:
     decoder = shaken(SMALL)
     tokens, sizes, targets = flat_batch([20, 30], 50)
@@ -166,13 +186,44 @@ def test_initial_weights_follow_from_the_seed_alone() -> None:
     assert first.layers[0].mlp.down_proj.weight.std().item() == pytest.approx(0.01, rel=0.1)
 
 
-def test_dropout_needs_a_generator_and_follows_it() -> None:
+def test_dropout_needs_masks_and_follows_their_seed() -> None:
     decoder = shaken(preset("0.3m", 50, dropout=0.5))
     tokens, sizes, _ = flat_batch([20], 50)
-    dropped = [decoder(tokens, sizes, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    dropped = [decoder(tokens, sizes, Dropout(seed, 20)) for seed in (1, 1, 2)]
     assert torch.equal(dropped[0], dropped[1])
     assert not torch.equal(dropped[0], dropped[2])
     assert torch.equal(decoder(tokens, sizes), decoder(tokens, sizes))
+
+
+def test_a_part_of_a_batch_loses_the_same_units_as_in_the_whole() -> None:
+    decoder = shaken(preset("0.3m", 50, dropout=0.5))
+    tokens, sizes, _ = flat_batch([20, 30, 5], 50)
+    whole = decoder(tokens, sizes, Dropout(3, 55))
+    part = decoder(tokens[20:], sizes[1:], Dropout(3, 55, first=20))
+    torch.testing.assert_close(part, whole[20:])
+
+
+def test_masks_drop_their_share_and_differ_between_places() -> None:
+    x = torch.ones(4000, 50)
+    first, second = (Dropout(7, 4000).scale(x, 0.25, place) for place in (1, 2))
+    assert first.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+    # 200,000 draws: four standard deviations, a false alarm in 16,000 runs.
+    assert (first == 0).float().mean().item() == pytest.approx(0.25, abs=4 * (0.25 * 0.75 / 200_000) ** 0.5)
+    both = ((first == 0) & (second == 0)).float().mean().item()
+    assert both == pytest.approx(0.0625, abs=4 * (0.0625 * 0.9375 / 200_000) ** 0.5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpointing_changes_no_bit(dropout: float) -> None:
+    decoder = shaken(preset("0.3m", 50, dropout=dropout))
+    tokens, sizes, targets = flat_batch([20, 30, 5], 50)
+    grads = []
+    for checkpointing in (False, True):
+        decoder.zero_grad()
+        loss, _ = decoder.nll(decoder(tokens, sizes, Dropout(3, 55), checkpointing), targets)
+        loss.backward()
+        grads.append([weight.grad.clone() for weight in decoder.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
 
 
 @pytest.mark.parametrize(

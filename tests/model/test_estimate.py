@@ -47,6 +47,13 @@ def test_summed_chances_give_the_outcomes_share_of_what_is_answered():
     np.testing.assert_allclose(found.risk, [0.25, 0.0, 0.2])
 
 
+def test_trajectories_drawn_off_the_models_probabilities_give_no_risks():
+    zeros = np.zeros((1, 2), np.int64)
+    for altered in ("temperature 0.5", "top_p 0.9"):
+        with pytest.raises(ConfigError, match=f"drawn with {altered}.*biased"):
+            summarize(Rollouts(zeros, zeros, zeros, zeros, np.zeros((1, 2, 3)), altered))
+
+
 @pytest.fixture(scope="module")
 def codebook() -> Codebook:
     tokens = [

@@ -12,7 +12,7 @@ from tests.tokenizer.hospital import spelling_codebook
 from tokenizer import sketch
 from tokenizer.codebook import Codebook, Survey, Token, TokenizerOptions
 from tokenizer.encode import decode
-from tokenizer.errors import DataError
+from tokenizer.errors import ConfigError, DataError
 
 MANY = replace(
     Survey(TokenizerOptions()),
@@ -145,6 +145,35 @@ def test_draws_do_not_depend_on_the_batch() -> None:
         for rows in (90, 7)
     )  # fmt: skip
     assert (many.tokens_sampled == few.tokens_sampled).mean() > 0.97
+
+
+def test_the_nucleus_is_taken_from_what_the_grammar_allows() -> None:
+    """Few kept of all tokens would often be none that may follow; every trajectory must be valid and none stuck."""
+    book = BOOKS[0]
+    found = rollout(
+        wordy(book), book, [prompt(book)], trajectories=60, stop=Stop([], None, 30), seed=1, keep_tokens=True,
+        top_p=0.3,
+    )  # fmt: skip
+    for place in range(60):
+        assert book.grammar.accepts(np.concatenate([prompt(book).tokens, found.trajectory(0, place)]))
+    everything = futures(book, Stop([], None, 30))
+    assert len(set(found.tokens.tolist())) < len(set(everything.tokens.tolist())) / 2
+
+
+def test_an_encounter_ends_with_its_end_or_with_a_death() -> None:
+    survey = Survey(TokenizerOptions(min_patients=1), patients=9)
+    survey = replace(survey, codes=dict.fromkeys(("ENCOUNTER_END//INPATIENT", "VISIT", "MEDS_DEATH"), 9))
+    book = Codebook.build(survey)
+    stop = Stop.at_encounter_end(book, max_tokens=50)
+    found = rollout(wordy(book), book, [prompt(book)], trajectories=100, stop=stop, seed=1, keep_tokens=True)
+    assert not (stop.outcomes[0] & stop.outcomes[1]).any()
+    for place in np.flatnonzero(found.reason[0] == Reason.EVENT):
+        _, nodes = book.grammar.events(found.trajectory(0, place))
+        assert stop.outcomes[found.event[0, place]][nodes[-1]]
+        assert not (stop.outcomes[0] | stop.outcomes[1])[nodes[:-1]].any()
+    assert set(found.event[0]) >= {0, 1}
+    with pytest.raises(ConfigError, match="no end of an encounter"):
+        Stop.at_encounter_end(BOOKS[0], max_tokens=5)
 
 
 def test_a_prompt_that_breaks_the_grammar_is_refused_by_name() -> None:

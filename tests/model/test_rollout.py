@@ -328,6 +328,8 @@ GOOD = {"trajectories": 1, "stop": Stop([DIES], 5, 5), "seed": 0}
         (Prompt(np.array([VOCAB])), {}, r"outside of 0\.\.9"),
         (Prompt(np.array([SEX]), elapsed_us=-1), {}, "after the prediction"),
         (Prompt(np.array([SEX])), {"temperature": 0.0}, "temperature is 0"),
+        (Prompt(np.array([SEX])), {"top_p": 0.0}, "top_p is 0"),
+        (Prompt(np.array([SEX])), {"top_p": 1.5}, "top_p is 1.5"),
         (Prompt(np.array([SEX])), {"trajectories": 0}, "at least 1"),
         (Prompt(np.array([SEX])), {"stop": Stop([np.zeros(3, dtype=bool)], 5, 5)}, "outcome 0 is not a mask"),
         (Prompt(np.array([SEX])), {"stop": Stop([DIES], -5, 5)}, "horizon is -5"),

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import kstest
 
-from model.sampling import philox, pick, probabilities, uniforms
+from model.sampling import nucleus_, philox, pick, uniforms
 
 
 @pytest.mark.parametrize(
@@ -43,7 +45,7 @@ def test_uniforms_are_even_and_unrelated_along_every_axis() -> None:
 def test_pick_inverts_the_cumulated_probabilities() -> None:
     chances = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
     uniform = np.array([0.0, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 2.0**-53])
-    picked = pick(probabilities(chances.log().expand(6, -1), 1.0), uniform)
+    picked = pick(chances.expand(6, -1), uniform)
     assert picked.tolist() == [1, 1, 3, 3, 4, 4]
 
 
@@ -51,5 +53,41 @@ def test_temperature_divides_the_logits() -> None:
     logits = torch.tensor([[0.0, 2.0]]).expand(1000, -1)
     uniform = (np.arange(1000) + 0.5) / 1000
     for temperature in (0.5, 1.0, 4.0):
-        share = pick(probabilities(logits, temperature), uniform).mean()
+        share = pick(torch.softmax(logits / temperature, 1), uniform).mean()
         assert share == pytest.approx(1 / (1 + np.exp(-2 / temperature)), abs=2e-3)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 300), st.floats(0.01, 4.0))
+def test_pick_finds_its_token_through_blocks_as_through_all_tokens(seed: int, vocab: int, spread: float) -> None:
+    rng = np.random.default_rng(seed)
+    weights = np.exp(spread * rng.normal(size=(8, vocab))) * (rng.random((8, vocab)) < 0.7)
+    weights[:, rng.integers(vocab)] += 0.1
+    chances = torch.from_numpy((weights / weights.sum(1, keepdims=True)).astype(np.float32))
+    uniform = rng.random(8)
+    picked = pick(chances, uniform)
+    cumulated = chances.double().cumsum(1).numpy()
+    cumulated /= cumulated[:, -1:]
+    rows = np.arange(8)
+    assert (chances.numpy()[rows, picked] > 0).all()
+    # The uniform lies in the token's own part of [0, 1), up to the rounding of float32 sums.
+    assert (uniform <= cumulated[rows, picked] + 1e-5).all()
+    assert (uniform >= cumulated[rows, picked] - chances.numpy()[rows, picked] - 1e-5).all()
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0.01, 1.0))
+def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(seed: int, top_p: float) -> None:
+    logits = np.random.default_rng(seed).normal(size=(4, 50)).astype(np.float32) * 3
+    chances = torch.softmax(torch.from_numpy(logits), 1)
+    kept = nucleus_(chances.clone(), top_p)
+    for before, after in zip(chances.numpy(), kept.numpy(), strict=True):
+        inside = after > 0
+        assert after.sum() == pytest.approx(1, abs=1e-5)
+        np.testing.assert_allclose(after[inside], before[inside] / before[inside].sum(), rtol=1e-4)
+        assert before[inside].sum() >= top_p - 1e-5
+        assert before[inside].sum() - before[inside].min() < top_p + 1e-5
+        assert before[inside].min() >= before[~inside].max(initial=0)
+
+
+def test_a_nucleus_keeps_ties_whole() -> None:
+    kept = nucleus_(torch.tensor([[0.4, 0.2, 0.2, 0.2]]), 0.5)
+    torch.testing.assert_close(kept, torch.tensor([[0.4, 0.2, 0.2, 0.2]]))

@@ -7,13 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 
 from client.site import SiteFiles
 from federation import flower
-from federation.manifest import LocalWork, OuterOptions
+from federation.manifest import LocalWork, OuterOptions, software_version
 from federation.messages import PrepareReply, Refusal, SurveyReply, TrainReply
 from model import checkpoint
+from model.decoder import preset_of
 from server import app as server_app
 from server.app import Outcome, TooFewSites, coordinate
 from server.journal import Journal, ReplyEntry, Status
@@ -81,7 +83,20 @@ def test_a_run_ends_with_a_checkpoint_of_its_codebook(ram_path: Path) -> None:
     codebook = Codebook.load(outcome.codebook)
     decoder, extra, _ = checkpoint.load(outcome.checkpoint, codebook.hash)
     assert decoder.config.vocab == len(codebook)
-    assert extra == {"round": 2, "manifest_hash": outcome.manifest.hash, "codebook_hash": codebook.hash}
+    with Journal(ram_path / "run" / "ledger.sqlite") as journal:
+        replies = [reply for number in (1, 2) for reply in journal.replies(number)]
+    assert extra == {
+        "codebook_hash": codebook.hash,
+        "manifest_hash": outcome.manifest.hash,
+        "preset": preset_of(outcome.manifest.model),
+        "round": 2,
+        "rounds": 2,
+        "tokens": sum(reply.tokens for reply in replies),
+        "steps": sum(reply.steps for reply in replies),
+        "sites": 3,
+        "software": software_version(),
+        "torch": torch.__version__,
+    }
     assert outcome.best_checkpoint.exists()
     losses = [event.values["loss"] for event in coordinator.events if event.kind == "round.evaluated"]
     assert losses == sorted(losses, reverse=True)

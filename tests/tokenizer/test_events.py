@@ -138,12 +138,31 @@ def test_other_widths_and_missing_values_are_read(tmp_path):
         (rows(numeric_value=["a", "b"]), r"0\.parquet: column numeric_value is of type String"),
         (rows(subject_id=[1, None]), r"0\.parquet: row 1 \(from 0\) has no subject_id"),
         (rows(code=["A", None]), r"0\.parquet: row 1 \(from 0\) has no code"),
-        (rows(subject_id=pl.Series([1, 2**63], dtype=pl.UInt64)), r"0\.parquet: .*'subject_id' .*9223372036854775808"),
+        (rows(code=["A", ""]), r"0\.parquet: row 1 \(from 0\) has no code"),
+        (rows(code=["A", " \t\n "]), r"0\.parquet: row 1 \(from 0\) has no code"),
+        (
+            rows(subject_id=pl.Series([1, 2**63], dtype=pl.UInt64)),
+            r"row 1 \(from 0\): subject_id .*9223372036854775808",
+        ),
+        (rows(time=pl.Series([None, 2**62]).cast(pl.Datetime("ms"))), r"row 1 \(from 0\) has the time 294247-"),
+        (rows(time=pl.Series([None, -(2**62)]).cast(pl.Datetime("ms"))), r"row 1 \(from 0\) has the time -290308-"),
     ],
 )
 def test_a_shard_that_is_no_meds_is_named_with_row_and_column(tmp_path, shard, message):
     with pytest.raises(DataError, match=message):
         read_all(written(tmp_path, shard))
+
+
+def test_a_folder_of_that_ending_is_no_shard(tmp_path):
+    written(tmp_path, rows(), "data/events.parquet/part-0.parquet")
+    assert MedsDataset.open(tmp_path).shards == ("data/events.parquet/part-0.parquet",)
+
+
+def test_a_place_without_data_is_named_for_what_it_is(tmp_path):
+    (tmp_path / "file").touch()
+    for place, what in (("nowhere", "there is no such folder"), ("file", "is a file"), ("", "data: no parquet files")):
+        with pytest.raises(DataError, match=f"{what}. A MEDS dataset keeps"):
+            MedsDataset.open(tmp_path / place)
 
 
 @pytest.mark.parametrize("damage", ["text", "truncated", "empty", "flipped"])
@@ -156,11 +175,6 @@ def test_a_damaged_shard_is_named(tmp_path, damage):
     file.write_bytes(shortened.get(damage, data))
     with pytest.raises(DataError, match=r"0\.parquet: not a readable parquet file"):
         read_all(tmp_path)
-
-
-def test_a_folder_without_events_is_refused(tmp_path):
-    with pytest.raises(DataError, match="no parquet files"):
-        MedsDataset.open(tmp_path / "nowhere")
 
 
 def test_damaged_metadata_is_refused(tmp_path):

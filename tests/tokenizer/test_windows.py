@@ -1,6 +1,6 @@
 """Windows: every target once an epoch, no patient beside another, any step at once."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
@@ -113,6 +113,62 @@ def test_any_step_at_once_equals_the_sequence(shape, context, seed, step):
     again = Windows(split, BOOK, context=context, batch_tokens=2 * context, seed=seed).batch(step)
     for field in ("tokens", "targets", "lengths", "patients"):
         assert getattr(again, field).tolist() == getattr(sequence[step], field).tolist()
+
+
+@given(shapes, st.integers(9, 60), st.integers(0, 2**32), st.integers(1, 4), st.integers(0, 3))
+def test_a_cap_holds_in_every_epoch_and_leaves_nothing_out_in_a_turn(shape, context, seed, cap, turn):
+    split = split_from(shape)
+    windows = Windows(split, BOOK, context=context, batch_tokens=2 * context, seed=seed, per_patient=cap)
+    everything = Windows(split, BOOK, context=context, batch_tokens=2 * context, seed=seed)
+    whole = targets_of(everything, 0)
+    for patient in range(len(split)):
+        header = header_length(split.timeline(patient)[0].tolist())
+        targets, stride = whole[patient].total(), context - header - 1
+        pieces = 1 if targets <= stride else 1 + -(-(targets - 1) // stride)
+        needed = -(-pieces // cap)
+        seen = Counter()
+        for epoch in range(turn * needed, (turn + 1) * needed):
+            found = targets_of(windows, epoch)[patient]
+            assert not found - whole[patient], "no target twice in an epoch"
+            seen |= found
+        assert seen == whole[patient], "every target in a turn"
+    for epoch in range(4):
+        counts = Counter(int(patient) for batch in windows.epoch(epoch) for patient in batch.patients)
+        assert max(counts.values(), default=0) <= cap
+
+
+def targets_of(windows, epoch):
+    """Targets of every patient in an epoch; equal ages are one key with a count."""
+    found = defaultdict(Counter)
+    for batch in windows.epoch(epoch):
+        for patient, _, targets in windows_of(batch):
+            found[patient].update(target for target in targets if target != NO_TARGET)
+    return found
+
+
+def test_a_cap_keeps_one_patient_from_dominating():
+    split = split_of([timeline(0, 1, True, 3000), *(timeline(3000 + 20 * n, 1, True, 20) for n in range(40))])
+    share = {}
+    for cap in (None, 2):
+        windows = Windows(split, BOOK, context=40, batch_tokens=400, seed=3, per_patient=cap)
+        counts = Counter(int(p) for epoch in range(5) for batch in windows.epoch(epoch) for p in batch.patients)
+        share[cap] = counts[0] / counts.total()
+    assert share[None] > 0.6
+    assert share[2] == pytest.approx(2 / 42)
+
+
+def test_a_cap_that_nobody_reaches_changes_nothing():
+    split = split_from([(2, True, 30)] * 9)
+    free, capped = (
+        Windows(split, BOOK, context=20, batch_tokens=80, seed=1, per_patient=cap).batch(7) for cap in (None, 9)
+    )
+    assert free.tokens.tolist() == capped.tokens.tolist()
+
+
+def test_windows_of_a_batch_can_be_taken_out():
+    batch = Windows(split_from([(2, True, 30)] * 9), BOOK, context=40, batch_tokens=200, seed=1).batch(0)
+    part = batch.windows(1, 3)
+    assert [list(one) for one in windows_of(part)] == [list(one) for one in windows_of(batch)][1:3]
 
 
 def test_epochs_and_seeds_cut_and_mix_anew():

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,9 @@ def import_fhir(
         with (folder / "index").open("wb") as file:
             pickle.dump(found, file)
         results: list[tuple[Piece, Result]] = []
-        work = zip(parts, _first_rows(run, parts), strict=True)
-        for part, result in zip(parts, run(_Read(settings, folder), work), strict=True):
-            _account(collected, result)
+        first_rows = _FirstRows()
+        for part, result in zip(parts, run(_Read(settings, folder), parts), strict=True):
+            _account(collected, result, first_rows.of(part) if result.bad else 1)
             results.append((part, result))
             if progress is not None:
                 progress(len(results), len(parts))
@@ -128,10 +129,9 @@ class _Read:
     def __init__(self, settings: Settings, folder: Path) -> None:
         self._settings, self._folder = settings, folder
 
-    def __call__(self, work: tuple[Piece, int]) -> Result:
-        piece, first_row = work
+    def __call__(self, piece: Piece) -> Result:
         found = _index(self._folder / "index")
-        return read_piece(piece, first_row, found, self._settings, self._folder, indexed=not _leaf(piece))
+        return read_piece(piece, found, self._settings, self._folder, indexed=not _leaf(piece))
 
 
 _loaded: dict[Path, Index] = {}
@@ -159,19 +159,21 @@ def _processes(workers: int) -> Iterator[Callable[[Callable[[Any], Any], Any], I
             raise
 
 
-def _first_rows(run: Callable[..., Iterator[Any]], parts: list[Piece]) -> list[int]:
-    """The number of each piece's first line."""
-    several = {part.path for part in parts if part.start}
-    lines = run(lines_of, [part for part in parts if part.path in several])
-    rows, row = [], 1
-    for part in parts:
-        row = row if part.start else 1
-        rows.append(row)
-        row += next(lines) if part.path in several else 0
-    return rows
+class _FirstRows:
+    """Numbers the first lines of pieces; what lies before them is read again only where a bad row has to be named."""
+
+    def __init__(self) -> None:
+        self._counted: dict[Path, tuple[int, int]] = {}
+
+    def of(self, piece: Piece) -> int:
+        """The number of a piece's first line in its file, from 1; later pieces are to be asked for later."""
+        start, row = self._counted.get(piece.path, (0, 1))
+        row += lines_of(replace(piece, start=start, end=piece.start)) if piece.start else 0
+        self._counted[piece.path] = piece.start, row
+        return row
 
 
-def _account(collected: Intake, result: Result) -> None:
+def _account(collected: Intake, result: Result, first_row: int) -> None:
     """Give a piece's counts and bad rows to the intake."""
     for table, count in result.rows.items():
         collected.rows(table, count)
@@ -179,7 +181,7 @@ def _account(collected: Intake, result: Result) -> None:
     for (table, filter_name), count in result.dropped.items():
         collected.drop(table, filter_name, count)
     for file, table, row, column, reason, content, advice in result.bad:
-        collected.bad(file, table, row, column, reason, content, advice)
+        collected.bad(file, table, row + first_row - 1, column, reason, content, advice)
 
 
 def _collect(collected: Intake, results: list[tuple[Piece, Result]]) -> None:

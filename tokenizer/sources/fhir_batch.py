@@ -1,6 +1,6 @@
 """What a chunk of FHIR resources gives: its resources as columns, their events, and why some give none."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,15 @@ class Events:
     value: list[float | None] = field(default_factory=list)
     unit: list[str | None] = field(default_factory=list)
     moment: dict[int, str] = field(default_factory=dict)
+
+    def extend(
+        self, at: Iterable[int], code: Iterable[str], value: Iterable[float | None], unit: Iterable[str | None]
+    ) -> None:
+        """Add events that have their resource's time."""
+        self.at += at
+        self.code += code
+        self.value += value
+        self.unit += unit
 
     def add(
         self, at: int, code: str, value: float | None = None, unit: str | None = None, moment: str | None = None

@@ -6,8 +6,8 @@ one name to one concept.
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, cast
 
 import msgspec
 from msgspec import Struct
@@ -253,8 +253,14 @@ class Namer:
         return _spelled(self.vocabulary(coding.system, ""), clean(coding.code))
 
 
+_JOINED = cast(Callable[[tuple[msgspec.Raw]], bytes], b"".join)  # takes all that has a buffer
 raw_bytes = b"".__add__
 """The bytes of a `msgspec.Raw`; more than twice as fast as `bytes(raw)`."""
+
+
+def all_bytes(raws: Iterable[msgspec.Raw]) -> Iterator[bytes]:
+    """The bytes of many; more than twice as fast as `raw_bytes` of each, as `zip` makes one tuple for all."""
+    return map(_JOINED, zip(raws))
 
 
 def given(raw: bytes) -> bool:

@@ -7,6 +7,7 @@ text, a panel whose parts are read).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from operator import attrgetter
 from typing import Any
 
@@ -15,24 +16,25 @@ import numpy as np
 import polars as pl
 
 from tokenizer.sources import fhir_index as index
-from tokenizer.sources.fhir_batch import Batch, Memo
-from tokenizer.sources.fhir_codes import READ_ERRORS, Coded, Concept, Namer, clean, fault, given, raw_bytes
+from tokenizer.sources.fhir_batch import Batch, Events, Memo
+from tokenizer.sources.fhir_codes import READ_ERRORS, Coded, Concept, Namer, all_bytes, clean, fault, given, raw_bytes
 from tokenizer.sources.fhir_index import Index
 from tokenizer.sources.fhir_kinds import Block, Chunk
 from tokenizer.sources.fhir_refer import Resolver
 from tokenizer.sources.fhir_resources import DECODERS, READ, TOLD_LATER
 from tokenizer.sources.fhir_stays import Encounters, fill_patients
-from tokenizer.sources.fhir_values import LARGEST, Values
+from tokenizer.sources.fhir_values import NO_VALUE, Values
 
 PANEL = "panel, its parts are read"
 """The filter that drops an observation without a value of its own whose parts are read."""
 
 _SLICE = 256 << 10
+_SEARCHED = 4 << 10
+_NEWLINE = ord("\n")
 _REFUTED = frozenset({"refuted", "entered-in-error"})
 _ID, _META, _STATUS = attrgetter("id"), attrgetter("meta"), attrgetter("status")
 _SUBJECT, _ENCOUNTER = attrgetter("subject"), attrgetter("encounter")
-_CODE, _QUANTITY, _COMPONENT = attrgetter("code"), attrgetter("value_quantity"), attrgetter("component")
-_UNIT = attrgetter("code", "unit", "system")
+_CODE, _COMPONENT, _LAST_UPDATED = attrgetter("code"), attrgetter("component"), attrgetter("last_updated")
 _CONCEPT = msgspec.json.Decoder(Concept)
 
 
@@ -49,6 +51,7 @@ class Reader:
         self._encounters = Encounters(self.refer, namer)
         self._values = Values(namer)
         self._codes: dict[str, Memo] = {}
+        self._names = Memo(lambda raw: self._code_of("Observation", "Observation")[raw].code or "")
         self._refuted = Memo(_refuted)
 
     def read(self, chunk: Chunk) -> tuple[Batch, list[tuple[int, str, str]]]:
@@ -84,10 +87,13 @@ class Reader:
     def _gather(self, batch: Batch, columns: "_Columns", objects: list[Any]) -> None:
         """Take what is needed of some resources."""
         kind, start = batch.chunk.kind, len(columns.ids)
-        columns.subjects += map(columns.subject_places.__getitem__, map(raw_bytes, map(_SUBJECT, objects)))
-        columns.stays += map(columns.stay_places.__getitem__, map(raw_bytes, map(_ENCOUNTER, objects)))
+        columns.subjects += map(columns.subject_places.__getitem__, all_bytes(map(_SUBJECT, objects)))
+        columns.stays += map(columns.stay_places.__getitem__, all_bytes(map(_ENCOUNTER, objects)))
         columns.ids += map(_ID, objects)
-        columns.updated += [meta.last_updated if meta else None for meta in map(_META, objects)]
+        metas = list(map(_META, objects))
+        columns.updated += (
+            map(_LAST_UPDATED, metas) if all(metas) else [meta.last_updated if meta else None for meta in metas]
+        )
         usual = READ[kind].usual_time
         times = list(map(attrgetter(usual), objects)) if usual else [None] * len(objects)
         if not all(times):
@@ -137,7 +143,7 @@ class Reader:
             found = self._medications(objects, self._code_of("Medication", kind))
         else:
             codes = self._code_of(kind, kind)
-            found = [codes[raw_bytes(each.code)] for each in objects]
+            found = list(map(codes.__getitem__, all_bytes(map(_CODE, objects))))
         prefix = "ALLERGY//" if kind == "AllergyIntolerance" else ""
         for at, (each, coded) in enumerate(zip(objects, found, strict=True), start):
             if kind in ("Condition", "AllergyIntolerance"):
@@ -151,7 +157,7 @@ class Reader:
 
     def _medications(self, objects: list[Any], codes: Memo) -> list[Coded]:
         """The codes of medications: in place, contained, or elsewhere in the source."""
-        found: list[Coded] = [codes[raw_bytes(each.code)] for each in objects]
+        found: list[Coded] = list(map(codes.__getitem__, all_bytes(map(_CODE, objects))))
         elsewhere = [
             at for at, coded in enumerate(found) if coded.drop and given(raw_bytes(objects[at].medication_reference))
         ]
@@ -163,53 +169,63 @@ class Reader:
         return found
 
     def _observations(self, batch: Batch, objects: list[Any], start: int) -> None:
-        codes, events = self._code_of("Observation", "Observation"), batch.events
-        coded = list(map(codes.__getitem__, map(raw_bytes, map(_CODE, objects))))
-        quantities = list(map(_QUANTITY, objects))
-        numbers = [None if quantity is None else quantity.value for quantity in quantities]
-        # Most are numbers: whole columns for them, and calls for the others only.
-        plain = [
-            place
-            for place, (number, found) in enumerate(zip(numbers, coded, strict=True))
-            if number is not None and -LARGEST <= number <= LARGEST and found[0] is not None
-        ]
-        events.at += [start + place for place in plain]
-        events.code += [coded[place][0] for place in plain]
-        events.value += [numbers[place] for place in plain]
-        events.unit += map(self._values.units.__getitem__, map(_UNIT, map(quantities.__getitem__, plain)))
-        if len(plain) < len(objects):
-            done = set(plain)
-            for place, each in enumerate(objects):
-                if place not in done and batch.take(start + place, coded[place], "code"):
-                    self._other_value(batch, start + place, each, coded[place])
-        for place, parts in enumerate(map(_COMPONENT, objects)):
-            if parts:
-                self._components(batch, start + place, parts, codes)
-
-    def _other_value(self, batch: Batch, at: int, each: Any, coded: Coded) -> None:
-        """An observation whose value isn't a plain quantity."""
-        suffix, value, unit, why = self._values.read(each)
-        if why == "no value" and (each.component or given(raw_bytes(each.has_member))):
-            batch.drops[at] = PANEL
-        elif why in ("no value", None):
-            batch.events.add(at, f"{coded.code}{suffix}", value, unit)
-        elif why.startswith("!"):
-            batch.bads[at] = ("value", why[1:], "")
-        else:
-            batch.drops[at] = why
-
-    def _components(self, batch: Batch, at: int, components: Sequence[Any], codes: Memo) -> None:
-        for each in components:
-            coded = codes[raw_bytes(each.code)]
-            suffix, value, unit, why = self._values.read(each)
-            if coded.code is None:
-                why = f"!{coded.fault}" if coded.fault else coded.drop
-            if why is None:
-                batch.parts.add(at, f"{coded.code}{suffix}", value, unit)
-            elif why.startswith("!"):
+        for at, column, why in self._valued(batch.events, objects, range(start, start + len(objects)), whole=True):
+            if why.startswith("!"):
+                batch.bads[at] = (column, why[1:], "")
+            else:
+                batch.drops[at] = why
+        panels = [(at, parts) for at, parts in enumerate(map(_COMPONENT, objects), start) if parts]
+        owners = [at for at, parts in panels for _ in parts]
+        components = [each for _, parts in panels for each in parts]
+        for at, _, why in self._valued(batch.parts, components, owners, whole=False):
+            if why.startswith("!"):
                 batch.part_bads.append((at, why[1:]))
             else:
                 batch.part_drops.append((at, why))
+
+    def _valued(
+        self, events: Events, objects: list[Any], at: Sequence[int], *, whole: bool
+    ) -> list[tuple[int, str, str]]:
+        """Add the events of observations or of components, as whole columns.
+
+        Args:
+            events: to add to.
+            objects: observations, or components.
+            at: places of the resources in the batch.
+            whole: they are observations, which need no value.
+
+        Returns:
+            Of those without an event: place, member, and a filter, or `!` and a fault.
+        """
+        raws = list(all_bytes(map(_CODE, objects)))
+        names: list[str] = list(map(self._names.__getitem__, raws))
+        numbers, units, others = self._values.columns(objects)
+        failed: list[tuple[int, str, str]] = []
+        for place, (suffix, numbers[place], units[place], why) in others:
+            if not (name := names[place]):
+                continue
+            if why == NO_VALUE and whole and (objects[place].component or given(raw_bytes(objects[place].has_member))):
+                failed.append((place, "value", PANEL))
+            elif why is None or (why == NO_VALUE and whole):
+                names[place] = name + suffix
+            else:
+                failed.append((place, "value", why))
+        if not all(names):
+            unnamed = [place for place, name in enumerate(names) if not name]
+            found = [self._code_of("Observation", "Observation")[raws[place]] for place in unnamed]
+            failed += [
+                (place, "code", f"!{coded.fault}" if coded.fault else coded.drop or "")
+                for place, coded in zip(unnamed, found, strict=True)
+            ]
+            failed.sort()
+        if failed:
+            keep = bytearray(b"\1") * len(objects)
+            for place, _, _ in failed:
+                keep[place] = 0
+            events.extend(compress(at, keep), compress(names, keep), compress(numbers, keep), compress(units, keep))
+        else:
+            events.extend(at, names, numbers, units)
+        return [(at[place], column, why) for place, column, why in failed]
 
     def _reports(self, batch: Batch, objects: list[Any], start: int) -> None:
         codes = self._code_of("DiagnosticReport", "DiagnosticReport")
@@ -248,11 +264,14 @@ class _Columns:
     told: list[str | None] = field(default_factory=list)
 
 
-def _slices(data: bytes) -> Iterator[bytes]:
+def _slices(data: memoryview) -> Iterator[memoryview]:
     """Whole lines of about `_SLICE` bytes."""
     start = 0
     while start < len(data):
-        end = data.find(b"\n", start + _SLICE) + 1 or len(data)
+        end = min(start + _SLICE, len(data))
+        while end < len(data) and data[end - 1] != _NEWLINE:
+            found = data[end : end + _SEARCHED].tobytes().find(b"\n") + 1
+            end = min(end + (found or _SEARCHED), len(data))
         yield data[start:end]
         start = end
 

@@ -5,6 +5,8 @@ entries while they are read.
 """
 
 import gzip
+import io
+import mmap
 import re
 import tarfile
 import zlib
@@ -24,9 +26,12 @@ from tokenizer.sources.fhir_kinds import Block, Chunk, Lost, by_kind, entries, f
 
 _LINES, _DOCUMENT, _ARCHIVES = (".ndjson", ".jsonl"), (".json",), (".tar", ".tar.gz", ".tgz")
 _BLOCK = 8 << 20
+_COUNTED = 128 << 10
 _RANGE = 64 << 20
 _WHOLE = 64 << 20
 _LINE = 256 << 20
+_SHOWN = 1000
+_NEWLINE = ord("\n")
 
 _RAWS = msgspec.json.Decoder(list[Raw])
 _DAMAGE = (EOFError, OSError, zlib.error, tarfile.TarError)
@@ -87,40 +92,43 @@ def pieces(source: Path) -> tuple[list[Piece], list[str]]:
     return cut_up, notes
 
 
-def read(piece: Piece, first_row: int = 1, *, whole: Container[str] = ()) -> Iterator[Chunk | Block | Lost]:
+def read(piece: Piece, *, whole: Container[str] = ()) -> Iterator[Chunk | Block | Lost]:
     """Give the resources of a piece, block by block.
 
     Args:
         piece: of `pieces`.
-        first_row: number of its first line in the file.
         whole: kinds whose lines are wanted unsplit.
 
     Yields:
-        Chunks of one kind each, blocks, and what couldn't be read.
+        Chunks of one kind each, blocks, and what couldn't be read. Lines are numbered from 1 in the piece; a block's
+        data is overwritten by what comes next.
     """
     form = _form(piece.path.name)
     if form == "archive":
         yield from _archive(piece, whole)
         return
     with piece.path.open("rb") as plain:
-        yield from _file(plain, piece.name, form, piece, first_row, whole)
+        yield from _file(plain, piece.name, form, piece, whole)
 
 
 def lines_of(piece: Piece) -> int:
     """Lines that begin in a piece's range; 0 for whole files."""
     if piece.end is None:
         return 0
-    total, last = 0, b""
-    with piece.path.open("rb") as file:
+    total, last = 0, b"\n"
+    with piece.path.open("rb") as file, memoryview(bytearray(_COUNTED)) as buffer:
         part = _Range(file, piece.start, piece.end)
-        while data := part.read(_BLOCK):
-            total, last = total + _newlines(data), data[-1:]
-    return total + (last not in (b"", b"\n"))
+        while filled := part.readinto(buffer):
+            total, last = total + _newlines(buffer[:filled]), buffer[filled - 1 : filled].tobytes()
+    return total + (last != b"\n")
 
 
-def _newlines(data: bytes) -> int:
-    # Several times faster than bytes.count on lines of this length.
-    return int(np.count_nonzero(np.frombuffer(data, np.uint8) == ord("\n")))
+def _newlines(data: memoryview) -> int:
+    # Four times faster than bytes.count on lines of this length, as long as what is compared stays in the cache.
+    text, total = np.frombuffer(data, np.uint8), 0
+    for start in range(0, len(text), _COUNTED):
+        total += int(np.count_nonzero(text[start : start + _COUNTED] == ord("\n")))
+    return total
 
 
 def _form(name: str) -> str | None:
@@ -146,20 +154,20 @@ def _archive(piece: Piece, whole: Container[str]) -> Iterator[Chunk | Block | Lo
                 members += 1
                 file = archive.extractfile(member)
                 if file is not None:
-                    yield from _file(file, f"{piece.name}!{member.name}", form, piece, 1, whole)
+                    yield from _file(file, f"{piece.name}!{member.name}", form, piece, whole)
     except _DAMAGE as problem:
         yield Lost(piece.name, members + 1, "archive is cut off or damaged", str(problem), advice="Copy it again")
 
 
 def _file(
-    file: IO[bytes], name: str, form: str | None, piece: Piece, first_row: int, whole: Container[str]
+    file: IO[bytes], name: str, form: str | None, piece: Piece, whole: Container[str]
 ) -> Iterator[Chunk | Block | Lost]:
     opened = cast(IO[bytes], gzip.GzipFile(fileobj=file)) if name.lower().endswith(".gz") else file
     if form == "document":
         yield from _document(opened, name)
     else:
         within = _Range(opened, piece.start, piece.end) if piece.end is not None else opened
-        yield from _lines(within, name, first_row, whole)
+        yield from _lines(within, name, whole, begun=piece.start > 0)
 
 
 class _Range:
@@ -167,61 +175,81 @@ class _Range:
 
     def __init__(self, file: IO[bytes], start: int, end: int) -> None:
         self._file, self._left = file, end - start
+        self._tail = b""
         if start:
             # The line that is under way at `start` belongs to the range before.
             file.seek(start - 1)
             self._left -= len(file.readline()) - 1
-        self._done = self._left <= 0
 
-    def read(self, size: int) -> bytes:
-        if self._done:
-            return b""
-        data = self._file.read(min(size, self._left))
-        self._left -= len(data)
-        if self._left <= 0 or not data:
-            self._done = True
-            if data and not data.endswith(b"\n"):
-                data += self._file.readline(_LINE + 1)
-        return data
+    def readinto(self, buffer: memoryview) -> int:
+        if self._left <= 0:
+            filled = min(len(self._tail), len(buffer))
+            buffer[:filled], self._tail = self._tail[:filled], self._tail[filled:]
+            return filled
+        filled = _readinto(self._file, buffer[: self._left])
+        self._left -= filled or self._left
+        if filled and self._left <= 0 and buffer[filled - 1] != _NEWLINE:
+            self._tail = self._file.readline(_LINE + 1)
+        return filled
 
 
-def _blocks(file: "IO[bytes] | _Range | _Chained") -> Iterator[tuple[bytes, str | None]]:
-    """Whole lines, a block at a time; a line too long to hold comes as its beginning and a complaint."""
-    rest: list[bytes] = []
+def _readinto(file: "IO[bytes] | _Range | _Chained", buffer: memoryview) -> int:
+    """Fill a buffer from the start; gives the number of bytes."""
+    return cast(io.BufferedIOBase, file).readinto(buffer)
+
+
+def _blocks(file: "IO[bytes] | _Range | _Chained") -> Iterator[tuple[memoryview, str | None]]:
+    """Whole lines, a block at a time; a line too long to hold comes as its beginning and a complaint.
+
+    All blocks are in one buffer: what was given is overwritten by the next.
+    """
+    pages = mmap.mmap(-1, _BLOCK)  # unlike a bytearray it takes no time until it is written to
+    buffer, held, complaint = memoryview(pages), 0, f"line of more than {_LINE >> 20} MiB"
     skipping = False
-    while data := file.read(_BLOCK):
-        end = data.rfind(b"\n") + 1
-        if not end:
-            if not skipping:
-                rest.append(data)
-                skipping = sum(map(len, rest)) > _LINE
-            continue
+    while filled := _readinto(file, buffer[held:]):
+        filled += held
         start = 0
         if skipping:
-            start = data.find(b"\n") + 1
-            yield rest[0][:1000], f"line of more than {_LINE >> 20} MiB"
-            rest, skipping = [], False
+            if not (start := pages.find(b"\n", held, filled) + 1):
+                continue
+            yield buffer[:_SHOWN], complaint
+            skipping = False
+        end = pages.rfind(b"\n", max(start, held), filled) + 1
         if end > start:
-            yield b"".join((*rest, memoryview(data)[start:end])), None
-        rest = [data[end:]] if end < len(data) else []
+            yield buffer[start:end], None
+            start = end
+        held = filled - start
+        buffer[:held] = buffer[start:filled]
+        if held > _LINE:
+            skipping, held = True, _SHOWN
+        elif held == len(buffer):
+            larger = mmap.mmap(-1, 2 * held)
+            larger[:held] = buffer
+            pages, buffer = larger, memoryview(larger)
     if skipping:
-        yield rest[0][:1000], f"line of more than {_LINE >> 20} MiB"
-    elif rest:
-        yield b"".join(rest), None
+        yield buffer[:_SHOWN], complaint
+    elif held:
+        yield buffer[:held], None
 
 
 def _lines(
-    file: "IO[bytes] | _Range | _Chained", name: str, first_row: int, whole: Container[str] = ()
+    file: "IO[bytes] | _Range | _Chained", name: str, whole: Container[str] = (), *, begun: bool = False
 ) -> Iterator[Chunk | Block | Lost]:
-    row = first_row
+    row = 1
     try:
         for data, complaint in _blocks(file):
             if complaint:
-                yield Lost(name, row, complaint, data.decode(errors="replace"))
+                yield Lost(name, row, complaint, bytes(data).decode(errors="replace"))
                 row += 1
                 continue
-            lines = _newlines(data) + (not data.endswith(b"\n"))
-            block = Block(name, "", data.removeprefix(b"\xef\xbb\xbf") if row == 1 else data, row, lines)
+            lines = _newlines(data) + (data[-1] != _NEWLINE)
+            block = Block(
+                name,
+                "",
+                data[3:] if row == 1 and not begun and bytes(data[:3]) == b"\xef\xbb\xbf" else data,
+                row,
+                lines,
+            )
             kind = first_kind(block.data)
             if kind and kind in whole:
                 block.kind = kind
@@ -240,7 +268,7 @@ def _document(file: IO[bytes], name: str) -> Iterator[Chunk | Block | Lost]:
         large = len(start) > _WHOLE
         start = start.removeprefix(b"\xef\xbb\xbf")
         if _whole_first_line(start):
-            yield from _lines(_Chained(start, file), name, 1)
+            yield from _lines(_Chained(start, file), name)
         elif large:
             yield from _large(_Chained(start, file), name, bare=start.lstrip()[:1] == b"[")
         elif not start.strip():
@@ -265,6 +293,11 @@ class _Chained:
     def read(self, size: int) -> bytes:
         data, self._start = self._start[:size], self._start[size:]
         return data or self._file.read(size)
+
+    def readinto(self, buffer: memoryview) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def _whole_first_line(start: bytes) -> bool:

@@ -18,19 +18,14 @@ from msgspec import Raw, Struct
 
 from tokenizer.sources.fhir_codes import NAME_LIMIT, READ_ERRORS, Coded, clean, given, raw_bytes
 from tokenizer.sources.fhir_kinds import Chunk
+from tokenizer.sources.fhir_times import times
 
 INDEXED = frozenset({"Patient", "Encounter", "Medication", "Location", "Organization"})
 """Resource types that others refer to for what is read here."""
 
-NO_TIME = np.iinfo(np.int64).min
-"""Stands for a missing time in int64 microseconds."""
-
 NO_SUBJECT, UNKNOWN_PATIENT, NOT_A_PATIENT, AMBIGUOUS, BROKEN = -1, -2, -3, -4, -5
 """What stands for a subject that isn't one."""
 
-_TIME = (
-    r"^\d{4}(?:-(?:0[1-9]|1[0-2])(?:-\d{2}(?:T(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d+)?(?:Z|[+-]\d{2}:\d{2})?)?)?)?$"
-)
 _NOTHING = Raw(b"")
 _TYPED = re.compile(r"(?:^|/)([A-Z][A-Za-z]{1,63})/([^/?#|]+)(?:/_history/[^/]*)?$")
 _PLAIN = re.compile(
@@ -98,44 +93,6 @@ _REFERENCE, _NAME = msgspec.json.Decoder(Reference), msgspec.json.Decoder(str)
 def hashed(texts: "Iterable[str | None]") -> npt.NDArray[np.uint64]:
     """Hash texts to 64 bits; equal in all processes of one import. Of 10^8 texts, two collide with chance 3 in 10^4."""
     return pl.Series(list(texts), dtype=pl.String).hash(20_210_807).to_numpy()
-
-
-def times(texts: "Iterable[str | None]", *, zoned: bool = False) -> npt.NDArray[np.int64]:
-    """Read FHIR dates and times as int64 microseconds of the wall clock; `NO_TIME` where there is none or it isn't one.
-
-    A year or month is its first day, a day its first second.
-
-    Args:
-        texts: of FHIR's types date, dateTime and instant.
-        zoned: give the time at Greenwich instead, for comparing.
-    """
-    column = list(texts)
-    # Many resources share a time, and a column may be empty: each text is read once.
-    distinct = list(set(column))
-    if len(distinct) == 1 and distinct[0] is None:
-        return np.full(len(column), NO_TIME)
-    moments = dict(zip(distinct, _moments(distinct, zoned=zoned), strict=True))
-    return np.array([moments[text] for text in column], np.int64)
-
-
-def _moments(texts: list[str | None], *, zoned: bool) -> list[int]:
-    frame = pl.DataFrame({"text": pl.Series(texts, dtype=pl.String)})
-    text = pl.when(pl.col("text").str.contains(_TIME)).then("text").otherwise(None)
-    length = text.str.len_bytes()
-    full: pl.Expr = text
-    if any(len(each or "") < 19 for each in texts):
-        for size, rest in ((4, "-01-01T00:00:00"), (7, "-01T00:00:00"), (10, "T00:00:00")):
-            full = pl.when(length == size).then(text + rest).otherwise(full)
-    moment = full.str.slice(0, 19).str.to_datetime("%Y-%m-%dT%H:%M:%S", strict=False, time_unit="us").to_physical()
-    if any(each and each[19:20] == "." for each in texts):
-        fraction = text.str.extract(r"^.{19}\.(\d{1,6})").str.pad_end(6, "0").cast(pl.Int64, strict=False)
-        moment += fraction.fill_null(0)
-    if zoned:
-        zone = text.str.extract_groups(r"([+-])(\d\d):(\d\d)$").struct
-        minutes = zone.field("2").cast(pl.Int64) * 60 + zone.field("3").cast(pl.Int64)
-        minutes = pl.when(zone.field("1") == "+").then(-minutes).otherwise(minutes)
-        moment += minutes.fill_null(0) * 60_000_000
-    return frame.select(moment.fill_null(NO_TIME)).to_series().to_list()
 
 
 def key(reference: str | None, kind: str, aliases: dict[str, str]) -> str | None:

@@ -71,20 +71,20 @@ class Block:
 
     Attributes:
         file, kind: as in `Chunk`.
-        data: the lines.
+        data: the lines; overwritten when the next block is read.
         first_row: number of the first one.
         lines: how many there are.
     """
 
     file: str
     kind: str
-    data: bytes
+    data: memoryview
     first_row: int
     lines: int
 
     def split(self) -> Iterator["Chunk | Lost"]:
         """The lines one by one, by kind."""
-        lines = self.data.removesuffix(b"\n").split(b"\n")
+        lines = bytes(self.data).removesuffix(b"\n").split(b"\n")
         rows = range(self.first_row, self.first_row + len(lines))
         yield from by_kind(self.file, lines, rows, [None] * len(lines))
 
@@ -194,7 +194,7 @@ def is_object(text: bytes) -> bool:
     return True
 
 
-def first_kind(text: bytes) -> str | None:
+def first_kind(text: memoryview) -> str | None:
     """The resource type that a text begins with."""
     match = _MEMBER.match(text)
     return match[1].decode() if match else None

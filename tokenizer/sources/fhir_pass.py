@@ -5,7 +5,7 @@ A piece needs nothing but the index, so that pieces can be read in any order by 
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +18,10 @@ from tokenizer.sources import fhir_index as index
 from tokenizer.sources.fhir_batch import Batch, Events
 from tokenizer.sources.fhir_codes import Namer
 from tokenizer.sources.fhir_events import Reader
-from tokenizer.sources.fhir_files import Piece, read
+from tokenizer.sources.fhir_files import Piece, lines_of, read
 from tokenizer.sources.fhir_kinds import Block, Chunk, Lost
 from tokenizer.sources.fhir_resources import READ
+from tokenizer.sources.fhir_times import NO_TIME, times
 from tokenizer.sources.intake import EVENTS
 
 COMPONENT = "Observation.component"
@@ -39,7 +40,7 @@ _SUBJECT_FAULTS = {
 }
 
 BadRow = tuple[str, str, int, str, str, str, str]
-"""File, table, row, column, reason, content, advice."""
+"""File, table, row (from 1 in a piece), column, reason, content, advice."""
 
 
 @dataclass(frozen=True)
@@ -90,14 +91,11 @@ def survey_piece(piece: Piece, settings: Settings) -> index.Seen:
     return seen
 
 
-def read_piece(
-    piece: Piece, first_row: int, found: index.Index, settings: Settings, folder: Path, *, indexed: bool
-) -> Result:
+def read_piece(piece: Piece, found: index.Index, settings: Settings, folder: Path, *, indexed: bool) -> Result:
     """Second pass: the events.
 
     Args:
         piece: of the source.
-        first_row: number of its first line.
         found: what the first pass saw.
         settings: how to read.
         folder: for the files of events.
@@ -109,7 +107,7 @@ def read_piece(
     namer = Namer(settings.systems, settings.prefer)
     reader = Reader(found, namer, told=settings.told)
     sink = _Sink(folder, piece.number)
-    for part in _whole_or_split(piece, first_row, sink, reader):
+    for part in _whole_or_split(piece, sink, reader):
         if isinstance(part, Lost):
             sink.lose(part)
         elif part.kind not in READ:
@@ -119,8 +117,9 @@ def read_piece(
         else:
             sink.settle(*reader.read(part))
         if isinstance(part, Chunk) and part.kind in index.INDEXED and not indexed:
+            row = _row_in_file(piece, part.rows[0])
             raise DataError(
-                f"{part.file}: holds a resource of type {part.kind} in row {part.rows[0]}, but is named as one that has"
+                f"{part.file}: holds a resource of type {part.kind} in row {row}, but is named as one that has"
                 f" {piece.kind} only. Rename the file, without a resource type in front."
             )
         if settings.stop and sink.result.bad:
@@ -131,9 +130,13 @@ def read_piece(
     return sink.result
 
 
-def _whole_or_split(piece: Piece, first_row: int, sink: "_Sink", reader: Reader) -> Iterator[Chunk | Lost]:
+def _row_in_file(piece: Piece, row: int) -> int:
+    return row + (lines_of(replace(piece, start=0, end=piece.start)) if piece.start else 0)
+
+
+def _whole_or_split(piece: Piece, sink: "_Sink", reader: Reader) -> Iterator[Chunk | Lost]:
     """Read blocks at once where all of their lines are right; give what has to be looked at line by line."""
-    for part in read(piece, first_row, whole=READ.keys() - index.INDEXED):
+    for part in read(piece, whole=READ.keys() - index.INDEXED):
         if not isinstance(part, Block):
             yield part
         elif (batch := reader.read_block(part)) is not None:
@@ -204,25 +207,29 @@ class _Sink:
     def _keep(
         self, batch: Batch, events: Events, table: str, stays: npt.NDArray[np.bool_], when: npt.NDArray[np.int64]
     ) -> None:
-        at = np.array(events.at, np.int64)
-        moments = _own_times(events, when, batch)
-        wanted = stays[at]
+        if not events.at:
+            return
+        places = pl.Series(events.at, dtype=pl.Int64)
+        at = places.to_numpy()
+        moments = pl.Series(_own_times(events, at, when, batch))
         frame = pl.DataFrame(
             {
                 "subject_id": batch.subjects[at],
-                "time": moments,
+                "time": moments.cast(EVENTS["time"]),
                 "code": pl.Series(events.code, dtype=pl.String),
-                "numeric_value": pl.Series(events.value, dtype=pl.Float64),
+                "numeric_value": pl.Series(events.value, dtype=pl.Float64).cast(EVENTS["numeric_value"]),
                 "unit": pl.Series(events.unit, dtype=pl.String),
-                "encounter_id": batch.encounters.gather(at),
+                "encounter_id": batch.encounters.gather(places),
                 "_at": (at + self._serial).astype(np.uint32),
+                "_table": np.full(len(at), TABLES.index(table), np.uint8),
             }
         )
-        time = pl.when(pl.col("time") != index.NO_TIME).then("time").cast(pl.Datetime("us"))
-        frame = frame.with_columns(time, pl.lit(TABLES.index(table), pl.UInt8).alias("_table"))
-        kept = frame.filter(pl.Series(wanted)).cast({name: EVENTS[name] for name in EVENTS})
-        self._events.append(kept)
-        self._waiting += kept.height
+        if batch.static:
+            frame = frame.with_columns(time=pl.when(moments != NO_TIME).then("time"))
+        if not (wanted := stays[at]).all():
+            frame = frame.filter(pl.Series(wanted))
+        self._events.append(frame)
+        self._waiting += frame.height
 
     def _parts(
         self,
@@ -252,12 +259,14 @@ class _Sink:
         frame = pl.DataFrame(
             {
                 "key": index.hashed(batch.ids),
-                "updated": index.times(batch.updated, zoned=True),
+                "updated": times(batch.updated, zoned=True),
                 "_at": np.arange(self._serial, self._serial + len(fate), dtype=np.uint32),
                 "kept": fate == _KEEP,
+                "_table": np.full(len(fate), TABLES.index(table), np.uint8),
             }
-        ).with_columns(pl.lit(TABLES.index(table), pl.UInt8).alias("_table"))
-        self._keys.append(frame.filter(pl.Series(batch.ids, dtype=pl.String).is_not_null()))
+        )
+        named = all(batch.ids)
+        self._keys.append(frame if named else frame.filter(pl.Series([each is not None for each in batch.ids])))
 
 
 def _fates(
@@ -289,34 +298,37 @@ def _fates(
 
 def _times(batch: Batch, early: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int64], dict[int, tuple[str, str, str]]]:
     """The time of each resource, and the faults of those times and of events with a time of their own."""
-    when = index.times(batch.times).copy()
+    when = times(batch.times)
     faults: dict[int, tuple[str, str, str]] = {}
     if not batch.static:
-        said = np.array([text is not None for text in batch.times], np.bool_)
-        when = np.where(said, when, batch.starts)
+        unsaid = [at for at, text in enumerate(batch.times) if text is None]
+        when[unsaid] = batch.starts[unsaid]
         if batch.late is not None:
-            later = np.array(batch.late, np.bool_) & said & (when != index.NO_TIME)
+            later = np.array(batch.late, np.bool_) & (when != NO_TIME)
+            later[unsaid] = False
             when = np.where(later, np.maximum(when, batch.starts), when)
         for at in np.flatnonzero(((when < _FIRST) | (when >= _LAST)) & ~early).tolist():
             text = batch.times[at]
             missing = "no time" if text is None else "not a date or time"
-            faults[at] = ("time", missing if when[at] == index.NO_TIME else "time out of range", text or "")
+            faults[at] = ("time", missing if when[at] == NO_TIME else "time out of range", text or "")
     if own := list(batch.events.moment):
-        moments = index.times(batch.events.moment.values())
+        moments = times(batch.events.moment.values())
         for step in np.flatnonzero((moments < _FIRST) | (moments >= _LAST)).tolist():
             at = batch.events.at[own[step]]
-            reason = "not a date or time" if moments[step] == index.NO_TIME else "time out of range"
+            reason = "not a date or time" if moments[step] == NO_TIME else "time out of range"
             if not early[at]:
                 faults.setdefault(at, ("time", reason, batch.events.moment[own[step]] or ""))
     return when, faults
 
 
-def _own_times(events: Events, when: npt.NDArray[np.int64], batch: Batch) -> npt.NDArray[np.int64]:
-    moments = when[np.array(events.at, np.int64)]
+def _own_times(
+    events: Events, at: npt.NDArray[np.int64], when: npt.NDArray[np.int64], batch: Batch
+) -> npt.NDArray[np.int64]:
+    moments = when[at]
     if batch.static:
-        moments[:] = index.NO_TIME
+        moments[:] = NO_TIME
     if events.moment:
-        moments[list(events.moment)] = index.times(events.moment.values())
+        moments[list(events.moment)] = times(events.moment.values())
     return moments
 
 

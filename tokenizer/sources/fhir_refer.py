@@ -9,8 +9,9 @@ from tokenizer.sources import fhir_index as index
 from tokenizer.sources.fhir_batch import REMEMBERED, Memo
 from tokenizer.sources.fhir_codes import READ_ERRORS, Coded, clean, fault, given, raw_bytes
 from tokenizer.sources.fhir_index import Index, Reference
+from tokenizer.sources.fhir_times import NO_TIME
 
-_MISSING = index.NO_TIME + 1
+_MISSING = NO_TIME + 1
 _REFERENCE = msgspec.json.Decoder(Reference)
 
 
@@ -104,10 +105,10 @@ class Resolver:
                 keys.append(None)
         starts = self.index.encounters.find(keys, _MISSING).tolist()
         for raw, name, start in zip(new, keys, starts, strict=True):
-            stay = name.removeprefix("Encounter/") if name and name.startswith("Encounter/") else None
+            stay = name[10:] if name and name.startswith("Encounter/") else None
             missing = start == _MISSING
             self.dangling_encounters += missing and given(raw)
-            self.stays[raw] = stay, index.NO_TIME if missing else start
+            self.stays[raw] = stay, NO_TIME if missing else start
 
     def _key(self, raw: bytes, kind: str) -> str | None:
         if (plain := index.plain_key(raw, kind, self.index.aliases)) is not None:

@@ -117,13 +117,17 @@ class AllergyIntolerance(Resource, tag="AllergyIntolerance"):
         return self.recorded_date
 
 
-class Quantity(Struct, gc=False, rename="camel"):
+class Quantity(Struct, gc=False, frozen=True, rename="camel"):
     """A number with its unit."""
 
     value: float | None = None
     unit: str | None = None
     system: str | None = None
     code: str | None = None
+
+
+NO_QUANTITY = Quantity()
+"""Stands where there is none, so that the members of all can be taken alike."""
 
 
 class Span(Struct, gc=False, rename="camel"):
@@ -141,7 +145,7 @@ class Ratio(Struct, gc=False, rename="camel"):
 
 
 class _Valued(Struct, gc=False, rename="camel"):
-    value_quantity: Quantity | None = None
+    value_quantity: Quantity | None = NO_QUANTITY
     value_codeable_concept: Raw = _NOTHING
     value_string: str | None = None
     value_integer: int | None = None

@@ -20,6 +20,7 @@ from tokenizer.sources.fhir_codes import (
 )
 from tokenizer.sources.fhir_refer import Resolver
 from tokenizer.sources.fhir_resources import Encounter, Patient
+from tokenizer.sources.fhir_times import NO_TIME, times
 
 _BIRTH_TIME = "http://hl7.org/fhir/StructureDefinition/patient-birthTime"
 
@@ -43,12 +44,12 @@ class Encounters:
         """Add the events of a batch of encounters."""
         batch.encounters = pl.Series(batch.ids, dtype=pl.String)
         ends = [each.period.end if each.period else None for each in objects]
-        begun, ended = index.times(batch.times), index.times(ends)
-        instants = index.times(batch.times, zoned=True), index.times(ends, zoned=True)
+        begun, ended = times(batch.times), times(ends)
+        instants = times(batch.times, zoned=True), times(ends, zoned=True)
         for at, each in enumerate(objects):
             end = ends[at]
             if end is not None:
-                if ended[at] == index.NO_TIME:
+                if ended[at] == NO_TIME:
                     batch.bads[at] = ("period.end", "not a date or time", end)
                 elif ended[at] < begun[at]:
                     whole_day = len(end) == 10 and (batch.times[at] or "")[:10] == end
@@ -94,7 +95,7 @@ def fill_patients(batch: Batch, objects: list[Patient], refer: Resolver) -> None
     batch.subjects = refer.index.patients.find(keys, index.NO_SUBJECT)
     births = [_birth(each) for each in objects]
     deaths = [_day_of_death(each.deceased_date_time) for each in objects]
-    born, died = index.times(births), index.times(deaths)
+    born, died = times(births), times(deaths)
     for at, each in enumerate(objects):
         if keys[at] in refer.index.replaced:
             batch.early[at] = "replaced by another record"
@@ -105,11 +106,11 @@ def fill_patients(batch: Batch, objects: list[Patient], refer: Resolver) -> None
             ("birthDate", births[at], born[at], "MEDS_BIRTH"),
             ("deceasedDateTime", deaths[at], died[at], "MEDS_DEATH"),
         ):
-            if text is not None and moment == index.NO_TIME:
+            if text is not None and moment == NO_TIME:
                 batch.bads[at] = (column, "not a date or time", text)
             elif text is not None:
                 batch.events.add(at, code, moment=text)
-        if index.NO_TIME < died[at] < born[at] and len(deaths[at] or "") >= 10:
+        if NO_TIME < died[at] < born[at] and len(deaths[at] or "") >= 10:
             batch.bads[at] = ("deceasedDateTime", "died before birth", deaths[at] or "")
         batch.deceased_undated += bool(each.deceased_boolean) and deaths[at] is None
     for at in set(range(len(objects))) - set(batch.events.at) - batch.early.keys() - batch.bads.keys():

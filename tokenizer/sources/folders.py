@@ -96,16 +96,23 @@ def find(folder: Path, patterns: Sequence[str], table: str) -> Iterator[Found]:
         table: for the message.
 
     Raises:
-        DataError: no file fits, or an archive is damaged.
+        DataError: no file fits, a file is there twice, or an archive is damaged.
     """
     if not folder.exists():
         raise DataError(f"{folder}: there is no such folder. Give the one that the mapping's paths start from.")
-    seen: set[str] = set()
+    seen: dict[str, str] = {}
     for pattern in patterns:
+        earlier = set(seen.values())
         for found in _find(folder, pattern):
-            if found.name not in seen:
-                seen.add(found.name)
-                yield found
+            if found.name in earlier:
+                continue
+            if twin := seen.get(found.unpacked_name):
+                raise DataError(
+                    f"{folder}: {twin} is there twice{'' if twin == found.name else f', also as {found.name}'}."
+                    " Its rows would count twice; remove one, or name but one in the mapping's files."
+                )
+            seen[found.unpacked_name] = found.name
+            yield found
     if not seen:
         raise DataError(f"{folder}: no file for table {table} ({', '.join(patterns)}).{_hint(folder, patterns)}")
 

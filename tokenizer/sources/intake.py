@@ -79,6 +79,11 @@ class Flow:
         return sum(self.events.values())
 
     @property
+    def dropped_total(self) -> int:
+        """Rows that named filters left out, of all tables."""
+        return sum(sum(filters.values()) for filters in self.dropped.values())
+
+    @property
     def quarantined_total(self) -> int:
         """Rows set aside, of all tables."""
         return sum(sum(reasons.values()) for reasons in self.quarantined.values())

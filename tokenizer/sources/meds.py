@@ -7,9 +7,7 @@ large file or over several files, or rows that have to be set aside.
 from collections.abc import Callable
 from pathlib import Path
 
-import polars as pl
-
-from tokenizer.events import out_of_range, rows
+from tokenizer.events import out_of_range, rows, without
 from tokenizer.sources.intake import EVENTS, Flow, intake
 
 
@@ -41,7 +39,7 @@ def import_meds(
             collected.rows(chunk.shard, height)
             for column in ("subject_id", "code"):
                 frame = collected.bad_rows(
-                    *(frame, pl.col(column).is_null()),
+                    *(frame, without(column)),
                     file=chunk.shard,
                     table=chunk.shard,
                     column=column,

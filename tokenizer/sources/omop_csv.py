@@ -340,6 +340,8 @@ def guarded(label: str, act: Callable[[], Any]) -> Any:
 
 def damaged(label: str, problem: BaseException) -> DataError:
     """The error of a file that can't be read, or only in part."""
+    if isinstance(problem, PermissionError):
+        return DataError(f"{label}: may not be read. Ask for the right to read it.")
     reason = (str(problem) or type(problem).__name__).splitlines()[0]
     if "straddl" in reason or "out of sync" in reason:
         return DataError(f"{label}: a quote is opened and not closed within {_BLOCK_BYTES >> 20} MiB. Close it.")

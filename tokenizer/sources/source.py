@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from tokenizer.errors import ConfigError
+from tokenizer.errors import ConfigError, DataError
 from tokenizer.events import MedsDataset
 from tokenizer.pieces import LARGEST_SCATTERED
 from tokenizer.progress import Step, Watch
@@ -91,6 +91,8 @@ def open_source(
     """
     if source.kind == "meds":
         dataset = None if source.quarantine else MedsDataset.open(Path(source.place))
+        if dataset is not None and not dataset.events:
+            raise DataError(f"{dataset.path}: its files have no rows, so nothing is left to tokenize.")
         if dataset is not None and not _too_large(dataset):
             return dataset, Flow.load(dataset.path)
     flow = _IMPORTS[source.kind](source, out, _Progress(watch), crew)

@@ -472,6 +472,18 @@ def test_bad_rows_keep_their_line_numbers_in_ranges(tmp_path: Path, monkeypatch:
         load(source, tmp_path / "out")
 
 
+def test_rows_set_aside_from_several_ranges_keep_their_line_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = observation("bad", effectiveDateTime="yesterday", valueInteger=1)
+    source = ndjson(tmp_path / "in", patient(), bad, *sample(20), bad, *sample(20), bad)
+    monkeypatch.setattr("tokenizer.sources.fhir_files._RANGE", 700)
+    import_fhir(source, tmp_path / "out", name="test", quarantine=True)
+    lines = (tmp_path / "in" / "all.ndjson").read_text().splitlines()
+    wanted = [row for row, line in enumerate(lines, 1) if "yesterday" in line]
+    assert pl.read_csv(tmp_path / "out" / "quarantine.csv")["row"].to_list() == wanted
+
+
 def test_of_a_resource_that_comes_twice_the_last_update_counts(tmp_path: Path) -> None:
     def version(value: int, updated: str | None) -> Json:
         meta = {"meta": {"lastUpdated": updated}} if updated else {}

@@ -232,7 +232,7 @@ def check_line(line: bytes) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         piece, found = index_of(folder, rows_of(changed(id="before"), line, changed(id="after")))
-        result = read_piece(piece, 1, found, SETTINGS, folder, indexed=True)
+        result = read_piece(piece, found, SETTINGS, folder, indexed=True)
         events = pl.concat([pl.read_ipc(file) for file, _ in result.files])
         parts = events["_table"] == TABLES.index(COMPONENT)
         kept = events.filter(~parts).select("_table", "_at").n_unique()

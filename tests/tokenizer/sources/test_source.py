@@ -55,7 +55,9 @@ def test_bad_rows_of_meds_are_named_or_set_aside(tmp_path):
     good = stays(range(3))
     late = dt.datetime(9999, 12, 31)
     bad = pl.DataFrame(
-        [(None, None, "A", None), (1, None, None, None), (1, late, "A", 2.0)], schema=good.schema, orient="row"
+        [(None, None, "A", None), (1, None, None, None), (1, None, " ", None), (1, late, "A", 2.0)],
+        schema=good.schema,
+        orient="row",
     )
     file = tmp_path / "meds" / "data" / "0.parquet"
     file.parent.mkdir(parents=True)
@@ -65,11 +67,11 @@ def test_bad_rows_of_meds_are_named_or_set_aside(tmp_path):
     assert not (tmp_path / "out").exists()
     dataset, flow = open_source(Source(str(tmp_path / "meds"), quarantine=True), tmp_path / "out")
     assert flow is not None
-    assert flow.quarantined == {"data/0.parquet": {"no subject_id": 1, "no code": 1, "time out of range": 1}}
+    assert flow.quarantined == {"data/0.parquet": {"no subject_id": 1, "no code": 2, "time out of range": 1}}
     assert flow.kept == {"data/0.parquet": len(good)}
     assert everything(dataset).equals(canonical_order(good))
     aside = pl.read_csv(tmp_path / "out" / "quarantine.csv")
-    assert aside["row"].to_list() == [len(good), len(good) + 1, len(good) + 2]
+    assert aside["row"].to_list() == [len(good) + n for n in range(4)]
 
 
 def test_units_and_encounters_of_meds_are_kept(tmp_path):
@@ -132,8 +134,15 @@ def test_nothing_there_is_an_error_of_every_source(tmp_path):
             assert not (tmp_path / "out").exists()
 
 
-def test_times_that_no_calendar_holds_are_set_aside_too(tmp_path):
-    far = pl.Series([0, 2**63 - 1, -(2**63) + 1]).cast(pl.Datetime("us"))
+def test_a_dataset_without_rows_is_refused(tmp_path):
+    write_meds(tmp_path / "meds", [], name="nobody")
+    with pytest.raises(DataError, match="meds: its files have no rows"):
+        open_source(Source(str(tmp_path / "meds")), tmp_path / "out")
+
+
+@pytest.mark.parametrize("unit", ["us", "ms"])
+def test_times_that_no_calendar_holds_are_set_aside_too(tmp_path, unit):
+    far = pl.Series([0, 2**63 - 1, -(2**63) + 1]).cast(pl.Datetime(unit))
     file = tmp_path / "meds" / "data" / "0.parquet"
     file.parent.mkdir(parents=True)
     pl.DataFrame({"subject_id": [1, 1, 2], "time": far, "code": ["A", "B", "C"]}).write_parquet(file)
@@ -141,4 +150,6 @@ def test_times_that_no_calendar_holds_are_set_aside_too(tmp_path):
         MedsDataset.open(tmp_path / "meds").read("data/0.parquet")
     flow = import_meds(tmp_path / "meds", tmp_path / "out", name="x", quarantine=True)
     assert flow.quarantined == {"data/0.parquet": {"time out of range": 2}}
-    assert pl.read_csv(tmp_path / "out" / "quarantine.csv")["content"].to_list() == [2**63 - 1, -(2**63) + 1]
+    assert pl.read_csv(tmp_path / "out" / "quarantine.csv")["content"].to_list() == (
+        [2**63 - 1, -(2**63) + 1] if unit == "us" else [(2**63 - 1) // 1000 * 1000, -((2**63 - 1) // 1000) * 1000]
+    )

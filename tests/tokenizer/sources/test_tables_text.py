@@ -226,3 +226,17 @@ def test_a_tar_that_ends_between_two_files_is_not_taken_for_a_whole_one(tmp_path
     write(tmp_path / "a.tar", out.getvalue()[:1024])
     with pytest.raises(DataError, match=r"a\.tar: damaged or cut off \(the end of the archive is missing"):
         list(find(tmp_path, ["a.tar/*.csv"], "t"))
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_file_that_is_there_twice_is_refused(tmp_path):
+    (tmp_path / "z.csv").write_text("x\n1\n")
+    assert [found.name for found in find(tmp_path, ["z.csv", "*.csv"], "t")] == ["z.csv"]
+    (tmp_path / "z.csv.gz").write_bytes(gzip.compress(b"x\n1\n"))
+    with pytest.raises(DataError, match=r"z\.csv is there twice, also as z\.csv\.gz\. Its rows would count twice"):
+        list(find(tmp_path, ["z.csv*"], "t"))
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as zipped:
+        for text in ("x\n1\n", "x\n2\n"):
+            zipped.writestr("z.csv", text)
+    with pytest.raises(DataError, match=r"a\.zip/z\.csv is there twice\. Its rows"):
+        list(find(tmp_path, ["a.zip/*.csv"], "t"))

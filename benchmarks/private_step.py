@@ -1,0 +1,115 @@
+"""Seconds and memory of the gradient of a private step, beside that of a plain step on the same windows.
+
+    python -m benchmarks.private_step [--model 1m] [--vocab 7105] [--lengths ragged | 1024] [--rounds 5]
+
+One window of each patient. "plain" is the gradient of the batch's mean loss, as training without privacy makes it;
+"private" the sum of per-patient gradients, each clipped (`model.clipping`); "one at a time" the same with a single
+patient under way, as a loop over patients does it. Before timing, the norms are compared with those of plain backward
+passes of each patient. Each side runs in a process of its own, in turn; memory is the process's peak over that of one
+that has loaded the model only.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from time import perf_counter
+
+import numpy as np
+import torch
+
+from benchmarks.train_step import batch_of, ragged_lengths
+from model.clipping import BUDGET_BYTES, clipped_sum
+from model.decoder import Decoder, preset
+from tokenizer.windows import Batch
+
+SIDES = ("plain", "private", "one at a time")
+
+
+def loss_of(decoder: Decoder, batch: Batch) -> torch.Tensor:
+    hidden = decoder(torch.from_numpy(batch.tokens), torch.from_numpy(batch.lengths))
+    nll, count = decoder.nll(hidden, torch.from_numpy(batch.targets))
+    return nll / count
+
+
+def plain(decoder: Decoder, batch: Batch) -> None:
+    decoder.zero_grad(set_to_none=True)
+    loss_of(decoder, batch).backward()
+
+
+def check_norms(decoder: Decoder, batch: Batch) -> None:
+    ends = np.cumsum(batch.lengths)
+    norms = clipped_sum(decoder, batch, 1.0).norms
+    for place in range(min(4, len(ends))):
+        part = slice(ends[place] - batch.lengths[place], ends[place])
+        one = slice(place, place + 1)
+        plain(decoder, Batch(batch.tokens[part], batch.targets[part], batch.lengths[one], batch.patients[one]))
+        grads = [weight.grad.flatten() for weight in decoder.parameters() if weight.grad is not None]
+        np.testing.assert_allclose(norms[place], torch.cat(grads).double().norm().item(), rtol=1e-4)
+
+
+def measure(side: str, model: str, vocab: int, lengths: str) -> None:
+    """What a measured process does: answers each line on its input with seconds, and ends with its memory."""
+    decoder = Decoder.create(preset(model, vocab, context=1024), 0)
+    counts = ragged_lengths(4096, 1024) if lengths == "ragged" else [int(lengths)] * max(1, 4096 // int(lengths))
+    batch = batch_of(counts, vocab)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    work: dict[str, Callable[[], object]] = {
+        "plain": lambda: plain(decoder, batch),
+        "private": lambda: clipped_sum(decoder, batch, 1.0),
+        "one at a time": lambda: clipped_sum(decoder, batch, 1.0, budget_bytes=1),
+    }
+    for _ in sys.stdin:
+        start = perf_counter()
+        work[side]()
+        print(perf_counter() - start, flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if side == "private":
+        check_norms(decoder, batch)
+    print(json.dumps({"over": (peak - before) / 1024, "tokens": len(batch.tokens), "patients": len(counts)}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="1m")
+    parser.add_argument("--vocab", type=int, default=7105)
+    parser.add_argument("--lengths", default="ragged", help="ragged, or the length of every window")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.side:
+        measure(given.side, given.model, given.vocab, given.lengths)
+        return
+    arguments = ["--model", given.model, "--vocab", str(given.vocab), "--lengths", given.lengths]
+    processes = {
+        side: subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.private_step", "--side", side, *arguments],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )
+        for side in SIDES
+    }  # fmt: skip
+    seconds = dict.fromkeys(SIDES, float("inf"))
+    for turn in range(given.rounds + 1):
+        for side, process in processes.items():
+            assert process.stdin is not None
+            assert process.stdout is not None
+            print(file=process.stdin, flush=True)
+            took = float(process.stdout.readline())
+            # The first turn warms up.
+            seconds[side] = min(seconds[side], took) if turn else seconds[side]
+    found = {side: json.loads(process.communicate()[0]) for side, process in processes.items()}
+    told = found["plain"]
+    print(
+        f"{given.model}, vocabulary {given.vocab:,}, {torch.get_num_threads()} threads: {told['patients']} patients, "
+        f"{told['tokens']:,} tokens, up to {BUDGET_BYTES >> 20} MiB of single patients' gradients"
+    )
+    print(f"{'':16}{'seconds':>9}{'x plain':>9}{'peak MiB over the model':>25}{'x plain':>9}")
+    for side in SIDES:
+        ratio, over = seconds[side] / seconds["plain"], found[side]["over"]
+        print(f"{side:16}{seconds[side]:>9.3f}{ratio:>9.2f}{over:>25,.0f}{over / told['over']:>9.2f}")
+
+
+if __name__ == "__main__":
+    main()

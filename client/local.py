@@ -1,0 +1,296 @@
+"""A round's local work: the one place where a model is trained.
+
+A hospital's daemon, a simulated site, the pooled baseline (a federation of one) and the processes of a machine with
+several GPUs all come here. The work is a function of the agreement, the site's name and the round; how far it has come
+is kept in snapshots, and a process that goes on from one ends with the same bits as one that was never stopped: weights
+and optimizer are in the snapshot, batches and dropout masks follow from the step.
+"""
+
+import hashlib
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from client.archive import Agreement, Archive, Choices, RunArchive, Snapshot
+from federation.manifest import Manifest
+from federation.messages import ProtocolError, SiteRefusal, TrainReply, TrainRequest, Vector
+from federation.update import to_decoder, to_vector
+from model.feed import ahead
+from model.machine import Machine, Precision, choose_precision
+from model.parallel import ALONE, Team
+from model.train import StepResult, Trainer, TrainOptions, evaluate
+from tokenizer.codebook import Codebook
+from tokenizer.errors import ConfigError
+from tokenizer.store import TokenStore
+from tokenizer.windows import Batch, Windows
+
+_OPTIMIZER = "optimizer/"
+
+
+def agreement_of(run: RunArchive, site: str) -> Agreement:
+    """What the site's part in a run rests on.
+
+    Raises:
+        SiteRefusal: the site has not agreed to the run.
+    """
+    agreement = run.agreement()
+    if agreement is None:
+        raise SiteRefusal(f"{site} takes no part in run {run.path.name}: ask it to prepare first.")
+    return agreement
+
+
+def open_work(archive: Archive, run: RunArchive, site: str) -> "Work":
+    """Open the work that a run asks of a site, from what it keeps.
+
+    Raises:
+        SiteRefusal: the site has not agreed to the run.
+        DataError: its store is damaged.
+    """
+    store = archive.store_path(agreement_of(run, site).store)
+    codebook = run.codebook()
+    return Work(site, run.manifest(), codebook, TokenStore.open(store, codebook.hash))
+
+
+@dataclass(frozen=True)
+class Task:
+    """A training request and how to go about it.
+
+    Attributes:
+        request: what is asked.
+        machine: how this machine computes.
+        snapshot_s: seconds between snapshots; 0 takes one after every step.
+        in_time: raises when the deadline, or the site's hours, are over.
+        share_of_time: share of the device's time that the work may take; it rests in between.
+        pause: called with a number of seconds to rest.
+    """
+
+    request: TrainRequest
+    machine: Machine
+    snapshot_s: float
+    in_time: Callable[[], None]
+    share_of_time: float = 1.0
+    pause: Callable[[float], None] = time.sleep
+
+
+def choices_of(run: RunArchive, work: "Work", machine: Machine) -> Choices:
+    """What the machine chose for the run, once and for good: a measured precision may differ from time to time."""
+    chosen = run.choices()
+    if chosen is None:
+        chosen = Choices(work.precision(machine), machine.micro_tokens)
+        run.choose(chosen)
+    return chosen
+
+
+class LocalRound:
+    """A round's work, from its last snapshot on.
+
+    Args:
+        work: of the run.
+        run: where snapshots are.
+        task: what is asked.
+        team: the processes that do it together; the first of them keeps the snapshots.
+    """
+
+    def __init__(self, work: "Work", run: RunArchive, task: Task, team: Team = ALONE) -> None:
+        self._work, self._run, self._task, self._team = work, run, task, team
+        request = task.request
+        kept = run.snapshot(request.digest)
+        choices = kept.choices if kept else choices_of(run, work, task.machine)
+        limit = _least(choices.micro_tokens, task.machine.micro_tokens)
+        machine = replace(task.machine, precision=choices.precision, micro_tokens=limit)
+        self._results: list[StepResult] = []
+        self._seconds = kept.seconds if kept else 0.0
+        if kept is None:
+            optimizer = run.optimizer_before(request.round) if work.keeps_optimizer else None
+            self.trainer = work.trainer(request.round, request.weights, machine, optimizer, team)
+            return
+        weights = kept.tensors["weights"].numpy()
+        self.trainer = work.trainer(request.round, weights, machine, None, team)
+        self.trainer.load_state_dict(
+            {k.removeprefix(_OPTIMIZER): v for k, v in kept.tensors.items() if k.startswith(_OPTIMIZER)}
+        )
+        steps = zip(kept.tensors["losses"].tolist(), kept.tensors["tokens"].tolist(), strict=True)
+        self._results = [StepResult(loss, tokens, 0.0, 0.0) for loss, tokens in steps]
+
+    def go(self, keep_end: bool = False) -> None:
+        """Take the steps that are left.
+
+        Args:
+            keep_end: whether to take a snapshot at the end, for another process to go on from.
+        """
+        began = kept = time.monotonic()
+        before = self._seconds
+        batches = self._work.batches(self._task.request.round, len(self._results))
+        for batch in ahead(batches, self._task.machine.device):
+            self._task.in_time()
+            step_began = time.monotonic()
+            self._results.append(self.trainer.step(batch))
+            if (share := self._task.share_of_time) < 1:
+                self._task.pause((time.monotonic() - step_began) * (1 / share - 1))
+            now = time.monotonic()
+            self._seconds = before + now - began
+            if self._team.any(now - kept >= self._task.snapshot_s):
+                self._keep()
+                kept = time.monotonic()
+        if keep_end:
+            self._keep()
+
+    def reply(self, site: str) -> TrainReply:
+        """What the round came to."""
+        request = self._task.request
+        update = to_vector(self.trainer.decoder)
+        update -= request.weights
+        tokens = [result.tokens for result in self._results]
+        return TrainReply(
+            site=site,
+            manifest_hash=request.manifest_hash,
+            round=request.round,
+            request_digest=request.digest,
+            update=update,
+            tokens=sum(tokens),
+            steps=len(tokens),
+            loss=float(np.average([result.loss for result in self._results], weights=tokens)),
+            seconds=self._seconds,
+        )
+
+    @property
+    def choices(self) -> Choices:
+        """What the work is done with by now."""
+        return Choices(self.trainer.precision, self.trainer.micro_tokens)
+
+    def _keep(self) -> None:
+        # All processes take part, because each may hold a part of the tensors.
+        tensors = {f"{_OPTIMIZER}{name}": value for name, value in self.trainer.state_dict().items()}
+        tensors["weights"] = torch.from_numpy(to_vector(self.trainer.decoder))
+        tensors["losses"] = torch.tensor([result.loss for result in self._results], dtype=torch.float64)
+        tensors["tokens"] = torch.tensor([result.tokens for result in self._results])
+        if self._team.rank == 0:
+            done = len(self._results)
+            self._run.keep_snapshot(Snapshot(self._task.request.digest, done, self.choices, self._seconds, tensors))
+
+
+class Work:
+    """The work that one run asks of one site, as a function of the round."""
+
+    def __init__(self, site: str, manifest: Manifest, codebook: Codebook, store: TokenStore) -> None:
+        self._site, self._manifest, self._codebook, self._store = site, manifest, codebook, store
+
+    @property
+    def keeps_optimizer(self) -> bool:
+        """Whether the optimizer's state passes from round to round."""
+        return self._manifest.local.optimizer_state == "keep"
+
+    @property
+    def most_steps(self) -> int:
+        """Steps of the longest round."""
+        return max(after - before for before, after in itertools.pairwise(self._starts()))
+
+    def patients(self, split: str) -> int:
+        """How many patients a split has."""
+        return len(self._store.split(split))
+
+    def check(self) -> None:
+        """Refuse what can't be trained on."""
+        if len(self._store.split("train")) == 0:
+            raise SiteRefusal(f"{self._site} has no patients in the train split.")
+        if self._windows.steps(0) == 0:
+            raise SiteRefusal(f"{self._site} has no timeline with something to predict in the train split.")
+
+    def check_request(self, number: int, weights: Vector) -> None:
+        """Refuse weights that don't fit the agreed model, or a round that was not agreed on."""
+        if not 1 <= number <= self._manifest.rounds:
+            raise ProtocolError(f"There is no round {number}; {self._manifest.rounds} were agreed on.")
+        size = self._manifest.model.parameters()
+        if weights.shape != (size,) or not np.isfinite(weights).all():
+            raise ProtocolError(f"The weights must be {size} finite numbers; they have shape {weights.shape}.")
+
+    def trainer(
+        self, number: int, weights: Vector, machine: Machine, optimizer: dict[str, Tensor] | None, team: Team = ALONE
+    ) -> Trainer:
+        """Set up the training of a round from weights [P] and the optimizer's state after the round before."""
+        starts = self._starts()
+        decoder = to_decoder(self._manifest.model, weights, machine.device)
+        trainer = Trainer(decoder, self._train_options(starts[-1]), starts[number - 1], machine, team)
+        if optimizer is not None:
+            trainer.load_state_dict(optimizer)
+            trainer.global_step = starts[number - 1]
+        return trainer
+
+    def batches(self, number: int, done: int = 0) -> Iterator[Batch]:
+        """Walk through a round's batches, but for those that are done."""
+        starts = self._starts()
+        for step in range(starts[number - 1] + done, starts[number]):
+            yield self._windows.batch(step)
+
+    def smaller_passes(self, micro_tokens: int) -> int:
+        """Half as many tokens per pass as did not fit.
+
+        Raises:
+            ConfigError: a pass is one window already.
+        """
+        context = self._manifest.model.context
+        tried = micro_tokens or self._manifest.local.batch_tokens
+        if tried <= context:
+            raise ConfigError(
+                f"A window of {context} tokens doesn't fit into this machine's memory. Set checkpointing in the site's "
+                "options, or shard over more processes; or agree on a shorter context."
+            )
+        return max(context, tried // 2)
+
+    def precision(self, machine: Machine) -> Precision:
+        """What this machine computes the run's products in; may be measured."""
+        return choose_precision(self._manifest.train.precision, machine, self._manifest.model)
+
+    def evaluate(self, split: str, weights: Vector, device: str, precision: Precision) -> tuple[float, int]:
+        """Give the mean nll in nats and the number of targets."""
+        decoder = to_decoder(self._manifest.model, weights, device)
+        return evaluate(decoder, ahead(self._split_windows(split).epoch(0), device), precision)
+
+    @cached_property
+    def _windows(self) -> Windows:
+        return self._split_windows("train", self._manifest.local.windows_per_patient)
+
+    def _split_windows(self, split: str, per_patient: int | None = None) -> Windows:
+        return Windows(
+            self._store.split(split),
+            self._codebook,
+            context=self._manifest.model.context,
+            batch_tokens=self._manifest.local.batch_tokens,
+            seed=self._seed(f"windows/{split}"),
+            per_patient=per_patient,
+        )
+
+    def _starts(self) -> list[int]:
+        """The global step at which each round starts, and the one at which the last ends."""
+        local, rounds = self._manifest.local, self._manifest.rounds
+        if local.steps is not None:
+            return [number * local.steps for number in range(rounds + 1)]
+        passes = [number * (local.epochs or 1.0) for number in range(rounds + 1)]
+        steps = [self._windows.steps(epoch) for epoch in range(math.ceil(passes[-1]) + 1)]
+        before = list(itertools.accumulate(steps, initial=0))
+        starts = [0]
+        for done in passes[1:]:
+            whole = math.floor(done)
+            # A site with a handful of patients does at least one step in every round.
+            starts.append(max(starts[-1] + 1, before[whole] + round((done - whole) * steps[whole])))
+        return starts
+
+    def _train_options(self, total: int) -> TrainOptions:
+        warmup = min(round(total * self._manifest.local.warmup_share), total - 1)
+        return replace(self._manifest.train, total_steps=total, warmup_steps=warmup, seed=self._seed("dropout"))
+
+    def _seed(self, use: str) -> int:
+        key = f"{self._manifest.seed}/{self._site}/{use}".encode()
+        return int.from_bytes(hashlib.blake2b(key, digest_size=7).digest())
+
+
+def _least(one: int, other: int) -> int:
+    """The smaller limit, where 0 is none."""
+    return min(one or other, other or one)

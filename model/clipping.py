@@ -1,0 +1,314 @@
+"""Per-patient gradients of the decoder, clipped one by one and summed: what differential privacy needs of a step.
+
+Every patient's gradient is made in full, a few patients at a time. Their windows go through the decoder together, and
+when the gradient of a layer's output arrives, the layer's weight gradient is computed for each window apart, straight
+into that patient's row of one buffer. That is the arithmetic of a plain step in another order: no norms by inner
+products of activations ("ghost" norms), so no rule that could be wrong where a weight is used twice. A tied embedding
+gets what both of its uses give, added up before the norm is taken.
+
+Notable choices:
+- How many patients are under way at once follows from a budget of bytes; large models have one at a time.
+- Only layers that are known here get a gradient, and every parameter must belong to one: anything else is refused,
+  because a parameter that is passed over would make the bound on a patient's share void without a sign.
+- A patient's share is scaled by its own norm, and made smaller by more than rounding can make it larger.
+- Dropout is refused: masks go by the place in the batch, so one patient more would change what others give.
+
+What each patient gives depends on that patient's window only, but for rounding: which windows share a product can
+change its last bits.
+
+The idea of splitting the weight gradient by example inside the backward pass: Goodfellow, arXiv 1510.01799; Bu et al.,
+arXiv 2210.00038, call it book-keeping where norms are taken without it.
+
+Shapes: N flat tokens, S windows (one of each patient), P parameters, D width, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from model.decoder import Decoder, RMSNorm
+from tokenizer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tokenizer.windows import Batch
+
+# Bytes of gradients of single patients that are alive at once.
+BUDGET_BYTES = 256 << 20
+# Tokens that go through the decoder together, so that activations and rows don't add up to more than a plain step.
+_GROUP_TOKENS = 2048
+# Numbers in a chunk of scores.
+_CHUNK_NUMBERS = 2**21
+# Numbers whose squares are summed in float32: the sum's error stays below 10^-5, even at worst.
+_BLOCK = 1024
+# Shares are made smaller by this part of themselves, more than float32 rounds norms down and shares up by.
+_SAFETY = 2.0**-16
+
+Autocast = Callable[[], AbstractContextManager]
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """The sum of clipped gradients over the patients of a batch.
+
+    Attributes:
+        gradients: float32, one per parameter of the decoder, in its order.
+        norms: float64 [S], each patient's norm before clipping, in the order of the batch.
+        losses: float64 [S], each patient's mean loss in nats per target; 0 without targets.
+    """
+
+    gradients: list[Tensor]
+    norms: np.ndarray
+    losses: np.ndarray
+
+
+def clipped_sum(
+    decoder: Decoder,
+    batch: "Batch",
+    clip: float,
+    *,
+    budget_bytes: int = BUDGET_BYTES,
+    autocast: Autocast = nullcontext,
+) -> Clipped:
+    """Sum the gradients of each patient's mean loss, each clipped to the norm `clip`.
+
+    Args:
+        decoder: its weights are not changed, and their `grad` is not touched.
+        batch: one window of each patient.
+        clip: largest Euclidean norm of a patient's share, over all parameters together.
+        budget_bytes: for gradients of single patients; one at least is held.
+        autocast: makes the context in which the decoder computes.
+
+    Returns:
+        The sum, which one patient changes by a vector of at most this norm (add or remove); norms and losses are of
+        single patients and must not leave the site.
+
+    Raises:
+        ConfigError: two windows of one patient, dropout, or a parameter without a rule.
+    """
+    if len(np.unique(batch.patients)) != len(batch.patients):
+        raise ConfigError("clipping: a patient has several windows in the batch; take one of each")
+    if clip <= 0:
+        raise ConfigError(f"clipping: the norm must be positive, not {clip}")
+    if decoder.config.dropout:
+        raise ConfigError("clipping: dropout masks would let one patient change others' shares; set dropout to 0")
+    book = _Book(decoder)
+    total = torch.zeros(book.size, device=decoder.embed_tokens.weight.device)
+    norms, losses = np.zeros(len(batch.lengths)), np.zeros(len(batch.lengths))
+    for places in _groups(batch, book.size * 4, budget_bytes):
+        loss = book.fill(batch, places, autocast)
+        losses[places] = loss
+        norm = book.norms()
+        norms[places] = norm.cpu().numpy()
+        scale = (clip * (1.0 - _SAFETY) / norm.clamp(min=clip)).float()
+        total.addmv_(book.rows.T, scale)
+    return Clipped(book.split(total), norms, losses)
+
+
+def _groups(batch: "Batch", row_bytes: int, budget: int) -> Iterator[np.ndarray]:
+    """Places of windows that go together, of similar length."""
+    most = max(1, budget // row_bytes)
+    order = np.argsort(-batch.lengths, kind="stable")
+    ends = np.cumsum(batch.lengths[order])
+    first = 0
+    while first < len(order):
+        before = ends[first - 1] if first else 0
+        fit = int(np.searchsorted(ends, before + _GROUP_TOKENS, side="right")) - first
+        last = first + min(max(fit, 1), most)
+        yield order[first:last]
+        first = last
+
+
+class _Book:
+    """The gradients of some patients, one row each, and the rules that fill them.
+
+    Attributes:
+        size: P.
+        rows: float32 [S, P], the gradients of the windows that `fill` took last.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._device = decoder.embed_tokens.weight.device
+        weights = dict(decoder.named_parameters())
+        _refuse_strangers(decoder, weights)
+        self._shapes = [weight.shape for weight in weights.values()]
+        starts = np.cumsum([0, *(shape.numel() for shape in self._shapes)]).tolist()
+        self.size = starts[-1]
+        self._places = {id(weight): start for weight, start in zip(weights.values(), starts, strict=False)}
+        self._buffer = torch.empty(0, self.size, device=self._device)
+        self.rows = self._buffer
+        self._spans: list[slice] = []
+        self._written: list[int] = []
+
+    def norms(self) -> Tensor:
+        """Euclidean norms of the rows, float64 [S]."""
+        # Float32 sums are exact enough over a thousand numbers, not over millions; float64 costs twenty times as much.
+        whole = self.size // _BLOCK * _BLOCK
+        blocks = self.rows[:, :whole].unflatten(1, (-1, _BLOCK))
+        parts = [
+            torch.linalg.vector_norm(blocks, dim=2),
+            torch.linalg.vector_norm(self.rows[:, whole:], dim=1)[:, None],
+        ]
+        return torch.linalg.vector_norm(torch.cat(parts, 1).double(), dim=1)
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """A vector [P] as tensors in the shapes of the parameters."""
+        parts = flat.split([shape.numel() for shape in self._shapes])
+        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
+    def fill(self, batch: "Batch", places: np.ndarray, autocast: Autocast) -> np.ndarray:
+        """Put the gradients of some windows' mean losses into `rows`; gives these losses, float64 [S]."""
+        part = _picked(batch, places)
+        ends = np.cumsum(part.lengths)
+        self._spans = [slice(*span) for span in np.stack([ends - part.lengths, ends], 1).tolist()]
+        self._written = []
+        if len(self._buffer) < len(places):
+            self._buffer = torch.empty(len(places), self.size, device=self._device)
+        self.rows = self._buffer[: len(places)]
+        tokens = torch.from_numpy(part.tokens).to(self._device)
+        with _frozen(self._decoder), self._watching() as leaves, autocast():
+            hidden = self._decoder(tokens, torch.from_numpy(part.lengths))
+            losses, grad = self._head(hidden.detach(), torch.from_numpy(part.targets).to(self._device))
+        hidden.backward(grad)
+        self._embedding(tokens, leaves[0].grad)
+        if sorted(self._written) != sorted(self._places):
+            raise ConfigError("clipping: a layer took no part in the step, or took part twice; its norm is unknown")
+        return losses
+
+    def _head(self, hidden_ND: Tensor, targets: Tensor) -> tuple[np.ndarray, Tensor]:
+        """Each window's mean loss, and the gradient of their sum; the output layer's own gradients go to `rows`."""
+        weight, kind = self._decoder.head_weight, self._device.type
+        w_VD = weight.detach()
+        if torch.is_autocast_enabled(kind):
+            w_VD = w_VD.to(torch.get_autocast_dtype(kind))
+        grad_ND, losses = torch.zeros_like(hidden_ND), np.zeros(len(self._spans))
+        rows = self._rows_of(weight)
+        chunk = max(64, _CHUNK_NUMBERS // len(w_VD))
+        with torch.autocast(kind, enabled=False):
+            for row, span in enumerate(self._spans):
+                asked = (targets[span] >= 0).nonzero().squeeze(1)
+                if not len(asked):
+                    rows[row].zero_()
+                    continue
+                for number, some in enumerate(asked.split(chunk)):
+                    h_CD, y_C1 = hidden_ND[span][some].to(w_VD.dtype), targets[span][some, None]
+                    p_CV = torch.log_softmax((h_CD @ w_VD.T).float(), dim=1)
+                    losses[row] -= p_CV.gather(1, y_C1).sum(dtype=torch.float64).item() / len(asked)
+                    p_CV.exp_().scatter_add_(1, y_C1, p_CV.new_full(y_C1.shape, -1.0)).div_(len(asked))
+                    g_CV = p_CV.to(w_VD.dtype)
+                    grad_ND[span][some] = (g_CV @ w_VD).to(grad_ND.dtype)
+                    if g_CV.dtype == torch.float32:
+                        rows[row].addmm_(g_CV.T, h_CD, beta=min(number, 1))
+                    elif number:
+                        rows[row] += g_CV.T @ h_CD
+                    else:
+                        rows[row] = g_CV.T @ h_CD
+        return losses, grad_ND
+
+    def _embedding(self, tokens: Tensor, grad_ND: Tensor | None) -> None:
+        assert grad_ND is not None
+        weight = self._decoder.embed_tokens.weight
+        if self._decoder.lm_head is None:
+            # The other use of the same weight has written its part already.
+            self._written.remove(id(weight))
+            rows = self._rows_of(weight)
+        else:
+            rows = self._rows_of(weight).zero_()
+        for row, span in enumerate(self._spans):
+            rows[row].index_add_(0, tokens[span], grad_ND[span].float())
+
+    @contextmanager
+    def _watching(self) -> Iterator[list[Tensor]]:
+        """Write gradients down as they come; gives the embedded tokens, the leaf that everything follows from."""
+        leaves: list[Tensor] = []
+
+        def embedded(_module: nn.Module, _inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            leaves.append(out.detach().requires_grad_())
+            return leaves[0]
+
+        handles = [self._decoder.embed_tokens.register_forward_hook(embedded)]
+        for module in self._decoder.modules():
+            if isinstance(module, nn.Linear) and module is not self._decoder.lm_head:
+                handles.append(module.register_forward_hook(self._linear))
+            elif isinstance(module, RMSNorm):
+                handles.append(module.register_forward_hook(self._norm))
+        try:
+            yield leaves
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _linear(self, module: nn.Linear, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+        x_NI = inputs[0].detach()
+
+        def arrived(g_NO: Tensor) -> None:
+            weights = self._rows_of(module.weight)
+            for row, span in enumerate(self._spans):
+                if g_NO.dtype == x_NI.dtype == torch.float32:
+                    torch.mm(g_NO[span].T, x_NI[span], out=weights[row])
+                else:
+                    weights[row] = g_NO[span].T @ x_NI[span].to(g_NO.dtype)
+            if module.bias is not None:
+                biases = self._rows_of(module.bias)
+                for row, span in enumerate(self._spans):
+                    biases[row] = g_NO[span].sum(0, dtype=torch.float32)
+
+        out.register_hook(arrived)
+
+    def _norm(self, module: RMSNorm, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+        x_ND = inputs[0].detach()
+
+        def arrived(g_ND: Tensor) -> None:
+            unit_ND = F.rms_norm(x_ND.float(), (x_ND.shape[-1],), eps=module.eps)
+            unit_ND *= g_ND
+            weights = self._rows_of(module.weight)
+            for row, span in enumerate(self._spans):
+                weights[row] = unit_ND[span].sum(0)
+
+        out.register_hook(arrived)
+
+    def _rows_of(self, weight: Tensor) -> Tensor:
+        """Every patient's gradient of a parameter, to be written: a view [S, *shape]."""
+        start = self._places[id(weight)]
+        self._written.append(id(weight))
+        return self.rows[:, start : start + weight.numel()].unflatten(1, weight.shape)
+
+
+def _refuse_strangers(decoder: Decoder, weights: dict[str, nn.Parameter]) -> None:
+    """Refuse parameters that belong to no layer with a rule."""
+    known: set[int] = set()
+    for module in decoder.modules():
+        if type(module) in (nn.Linear, nn.Embedding, RMSNorm):
+            known |= {id(weight) for weight in module.parameters(recurse=False)}
+    if strange := [name for name, weight in weights.items() if id(weight) not in known]:
+        raise ConfigError(
+            f"clipping: there is no exact rule for {', '.join(strange)}; train without privacy, or add one"
+        )
+
+
+def _picked(batch: "Batch", places: np.ndarray) -> "Batch":
+    starts = np.cumsum(batch.lengths) - batch.lengths
+    at = np.concatenate([np.arange(starts[place], starts[place] + batch.lengths[place]) for place in places])
+    return replace(
+        batch, tokens=batch.tokens[at], targets=batch.targets[at],
+        lengths=batch.lengths[places], patients=batch.patients[places],
+    )  # fmt: skip
+
+
+@contextmanager
+def _frozen(decoder: Decoder) -> Iterator[None]:
+    """No gradient of a weight is computed: only those of activations."""
+    weights = [weight for weight in decoder.parameters() if weight.requires_grad]
+    for weight in weights:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)

@@ -1,0 +1,108 @@
+"""How one machine computes a training step: nobody else's business, because the result is the same up to rounding.
+
+Precision is measured, not looked up: on the CPUs that were measured without bfloat16 units, autocast is three times
+slower than float32, and some with them gain nothing at small widths. The probe multiplies matrices of the model's own
+shapes both ways, once per process and shape. Timings differ from run to run, so whoever must repeat a computation bit
+for bit (a site's run does) writes the answer down and passes it on.
+"""
+
+import logging
+import time
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from model.decoder import DecoderConfig
+from tokenizer.errors import ConfigError
+
+Precision = Literal["fp32", "bf16"]
+
+# bfloat16 loses digits, so it must win clearly to be taken.
+_CLEARLY = 1.2
+_PROBE_ROWS = 256
+_PROBE_REPEATS = 5
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine's own choices.
+
+    Attributes:
+        device: torch's name of it; only on "cpu" does the same work give the same bits.
+        precision: used where a run leaves the choice open; "auto" measures.
+        micro_tokens: most tokens that go through the model at once (a step's batch takes as many passes as it needs);
+            0 begins with the whole batch. It is halved by itself when memory runs out.
+        checkpointing: compute activations again on the way back instead of keeping them.
+        compile: run the blocks through torch.compile; where that fails, they run as they are, and the log says why.
+        processes: how many processes train together, each on a device of its own (a CPU is shared).
+        shard: split weights, gradients and moments over the processes (FSDP2) instead of keeping a copy in each.
+
+    Raises:
+        ConfigError: for a value out of range.
+    """
+
+    device: str = "cpu"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    micro_tokens: int = 0
+    checkpointing: bool = False
+    compile: bool = False
+    processes: int = 1
+    shard: bool = False
+
+    def __post_init__(self) -> None:
+        checks = {
+            "precision is auto, fp32 or bf16": self.precision in ("auto", "fp32", "bf16"),
+            "micro_tokens must not be negative": self.micro_tokens >= 0,
+            "processes must be at least 1": self.processes >= 1,
+            "shard needs 2 processes or more": not self.shard or self.processes > 1,
+        }
+        if wrong := [rule for rule, holds in checks.items() if not holds]:
+            raise ConfigError(f"this machine's options: {'; '.join(wrong)}")
+
+
+def choose_precision(asked: str, machine: Machine, config: DecoderConfig) -> Precision:
+    """What to compute in: what the run asks for, else what the machine's options say, else what is measured.
+
+    Args:
+        asked: the run's own wish, "auto" when it has none.
+        machine: where it runs.
+        config: of the decoder, for its shapes.
+    """
+    for wish in (asked, machine.precision):
+        if wish in ("fp32", "bf16"):
+            return wish  # type: ignore[return-value]
+    return measured_precision(machine.device, config.width, config.ff, config.vocab)
+
+
+@cache
+def measured_precision(device: str, width: int, ff: int, vocab: int) -> Precision:
+    """bfloat16 on CUDA devices that have it; on others where products of these shapes are clearly faster in it."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    gain = _bf16_gain(device, ((width, ff), (width, vocab)))
+    chosen: Precision = "bf16" if gain >= _CLEARLY else "fp32"
+    _log.info("%s: bfloat16 runs at %.2f times the speed of float32 here, so %s is used", device, gain, chosen)
+    return chosen
+
+
+def _bf16_gain(device: str, shapes: tuple[tuple[int, int], ...]) -> float:
+    """Time of linear layers of these (in, out) widths in float32 by their time under bfloat16 autocast."""
+    kind = torch.device(device).type
+    layers = [(torch.ones(_PROBE_ROWS, n, device=device), torch.ones(m, n, device=device)) for n, m in shapes]
+    spent = [(_seconds(layers, kind, False), _seconds(layers, kind, True)) for _ in range(_PROBE_REPEATS + 1)]
+    wide, narrow = (min(side) for side in zip(*spent[1:], strict=True))  # the first pair warms up
+    return wide / narrow
+
+
+def _seconds(layers: list[tuple[Tensor, Tensor]], kind: str, narrow: bool) -> float:
+    begin = time.perf_counter()
+    with torch.no_grad(), torch.autocast(kind, dtype=torch.bfloat16, enabled=narrow):
+        for x, weight in layers:
+            torch.nn.functional.linear(x, weight)
+    return time.perf_counter() - begin

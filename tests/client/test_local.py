@@ -1,0 +1,145 @@
+"""A round's local work: stopped anywhere and gone on with, it ends with the same bits; what a machine chose stays."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from client import local
+from client.archive import Choices, RunArchive, Snapshot
+from client.site import Site, SiteFiles
+from federation.manifest import LocalWork, Manifest
+from federation.messages import TrainReply
+from model.machine import Machine
+from model.train import StepResult, Trainer, TrainOptions
+from tests import tiny
+from tests.client.test_site import agree, ask, same
+from tokenizer.windows import Batch
+
+DROPPING = dataclasses.replace(tiny.MODEL, dropout=0.2)
+WORK = LocalWork(steps=6, batch_tokens=512)
+
+
+class Killed(BaseException):
+    """What no part of the site catches."""
+
+
+def files_of(root: Path, **changes: Any) -> SiteFiles:
+    return dataclasses.replace(tiny.site(root, "icu", 1), snapshot_minutes=0.0, **changes)
+
+
+def run_of(site: Site, manifest: Manifest) -> RunArchive:
+    return site.archive.run(manifest.hash)
+
+
+def die_after(monkeypatch: pytest.MonkeyPatch, steps: int, kept: int) -> list[int]:
+    """Let the work die before the step after so many, with the snapshot of an earlier one on the disk."""
+    taken: list[int] = []
+    step, keep = Trainer.step, RunArchive.keep_snapshot
+
+    def dying_step(trainer: Trainer, batch: Batch) -> StepResult:
+        if len(taken) == steps:
+            raise Killed
+        taken.append(trainer.global_step)
+        return step(trainer, batch)
+
+    def lazy_keep(run: RunArchive, snapshot: Snapshot) -> None:
+        if snapshot.done <= kept:
+            keep(run, snapshot)
+
+    monkeypatch.setattr(Trainer, "step", dying_step)
+    monkeypatch.setattr(RunArchive, "keep_snapshot", lazy_keep)
+    return taken
+
+
+def two_rounds(site: Site, manifest: Manifest, again: Callable[[int], None] = lambda number: None) -> list[TrainReply]:
+    replies = []
+    for number in (1, 2):
+        again(number)
+        replies.append(site.train(ask(manifest, number)))
+    return replies
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(("steps", "kept"), [(4, 4), (5, 2), (2, 0)], ids=["at a snapshot", "past one", "before any"])
+def test_a_round_that_was_stopped_in_the_middle_ends_with_the_same_bits(
+    ram_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: Any, steps: int, kept: int
+) -> None:
+    plan = {"local": WORK, "model": DROPPING, "train": TrainOptions(optimizer=optimizer)}
+    calm = Site(files_of(ram_path / "calm"))
+    manifest, _, _ = agree(calm, **plan)
+    expected = two_rounds(calm, manifest)
+
+    site = Site(files_of(ram_path / "stopped"))
+    agree(site, **plan)
+
+    taken: list[int] = []
+
+    def stop_first(number: int) -> None:
+        before = len(taken)
+        with monkeypatch.context() as patch:
+            die_after(patch, steps, kept)
+            with pytest.raises(Killed):
+                Site(site.files).train(ask(manifest, number))
+        del taken[before:]
+        assert (run_of(site, manifest).path / "local.safetensors").exists() == (kept > 0)
+
+    step = Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda t, batch: taken.append(t.global_step) or step(t, batch))  # type: ignore[func-returns-value]
+    assert all(map(same, two_rounds(site, manifest, stop_first), expected))
+    assert taken == [*range(kept, 6), *range(6 + kept, 12)], "only what was not in the snapshot is done again"
+    assert not (run_of(site, manifest).path / "local.safetensors").exists()
+
+
+def test_a_snapshot_of_another_request_is_not_gone_on_from(ram_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Site(files_of(ram_path))
+    manifest, _, _ = agree(site, local=WORK)
+    with monkeypatch.context() as patch:
+        die_after(patch, 3, 3)
+        with pytest.raises(Killed):
+            site.train(ask(manifest))
+    other = ask(manifest, weights=ask(manifest).weights * 1.5)
+    reply = site.train(other)
+    assert (reply.steps, reply.request_digest) == (6, other.digest)
+
+
+def test_snapshots_are_taken_as_often_as_asked_for(ram_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[int] = []
+    monkeypatch.setattr(RunArchive, "keep_snapshot", lambda run, snapshot: done.append(snapshot.done))
+    minutes = iter(range(100))
+    monkeypatch.setattr(local.time, "monotonic", lambda: 60.0 * next(minutes))
+    site = Site(dataclasses.replace(files_of(ram_path), snapshot_minutes=3.0))
+    manifest, _, _ = agree(site, local=WORK)
+    site.train(ask(manifest))
+    assert done == [3, 6], "a minute goes by at every look at the clock"
+
+
+def test_a_measured_precision_is_kept_for_the_run(ram_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Site(files_of(ram_path))
+    manifest, _, _ = agree(site, local=WORK)
+    expected = site.train(ask(manifest, 1))
+    assert run_of(site, manifest).choices() == Choices("fp32", 0)
+    monkeypatch.setattr("model.machine.measured_precision", lambda *_: "bf16")
+    seen: list[str] = []
+    step = Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda t, batch: seen.append(t.precision) or step(t, batch))  # type: ignore[func-returns-value]
+    site.train(ask(manifest, 2))
+    assert seen == ["fp32"] * 6, "the second round computes as the first"
+    twin = Site(files_of(ram_path / "twin"))
+    agree(twin, local=WORK)
+    assert not np.array_equal(twin.train(ask(manifest, 1)).update, expected.update)
+    assert run_of(twin, manifest).choices() == Choices("bf16", 0)
+
+
+def test_a_site_may_choose_how_it_computes(ram_path: Path) -> None:
+    plain = Site(files_of(ram_path / "plain"))
+    manifest, _, _ = agree(plain, local=WORK, model=DROPPING)
+    small = Site(files_of(ram_path / "small", machine=Machine(micro_tokens=100, checkpointing=True)))
+    agree(small, local=WORK, model=DROPPING)
+    expected, found = plain.train(ask(manifest)), small.train(ask(manifest))
+    np.testing.assert_allclose(found.update, expected.update, atol=2e-5)
+    assert found.tokens == expected.tokens
+    assert run_of(small, manifest).choices() == Choices("fp32", 100)
