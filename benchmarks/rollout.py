@@ -1,6 +1,6 @@
 """Sampled tokens per second, beside Hugging Face's generate() with the same weights.
 
-    python -m benchmarks.rollout [--model 1m] [--patients 64] [--prompt 512] [--tokens 64] [--rounds 1]
+    python -m benchmarks.rollout [--model 1m] [--patients 64] [--prompt 512] [--tokens 64] [--rounds 1] [--cpu]
 
 Every patient has 25 trajectories. The peer gets every row's prompt in full, with the rows of 1 and of `--together`
 patients at a time; it computes a cache and samples with temperature 1 from all tokens. Before, the first new token's
@@ -11,7 +11,7 @@ ETHOS-ARES reports 15 s for 1,000 tokens of one stream on an A100: 67 tokens/s.
 
 import argparse
 from collections.abc import Callable
-from time import perf_counter
+from time import perf_counter, process_time
 
 import numpy as np
 import torch
@@ -38,7 +38,11 @@ def main() -> None:
     parser.add_argument("--together", type=int, default=10)
     parser.add_argument("--rows", type=int, default=1600)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--cpu", action="store_true", help="seconds of one thread's work, where others use the machine")
     given = parser.parse_args()
+    if given.cpu:
+        torch.set_num_threads(1)
+    clock_s = process_time if given.cpu else perf_counter
     book = large_codebook()
     vocab = len(book)
     config = preset(given.model, vocab, context=1024)
@@ -80,10 +84,10 @@ def main() -> None:
     speed = dict.fromkeys(runners, 0.0)
     for _ in range(given.rounds):
         for side, run in runners.items():
-            begin = perf_counter()
+            begin = clock_s()
             with torch.inference_mode():
                 sampled = run()
-            speed[side] = max(speed[side], sampled / (perf_counter() - begin))
+            speed[side] = max(speed[side], sampled / (clock_s() - begin))
     print(
         f"{given.model}: {config.parameters():,} parameters, {torch.get_num_threads()} threads, {given.patients} "
         f"patients x {TRAJECTORIES} trajectories, prompts of {given.prompt}, {given.tokens} new tokens"

@@ -54,7 +54,8 @@ def _what_leaves(manifest: Manifest) -> list[tuple[str, str]]:
     if masked is None:
         shown = "in clear: the coordinator sees this site's own"
     else:
-        shown = f"masked among {masked.min_sites} sites or more; only their sum can be unmasked, by {masked.threshold}"
+        enough = masked.masking.threshold
+        shown = f"masked among {masked.min_sites} sites or more; only their sum can be unmasked, by {enough}"
     return [
         ("a survey, before", f"counts and histograms on {floor} patients or more (fedcomet site check shows it)"),
         ("sizes, once", "exact numbers of patients, events and tokens per split"),

@@ -311,7 +311,7 @@ class Policy(_Section):
                 yield Broken("secure_aggregation.required", "the run sums updates in clear")
             return
         yield from _below("secure_aggregation.min_sites", "min_sites", asked.min_sites, rules.min_sites)
-        yield from _below("secure_aggregation.min_threshold", "threshold", asked.threshold, rules.min_threshold)
+        yield from _below("secure_aggregation.min_threshold", "threshold", asked.masking.threshold, rules.min_threshold)
 
     def _wrong_work(self, manifest: Manifest) -> Iterator[Broken]:
         rules, local = self.work, manifest.local

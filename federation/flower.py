@@ -1,13 +1,14 @@
 """The one place that turns messages into Flower's records and back, and that touches Flower's inside.
 
 A message is a `RecordDict` of two records: `header`, with one string, and `payloads`, an `ArrayRecord` whose arrays
-hold raw little-endian float32 or plain bytes. Arrays travel in content-addressed chunks, so that weights sent to many
-sites cost the server one copy. Nothing is unpickled and no array header is parsed. Whatever arrives from the other
-side in another shape is a `ProtocolError`.
+hold raw little-endian float32, the unsigned integers of masked sums, or plain bytes. Arrays travel in content-
+addressed chunks, so that weights sent to many sites cost the server one copy. Nothing is unpickled and no array
+header is parsed. Whatever arrives from the other side in another shape is a `ProtocolError`.
 
 Checked against flwr 1.41; the version is pinned.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,20 +17,21 @@ from flwr.app import Message as FlowerMessage
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
-from federation.messages import DeliveryError, Message, ProtocolError, Vector, Wire, from_wire, to_wire
+from federation.messages import KINDS, DeliveryError, Message, ProtocolError, Vector, Wire, Words, from_wire, to_wire
 
 _RAW = "fedcomet.raw"
+_DTYPES = {"uint8": "u1", "float32": "<f4", "uint32": "<u4", "uint64": "<u8"}
 
 
-def to_record(message: Message) -> RecordDict:
+def to_record(message: Any) -> RecordDict:
     """Pack a message for Flower."""
     wire = to_wire(message)
     arrays = {name: _array(payload) for name, payload in wire.payloads.items()}
     return RecordDict({"header": ConfigRecord({"json": wire.header.decode()}), "payloads": ArrayRecord(arrays)})
 
 
-def from_record(record: RecordDict) -> Message:
-    """Read a message that may come from anybody.
+def from_record(record: RecordDict, kinds: Mapping[str, type[Any]] = KINDS) -> Any:
+    """Read a message of one of the kinds; it may come from anybody.
 
     Raises:
         ProtocolError: naming what is missing, unknown or of the wrong type.
@@ -42,7 +44,8 @@ def from_record(record: RecordDict) -> Message:
     text = header.get("json")
     if set(header) != {"json"} or not isinstance(text, str):
         raise ProtocolError("The message's header must hold one text named 'json'.")
-    return from_wire(Wire(text.encode("utf-8", "surrogatepass"), {k: _payload(k, v) for k, v in payloads.items()}))
+    wire = Wire(text.encode("utf-8", "surrogatepass"), {k: _payload(k, v) for k, v in payloads.items()})
+    return from_wire(wire, kinds)
 
 
 def request(record: RecordDict, kind: str, node: int, *, group: str, ttl_s: float) -> FlowerMessage:
@@ -113,21 +116,23 @@ def assume_identity() -> None:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 0, 0, 1
 
 
-def _array(payload: bytes | Vector) -> Array:
+def _array(payload: bytes | Vector | Words) -> Array:
     if isinstance(payload, bytes):
         return Array("uint8", (len(payload),), _RAW, payload)
-    return Array("float32", (payload.size,), _RAW, payload.astype("<f4", copy=False).tobytes())
+    name = payload.dtype.name
+    return Array(name, (payload.size,), _RAW, payload.astype(_DTYPES[name], copy=False).tobytes())
 
 
-def _payload(name: str, array: Any) -> bytes | Vector:
-    if array.stype != _RAW or array.dtype not in ("uint8", "float32"):
+def _payload(name: str, array: Any) -> bytes | Vector | Words:
+    if array.stype != _RAW or array.dtype not in _DTYPES:
         raise ProtocolError(
             f"The payload {name[:80]!r} is {array.dtype!s:.40} as {array.stype!s:.40}; raw is expected."
         )
-    width = 1 if array.dtype == "uint8" else 4
-    if len(array.shape) != 1 or array.shape[0] * width != len(array.data):
+    dtype = np.dtype(_DTYPES[array.dtype])
+    if len(array.shape) != 1 or array.shape[0] * dtype.itemsize != len(array.data):
         raise ProtocolError(f"The payload {name[:80]!r} has {len(array.data)} bytes; its shape says otherwise.")
-    if width == 1:
+    if array.dtype == "uint8":
         data: bytes = array.data
         return data
-    return np.frombuffer(array.data, "<f4").astype(np.float32, copy=False)
+    vector: Vector | Words = np.frombuffer(array.data, dtype).astype(array.dtype, copy=False)
+    return vector

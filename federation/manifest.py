@@ -11,6 +11,7 @@ from importlib import metadata
 from typing import Literal
 
 from federation import canonical
+from federation.masking import MaskingOptions
 from federation.messages import ProtocolError
 from model.decoder import DecoderConfig
 from model.train import TrainOptions
@@ -124,15 +125,15 @@ class SecureAggregation:
 
     Attributes:
         min_sites: a round begins with at least so many sites.
-        threshold: so many sites must be left to unmask the sum; fewer learn nothing.
+        masking: how their sum is masked; `masking.threshold` sites must be left to unmask it, fewer learn nothing.
     """
 
     min_sites: int
-    threshold: int
+    masking: MaskingOptions
 
     def __post_init__(self) -> None:
-        if not 2 <= self.threshold <= self.min_sites:
-            raise ConfigError("secure_aggregation.threshold must be at least 2, and min_sites at most.")
+        if not 2 <= self.masking.threshold <= self.min_sites:
+            raise ConfigError("secure_aggregation.masking.threshold must be at least 2, and min_sites at most.")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ VERSION = 1
 """The version of this vocabulary; a message of another version is refused."""
 
 Vector = NDArray[np.float32]
+Words = NDArray[np.unsignedinteger]
+"""Integers of a masked sum, little-endian uint32 or uint64."""
 
 _HEADER_LIMIT = 1 << 20
 _SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -187,7 +189,8 @@ Request = SurveyRequest | PrepareRequest | TrainRequest | EvaluateRequest
 Reply = SurveyReply | PrepareReply | TrainReply | EvaluateReply | Refusal
 Message = Request | Reply
 
-_KINDS: dict[str, type[Any]] = {kind.kind: kind for kind in (*Request.__args__, *Reply.__args__)}
+KINDS: Mapping[str, type[Any]] = {kind.kind: kind for kind in (*Request.__args__, *Reply.__args__)}
+"""The vocabulary of this module by name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,16 +198,18 @@ class Wire:
     """A message as a transport carries it: a JSON header and named payloads."""
 
     header: bytes
-    payloads: Mapping[str, bytes | Vector]
+    payloads: Mapping[str, bytes | Vector | Words]
 
 
-def to_wire(message: Message) -> Wire:
+def to_wire(message: Any) -> Wire:
     """Lay a message out for the transport; vectors are not copied."""
     header: dict[str, Any] = {"kind": message.kind, "version": VERSION}
-    payloads: dict[str, bytes | Vector] = {}
+    payloads: dict[str, bytes | Vector | Words] = {}
     for field in dataclasses.fields(message):
         value = getattr(message, field.name)
-        if isinstance(value, np.ndarray):
+        if field.type == Words:
+            payloads[field.name] = np.ascontiguousarray(value)
+        elif isinstance(value, np.ndarray):
             payloads[field.name] = np.ascontiguousarray(value, np.float32)
         elif isinstance(value, bytes):
             payloads[field.name] = value
@@ -213,8 +218,15 @@ def to_wire(message: Message) -> Wire:
     return Wire(canonical.encode(header), payloads)
 
 
-def from_wire(wire: Wire) -> Message:
+def from_wire(wire: Wire, kinds: Mapping[str, type[Any]] = KINDS) -> Any:
     """Read a message that may come from anybody.
+
+    Args:
+        wire: what the transport carried.
+        kinds: the vocabulary by name; that of this module unless told otherwise.
+
+    Returns:
+        A message of one of the kinds.
 
     Raises:
         ProtocolError: naming the version, kind, field or payload that does not fit.
@@ -223,18 +235,18 @@ def from_wire(wire: Wire) -> Message:
     version, kind_name = fields.pop("version", None), fields.pop("kind", None)
     if version != VERSION:
         raise ProtocolError(f"The message has version {_short(version)}; this software speaks version {VERSION}.")
-    kind = _KINDS.get(kind_name) if isinstance(kind_name, str) else None
+    kind = kinds.get(kind_name) if isinstance(kind_name, str) else None
     if kind is None:
         raise ProtocolError(f"There is no message of kind {_short(kind_name)}.")
     for field in dataclasses.fields(kind):
-        if field.type in (bytes, Vector):
+        if field.type in (bytes, Vector, Words):
             if field.name in fields:
                 raise ProtocolError(f"{kind_name}.{field.name} must be a payload, not part of the header.")
             fields[field.name] = _payload(wire.payloads, kind_name, field)
     expected = {field.name for field in dataclasses.fields(kind)}
     if extra := sorted(set(wire.payloads) - expected):
         raise ProtocolError(f"{kind_name} has the unknown payload {_short(extra[0])}.")
-    message: Message = canonical.build(kind, fields, kind_name, ProtocolError)
+    message = canonical.build(kind, fields, kind_name, ProtocolError)
     site = getattr(message, "site", None)
     if site is not None and not is_site_name(site):
         raise ProtocolError(f"{_short(site)} can't be the name of a site: use letters, digits, '.', '_' and '-'.")
@@ -264,11 +276,17 @@ def _header(data: bytes) -> dict[str, Any]:
     return header
 
 
-def _payload(payloads: Mapping[str, bytes | Vector], kind: str, field: dataclasses.Field[Any]) -> bytes | Vector:
-    value = payloads.get(field.name)
+_DTYPES: dict[Any, tuple[str, ...]] = {Vector: ("float32",), Words: ("uint32", "uint64")}
+
+
+def _payload(payloads: Mapping[str, Any], kind: str, field: dataclasses.Field[Any]) -> bytes | Vector | Words:
+    value: bytes | Vector | Words | None = payloads.get(field.name)
     if value is None:
         raise ProtocolError(f"{kind} lacks the payload {field.name!r}.")
-    fits = isinstance(value, bytes) if field.type is bytes else isinstance(value, np.ndarray)
+    if isinstance(value, np.ndarray):
+        fits = value.dtype.name in _DTYPES.get(field.type, ())
+    else:
+        fits = isinstance(value, bytes) and field.type is bytes
     if not fits:
         raise ProtocolError(f"The payload {field.name!r} of {kind} is of the wrong type.")
     return value

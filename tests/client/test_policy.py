@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from client.hours import Hours
 from client.policy import TEMPLATE, Policy, Spent
 from federation.manifest import LocalWork, Manifest, Privacy, SecureAggregation
+from federation.masking import MaskingOptions
 from federation.messages import EvaluateRequest, PrepareRequest, SurveyRequest, TrainRequest
 from model.train import TrainOptions
 from tests import tiny
@@ -23,7 +24,7 @@ BASE = tiny.plan(tokenizer=TokenizerOptions(min_patients=10)).manifest(
     Codebook.build(Survey(TokenizerOptions(min_patients=10)))
 )
 PRIVATE = Privacy("dp-sgd", epsilon=2, delta=1e-6, clip=1, noise_multiplier=1, sampling_rate=0.01)
-MASKED = SecureAggregation(min_sites=5, threshold=4)
+MASKED = SecureAggregation(min_sites=5, masking=MaskingOptions(threshold=4, clip=1, max_weight=100))
 GOOD = dataclasses.replace(BASE, privacy=PRIVATE, secure_aggregation=MASKED)
 NOON = datetime(2026, 3, 4, 12)  # a Wednesday
 OPEN: dict[str, Any] = {
