@@ -18,7 +18,10 @@ Notable choices:
 - The noise itself is a float64 Box-Muller draw: its distance from a true Gaussian is not part of any claim.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,7 +31,14 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.clipping import clipped_sum
+from model.decoder import Decoder
+from model.machine import Machine
+from model.train import StepResult, Trainer, TrainingDiverged, TrainOptions, learning_rate
 from tokenizer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tokenizer.windows import Batch, Windows
 
 KEY_BYTES = 32
 # The grid divides what rounding may add to a share, this part of the clip, evenly among all parameters.
@@ -102,6 +112,69 @@ class Secret:
         radius = torch.from_numpy(1.0 - self.uniform(half)).log_().mul_(-2.0).sqrt_()
         angle = torch.from_numpy(self.uniform(half)).mul_(2.0 * np.pi)
         return torch.cat([radius * angle.cos(), radius * angle.sin()])[:count]
+
+
+class PrivateTrainer(Trainer):
+    """Takes private steps; schedule, optimizers and state are those of `Trainer`.
+
+    Args:
+        decoder: trained in place, on the device where it lies; without dropout.
+        options: see `TrainOptions`; clipping of the whole gradient must be off (`clip` 0), shares are clipped instead.
+        private: clip, noise and sampling rate.
+        patients: of the site that can be drawn; their number counts as known.
+        secret: gives the secret of a step and a use ("patients", "noise"), the same one whenever it is asked again.
+        start_step: global step of the first call to `step`.
+        machine: see `Machine`; how passes are made is decided by `model.clipping`.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        options: TrainOptions,
+        private: PrivateOptions,
+        patients: int,
+        secret: Callable[[int, str], Secret],
+        start_step: int = 0,
+        machine: Machine | None = None,
+    ) -> None:
+        if options.clip:
+            raise ConfigError("private training: set the training option clip to 0; each patient's share is clipped")
+        super().__init__(decoder, options, start_step, machine)
+        self._private, self._secret, self._patients = private, secret, patients
+
+    @property
+    def expected(self) -> float:
+        """Expected number of patients in a step."""
+        return self._private.sampling_rate * self._patients
+
+    def batch(self, windows: "Windows") -> "Batch":
+        """The next step's patients, one window of each; empty if nobody was drawn."""
+        secret = self._secret(self.global_step, "patients")
+        chosen = secret.chosen(self._patients, self._private.sampling_rate)
+        return windows.draw(chosen, secret.uniform(2 * len(chosen)).reshape(-1, 2))
+
+    def step(self, batch: "Batch") -> StepResult:
+        """Take a private step on what `batch` gave; one without patients is all noise, and counts.
+
+        Returns:
+            The patients' mean loss and number of targets, which are not private and must not leave the site.
+
+        Raises:
+            TrainingDiverged: when a gradient is not finite; the weights are as before the step.
+        """
+        lr = learning_rate(self.options, self.global_step)
+        device = self.decoder.embed_tokens.weight.device
+        narrow = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+        found = clipped_sum(self.decoder, batch, clip_before_rounding(self._private.clip), autocast=narrow)
+        if not np.isfinite(found.norms).all():
+            raise TrainingDiverged(self._diverged("a patient's gradient norm", float("nan"), lr))
+        private = noised(found.gradients, self._private, self._secret(self.global_step, "noise"))
+        for weight, gradient in zip(self.decoder.parameters(), private, strict=True):
+            weight.grad = gradient.div_(self.expected).to(weight)
+        norm = self._update(lr)
+        return StepResult(
+            float(found.losses.mean()) if len(batch.lengths) else 0.0, int((batch.targets >= 0).sum()), norm, lr
+        )
 
 
 def clip_before_rounding(clip: float) -> float:

@@ -174,6 +174,10 @@ class Trainer:
         mean = self._gradients(batch, tokens)
         if not math.isfinite(mean):
             raise TrainingDiverged(self._diverged("loss", mean, lr))
+        return StepResult(mean, tokens, self._update(lr), lr)
+
+    def _update(self, lr: float) -> float:
+        """Clip the gradient, follow it, and count the step; gives the norm before clipping."""
         norm = self._clip()
         if not math.isfinite(norm):
             raise TrainingDiverged(self._diverged("gradient norm", norm, lr))
@@ -182,7 +186,7 @@ class Trainer:
                 group["lr"] = lr
             optimizer.step()
         self.global_step += 1
-        return StepResult(mean, tokens, norm, lr)
+        return norm
 
     def _gradients(self, batch: "Batch", tokens: int) -> float:
         """Leave the gradient of the batch's mean loss in the parameters; gives that loss."""

@@ -122,6 +122,25 @@ class Windows:
         epoch, at = self.locate(step)
         return self._make(epoch, at)
 
+    def draw(self, patients: Ints, uniform: NDArray[np.float64]) -> Batch:
+        """One window of each patient, all pieces alike: what a private step takes.
+
+        Args:
+            patients: int64 [S], places in the split; those without anything to predict are left out.
+            uniform: float64 [S, 2] in [0, 1): where a timeline is cut, and which piece is taken.
+        """
+        offsets = np.asarray(self._split.offsets)
+        targets = np.diff(offsets)[patients] - self._headers[patients] - 1
+        keep = targets > 0
+        patients, uniform, targets = patients[keep], uniform[keep], targets[keep]
+        stride = np.maximum(self._context - self._headers[patients] - 1, 1)
+        first = np.where(targets > stride, 1 + (uniform[:, 0] * stride).astype(np.int64), targets)
+        nth = (uniform[:, 1] * (1 - (first - targets) // stride)).astype(np.int64)
+        done = np.where(nth > 0, first + (nth - 1) * stride, 0)
+        here = np.where(nth > 0, stride, first)
+        start = offsets[patients] + self._headers[patients] + done
+        return self._batch_of(patients, start, np.minimum(here, targets - done) + 1)
+
     def locate(self, step: int) -> tuple[int, int]:
         """Epoch of a global step, and its place in there."""
         if step < 0:
@@ -215,7 +234,9 @@ class Windows:
     def _make(self, epoch: int, at: int) -> Batch:
         plan = self._plan(epoch)
         windows = plan.order[plan.bounds[at] : plan.bounds[at + 1]]
-        patients, start, body = plan.patient[windows], plan.start[windows], plan.length[windows]
+        return self._batch_of(plan.patient[windows], plan.start[windows], plan.length[windows])
+
+    def _batch_of(self, patients: Ints, start: Ints, body: Ints) -> Batch:
         begin = np.asarray(self._split.offsets)[patients]
         statics = self._statics[patients]
         aged = self._headers[patients] - statics
@@ -231,7 +252,7 @@ class Windows:
         tokens = self._split.tokens[places].astype(np.int64)
         lengths = statics + aged + body
         ends = np.cumsum(lengths)
-        targets = np.append(tokens[1:], NO_TARGET)
+        targets = np.append(tokens[1:], NO_TARGET)[: len(tokens)]
         targets[_ranges(ends - lengths, statics + aged)] = NO_TARGET
         targets[ends - 1] = NO_TARGET
         return Batch(tokens, targets, lengths, patients)

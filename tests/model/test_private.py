@@ -5,8 +5,12 @@ import pytest
 import torch
 from scipy import stats
 
-from model.private import PrivateOptions, Secret, clip_before_rounding, noised
+from model.clipping import clipped_sum
+from model.decoder import Decoder, DecoderConfig
+from model.private import PrivateOptions, PrivateTrainer, Secret, clip_before_rounding, noised
+from model.train import TrainOptions
 from tokenizer.errors import ConfigError
+from tokenizer.windows import Batch
 
 KEY = bytes(range(32))
 # Probability that a right sampler fails a test.
@@ -71,3 +75,66 @@ def test_rounding_keeps_a_share_below_the_clip() -> None:
 def test_options_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         PrivateOptions(**{"clip": 1.0, "noise_multiplier": 1.0, "sampling_rate": 0.1} | wrong)
+
+
+CONFIG = DecoderConfig(vocab=12, layers=1, width=16, heads=2, kv_heads=1, ff=24, context=16)
+OPTIONS = TrainOptions(lr=2e-2, warmup_steps=0, total_steps=200, clip=0.0)
+
+
+def trainer_of(noise_multiplier: float, rate: float = 1.0, config: DecoderConfig = CONFIG) -> PrivateTrainer:
+    private = PrivateOptions(clip=1.0, noise_multiplier=noise_multiplier, sampling_rate=rate)
+    secret = lambda step, use: Secret(KEY, f"{step} {use}")  # noqa: E731
+    return PrivateTrainer(Decoder.create(config, 0), OPTIONS, private, 8, secret)
+
+
+def counting(patients: int = 8) -> Batch:
+    """Every patient counts upwards."""
+    tokens = np.concatenate([(patient + np.arange(10)) % 12 for patient in range(patients)])
+    targets = np.where(np.arange(len(tokens)) % 10 == 9, -1, np.roll(tokens, -1))
+    return Batch(tokens, targets, np.full(patients, 10), np.arange(patients))
+
+
+def test_a_step_follows_the_noised_mean_over_the_expected_number() -> None:
+    trainer = trainer_of(1.0, rate=0.5)
+    decoder = Decoder.create(CONFIG, 0)
+    total = clipped_sum(decoder, counting(), clip_before_rounding(1.0)).gradients
+    noisy = noised(total, PrivateOptions(1.0, 1.0, 0.5), Secret(KEY, "0 noise"))
+    trainer.step(counting())
+    for weight, expected in zip(trainer.decoder.parameters(), noisy, strict=True):
+        torch.testing.assert_close(weight.grad, (expected / 4).float())
+
+
+def test_it_learns_with_little_noise_and_not_with_much() -> None:
+    quiet, loud = trainer_of(0.05), trainer_of(100.0)
+    losses = [[trainer.step(counting()).loss for _ in range(60)][-1] for trainer in (quiet, loud)]
+    assert losses[0] < 0.5
+    assert losses[1] > 1.5
+
+
+def test_nobody_drawn_is_a_step_of_noise() -> None:
+    trainer = trainer_of(1.0)
+    before = [weight.clone() for weight in trainer.decoder.parameters()]
+    empty = np.empty(0, np.int64)
+    result = trainer.step(Batch(empty, empty, empty, empty))
+    assert (result.loss, result.tokens, trainer.global_step) == (0.0, 0, 1)
+    assert all(not torch.equal(a, b) for a, b in zip(before, trainer.decoder.parameters(), strict=True))
+
+
+def test_an_interrupted_run_draws_and_ends_the_same() -> None:
+    whole, first = trainer_of(1.0), trainer_of(1.0)
+    for _ in range(4):
+        whole.step(counting())
+    for _ in range(2):
+        first.step(counting())
+    second = trainer_of(1.0)
+    second.decoder.load_state_dict(first.decoder.state_dict())
+    second.load_state_dict(first.state_dict())
+    for _ in range(2):
+        second.step(counting())
+    assert all(torch.equal(a, b) for a, b in zip(whole.decoder.parameters(), second.decoder.parameters(), strict=True))
+
+
+def test_clipping_of_the_whole_gradient_is_refused() -> None:
+    private = PrivateOptions(1.0, 1.0, 0.5)
+    with pytest.raises(ConfigError, match="clip to 0"):
+        PrivateTrainer(Decoder.create(CONFIG, 0), TrainOptions(), private, 8, lambda *_: Secret(KEY, ""))

@@ -165,6 +165,28 @@ def test_a_cap_that_nobody_reaches_changes_nothing():
     assert free.tokens.tolist() == capped.tokens.tolist()
 
 
+@given(shapes, st.integers(9, 60), st.integers(0, 2**32))
+def test_a_window_is_drawn_of_each_patient_and_every_target_can_be_drawn(shape, context, seed):
+    split = split_from(shape)
+    windows = Windows(split, BOOK, context=context, batch_tokens=context, seed=0)
+    everybody, rng = np.arange(len(split)), np.random.default_rng(seed)
+    seen = set()
+    for _ in range(20):
+        batch = windows.draw(everybody, rng.random((len(split), 2)))
+        assert len(set(batch.patients.tolist())) == len(batch.patients)
+        assert batch.lengths.max(initial=0) <= context
+        for patient, tokens, targets in windows_of(batch):
+            assert any(target >= 0 for target in targets)
+            seen |= {(patient, target) for target in targets if target >= 0}
+            if shape[patient][0]:
+                assert tokens[0] == split.timeline(patient)[0][0]
+    with_targets = {patient for patient, _, _ in windows_of(windows.draw(everybody, np.zeros((len(split), 2))))}
+    short = {p for p in with_targets if len(split.timeline(p)[0]) <= context}
+    for patient in short:
+        tokens = split.timeline(patient)[0]
+        assert {(patient, int(t)) for t in tokens[header_length(tokens) + 1 :]} <= seen
+
+
 def test_windows_of_a_batch_can_be_taken_out():
     batch = Windows(split_from([(2, True, 30)] * 9), BOOK, context=40, batch_tokens=200, seed=1).batch(0)
     part = batch.windows(1, 3)
