@@ -130,10 +130,7 @@ class LocalRound:
         batches = self._work.batches(self._task.request.round, len(self._results))
         for batch in ahead(batches, self._task.machine.device):
             self._task.in_time()
-            step_began = time.monotonic()
-            self._results.append(self.trainer.step(batch))
-            if (share := self._task.share_of_time) < 1:
-                self._task.pause((time.monotonic() - step_began) * (1 / share - 1))
+            self._results.append(self._step(batch))
             now = time.monotonic()
             self._seconds = before + now - began
             if self._team.any(now - kept >= self._task.snapshot_s):
@@ -164,6 +161,16 @@ class LocalRound:
     def choices(self) -> Choices:
         """What the work is done with by now."""
         return Choices(self.trainer.precision, self.trainer.micro_tokens)
+
+    def _step(self, batch: Batch) -> StepResult:
+        """Take a step, and rest as long as the device's share of time asks for."""
+        share = self._task.share_of_time
+        if share == 1:
+            return self.trainer.step(batch)
+        began = time.monotonic()
+        result = self.trainer.step(batch)
+        self._task.pause((time.monotonic() - began) * (1 / share - 1))
+        return result
 
     def _keep(self) -> None:
         # All processes take part, because each may hold a part of the tensors.
