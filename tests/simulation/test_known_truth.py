@@ -21,7 +21,10 @@ def test_estimates_reach_the_known_best_and_are_calibrated(tmp_path: Path) -> No
     settings = tomllib.loads(DEMO.read_text(encoding="utf-8"))
     settings["arms"] = ["federated"]
     # Muon and short rounds: what helps a federation of small hospitals (docs/results.md).
-    settings["training"] |= {"optimizer": "muon", "learning_rate": 8e-3, "rounds": 40, "local_epochs": 0.2}
+    # Enough patients that the model doesn't learn them by heart, and enough futures that risks aren't noisy.
+    settings["data"]["patients"] = 1500
+    settings["evaluation"]["trajectories"] = 96
+    settings["training"] |= {"optimizer": "muon", "learning_rate": 8e-3, "rounds": 40, "local_epochs": 0.1}
     found = run_study(Study.model_validate(settings), tmp_path / "study", workers=2)
     for answers in found.answers:
         truth, risk = answers.risks[TRUTH], answers.risks["federated"]
