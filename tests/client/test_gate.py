@@ -1,7 +1,7 @@
 """Claims about a site with a policy: what it answers, and that it looks at the rules before it looks at its records."""
 
 import dataclasses
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from federation.messages import (
 )
 from federation.update import to_vector
 from model.decoder import Decoder
+from model.machine import Machine
 from tests import tiny
 from tokenizer.codebook import Codebook, Survey
 from tokenizer.errors import DataError
@@ -308,3 +309,14 @@ def test_traffic_is_limited_by_message_and_by_day(files: SiteFiles, run: Run) ->
     with pytest.raises(PolicyRefusal, match="max_bytes_per_round"):
         site.gate.admit_bytes(101)
     site.gate.admit_bytes(100)
+
+
+def test_processes_of_a_machine_keep_the_hours_too(files: SiteFiles, run: Run) -> None:
+    opens = datetime.now() + timedelta(hours=6)
+    write(policy_of(files), f'[machine]\nhours = ["{opens:%H:%M}-{opens + timedelta(hours=1):%H:%M}"]\n')
+    team = dataclasses.replace(files, machine=Machine(processes=2))
+    inside = (opens + timedelta(minutes=10)).timestamp()
+    site = Site(team, clock=lambda: inside)  # only the processes look at another clock
+    site.answer(run.prepare())
+    with pytest.raises(SiteRefusal, match=r"machine\.hours"):
+        site.answer(run.train())
