@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, RecordDict
 from flwr.app import Message as FlowerMessage
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
 from flwr.supercore.task_identity import TaskIdentity
 
 from federation.messages import KINDS, DeliveryError, Message, ProtocolError, Vector, Wire, Words, from_wire, to_wire
@@ -77,8 +77,9 @@ def on_the_wire(record: RecordDict) -> tuple[str, int]:
     # Of a twin that shares the arrays' bytes: Flower keeps views of them in a record that it has cut, and a record with
     # views can't be handed to another process.
     twin = RecordDict({name: _twin(part) for name, part in record.items()})
-    parts = get_all_nested_objects(twin)
-    return twin.object_id, sum(len(part.deflate()) for part in parts.values())
+    with no_object_id_recompute():  # Flower would hash every part again for each one that holds it
+        parts = get_all_nested_objects(twin)
+        return twin.object_id, sum(len(part.deflate()) for part in parts.values())
 
 
 def _twin(part: Any) -> Any:

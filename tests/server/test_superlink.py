@@ -1,7 +1,7 @@
 """The same apps on a real SuperLink with three SuperNodes: TLS, node authentication, real processes, on loopback.
 
-The coordinator's process is killed in the second round and the run is started again. The sites answer only requests that
-bear its signature, and every update that its ledger holds is on its site's list of what left.
+The coordinator is killed in the second round and the run is started again. The sites answer only requests that bear its
+signature, and every update that its ledger holds is on its site's list of what left.
 """
 
 import dataclasses
