@@ -33,12 +33,14 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_SITE, _RESEARCH = "For a site", "For a researcher"
+_SITE, _COORDINATOR, _RESEARCH = "For a site", "For a coordinator", "For a researcher"
 _SOURCE, _TOKENS, _TRAINING, _WORK = "Records", "Tokens", "Training", "Work"
 _WHOM, _FUTURES = "Whom and when", "Futures"
 
 site = typer.Typer(help="What a site does by itself.", no_args_is_help=True)
 app.add_typer(site, name="site", rich_help_panel=_SITE)
+coordinator = typer.Typer(help="What a coordinator does by itself.", no_args_is_help=True)
+app.add_typer(coordinator, name="coordinator", rich_help_panel=_COORDINATOR)
 model_app = typer.Typer(help="Look at a model, and exchange it with other software.", no_args_is_help=True)
 app.add_typer(model_app, name="model", rich_help_panel=_RESEARCH)
 
@@ -139,6 +141,9 @@ Ray = Annotated[
         rich_help_panel=_WORK,
     ),
 ]
+
+State = Annotated[Path, typer.Option(help="The site's state folder.", show_default="here")]
+StateArgument = Annotated[Path, typer.Argument(help="The site's state folder.")]
 
 
 def main() -> None:
@@ -365,6 +370,119 @@ def check(
         Console(stderr=True).print(f"all of it: [bold]{out}[/]")
 
 
+@site.command()
+def policy() -> None:
+    """Print a strict policy with a word on every rule: fedcomet site policy > policy.toml."""
+    from client.policy import TEMPLATE
+
+    print(TEMPLATE.read_text(encoding="utf-8"), end="")
+
+
+@site.command()
+def approve(
+    manifest: Annotated[
+        str,
+        typer.Argument(
+            help="A manifest's file, or the beginning of the hash of one that waits; none lists those that wait.",
+            show_default=False,
+        ),
+    ] = "",
+    state: State = Path(),
+    policy: Annotated[Path | None, typer.Option(help="The site's policy, which the run must keep.")] = None,
+    device: Annotated[str, typer.Option(help="Where the site would train: cpu, cuda.")] = "cpu",
+    budget: Annotated[
+        str, typer.Option(help="The SQLAlchemy URL of its privacy budget.", show_default="a file in the state folder")
+    ] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Sign without asking.")] = False,
+) -> None:
+    """See what a run would do here, and sign it.
+
+    What will run, what will leave, and what it costs a patient. A run that breaks the policy can't be signed. The
+    approval holds for this manifest and for no other, not even one that differs in a single bit.
+    """
+    from rich.console import Console
+
+    from client.approval import Approvals
+    from client.approval_page import terminal
+    from client.budget import FILE, Budget
+    from client.policy import Policy, PolicyRefusal
+
+    console, approvals = Console(), Approvals(state)
+    if not manifest:
+        for waiting in approvals.waiting():
+            console.print(f"{waiting} waits for approval", highlight=False)
+        return
+    asked = approvals.find(manifest)
+    rules = None if policy is None else Policy.read(policy)
+    broken = [] if rules is None else rules.check(asked.manifest, device=device)
+    if rules is not None and rules.limit is not None:
+        with Budget.open(budget or state / FILE, rules.limit) as ledger:
+            broken += rules.check_total(asked.manifest, ledger.mechanisms(but=asked.manifest.hash))
+    console.print(terminal(asked, rules, broken))
+    if broken:
+        raise PolicyRefusal("this site", broken)
+    if not yes and not typer.confirm("Sign it?"):
+        console.print("not signed")
+        return
+    approval = approvals.approve(asked.manifest, None if rules is None else rules.sha256)
+    console.print(f"approved: {approval.manifest_hash}", highlight=False)
+
+
+@site.command()
+def audit(
+    state: StateArgument,
+    key: Annotated[
+        str | None,
+        typer.Option(
+            help="The public key that must have signed, as it was noted elsewhere.", show_default="the site's"
+        ),
+    ] = None,
+    expect: Annotated[
+        str | None, typer.Option(help="The head of an earlier audit, which must still be in the list.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON instead of tables.")] = False,
+) -> None:
+    """Check the list of everything that left the site, and show what it says.
+
+    Names the first entry that was changed, left out or put in between. The exit code is 1 if there is one.
+    """
+    from json import dumps
+
+    from rich.console import Console
+
+    from client.audit import audit as check_list
+    from client.audit import terminal
+    from tokenizer.errors import DataError
+
+    found = check_list(state, key, expect)
+    if json:
+        print(dumps(found.to_plain(), indent=2, ensure_ascii=False))
+    else:
+        Console().print(terminal(found))
+    if found.broken is not None:
+        raise DataError(f"the list of what left the site is broken at {found.broken}.")
+
+
+@site.command("key")
+def site_key(state: StateArgument) -> None:
+    """Show the public key of a site, and make its key on first use."""
+    from client.approval import site_key as place
+    from federation.identity import Identity
+
+    print(Identity.at(place(state)).public)
+
+
+@coordinator.command("key")
+def coordinator_key(
+    runs: Annotated[Path, typer.Argument(help="The folder of all runs, which FEDCOMET_RUNS names.")],
+) -> None:
+    """Show the public key that sites list in their policies, and make the key on first use."""
+    from federation.identity import Identity
+    from server.app import coordinator_key as place
+
+    print(Identity.at(place(runs)).public)
+
+
 @privacy.command("plan")
 def plan_privacy(
     patients: Annotated[int, typer.Option(min=2, help="Patients who train at the site; take the smallest site.")],
@@ -426,10 +544,10 @@ def show_budget(
         list[Path] | None, typer.Option(help="A site's state folder; several are added up for a patient of all.")
     ] = None,
     database: Annotated[list[str] | None, typer.Option(help="Or the SQLAlchemy URL of a site's budget.")] = None,
-    limit: Annotated[
-        float | None, typer.Option(help="The most epsilon that may be spent, to see what is left.")
+    policy: Annotated[Path | None, typer.Option(help="The site's policy, to see what its limit leaves.")] = None,
+    delta: Annotated[
+        float | None, typer.Option(help="The delta at which epsilon is told.", show_default="the limit's, or 1e-6")
     ] = None,
-    delta: Annotated[float, typer.Option(help="The delta at which epsilon is told.")] = 1e-6,
     json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
 ) -> None:
     """Show what a site has spent of its privacy budget, on what, and what is left."""
@@ -437,14 +555,15 @@ def show_budget(
 
     from rich.console import Console
 
-    from client.budget import FILE, Budget, Limit
+    from client.budget import FILE, Budget
     from client.budget_report import of_sites, report, tables
+    from client.policy import Policy
     from federation import canonical
 
     places: list[Path | str] = [*(folder / FILE for folder in state or ()), *(database or ())]
     if not places:
         raise typer.BadParameter("give a site's state folder, or its database", param_hint="--state")
-    most = None if limit is None else Limit(limit, delta)
+    most = None if policy is None else Policy.read(policy).limit
     with ExitStack() as opened:
         budgets = [opened.enter_context(Budget.open(place, most, begin=False)) for place in places]
         found = [report(budget, delta) for budget in budgets]

@@ -91,6 +91,10 @@ class Archive:
             raise ProtocolError("A manifest hash has 64 hexadecimal digits.")
         return RunArchive(self.path / "runs" / manifest_hash)
 
+    def runs(self) -> "list[RunArchive]":
+        """Give the runs that the site has agreed to."""
+        return [run for path in (self.path / "runs").glob("*") if (run := RunArchive(path)).agreement() is not None]
+
     def store_path(self, store: str) -> Path:
         """Tell where a token store is."""
         return self.path / "stores" / store

@@ -282,9 +282,11 @@ class Budget:
         """
         return accountant.epsilon(self.mechanisms(), self.delta(delta))
 
-    def mechanisms(self) -> list[Mechanism]:
-        """Give all mechanisms of all releases."""
-        return [each for charge in self.charges() for each in charge.release.mechanisms.all]
+    def mechanisms(self, but: str = "") -> list[Mechanism]:
+        """Give all mechanisms of all releases, but for those of one run."""
+        return [
+            each for charge in self.charges() if charge.release.run != but for each in charge.release.mechanisms.all
+        ]
 
     def delta(self, delta: float | None = None) -> float:
         """Give the delta at which figures are told: the one asked for, the limit's, or 1e-6."""

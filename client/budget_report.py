@@ -81,10 +81,11 @@ def report(budget: Budget, delta: float | None = None) -> BudgetReport:
     at, charges = budget.delta(delta), budget.charges()
     mechanisms = _mechanisms(charges)
     cost = epsilon(mechanisms, at)
-    left = None if budget.limit is None else max(0.0, budget.limit.epsilon - cost)
+    limit = budget.limit
+    left = None if limit is None else max(0.0, limit.epsilon - epsilon(mechanisms, limit.delta))
     ordered = sorted(charges, key=_kind)
     lines = tuple(_line(list(group), at) for _, group in groupby(ordered, key=_kind))
-    return BudgetReport(UNIT, NEIGHBOURS, at, cost, epsilon_rdp(mechanisms, at), budget.limit, left, lines)
+    return BudgetReport(UNIT, NEIGHBOURS, at, cost, epsilon_rdp(mechanisms, at), limit, left, lines)
 
 
 def of_sites(budgets: Sequence[Budget], delta: float | None = None) -> Across:
