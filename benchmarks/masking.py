@@ -22,7 +22,16 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client.masked import MaskedSite
-from federation.masking import Agreement, ConsentRequest, KeysRequest, MaskingOptions, OpenRequest, SharesRequest
+from federation.identity import Identity
+from federation.masking import (
+    Agreement,
+    ConsentRequest,
+    KeysRequest,
+    MaskingOptions,
+    OpenRequest,
+    Place,
+    SharesRequest,
+)
 from federation.messages import to_wire
 from server.unmask import Stage, Unmasking
 
@@ -37,9 +46,11 @@ class Sum:
     """All sites of a sum; they share one buffer for their updates."""
 
     def __init__(self, params: int, sites: int) -> None:
-        identities = {f"site{n:02}": Ed25519PrivateKey.generate() for n in range(sites)}
-        roster = {name: key.public_key().public_bytes_raw().hex() for name, key in identities.items()}
-        agreed = Agreement("00" * 32, 1, 1, params, roster, MaskingOptions(2 * sites // 3 + 1, 0.1, 1000))
+        identities = {f"site{n:02}": Identity(Ed25519PrivateKey.generate()) for n in range(sites)}
+        roster = {name: key.public for name, key in identities.items()}
+        agreed = Agreement(
+            Place("00" * 32, 1, "train", 1), "", params, roster, MaskingOptions(2 * sites // 3 + 1, 0.1, 1000)
+        )
         self.server = Unmasking(agreed)
         self.sites = {name: MaskedSite(agreed, name, key) for name, key in identities.items()}
         self.update = np.empty(params, np.float32)

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from federation.masking import Agreement, Consent, Keys, Opened, OutOfTurn, SecondUnmasking, Shares
+from federation.masking import Agreement, Consent, Keys, Opened, OutOfTurn, Place, SecondUnmasking, Shares
 
 
 class Unshown:
@@ -52,20 +52,19 @@ class Secrets(Unshown):
 class Held(Unshown):
     """All that a site holds of one sum.
 
-    `shares` are, by owner and in hex, the shares of its mask key and of its seed. Once the site has opened a sum, its
+    `shares` are, by owner and in hex, the shares of its mask key and of its seed. `masked` names what was masked: the
+    update, its totals, and whose masks; empty before. Once the site has opened a sum, its
     secrets and shares are gone, and what remains keeps it from opening another one of the same round.
     """
 
-    manifest_hash: str
-    round: int
-    attempt: int
+    place: Place
     agreement: str
     keys: Keys
     secrets: Secrets | None
     keyring: tuple[Keys, ...] = ()
     sent: Shares | None = None
     shares: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    masked: bool = False
+    masked: str = ""
     consent: Consent | None = None
     summed: tuple[str, ...] = ()
     opened: Opened | None = None
@@ -78,15 +77,16 @@ def check_progress(agreement: Agreement, last: Held | None) -> None:
         OutOfTurn: it does not come after the last that was begun.
         SecondUnmasking: a set of sites was signed in an earlier attempt of its round.
     """
-    if last is None or last.manifest_hash != agreement.manifest_hash:
+    if last is None or last.place.manifest_hash != agreement.place.manifest_hash:
         return
-    if (agreement.round, agreement.attempt) <= (last.round, last.attempt):
+    new, old = agreement.place, last.place
+    if (new.round, new.attempt) <= (old.round, old.attempt):
         raise OutOfTurn(
-            f"Round {agreement.round}, attempt {agreement.attempt} does not come after round {last.round}, attempt "
-            f"{last.attempt}; a sum that was begun is never begun again."
+            f"Round {new.round}, attempt {new.attempt} does not come after round {old.round}, attempt {old.attempt}; a "
+            "sum that was begun is never begun again."
         )
-    if agreement.round == last.round and last.consent is not None:
+    if new.round == old.round and last.consent is not None:
         raise SecondUnmasking(
-            f"A set of sites was signed for round {last.round} already; the sums of two sets would tell the updates of "
+            f"A set of sites was signed for round {old.round} already; the sums of two sets would tell the updates of "
             "the sites between them."
         )

@@ -14,11 +14,11 @@ from hashlib import sha256
 
 import numpy as np
 from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from client.held import Held, Secrets, Unshown, check_progress
 from federation import canonical, shamir
+from federation.identity import Identity
 from federation.keystream import Mask, Masks, chunks, pair_mask, shared_key
 from federation.masking import (
     CLIPPED,
@@ -61,7 +61,7 @@ class MaskedSite(Unshown):
         self,
         agreement: Agreement,
         site: str,
-        identity: Ed25519PrivateKey,
+        identity: Identity,
         minimum: int = 3,
         before: bytes | None = None,
     ) -> None:
@@ -81,7 +81,7 @@ class MaskedSite(Unshown):
             OutOfTurn: an earlier round, or an earlier attempt, than the last.
         """
         self._agreement, self._site, self._identity = agreement, site, identity
-        if agreement.roster.get(site) != identity.public_key().public_bytes_raw().hex():
+        if agreement.roster.get(site) != identity.public:
             raise ConfigError(f"The roster does not list {site} with the key that this site was enrolled with.")
         self._minimum, self._least = minimum, max(agreement.options.threshold, minimum)
         self._enough(agreement.roster, "the roster")
@@ -134,8 +134,8 @@ class MaskedSite(Unshown):
 
         Raises:
             DataError: the update, weight or totals don't fit what was agreed; nothing has changed.
-            OutOfTurn: shares were not given yet, or an update was masked already: the difference of two vectors under
-                the same masks would tell the difference of the updates.
+            OutOfTurn: shares were not given yet, or something else was masked already: the difference of two vectors
+                under the same masks would tell the difference of the updates. The same again gives the same words.
             Replayed, ForgedSignature, SplitRoster, AlteredShare, TooFewSites: see `federation.masking`.
         """
         self._belongs(request.agreement)
@@ -144,8 +144,6 @@ class MaskedSite(Unshown):
             raise OutOfTurn(
                 f"{self._site} has not shared its secrets out yet; an update would be lost if it broke down."
             )
-        if self._held.masked:
-            raise OutOfTurn(f"{self._site} has masked an update for this sum; the same masks are never used twice.")
         self._same_keyring(request.keyring, "the request")
         held = self._take_shares(sent, request.shares)
         numbers = self._agreement.numbers
@@ -158,7 +156,12 @@ class MaskedSite(Unshown):
         if weight < 1:
             raise DataError(f"The weight is {weight}; a site without weight has nothing to add.")
         numbers.check(update, {WEIGHT: weight, CLIPPED: 0, **totals})
-        self._held = dataclasses.replace(self._held, shares=held, masked=True)
+        # Other shares would mean other masks, whose difference is a mask that the coordinator must not know.
+        told = {"shares": request.shares, "weight": weight, "totals": totals, "update": sha256(update).hexdigest()}
+        masked = sha256(canonical.encode(told)).hexdigest()
+        if self._held.masked not in ("", masked):
+            raise OutOfTurn(f"{self._site} has masked another update for this sum; masks are never used twice.")
+        self._held = dataclasses.replace(self._held, shares=held, masked=masked)
         masks = Masks(self._masks())
         words: Words = (
             update.view(numbers.dtype) if numbers.dtype.itemsize == 4 else np.empty(update.size, numbers.dtype)
@@ -167,9 +170,9 @@ class MaskedSite(Unshown):
         for part in chunks(update.size):
             clipped += numbers.encode(update[part], weight, words[part])
             masks.apply_(words[part])
-        told = numbers.encode_totals({WEIGHT: weight, CLIPPED: clipped, **totals})
-        masks.apply_to_totals_(told)
-        return Masked(self._site, self._agreement.digest, sent.keyring, tuple(told.tolist()), words)
+        sums = numbers.encode_totals({WEIGHT: weight, CLIPPED: clipped, **totals})
+        masks.apply_to_totals_(sums)
+        return Masked(self._site, self._agreement.digest, sent.keyring, tuple(sums.tolist()), words)
 
     def consent(self, request: ConsentRequest) -> Consent:
         """Sign the set of sites that are summed: one set, once.
@@ -188,7 +191,7 @@ class MaskedSite(Unshown):
         if self._held.consent is not None:
             if transcript != self._held.consent.transcript:
                 raise SecondUnmasking(
-                    f"{self._site} has signed another set of sites for round {self._agreement.round}."
+                    f"{self._site} has signed another set of sites for round {self._agreement.place.round}."
                 )
             return self._held.consent
         if sorted(request.shared) != sorted(self._held.shares):
@@ -229,7 +232,7 @@ class MaskedSite(Unshown):
         channel, mask = (key.public_key().public_bytes_raw().hex() for key in (drawn.channel_key, drawn.mask_key))
         keys = Keys(self._site, agreement.digest, channel, mask, signature="")
         keys = dataclasses.replace(keys, signature=signed(self._identity, keys))
-        return Held(agreement.manifest_hash, agreement.round, agreement.attempt, agreement.digest, keys, drawn)
+        return Held(agreement.place, agreement.digest, keys, drawn)
 
     def _share_out(self, keyring: tuple[Keys, ...]) -> Shares:
         own, agreement = self._secrets(), self._agreement
@@ -305,7 +308,7 @@ class MaskedSite(Unshown):
         if agreement != self._agreement.digest:
             raise Replayed(
                 f"The request is for sum {agreement:.64}; {self._site} is at {self._agreement.digest}, round "
-                f"{self._agreement.round}, attempt {self._agreement.attempt}."
+                f"{self._agreement.place.round}, attempt {self._agreement.place.attempt}."
             )
 
     def _same_keyring(self, keyring: str, who: str) -> None:

@@ -4,8 +4,9 @@ The protocol is the one of Bonawitz et al., Practical secure aggregation for pri
 (CCS 2017, figure 4, with the steps against an active server); docs/secure-aggregation.md tells it step by step. A
 site's side is `client.masked`, the coordinator's `server.unmask`; both are pure: no clock, no files, no transport.
 
-Every message names its `Agreement` by digest: manifest, round, attempt, roster of identities and options. Every
-signature covers that digest, so nothing can be played back in another round, run or attempt.
+Every message names its `Agreement` by digest: manifest, round, attempt, what was worked on, roster of identities and
+options. Every signature covers that digest, so nothing can be played back in another round, run or attempt, and sites
+that were sent different weights make no sum.
 """
 
 import hashlib
@@ -13,21 +14,24 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
 from federation import canonical
 from federation.fixed_point import FixedPoint, Total
+from federation.identity import Identity, is_public_key, verify
 from federation.messages import ProtocolError, Words, is_site_name
 from tokenizer.errors import ConfigError
 
 WEIGHT, CLIPPED = "weight", "clipped"
 """The totals that every sum has: the sites' weights, and how many values were beyond the clip."""
 
+Purpose = Literal["train", "evaluate tuning", "evaluate held_out"]
+"""What is summed: updates, or the losses on a split."""
+
 _DOMAIN = b"fedcomet masking 1\n"
+_SIGNED = "masking"
 
 
 class MaskingError(ProtocolError):
@@ -105,42 +109,36 @@ class MaskingOptions:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Which sum of a run: the run, which its manifest's hash names, the round, what for, and which try, from 1."""
+
+    manifest_hash: str
+    round: int
+    purpose: Purpose
+    attempt: int
+
+
+@dataclass(frozen=True)
 class Agreement:
     """One sum: what it is part of, who may take part, and how.
 
     Attributes:
-        manifest_hash, round: the run, which its manifest's hash names, and the round.
-        attempt: counts the tries for one round from 1; each has its own keys.
+        place: which sum; each try has its own keys.
+        work: digest of the request that all have answered. A coordinator that sends one site other weights, such that
+            the others have nothing to add (Pasquini et al. 2022, arXiv 2111.07380), gets no sum.
         size: the length P of the update.
-        roster: the enrolled sites and their Ed25519 public keys, in hex.
-        options: as in the manifest.
+        roster: the enrolled sites and their public keys, as `federation.identity` writes them.
+        options: as follow from the manifest.
     """
 
-    manifest_hash: str
-    round: int
-    attempt: int
+    place: Place
+    work: str
     size: int
     roster: Mapping[str, str]
     options: MaskingOptions
 
     def __post_init__(self) -> None:
-        count, threshold = len(self.roster), self.options.threshold
-        if count < 3:
-            raise TooFewSites(f"The roster has {count} sites; a sum hides nothing below 3.")
-        if not count / 2 < threshold <= count:
-            raise ConfigError(
-                f"masking.threshold is {threshold}; for {count} sites it must be from {count // 2 + 1} to {count}, "
-                "or two halves of the sites could be made to open two sums."
-            )
-        if wrong := [name for name in self.roster if not is_site_name(name)]:
-            raise ConfigError(f"{wrong[0]!r:.80} can't be the name of a site in the roster.")
-        for name, key in self.roster.items():
-            if not _is_key(key):
-                raise ConfigError(
-                    f"The roster's key of {name} is not an Ed25519 public key: 32 bytes in lowercase hex."
-                )
-        if len(set(self.roster.values())) != count:
-            raise ConfigError("Two sites of the roster have the same identity key; each needs its own.")
+        check_roster(self.roster, self.options.threshold)
         if self.size < 1:
             raise ConfigError("There is nothing to sum: the size must be at least 1.")
         _ = self.numbers
@@ -165,23 +163,54 @@ class Agreement:
         return {site: point for point, site in enumerate(sorted(self.roster), 1)}
 
 
+def check_roster(roster: Mapping[str, str], threshold: int) -> None:
+    """Refuse a roster that can't be summed over, or not with that threshold.
+
+    Raises:
+        TooFewSites: it has fewer than three sites.
+        ConfigError: the threshold doesn't fit; a name or key is none, or stands twice.
+    """
+    count = len(roster)
+    if count < 3:
+        raise TooFewSites(f"The roster has {count} sites; a sum hides nothing below 3.")
+    if not count / 2 < threshold <= count:
+        raise ConfigError(
+            f"masking.threshold is {threshold}; for {count} sites it must be from {count // 2 + 1} to {count}, "
+            "or two halves of the sites could be made to open two sums."
+        )
+    if wrong := [name for name in roster if not is_site_name(name)]:
+        raise ConfigError(f"{wrong[0]!r:.80} can't be the name of a site in the roster.")
+    for name, key in roster.items():
+        if not is_public_key(key):
+            raise ConfigError(
+                f"The roster's key of {name} is not a public key: ed25519: and 64 hexadecimal digits, as `fedcomet "
+                "site key` shows it there."
+            )
+    if len(set(roster.values())) != count:
+        raise ConfigError("Two sites of the roster have the same identity key; each needs its own.")
+
+
 @dataclass(frozen=True)
 class KeysRequest:
-    """Asks for a site's fresh public keys for one sum."""
+    """Asks for a site's fresh public keys for one sum.
 
-    kind: ClassVar[str] = "query.mask-keys"
-    manifest_hash: str
-    round: int
-    attempt: int
+    Every request names the place of its sum, by which the site finds what it agreed to, and is signed by its
+    coordinator as those of `federation.messages` are.
+    """
+
+    kind: ClassVar[str] = "query.mask_keys"
+    place: Place
     agreement: str
     deadline_s: float
+    coordinator: str = ""
+    signature: str = ""
 
 
 @dataclass(frozen=True)
 class Keys:
     """A site's X25519 public keys, in hex: `channel` seals shares, `mask` agrees on masks."""
 
-    kind: ClassVar[str] = "query.mask-keys.reply"
+    kind: ClassVar[str] = "query.mask_keys.reply"
     site: str
     agreement: str
     channel: str
@@ -193,10 +222,13 @@ class Keys:
 class SharesRequest:
     """Shows all keys that came, in the order of names, and asks for shares of the site's two secrets."""
 
-    kind: ClassVar[str] = "query.mask-shares"
+    kind: ClassVar[str] = "query.mask_shares"
+    place: Place
     agreement: str
     keys: tuple[Keys, ...]
     deadline_s: float
+    coordinator: str = ""
+    signature: str = ""
 
 
 @dataclass(frozen=True)
@@ -206,7 +238,7 @@ class Shares:
     `keyring` names the keys that the site was shown; `commitment` is the sha256 of its self mask's seed.
     """
 
-    kind: ClassVar[str] = "query.mask-shares.reply"
+    kind: ClassVar[str] = "query.mask_shares.reply"
     site: str
     agreement: str
     keyring: str
@@ -232,10 +264,13 @@ class MaskedRequest:
     """Brings a site the shares of the others, in the order of names, and asks for its masked update."""
 
     kind: ClassVar[str] = "query.masked"
+    place: Place
     agreement: str
     keyring: str
     shares: tuple[Share, ...]
     deadline_s: float
+    coordinator: str = ""
+    signature: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,18 +289,21 @@ class Masked:
 class ConsentRequest:
     """Shows whose shares went round and whose masked updates came, and asks for a signature on both."""
 
-    kind: ClassVar[str] = "query.mask-consent"
+    kind: ClassVar[str] = "query.mask_consent"
+    place: Place
     agreement: str
     shared: tuple[str, ...]
     summed: tuple[str, ...]
     deadline_s: float
+    coordinator: str = ""
+    signature: str = ""
 
 
 @dataclass(frozen=True)
 class Consent:
     """A site's signature on the one set of sites whose sum it helps to open; `transcript` names what it saw."""
 
-    kind: ClassVar[str] = "query.mask-consent.reply"
+    kind: ClassVar[str] = "query.mask_consent.reply"
     site: str
     agreement: str
     transcript: str
@@ -276,18 +314,21 @@ class Consent:
 class OpenRequest:
     """Shows the signatures, in the order of names, and asks for the shares that open the sum."""
 
-    kind: ClassVar[str] = "query.mask-open"
+    kind: ClassVar[str] = "query.mask_open"
+    place: Place
     agreement: str
     summed: tuple[str, ...]
     consents: tuple[Consent, ...]
     deadline_s: float
+    coordinator: str = ""
+    signature: str = ""
 
 
 @dataclass(frozen=True)
 class Opened:
     """A site's shares, in hex: of the self masks of all that are summed, of the mask keys of all that dropped out."""
 
-    kind: ClassVar[str] = "query.mask-open.reply"
+    kind: ClassVar[str] = "query.mask_open.reply"
     site: str
     agreement: str
     seeds: Mapping[str, str]
@@ -313,9 +354,9 @@ def transcript_of(keyring: str, shared: Iterable[str], summed: Iterable[str]) ->
     return hashlib.sha256(_DOMAIN + canonical.encode(seen)).hexdigest()
 
 
-def signed(identity: Ed25519PrivateKey, message: Keys | Shares | Consent) -> str:
+def signed(identity: Identity, message: Keys | Shares | Consent) -> str:
     """Sign a message as it stands, but for its signature and its sealed shares; hex."""
-    return identity.sign(_statement(message)).hex()
+    return identity.sign(_SIGNED, _statement(message))
 
 
 def check_signature(agreement: Agreement, message: Keys | Shares | Share | Consent) -> None:
@@ -332,14 +373,11 @@ def check_signature(agreement: Agreement, message: Keys | Shares | Share | Conse
         )
     if message.site not in agreement.roster:
         raise ForgedSignature(f"{message.site} is not in the roster of enrolled sites.")
-    try:
-        key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(agreement.roster[message.site]))
-        key.verify(bytes.fromhex(message.signature), _statement(message))
-    except (InvalidSignature, ValueError):
+    if not verify(agreement.roster[message.site], _SIGNED, _statement(message), message.signature):
         raise ForgedSignature(
             f"What is said to be {message.site}'s {_what(message)} is not signed by its enrolled identity: somebody in "
             "between has changed it, or the roster is out of date."
-        ) from None
+        )
 
 
 def check_keys(agreement: Agreement, keys: Keys) -> None:
@@ -362,7 +400,7 @@ def check_keys(agreement: Agreement, keys: Keys) -> None:
 def _statement(message: Keys | Shares | Share | Consent) -> bytes:
     left_out = {"signature", "sealed"}
     fields = {name: value for name, value in vars(message).items() if name not in left_out}
-    return _DOMAIN + canonical.encode({"what": _what(message), **fields})
+    return canonical.encode({"what": _what(message), **fields})
 
 
 def _is_key(text: str) -> bool:

@@ -118,20 +118,19 @@ class Unmasking:
 
     def request(self, site: str, deadline_s: float) -> Request:
         """Give what a site is asked in the open stage."""
-        agreement, digest = self._agreement, self._agreement.digest
+        which = self._agreement.place, self._agreement.digest
         match self.stage:
             case Stage.KEYS:
-                where = (agreement.manifest_hash, agreement.round, agreement.attempt)
-                return KeysRequest(*where, digest, deadline_s)
+                return KeysRequest(*which, deadline_s)
             case Stage.SHARES:
-                return SharesRequest(digest, tuple(self._of(Keys)), deadline_s)
+                return SharesRequest(*which, tuple(self._of(Keys)), deadline_s)
             case Stage.MASKED:
                 shares = tuple(_for(site, shares) for shares in self._of(Shares) if shares.site != site)
-                return MaskedRequest(digest, self._keyring, shares, deadline_s)
+                return MaskedRequest(*which, self._keyring, shares, deadline_s)
             case Stage.CONSENT:
-                return ConsentRequest(digest, self._answered(Stage.SHARES), self._asked, deadline_s)
+                return ConsentRequest(*which, self._answered(Stage.SHARES), self._asked, deadline_s)
             case Stage.OPENING:
-                return OpenRequest(digest, self._answered(Stage.MASKED), tuple(self._of(Consent)), deadline_s)
+                return OpenRequest(*which, self._answered(Stage.MASKED), tuple(self._of(Consent)), deadline_s)
             case Stage.DONE:
                 raise OutOfTurn("The sum is open; there is nothing more to ask.")
 
@@ -170,7 +169,7 @@ class Unmasking:
         if len(answered) < threshold:
             missing = ", ".join(sorted(set(self._agreement.roster) - set(answered)))
             raise TooFewSites(
-                f"Round {self._agreement.round}, attempt {self._agreement.attempt}: {len(answered)} sites gave "
+                f"Round {self._agreement.place.round}, attempt {self._agreement.place.attempt}: {len(answered)} sites gave "
                 f"{self.stage.value}, {threshold} must. Missing: {missing}. {self._way_out()}"
             )
         if self.stage is Stage.KEYS:

@@ -9,6 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client.masked import MaskedSite
 from federation.fixed_point import Total
+from federation.identity import Identity
 from federation.masking import (
     Agreement,
     Consent,
@@ -17,26 +18,29 @@ from federation.masking import (
     MaskedRequest,
     MaskingOptions,
     OpenRequest,
+    Place,
     SharesRequest,
 )
 from federation.messages import Vector
 from server.unmask import Opening, Stage, Unmasking
 
 NAMES = ("ash", "birch", "cedar", "elm", "fir", "hazel", "larch")
-IDENTITIES = {name: Ed25519PrivateKey.generate() for name in NAMES}
+IDENTITIES = {name: Identity(Ed25519PrivateKey.generate()) for name in NAMES}
 TOTALS = (Total("steps", 50), Total("loss", 1e6, 2**-16))
 FAR = 1e12
 
 
 def agreement(sites: int = 5, threshold: int = 3, size: int = 1000, **changes: Any) -> Agreement:
-    """A sum of the first sites; `changes` may be of the agreement or of its options."""
-    roster = {name: key.public_key().public_bytes_raw().hex() for name, key in list(IDENTITIES.items())[:sites]}
+    """A sum of the first sites; `changes` may be of the agreement, of its place or of its options."""
+    roster = {name: key.public for name, key in list(IDENTITIES.items())[:sites]}
+    place = Place("ab" * 32, 1, "train", 1)
     options = MaskingOptions(threshold, clip=1.0, max_weight=1000, totals=TOTALS)
-    own = {field.name for field in dataclasses.fields(Agreement)}
-    options = dataclasses.replace(options, **{k: v for k, v in changes.items() if k not in own})
-    return dataclasses.replace(
-        Agreement("ab" * 32, 1, 1, size, roster, options), **{k: v for k, v in changes.items() if k in own}
-    )
+    return _changed(Agreement(_changed(place, changes), "cd" * 32, size, roster, _changed(options, changes)), changes)
+
+
+def _changed(part: Any, changes: Mapping[str, Any]) -> Any:
+    own = {field.name for field in dataclasses.fields(part)}
+    return dataclasses.replace(part, **{name: value for name, value in changes.items() if name in own})
 
 
 class Federation:

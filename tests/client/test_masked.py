@@ -14,11 +14,13 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from client.held import Held
 from client.masked import MaskedSite
+from federation.identity import Identity
 from federation.masking import (
     AlteredShare,
     ConsentRequest,
     ForgedSignature,
     KeysRequest,
+    Masked,
     OpenRequest,
     OutOfTurn,
     Replayed,
@@ -132,7 +134,7 @@ def test_a_site_s_own_minimum_counts_where_it_is_higher() -> None:
 
 def test_a_site_takes_no_part_under_a_key_that_is_not_its_own() -> None:
     with pytest.raises(ConfigError, match="does not list ash with the key"):
-        MaskedSite(agreement(), "ash", Ed25519PrivateKey.generate())
+        MaskedSite(agreement(), "ash", Identity(Ed25519PrivateKey.generate()))
 
 
 def test_two_lists_of_keys_for_one_site_are_refused() -> None:
@@ -186,13 +188,13 @@ def test_sites_that_are_brought_different_shares_do_not_open_a_sum() -> None:
         played.answer(name, fewer if name == "birch" else request)
     everybody, without = ("ash", "birch", "cedar", "elm", "fir"), ("ash", "birch", "cedar", "fir")
     summed = without
-    asked = ConsentRequest(played.agreement.digest, everybody, summed, FAR)
+    asked = ConsentRequest(played.agreement.place, played.agreement.digest, everybody, summed, FAR)
     with pytest.raises(SplitRoster, match="brought the shares of other sites"):
         played.answer("birch", asked)
     told = dataclasses.replace(asked, shared=without)
     consents = [played.answer(n, told if n == "birch" else asked) for n in summed]
     with pytest.raises(SplitRoster, match="birch was shown other keys or other sites than ash"):
-        played.answer("ash", OpenRequest(played.agreement.digest, summed, tuple(consents), FAR))
+        played.answer("ash", OpenRequest(played.agreement.place, played.agreement.digest, summed, tuple(consents), FAR))
 
 
 # Shares
@@ -270,7 +272,7 @@ def test_both_secrets_of_one_site_are_never_released() -> None:
     transcript = transcript_of(played.server._keyring, honest.summed, without_fir)
     colluding = tuple(foreign_consent(n, played.agreement.digest, transcript) for n in without_fir)
     with pytest.raises(SecondUnmasking, match="and no other"):
-        played.answer("ash", OpenRequest(played.agreement.digest, without_fir, colluding, FAR))
+        played.answer("ash", OpenRequest(played.agreement.place, played.agreement.digest, without_fir, colluding, FAR))
 
 
 def test_two_halves_of_the_sites_cannot_be_made_to_open_two_sums() -> None:
@@ -279,11 +281,13 @@ def test_two_halves_of_the_sites_cannot_be_made_to_open_two_sums() -> None:
     first, second = honest.summed, honest.summed[:4]  # with fir, and without
     one = [played.answer(name, dataclasses.replace(honest, summed=first)) for name in ("ash", "birch", "fir")]
     two = [played.answer(name, dataclasses.replace(honest, summed=second)) for name in ("cedar", "elm")]
-    played.answer("ash", OpenRequest(played.agreement.digest, first, tuple(one), FAR))
+    played.answer("ash", OpenRequest(played.agreement.place, played.agreement.digest, first, tuple(one), FAR))
     with pytest.raises(TooFewSites, match="sites that signed are 2"):
-        played.answer("cedar", OpenRequest(played.agreement.digest, second, tuple(two), FAR))
+        played.answer("cedar", OpenRequest(played.agreement.place, played.agreement.digest, second, tuple(two), FAR))
     with pytest.raises(SplitRoster, match="ash was shown other"):
-        played.answer("cedar", OpenRequest(played.agreement.digest, second, (one[0], *two), FAR))
+        played.answer(
+            "cedar", OpenRequest(played.agreement.place, played.agreement.digest, second, (one[0], *two), FAR)
+        )
 
 
 def test_signatures_that_the_server_made_up_open_nothing() -> None:
@@ -314,6 +318,8 @@ def test_a_set_without_the_site_itself_or_with_a_site_unheard_of_is_not_signed()
 
 # Replays and order
 
+OTHER_WORK = {"work": "ef" * 32}  # a coordinator that sent other weights to one site
+
 
 def recorded(agreed: Any) -> tuple[Federation, dict[Stage, Any], dict[Stage, Any]]:
     """What ash was asked, and has answered, in a whole sum."""
@@ -329,8 +335,10 @@ def recorded(agreed: Any) -> tuple[Federation, dict[Stage, Any], dict[Stage, Any
     return played, asked, answered
 
 
-@pytest.mark.parametrize("other", [{"round": 2}, {"attempt": 2}, {"manifest_hash": "cd" * 32}, {"size": 999}])
-def test_messages_of_another_round_attempt_run_or_model_are_refused(other: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "other", [{"round": 2}, {"attempt": 2}, {"manifest_hash": "cd" * 32}, {"size": 999}, OTHER_WORK]
+)
+def test_messages_of_another_round_attempt_run_work_or_model_are_refused(other: dict[str, Any]) -> None:
     _, asked, answered = recorded(agreement())
     later = Federation(agreement(**other))
     while later.server.stage is not Stage.DONE:
@@ -358,21 +366,35 @@ def test_what_was_signed_in_another_round_does_not_count_in_this(stage: Stage, f
 
 
 def test_an_update_is_masked_once() -> None:
-    played = Federation(agreement())
+    played = Federation(agreement(5, 3))
     request = played.requests(Stage.MASKED)["ash"]
-    played.answer("ash", request)
+    first = played.answer("ash", request)
+    again = played.answer("ash", request)
+    assert np.array_equal(first.words, again.words)
+    assert first.totals == again.totals
     with pytest.raises(OutOfTurn, match="never used twice"):
-        played.answer("ash", request)
+        played.answer("ash", dataclasses.replace(request, shares=request.shares[1:]))
+    for change in ("update", "weight", "total"):
+        other = Federation(played.agreement, {**played.updates})
+        other.sites, other.weights, other.totals = played.sites, {**played.weights}, {**played.totals}
+        if change == "update":
+            other.updates["ash"] = np.nextafter(other.updates["ash"], np.float32(1))
+        elif change == "weight":
+            other.weights["ash"] += 1
+        else:
+            other.totals["ash"] = {**other.totals["ash"], "steps": 7.0}
+        with pytest.raises(OutOfTurn, match="never used twice"):
+            other.answer("ash", request)
 
 
 def test_steps_out_of_turn_are_refused() -> None:
     played = Federation(agreement())
     digest = played.agreement.digest
-    consent = ConsentRequest(digest, NAMES[:5], NAMES[:5], FAR)
+    consent = ConsentRequest(played.agreement.place, digest, NAMES[:5], NAMES[:5], FAR)
     with pytest.raises(OutOfTurn, match="not masked"):
         played.answer("ash", consent)
     with pytest.raises(OutOfTurn, match="signed no set"):
-        played.answer("ash", OpenRequest(digest, NAMES[:5], (), FAR))
+        played.answer("ash", OpenRequest(played.agreement.place, digest, NAMES[:5], (), FAR))
     masked = Federation(agreement()).requests(Stage.MASKED)["ash"]
     with pytest.raises(OutOfTurn, match="not shared"):
         played.answer("ash", dataclasses.replace(masked, agreement=digest))
@@ -428,8 +450,12 @@ def test_a_site_that_crashes_between_any_two_steps_goes_on() -> None:
             revived(played, name)
             reply = played.ask(name)
             revived(played, name)
-            if played.server.stage is not Stage.MASKED:
-                assert played.ask(name) == reply
+            again = played.ask(name)
+            if isinstance(reply, Masked):
+                assert again.totals == reply.totals
+                assert np.array_equal(again.words, reply.words)
+            else:
+                assert again == reply
             played.server.receive(name, reply)
         played.server.advance()
     played.check(played.server.open_())
@@ -446,6 +472,7 @@ def test_a_crash_does_not_make_a_site_sign_or_mask_twice() -> None:
     request = masked.requests(Stage.MASKED)["ash"]
     masked.answer("ash", request)
     revived(masked, "ash")
+    masked.updates["ash"] = masked.updates["ash"] + 1
     with pytest.raises(OutOfTurn, match="never used twice"):
         masked.answer("ash", request)
 
@@ -457,8 +484,8 @@ def after(played: Federation, **changes: Any) -> MaskedSite:
 
 def test_an_attempt_that_failed_before_consent_may_be_tried_again_with_new_keys() -> None:
     played = ready()
-    digest = agreement(attempt=2).digest
-    again = after(played, attempt=2).keys(KeysRequest("ab" * 32, 1, 2, digest, FAR))
+    new = agreement(attempt=2)
+    again = after(played, attempt=2).keys(KeysRequest(new.place, new.digest, FAR))
     assert again.mask != played.server._of(type(again))[0].mask
 
 

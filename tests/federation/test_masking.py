@@ -157,12 +157,11 @@ def test_messages_of_masking_are_not_part_of_the_plain_vocabulary() -> None:
 
 def test_anything_that_is_agreed_is_in_the_digest() -> None:
     agreed = agreement()
-    others: list[Agreement] = [
-        dataclasses.replace(agreed, **{field: value})
-        for field, value in (("manifest_hash", "cd" * 32), ("round", 2), ("attempt", 2), ("size", 999))
-    ]
+    place = {"manifest_hash": "cd" * 32, "round": 2, "attempt": 2, "purpose": "evaluate tuning"}
+    others: list[Agreement] = [agreement(**{field: value}) for field, value in place.items()]
+    others += [agreement(size=999), agreement(work="ef" * 32)]
     others += [agreement(6, 4), agreement(clip=2.0), agreement(totals=()), agreement(max_weight=999)]
-    assert len({a.digest for a in (agreed, *others)}) == 9
+    assert len({a.digest for a in (agreed, *others)}) == 11
 
 
 @pytest.mark.parametrize(("sites", "threshold"), [(4, 2), (5, 6), (7, 3)])
@@ -182,7 +181,7 @@ def test_a_roster_with_one_key_for_two_sites_is_refused() -> None:
         dataclasses.replace(agreed, roster={**agreed.roster, "ash": agreed.roster["birch"]})
 
 
-@pytest.mark.parametrize("key", ["", "zz" * 32, "AB" * 32, "ab" * 31])
+@pytest.mark.parametrize("key", ["", "ab" * 32, "ed25519:" + "AB" * 32, "ed25519:" + "ab" * 31])
 def test_a_roster_with_what_is_no_key_is_refused(key: str) -> None:
     agreed = agreement()
     with pytest.raises(ConfigError, match="key of birch"):
