@@ -406,6 +406,7 @@ def approve(
     from client.approval_page import terminal
     from client.budget import FILE, Budget
     from client.policy import Policy, PolicyRefusal
+    from federation import protection
 
     console, approvals = Console(), Approvals(state)
     if not manifest:
@@ -413,6 +414,7 @@ def approve(
             console.print(f"{waiting} waits for approval", highlight=False)
         return
     asked = approvals.find(manifest)
+    protection.check(asked.manifest)
     rules = None if policy is None else Policy.read(policy)
     broken = [] if rules is None else rules.check(asked.manifest, device=device)
     if rules is not None and rules.limit is not None:

@@ -147,9 +147,9 @@ class PrivateTrainer(Trainer):
         """Expected number of patients in a step."""
         return self._private.sampling_rate * self._patients
 
-    def batch(self, windows: "Windows") -> "Batch":
-        """The next step's patients, one window of each; empty if nobody was drawn."""
-        secret = self._secret(self.global_step, "patients")
+    def batch(self, windows: "Windows", step: int | None = None) -> "Batch":
+        """The patients of a global step, the next one if not said, and one window of each; empty if nobody is drawn."""
+        secret = self._secret(self.global_step if step is None else step, "patients")
         chosen = secret.chosen(self._patients, self._private.sampling_rate)
         return windows.draw(chosen, secret.uniform(2 * len(chosen)).reshape(-1, 2))
 

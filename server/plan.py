@@ -7,16 +7,58 @@ directory, so that a run is only ever continued with the settings it began with.
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 
-from federation import canonical
-from federation.manifest import LocalWork, Manifest, OuterOptions, software_version
+from federation import canonical, protection
+from federation.accountant import epsilon
+from federation.manifest import LocalWork, Manifest, OuterOptions, Privacy, software_version
+from federation.messages import ProtocolError
+from federation.planner import noise_for
 from federation.update import Layout
 from model.decoder import DecoderConfig, preset
 from model.train import TrainOptions
 from tokenizer.codebook import Codebook, TokenizerOptions
 from tokenizer.errors import ConfigError
 from tokenizer.split import SplitRule
+
+
+@dataclass(frozen=True)
+class PrivacyPlan:
+    """Private training at the sites (DP-SGD): how strong, and how patients are drawn.
+
+    Attributes:
+        sampling_rate: chance of every patient to be in a step's batch.
+        delta: at which epsilon is told; well below 1 / patients of the smallest site.
+        epsilon: the most that the whole run may cost a patient, from which the noise follows; or
+        noise_multiplier: standard deviation of the noise, in units of `clip`, from which epsilon follows. With both,
+            epsilon must be enough.
+        clip: the largest L2 norm of one patient's share of a gradient.
+    """
+
+    sampling_rate: float
+    delta: float = 1e-6
+    epsilon: float | None = None
+    noise_multiplier: float | None = None
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.epsilon is None and self.noise_multiplier is None:
+            raise ConfigError("privacy: say what the run may cost (epsilon) or how much noise there is.")
+        # What can be out of range is checked where it is checked for sites, too.
+        Privacy("dp-sgd", self.epsilon or 1.0, self.delta, self.clip, self.noise_multiplier or 1.0, self.sampling_rate)
+
+    def promise(self, local: LocalWork, rounds: int) -> Privacy:
+        """Work out what the manifest states: the noise for the wanted epsilon, or the epsilon of the given noise."""
+        steps = protection.steps_of_round(local, self.sampling_rate) * rounds
+        noise, cost = self.noise_multiplier, self.epsilon
+        if noise is None:
+            noise = noise_for(cost or 0.0, self.delta, self.sampling_rate, steps)
+        promised = Privacy("dp-sgd", cost or 1.0, self.delta, self.clip, noise, self.sampling_rate)
+        if cost is None:
+            found = epsilon(protection.of_steps(promised, steps).all, self.delta)
+            promised = dataclasses.replace(promised, epsilon=math.ceil(found * 1e4) / 1e4)
+        return promised
 
 
 @dataclass(frozen=True)
@@ -42,6 +84,8 @@ class FederationPlan:
         evaluate_every: rounds between two evaluations on the sites' tuning patients; 0 is never.
         max_norm: the largest L2 norm of an accepted update.
         purposes: the questions that the trained model will be asked.
+        privacy: private training. The sites' losses then stay where they are, so no round is evaluated and the last
+            one counts as the best; the gradient as a whole is not clipped, and there is no dropout.
         codebook: a fixed codebook's bytes; without, one is built from the sites' surveys.
     """
 
@@ -63,6 +107,7 @@ class FederationPlan:
     evaluate_every: int = 1
     max_norm: float | None = None
     purposes: tuple[str, ...] = ()
+    privacy: PrivacyPlan | None = None
     codebook: bytes | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -83,19 +128,22 @@ class FederationPlan:
         """Write the agreement for a codebook.
 
         Raises:
-            ConfigError: there is no such preset, or the codebook was built with other options.
+            ConfigError: there is no such preset, the codebook was built with other options, or the wanted privacy
+                costs more than it may.
         """
         if codebook.options != self.tokenizer:
             raise ConfigError(f"The codebook has the options {codebook.options}, the plan {self.tokenizer}.")
         if isinstance(self.model, str):
-            model = preset(self.model, len(codebook), self.context, self.dropout)
+            dropout = 0.0 if self.privacy is not None and self.dropout is None else self.dropout
+            model = preset(self.model, len(codebook), self.context, dropout)
         else:
             model = dataclasses.replace(self.model, vocab=len(codebook))
         if self.local.batch_tokens < model.context:
             raise ConfigError(
                 f"local.batch_tokens is {self.local.batch_tokens}; it must hold a window of {model.context} tokens."
             )
-        return Manifest(
+        privacy = None if self.privacy is None else self.privacy.promise(self.local, self.rounds)
+        manifest = Manifest(
             name=self.name,
             seed=self.seed,
             rounds=self.rounds,
@@ -103,7 +151,7 @@ class FederationPlan:
             codebook_hash=codebook.hash,
             layout_hash=Layout.of_config(model).hash,
             local=self.local,
-            train=self.train,
+            train=self.train if privacy is None else dataclasses.replace(self.train, clip=0.0),
             outer=self.outer,
             split=self.split,
             tokenizer=self.tokenizer,
@@ -111,8 +159,14 @@ class FederationPlan:
             deadline_s=self.deadline_s,
             max_norm=self.max_norm,
             purposes=self.purposes,
+            privacy=privacy,
             software=software_version(),
         )
+        try:
+            protection.check(manifest)
+        except ProtocolError as problem:
+            raise ConfigError(f"federation plan: {problem}") from None
+        return manifest
 
     def to_bytes(self) -> bytes:
         """Give canonical JSON in which a fixed codebook is named by the sha256 of its bytes."""
