@@ -23,7 +23,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from client.site import Site, SiteFiles
-from federation import flower
+from federation import flower, masking
 from federation.messages import ProtocolError, Refusal, Reply, Request, SiteRefusal
 from model.machine import Machine
 from model.train import TrainingDiverged
@@ -56,6 +56,36 @@ def train(message: Message, context: Context) -> Message:
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Answer an evaluate request."""
+    return _answer(message, context)
+
+
+@app.query("mask_keys")
+def mask_keys(message: Message, context: Context) -> Message:
+    """Answer the first request of a masked sum."""
+    return _answer(message, context)
+
+
+@app.query("mask_shares")
+def mask_shares(message: Message, context: Context) -> Message:
+    """Answer the second request of a masked sum."""
+    return _answer(message, context)
+
+
+@app.query("masked")
+def masked(message: Message, context: Context) -> Message:
+    """Answer the third request of a masked sum: the only one that brings an update."""
+    return _answer(message, context)
+
+
+@app.query("mask_consent")
+def mask_consent(message: Message, context: Context) -> Message:
+    """Answer the fourth request of a masked sum."""
+    return _answer(message, context)
+
+
+@app.query("mask_open")
+def mask_open(message: Message, context: Context) -> Message:
+    """Answer the last request of a masked sum."""
     return _answer(message, context)
 
 
@@ -98,10 +128,11 @@ def _answer(message: Message, context: Context) -> Message:
     except ConfigError as error:
         # Without a state folder there is no list to write on: this text, which tells of no record, is on none.
         return flower.reply(Refusal(f"node-{context.node_id}", str(error)), message)
-    return _send(site, _ask(site, message), message)
+    reply, place = _ask(site, message)
+    return _send(site, reply, place, message)
 
 
-def _send(site: Site, reply: Reply, to: Message) -> Message:
+def _send(site: Site, reply: Reply | masking.Reply, place: masking.Place | None, to: Message) -> Message:
     """Write down what is about to leave, and let it go; what can't be written down, or is too much, doesn't leave."""
     name, asked = site.files.name, to.metadata.message_type
     try:
@@ -115,9 +146,9 @@ def _send(site: Site, reply: Reply, to: Message) -> Message:
                 reply = Refusal(name, str(refusal))
                 record = flower.to_record(reply)
                 sha256, size = flower.on_the_wire(record)
-        site.gate.note(reply, asked, sha256, size)
+        site.gate.note(reply, asked, sha256, size, place)
         answer = flower.packed_reply(record, to)
-        site.gate.released(reply)
+        site.gate.released(reply, place)
     except Exception as error:
         _log(site, asked, error)
         # The one text that leaves without being on the list, for the list is what's broken; it is always the same.
@@ -125,22 +156,24 @@ def _send(site: Site, reply: Reply, to: Message) -> Message:
     return answer
 
 
-def _ask(site: Site, message: Message) -> Reply:
-    name = site.files.name
+def _ask(site: Site, message: Message) -> tuple[Reply | masking.Reply, masking.Place | None]:
+    """Give the site's answer and, if it is about a masked sum, the place of that."""
+    name, place = site.files.name, None
     try:
         request = flower.read(message)
-        if not isinstance(request, Request) or request.kind != message.metadata.message_type:
+        if not isinstance(request, Request | masking.Request) or request.kind != message.metadata.message_type:
             raise ProtocolError(f"A {request.kind} is not a request that came as {message.metadata.message_type}.")
-        return site.answer(request)
+        place = getattr(request, "place", None)
+        return site.answer(request), place
     except _MAY_TRAVEL as error:
         _log(site, message.metadata.message_type, error)
-        return Refusal(name, str(error))
+        return Refusal(name, str(error)), place
     except FedcometError as error:
         _log(site, message.metadata.message_type, error)
-        return Refusal(name, f"{name} can't use its records or files; its own log says which and why.")
+        return Refusal(name, f"{name} can't use its records or files; its own log says which and why."), place
     except Exception as error:  # the site must answer, and must not tell what it stumbled over
         _log(site, message.metadata.message_type, error)
-        return Refusal(name, f"{name} ran into an unexpected {type(error).__name__}; its own log says more.")
+        return Refusal(name, f"{name} ran into an unexpected {type(error).__name__}; its own log says more."), place
 
 
 def _log(site: Site, task: str, error: BaseException) -> None:

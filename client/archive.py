@@ -10,6 +10,8 @@
                          rounds/0007.digest        what round 7 was asked (kept for good)
                          optimizer/0007.safetensors  AdamW's state after round 7 (only of the last two)
                          choices.json           what this machine chose when the run began, and found since
+                         scores/0007-tuning.json   the evaluation of round 7, in a run with secure aggregation
+                         held/train.json        the secrets of the last masked sum of updates; for its owner only
                          local.safetensors      where the round that is being worked on stood, until it is answered
 
 Every file appears whole or not at all. Work on a run, and on the stores, is done by one process at a time.
@@ -33,7 +35,7 @@ from torch import Tensor
 
 from federation import canonical
 from federation.manifest import Manifest
-from federation.messages import ProtocolError, TrainReply, Wire, from_wire, to_wire
+from federation.messages import EvaluateReply, ProtocolError, TrainReply, Wire, from_wire, to_wire
 from model.machine import Precision
 from tokenizer import durable
 from tokenizer.codebook import Codebook
@@ -208,11 +210,41 @@ class RunArchive:
         (self.path / _SNAPSHOT).unlink(missing_ok=True)
         self._sweep(number - _KEPT_ROUNDS)
 
+    def held(self, purpose: str) -> bytes | None:
+        """Give what the site holds of the last masked sum for a purpose."""
+        path = self._held(purpose)
+        return path.read_bytes() if path.exists() else None
+
+    def hold(self, purpose: str, secrets: bytes) -> None:
+        """Keep what the site holds of a masked sum, where only its owner can read it."""
+        path = self._held(purpose)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        durable.write_bytes(path, secrets)
+
+    def score(self, number: int, split: str) -> EvaluateReply | None:
+        """Give the kept evaluation of a round."""
+        path = self._score(number, split)
+        return canonical.decode(EvaluateReply, path.read_bytes(), str(path), DataError) if path.exists() else None
+
+    def keep_score(self, reply: EvaluateReply) -> None:
+        """Keep an evaluation until it is masked, and drop those of rounds before."""
+        path = self._score(reply.round, reply.split)
+        durable.write_bytes(path, canonical.encode(reply))
+        for other in path.parent.glob(f"[0-9]*-{reply.split}.json"):
+            if other < path:
+                other.unlink()
+
     def optimizer_before(self, number: int) -> dict[str, Tensor] | None:
         """Give the optimizer's state after the last answered round before this one."""
         answered = [n for n in self.answered() if n < number]
         path = self.path / "optimizer" / f"{max(answered, default=0):04d}.safetensors"
         return safetensors.torch.load_file(path) if path.exists() else None
+
+    def _held(self, purpose: str) -> Path:
+        return self.path / "held" / f"{purpose.replace(' ', '-')}.json"
+
+    def _score(self, number: int, split: str) -> Path:
+        return self.path / "scores" / f"{number:04d}-{split}.json"
 
     def _sweep(self, last: int) -> None:
         for path in self.path.glob("**/*.partial"):

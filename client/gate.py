@@ -16,14 +16,15 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from client.approval import Approvals, site_key
-from client.archive import Archive
+from client.archive import Archive, RunArchive
 from client.budget import FILE, Budget, Purpose, State
 from client.outbound import Leaving, Outbound, content_of
 from client.policy import Broken, Policy, PolicyRefusal
-from federation import accountant
+from federation import accountant, masking
 from federation.identity import Identity, signed_by
 from federation.manifest import Manifest
 from federation.messages import (
+    EvaluateReply,
     EvaluateRequest,
     PrepareRequest,
     Reply,
@@ -36,6 +37,8 @@ from federation.messages import (
 )
 from tokenizer.errors import ConfigError, DataError
 from tokenizer.noisy_survey import SurveyPrivacy
+
+Answer = Reply | masking.Reply
 
 _DAY = timedelta(hours=24)
 
@@ -77,7 +80,7 @@ class Gate:
             self.archive.log("the policy", problem)
             raise SiteRefusal(f"The policy of {self.name} can't be used; its own log says why.") from None
 
-    def admit(self, request: Request) -> None:
+    def admit(self, request: Request | masking.Request) -> None:
         """Let a request pass that the site may answer.
 
         Raises:
@@ -100,8 +103,10 @@ class Gate:
                 run = self.archive.run(request.manifest_hash)
                 if isinstance(request, TrainRequest):
                     broken += self._too_much(policy, request.weights.nbytes)
-                if run.agreement() is not None:
-                    self._admit_run(policy, run.manifest(), coordinator, broken)
+                self._admit_again(policy, run, coordinator, broken)
+            case _:
+                run = self.archive.run(request.place.manifest_hash)
+                self._admit_again(policy, run, coordinator, broken)
         self.refuse(broken)
 
     def admit_time(self) -> None:
@@ -138,6 +143,12 @@ class Gate:
             self.refuse(policy.check_figure(patients))
 
     @property
+    def least_summed(self) -> int:
+        """The fewest sites, itself among them, that the site lets itself be summed with."""
+        policy = self.policy
+        return 3 if policy is None else policy.secure_aggregation.min_sites
+
+    @property
     def floor(self) -> int:
         """The fewest patients that a count may tell of; 0 without a policy."""
         policy = self.policy
@@ -154,26 +165,28 @@ class Gate:
         if broken:
             raise PolicyRefusal(self.name, broken)
 
-    def note(self, reply: Reply, asked: str, sha256: str, size: int) -> None:
+    def note(self, reply: Answer, asked: str, sha256: str, size: int, place: masking.Place | None = None) -> None:
         """Write a message down on the list of what leaves; when this returns, it may.
 
         Args:
             reply: the message.
             asked: the kind of the request.
+            place: of the masked sum that was asked about.
             sha256, size: name and number of its bytes (`federation.flower.on_the_wire`).
 
         Raises:
             DataError: the list is damaged or can't be written, or what it costs was not charged; it must not leave.
         """
         policy = self.policy_path and self._sha256_of_policy()
-        due = self._due(reply)
+        self._check_masked(reply)
+        due = self._due(reply, place)
         message = Leaving(
             kind=reply.kind,
             bytes=size,
             sha256=sha256,
             answers=asked,
-            run=getattr(reply, "manifest_hash", None),
-            round=getattr(reply, "round", None),
+            run=getattr(place or reply, "manifest_hash", None),
+            round=getattr(place or reply, "round", None),
             epsilon=None if due is None else self._charged(due),
             delta=None if due is None else due.delta,
             content=content_of(reply),
@@ -181,9 +194,9 @@ class Gate:
         )
         self.outbound().note(message, datetime.fromtimestamp(self.clock(), UTC))
 
-    def released(self, reply: Reply) -> None:
+    def released(self, reply: Answer, place: masking.Place | None = None) -> None:
         """Tell the ledger that a message is on its way, if it has differential privacy."""
-        if (due := self._due(reply)) is not None:
+        if (due := self._due(reply, place)) is not None:
             with self.budget() as budget:
                 charge = budget.find(due.run, due.round, due.purpose)
                 if charge is not None:
@@ -222,7 +235,23 @@ class Gate:
         with self.budget() as budget:
             return policy.check_total(manifest, budget.mechanisms(but=manifest.hash))
 
-    def _due(self, reply: Reply) -> "_Due | None":
+    def _admit_again(self, policy: Policy, run: RunArchive, coordinator: str | None, broken: list[Broken]) -> None:
+        """Check the run of a request that comes after it was agreed on."""
+        if run.agreement() is not None:
+            self._admit_run(policy, run.manifest(), coordinator, broken)
+
+    def _check_masked(self, reply: Answer) -> None:
+        """See that nothing leaves in clear that must be masked, whatever went wrong before.
+
+        Raises:
+            DataError: it would.
+        """
+        if isinstance(reply, TrainReply | EvaluateReply):
+            manifest = self.archive.run(reply.manifest_hash).manifest()
+            if manifest.secure_aggregation is not None:
+                raise DataError(f"A {reply.kind} of a run with secure aggregation must not leave without masks.")
+
+    def _due(self, reply: Answer, place: masking.Place | None) -> "_Due | None":
         """Where the ledger must hold the charge of a message; None if it has no differential privacy."""
         match reply:
             case SurveyReply() if (privacy := self.survey_privacy()) is not None:
@@ -232,6 +261,12 @@ class Gate:
                 if manifest.privacy is not None:
                     where = manifest.hash, reply.round
                     return _Due(*where, "training", manifest.privacy.delta, digest_of_answer(reply))
+            case masking.Masked() if place is not None and place.purpose == "train":
+                # What was charged is the update under the masks, which the site keeps.
+                run = self.archive.run(place.manifest_hash)
+                if (agreed := run.manifest().privacy) is not None and (kept := run.reply(place.round)) is not None:
+                    where = place.manifest_hash, place.round
+                    return _Due(*where, "training", agreed.delta, digest_of_answer(kept))
         return None
 
     def _charged(self, due: "_Due") -> float:

@@ -157,7 +157,7 @@ class MaskedSite(Unshown):
             raise DataError(f"The weight is {weight}; a site without weight has nothing to add.")
         numbers.check(update, {WEIGHT: weight, CLIPPED: 0, **totals})
         # Other shares would mean other masks, whose difference is a mask that the coordinator must not know.
-        told = {"shares": request.shares, "weight": weight, "totals": totals, "update": sha256(update).hexdigest()}
+        told = {"shares": request.shares, "weight": weight, "totals": totals, "update": sha256(update.data).hexdigest()}
         masked = sha256(canonical.encode(told)).hexdigest()
         if self._held.masked not in ("", masked):
             raise OutOfTurn(f"{self._site} has masked another update for this sum; masks are never used twice.")

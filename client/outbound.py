@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from federation import canonical
+from federation import canonical, masking
 from federation.identity import Identity, verify
 from federation.messages import Reply, SurveyReply, to_wire
 from tokenizer import durable
@@ -191,12 +191,12 @@ def alone(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def content_of(reply: Reply) -> dict[str, Any]:
+def content_of(reply: Reply | masking.Reply) -> dict[str, Any]:
     """Give what a person can read of a message: see `Leaving.content`; of a survey also how much it tells."""
     wire = to_wire(reply)
     content: dict[str, Any] = json.loads(wire.header)
     for name, part in wire.payloads.items():
-        data = part if isinstance(part, bytes) else part.astype("<f4", copy=False).data
+        data = part if isinstance(part, bytes) else part.astype(part.dtype.newbyteorder("<"), copy=False).data
         content[name] = {"bytes": len(memoryview(data).cast("B")), "sha256": hashlib.sha256(data).hexdigest()}
         if isinstance(part, bytes) and len(part) <= _SHORT_BYTES:
             content[name]["text"] = part.decode(errors="backslashreplace")

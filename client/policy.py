@@ -18,7 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from client.budget import Limit
 from client.hours import Hours
-from federation import protection
+from federation import masking, protection
 from federation.accountant import Mechanism, epsilon
 from federation.identity import is_public_key
 from federation.manifest import Manifest
@@ -206,7 +206,7 @@ class Policy(_Section):
             return None
         return Limit(self.privacy.epsilon_total, self.privacy.delta_total)
 
-    def check_request(self, request: Request, coordinator: str | None, now: datetime) -> list[Broken]:
+    def check_request(self, request: Request | masking.Request, coordinator: str | None, now: datetime) -> list[Broken]:
         """Name the rules that a request breaks by itself, whatever run it belongs to.
 
         Args:
@@ -293,7 +293,7 @@ class Policy(_Section):
             told = "the request is not signed" if coordinator is None else f"{coordinator} signed the request"
             yield Broken("runs.coordinators", f"{told}; it must be signed with an allowed key")
 
-    def _wrong_task(self, request: Request) -> Iterator[Broken]:
+    def _wrong_task(self, request: Request | masking.Request) -> Iterator[Broken]:
         task = _task(request)
         if task is not None and task not in self.tasks.allowed:
             yield Broken("tasks.allowed", f"{task!r} is not among them")
@@ -357,7 +357,7 @@ class Policy(_Section):
             yield Broken("machine.devices", f"this site is set up to train on {device!r}, which is not listed")
 
 
-def _task(request: Request) -> str | None:
+def _task(request: Request | masking.Request) -> str | None:
     match request:
         case SurveyRequest():
             return "survey"
@@ -367,6 +367,8 @@ def _task(request: Request) -> str | None:
             return f"evaluate {request.split}"
         case PrepareRequest():
             return None
+        case _:
+            return request.place.purpose
 
 
 def _above(rule: str, what: str, asked: Any, most: Any) -> Iterator[Broken]:

@@ -13,15 +13,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from client import torchrun
+from client.approval import site_key
 from client.archive import Agreement, Archive, RunArchive
 from client.budget import Release, State
 from client.gate import Gate, digest_of_answer
 from client.local import LocalRound, Task, Work, agreement_of, choices_of, open_work
-from federation import accountant, canonical, protection
+from client.summing import Summing
+from federation import accountant, canonical, masking, protection, summed
+from federation.identity import Identity
 from federation.manifest import Manifest, Privacy, software_version
 from federation.messages import (
     EvaluateReply,
     EvaluateRequest,
+    Kept,
     PrepareReply,
     PrepareRequest,
     ProtocolError,
@@ -119,8 +123,10 @@ class Site:
         )
         self._clock, self._pause = clock, pause
 
-    def answer(self, request: Request) -> Reply:
+    def answer(self, request: Request | masking.Request) -> Reply | masking.Reply:
         """Answer any request that the site's policy allows.
+
+        In a run with secure aggregation, what a round came to stays here, and leaves under masks only.
 
         Raises:
             SiteRefusal: the site does not want to, or can't.
@@ -134,9 +140,11 @@ class Site:
             case PrepareRequest():
                 return self.prepare(request)
             case TrainRequest():
-                return self.train(request)
+                return self._kept(request) if self._masked(request) else self.train(request)
             case EvaluateRequest():
-                return self.evaluate(request)
+                return self._kept(request) if self._masked(request) else self.evaluate(request)
+            case _:
+                return self.sum(request)
 
     def survey(self, request: SurveyRequest) -> SurveyReply:
         """Tell what may be told about the codes of the patients that train."""
@@ -157,6 +165,7 @@ class Site:
         self._in_time(request.deadline_s)
         manifest, codebook = Manifest.from_bytes(request.manifest), _read_codebook(request.codebook)
         _check_agreement(manifest, codebook)
+        self._check_roster(manifest)
         dataset = self.files.records(codebook)
         self.gate.admit_patients(dataset.subjects)
         run = self.archive.run(manifest.hash)
@@ -173,6 +182,8 @@ class Site:
             self.gate.admit_steps(work.most_steps)
             if run.agreement() is None:
                 run.agree(manifest, codebook, agreement)
+        if manifest.secure_aggregation is not None:
+            return PrepareReply(self.files.name, manifest.hash, {}, 0)
         private = manifest.privacy is not None
         counts = {split: self._told(store, split, private) for split in SPLITS}
         fallbacks = 0 if private else sum(sum(codes.values()) for codes in store.manifest["fallbacks"].values())
@@ -189,6 +200,35 @@ class Site:
             if (privacy := run.manifest().privacy) is not None:
                 return self._train_privately(run, request, privacy, known)
             return known or self._work(run, request, self.files.machine)
+
+    def sum(self, request: masking.Request) -> masking.Reply:
+        """Take a step of a masked sum of what was kept."""
+        self._in_time(request.deadline_s)
+        run = self.archive.run(request.place.manifest_hash)
+        agreement_of(run, self.files.name)
+        with run.working():
+            return Summing(self.files.name, run, self._identity, self.gate.least_summed).answer(request)
+
+    def _kept(self, request: TrainRequest | EvaluateRequest) -> Kept:
+        """Do the work that is asked for, keep what it came to, and tell only that."""
+        run, name = self.archive.run(request.manifest_hash), self.files.name
+        if isinstance(request, TrainRequest):
+            reply = self.train(request)
+            if wrong := summed.objection(run.manifest(), reply):
+                raise SiteRefusal(f"{name} keeps its update of round {request.round} out of the sum: {wrong}.")
+        else:
+            with run.working():
+                run.keep_score(self.evaluate(request))
+        return Kept(name, request.manifest_hash, request.round, request.digest)
+
+    def _masked(self, request: TrainRequest | EvaluateRequest) -> bool:
+        run = self.archive.run(request.manifest_hash)
+        agreement_of(run, self.files.name)
+        return run.manifest().secure_aggregation is not None
+
+    @property
+    def _identity(self) -> Identity:
+        return Identity.at(site_key(self.files.state))
 
     def _train_privately(
         self, run: RunArchive, request: TrainRequest, privacy: Privacy, known: TrainReply | None
@@ -282,6 +322,15 @@ class Site:
                 charge = budget.charge(release, told.to_bytes())
         return charge.answer or b""
 
+    def _check_roster(self, manifest: Manifest) -> None:
+        """Refuse a run with secure aggregation that does not know this site by its key."""
+        if (chosen := manifest.secure_aggregation) is None:
+            return
+        listed, own = chosen.roster.get(self.files.name), self._identity.public
+        if listed != own:
+            told = "does not list" if listed is None else "has another key for"
+            raise SiteRefusal(f"The run's roster {told} {self.files.name}; the key here is {own}.")
+
     def _survey_privacy(self) -> SurveyPrivacy | None:
         return agreed(self.files.settings).survey_privacy
 
@@ -339,8 +388,6 @@ def _read_codebook(data: bytes) -> Codebook:
 def _check_agreement(manifest: Manifest, codebook: Codebook) -> None:
     """Refuse a manifest that doesn't fit the codebook beside it, or this software."""
     # Training without what was promised would be worse than not training.
-    if manifest.secure_aggregation is not None:
-        raise SiteRefusal(f"fedcomet {software_version()} has no secure aggregation yet.")
     if manifest.privacy is not None and manifest.privacy.mechanism != "dp-sgd":
         raise SiteRefusal(f"fedcomet {software_version()} has no {manifest.privacy.mechanism!r} privacy yet.")
     protection.check(manifest)

@@ -17,7 +17,11 @@ from flwr.app import Message as FlowerMessage
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
 from flwr.supercore.task_identity import TaskIdentity
 
-from federation.messages import KINDS, DeliveryError, Message, ProtocolError, Vector, Wire, Words, from_wire, to_wire
+from federation import masking, messages
+from federation.messages import DeliveryError, Message, ProtocolError, Vector, Wire, Words, from_wire, to_wire
+
+KINDS: Mapping[str, type[Any]] = {**messages.KINDS, **masking.KINDS}
+"""Everything that is said: rounds, and the masked sums in them."""
 
 _RAW = "fedcomet.raw"
 _DTYPES = {"uint8": "u1", "float32": "<f4", "uint32": "<u4", "uint64": "<u8"}
@@ -93,7 +97,7 @@ def failure(reason: str, to: FlowerMessage) -> FlowerMessage:
     return FlowerMessage(Error(code=0, reason=reason), reply_to=to)
 
 
-def read(message: FlowerMessage) -> Message:
+def read(message: FlowerMessage) -> Message | masking.Request | masking.Reply:
     """Read the content of a Flower message, see `from_record`.
 
     Raises:

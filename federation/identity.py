@@ -11,7 +11,7 @@ import os
 import stat
 import tempfile
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
@@ -26,25 +26,7 @@ _SCHEME = "ed25519:"
 _REQUEST = "request"
 
 
-class Signable(Protocol):
-    """A request of any vocabulary: a frozen dataclass with a deadline and room for a signature."""
-
-    __dataclass_fields__: Any
-
-    @property
-    def deadline_s(self) -> float:
-        """Seconds since the epoch."""
-
-    @property
-    def coordinator(self) -> str:
-        """The public key of who signed."""
-
-    @property
-    def signature(self) -> str:
-        """Over all other fields."""
-
-
-S = TypeVar("S", bound=Signable)
+S = TypeVar("S")
 
 
 class Identity:
@@ -87,9 +69,11 @@ class Identity:
         return self._key.sign(_statement(purpose, data)).hex()
 
     def sign_request(self, request: S) -> S:
-        """Give the request with this identity's key and signature."""
+        """Give a request, of rounds or of masked sums, with this identity's key and signature."""
         signature = self.sign(_REQUEST, _content(request))
-        return dataclasses.replace(request, coordinator=self.public, signature=signature)
+        bare: Any = request
+        signed: S = dataclasses.replace(bare, coordinator=self.public, signature=signature)
+        return signed
 
 
 def is_public_key(text: str) -> bool:
@@ -110,14 +94,14 @@ def verify(public: str, purpose: str, data: bytes, signature: str) -> bool:
     return True
 
 
-def signed_by(request: Signable) -> str | None:
+def signed_by(request: Any) -> str | None:
     """Give the public key whose owner signed a request: all of it, its deadline too; None if nobody did."""
     if verify(request.coordinator, _REQUEST, _content(request), request.signature):
         return request.coordinator
     return None
 
 
-def _content(request: Signable) -> bytes:
+def _content(request: Any) -> bytes:
     """What stands for a request under its signature: its header, and the sha256 of every payload."""
     bare = dataclasses.replace(request, deadline_s=float(request.deadline_s), coordinator="", signature="")
     wire = to_wire(bare)

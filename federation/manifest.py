@@ -5,13 +5,14 @@ agreed to refuses. A field or a version that this software doesn't know is refus
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from typing import Literal
 
 from federation import canonical
-from federation.masking import MaskingOptions
+from federation.masking import MaskingOptions, TooFewSites, check_roster
 from federation.messages import ProtocolError
 from model.decoder import DecoderConfig
 from model.train import TrainOptions
@@ -124,16 +125,30 @@ class SecureAggregation:
     """How updates are summed so that nobody sees a single one.
 
     Attributes:
-        min_sites: a round begins with at least so many sites.
-        masking: how their sum is masked; `masking.threshold` sites must be left to unmask it, fewer learn nothing.
+        min_sites: the fewest sites that are summed.
+        masking: how; `masking.threshold` sites must stay to the end, fewer open nothing. `masking.max_weight` is the
+            most tokens (in private runs: patients) of a site and round; what is summed beside the update follows from
+            the run (`federation.summed`), so `masking.totals` is empty.
+        roster: the sites that may take part, with their public keys as `fedcomet site key` shows them.
     """
 
     min_sites: int
     masking: MaskingOptions
+    roster: Mapping[str, str]
 
     def __post_init__(self) -> None:
         if not 2 <= self.masking.threshold <= self.min_sites:
             raise ConfigError("secure_aggregation.masking.threshold must be at least 2, and min_sites at most.")
+        if self.min_sites > len(self.roster):
+            raise ConfigError(
+                f"secure_aggregation.min_sites is {self.min_sites}, but the roster has {len(self.roster)} sites."
+            )
+        if self.masking.totals:
+            raise ConfigError("secure_aggregation.masking.totals must be left out: they follow from the run.")
+        try:
+            check_roster(self.roster, self.masking.threshold)
+        except TooFewSites as problem:
+            raise ConfigError(f"secure_aggregation: {problem}") from None
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,8 @@ class PrepareReply:
     """A site's agreement to the manifest, and the size of its store.
 
     `fallbacks` counts the events whose code has no token of its own; which codes these are stays at the site. In a
-    private run only patients are counted; the other counts are 0.
+    private run only patients are counted; the other counts are 0. In a run with secure aggregation `splits` is empty
+    and `fallbacks` is 0.
     """
 
     kind: ClassVar[str] = "query.prepare.reply"
@@ -179,6 +180,20 @@ class EvaluateReply:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """In a run with secure aggregation: the update or the evaluation is made, and stays at the site until it is masked.
+
+    `request_digest` names what was asked. Nothing is told of what was found.
+    """
+
+    kind: ClassVar[str] = "kept"
+    site: str
+    manifest_hash: str
+    round: int
+    request_digest: str
+
+
+@dataclass(frozen=True)
 class Refusal:
     """The answer of a site that does not answer: who, and why in words that hold nothing about patients."""
 
@@ -188,7 +203,7 @@ class Refusal:
 
 
 Request = SurveyRequest | PrepareRequest | TrainRequest | EvaluateRequest
-Reply = SurveyReply | PrepareReply | TrainReply | EvaluateReply | Refusal
+Reply = SurveyReply | PrepareReply | TrainReply | EvaluateReply | Kept | Refusal
 Message = Request | Reply
 
 KINDS: Mapping[str, type[Any]] = {kind.kind: kind for kind in (*Request.__args__, *Reply.__args__)}

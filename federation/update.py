@@ -18,6 +18,8 @@ from model.decoder import Decoder, DecoderConfig
 from model.parallel import whole
 from tokenizer.errors import DataError
 
+_CHUNK = 1 << 18
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -91,3 +93,13 @@ def load_vector_(decoder: Decoder, vector: NDArray[np.float32]) -> None:
         part = np.array(vector[start : start + parameter.numel()], np.float32)
         parameter.copy_(torch.from_numpy(part).view_as(parameter))
         start += parameter.numel()
+
+
+def norm(vector: NDArray[np.float32]) -> float:
+    """Give the L2 norm of a vector [P], summed in float64 by chunks; not finite when a value is not."""
+    total = 0.0
+    with np.errstate(invalid="ignore"):
+        for start in range(0, vector.size, _CHUNK):
+            part = vector[start : start + _CHUNK].astype(np.float64)
+            total += float(part @ part)
+    return math.sqrt(total)

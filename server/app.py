@@ -11,6 +11,7 @@ that nobody who can start runs can point the coordinator at other files. Its req
 manifest lies in the run directory as `manifest.json`, for sites that want to see it before.
 """
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -25,9 +26,11 @@ from flwr.serverapp import Grid, ServerApp
 
 from federation.identity import Identity
 from federation.manifest import Manifest
-from federation.messages import ProtocolError, SurveyReply, SurveyRequest, is_site_name, printable
+from federation.masking import MaskingError
+from federation.messages import Kept, ProtocolError, SurveyReply, SurveyRequest, is_site_name, printable
 from federation.update import Layout
-from server.journal import Journal
+from server.journal import Journal, Phase
+from server.opening import open_sum
 from server.plan import FederationPlan
 from server.post import Post, Roster, TooFewSites, reason, site_name
 from server.rounds import TUNING, Answer, Event, Listener, Rounds
@@ -137,14 +140,20 @@ def coordinator_key(root: Path) -> Path:
 def _lead_round(rounds: Rounds, roster: Roster, post: Post, plan: FederationPlan) -> None:
     rounds.open()
     nodes = roster.sites()
+    request = rounds.request(post.deadline())
     if rounds.collecting:
         missing = rounds.missing(nodes)
-        request = rounds.request(post.deadline())
         for node, answer in post.ask([nodes[site] for site in missing], request, str(rounds.number)):
             rounds.receive(roster.name(node), answer)
         for site in rounds.missing(nodes):
             rounds.late(site)
-    rounds.aggregate()
+    opening = None
+    if rounds.masked and rounds.phase in (Phase.COLLECTING, Phase.TRAINING, Phase.UNMASKING):
+        try:
+            opening = open_sum(rounds.sum_of(request), nodes, rounds.ready(), post, rounds.unmask)
+        except MaskingError as problem:
+            raise rounds.fail(str(problem)) from None
+    rounds.aggregate(opening)
     every = plan.evaluate_every
     due = every > 0 and (rounds.number % every == 0 or rounds.number == plan.rounds)
     evaluation = rounds.evaluation(TUNING, post.deadline()) if due else None
@@ -153,7 +162,15 @@ def _lead_round(rounds: Rounds, roster: Roster, post: Post, plan: FederationPlan
         answers = dict.fromkeys(nodes)
         for node, answer in post.ask(list(nodes.values()), evaluation, str(rounds.number)):
             answers[roster.name(node)] = answer
-    rounds.score(evaluation, answers)
+    if rounds.masked and evaluation is not None:
+        kept = [site for site, answer in answers.items() if isinstance(answer, Kept)]
+        losses = rounds.sum_of(evaluation)
+        # An evaluation that fails costs a figure, not the round; the reason is in the ledger.
+        with contextlib.suppress(MaskingError):
+            open_sum(losses, nodes, kept, post)
+        rounds.score_sum(losses.entry)
+    else:
+        rounds.score(evaluation, answers)
     rounds.commit()
 
 

@@ -1,8 +1,9 @@
 """The coordinator's ledger: who took part, what every site answered in every round, and how far the run is.
 
 One SQLite file per run. Every method is one transaction that is on the disk when the method returns, so the run can be
-continued from whatever the ledger says after a crash at any instant. `fingerprint` covers everything but wall-clock
-columns: two runs with equal settings and equal answers have equal fingerprints, however often they were interrupted.
+continued from whatever the ledger says after a crash at any instant. `fingerprint` covers everything but times and
+the number of attempts: two runs with equal settings and equal answers have equal fingerprints, however often they were
+interrupted.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ from federation import canonical
 from federation.manifest import Manifest
 from tokenizer.errors import DataError
 
-SCHEMA = 1
+SCHEMA = 2
 """The version of the tables; a ledger of another version is refused."""
 
 
@@ -33,6 +34,7 @@ class Phase(StrEnum):
     ANNOUNCED = "announced"
     TRAINING = "training"
     COLLECTING = "collecting"
+    UNMASKING = "unmasking"
     AGGREGATED = "aggregated"
     EVALUATED = "evaluated"
     COMMITTED = "committed"
@@ -86,6 +88,38 @@ class ScoreEntry:
     reason: str = ""
     nll: float = 0.0
     tokens: int = 0
+
+
+@dataclass(frozen=True)
+class SumEntry:
+    """A masked sum of a round: updates ("train") or losses ("evaluate tuning"); nothing in it is of a single site.
+
+    Attributes:
+        round, purpose: which sum.
+        attempt: the last try, counted from 1.
+        stage: what sites are asked for, or "done".
+        collected_sha256: of the file with the masked sum; empty before it is whole.
+        sites: whose updates are in the sum, with commas between them; empty before it is open.
+        dropped: who dropped out of the last attempt, at which stage, and why.
+        reason: why the sum could not be opened, the last time that it could not.
+        weight, clipped, error: as in `server.unmask.Opening`.
+        tokens, steps, nll: summed over the sites; nll in nats.
+    """
+
+    round: int
+    purpose: str
+    attempt: int = 0
+    stage: str = ""
+    collected_sha256: str = ""
+    sites: str = ""
+    dropped: str = ""
+    reason: str = ""
+    weight: int = 0
+    clipped: int = 0
+    error: float = 0.0
+    tokens: int = 0
+    steps: int = 0
+    nll: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -161,7 +195,26 @@ class _Score(_Base):
     tokens: Mapped[int]
 
 
-_WALL_CLOCK = {"started_at", "changed_at", "received_at", "seconds"}
+class _Sum(_Base):
+    __tablename__ = "sum"
+    round: Mapped[int] = mapped_column(primary_key=True)
+    purpose: Mapped[str] = mapped_column(primary_key=True)
+    attempt: Mapped[int]
+    stage: Mapped[str]
+    collected_sha256: Mapped[str]
+    sites: Mapped[str]
+    dropped: Mapped[str]
+    reason: Mapped[str]
+    weight: Mapped[int]
+    clipped: Mapped[int]
+    error: Mapped[float]
+    tokens: Mapped[int]
+    steps: Mapped[int]
+    nll: Mapped[float]
+
+
+# Times, and what follows from fresh keys or from how often something was interrupted.
+_NOT_IN_FINGERPRINT = {"started_at", "changed_at", "received_at", "seconds", "attempt", "collected_sha256"}
 
 
 class Journal:
@@ -280,8 +333,28 @@ class Journal:
             rows = session.scalars(select(_Reply).where(_Reply.round == number).order_by(_Reply.site))
             return [_reply_entry(row) for row in rows]
 
+    def note_sum(self, entry: SumEntry) -> None:
+        """Note how far a masked sum is."""
+        with self._transaction() as session:
+            session.merge(_Sum(**asdict(entry)))
+
+    def sum(self, number: int, purpose: str) -> SumEntry | None:
+        """Give a masked sum's entry, if it was begun."""
+        return next((entry for entry in self.sums(purpose) if entry.round == number), None)
+
+    def sums(self, purpose: str) -> list[SumEntry]:
+        """Give the masked sums for a purpose, by round."""
+        with Session(self._engine) as session:
+            rows = session.scalars(select(_Sum).where(_Sum.purpose == purpose).order_by(_Sum.round))
+            return [SumEntry(**{name: getattr(row, name) for name in SumEntry.__dataclass_fields__}) for row in rows]
+
     def work(self, until: int) -> Work:
-        """Sum the work behind the accepted updates of the rounds up to and with `until`."""
+        """Sum the work behind the updates of the rounds up to and with `until`, accepted or in masked sums."""
+        sums_until = [entry for entry in self.sums("train") if entry.round <= until and entry.sites]
+        if sums_until:
+            names = {site for entry in sums_until for site in entry.sites.split(",")}
+            tokens, steps = (sum(getattr(entry, name) for entry in sums_until) for name in ("tokens", "steps"))
+            return Work(tokens, steps, len(names))
         sums = select(func.sum(_Reply.tokens), func.sum(_Reply.steps), func.count(_Reply.site.distinct()))
         with Session(self._engine) as session:
             rows = session.execute(sums.where(_Reply.round <= until, _Reply.status == Status.ACCEPTED))
@@ -309,6 +382,9 @@ class Journal:
             if entry.split == split and entry.tokens > 0:
                 nll, tokens = sums.get(entry.round, (0.0, 0))
                 sums[entry.round] = (nll + entry.nll, tokens + entry.tokens)
+        for masked in self.sums(f"evaluate {split}"):
+            if masked.tokens > 0:
+                sums[masked.round] = masked.nll, masked.tokens
         return {number: nll / tokens for number, (nll, tokens) in sums.items()}
 
     def fingerprint(self) -> str:
@@ -346,5 +422,5 @@ def _reply_entry(row: _Reply) -> ReplyEntry:
 
 
 def _content(row: Mapping[Any, Any]) -> dict[str, Any]:
-    kept = {str(key): value for key, value in row.items() if key not in _WALL_CLOCK}
+    kept = {str(key): value for key, value in row.items() if key not in _NOT_IN_FINGERPRINT}
     return {key: value.hex() if isinstance(value, bytes) else value for key, value in kept.items()}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from federation import canonical, protection
 from federation.accountant import epsilon
-from federation.manifest import LocalWork, Manifest, OuterOptions, Privacy, software_version
+from federation.manifest import LocalWork, Manifest, OuterOptions, Privacy, SecureAggregation, software_version
 from federation.messages import ProtocolError
 from federation.planner import noise_for
 from federation.update import Layout
@@ -86,6 +86,10 @@ class FederationPlan:
         purposes: the questions that the trained model will be asked.
         privacy: private training. The sites' losses then stay where they are, so no round is evaluated and the last
             one counts as the best; the gradient as a whole is not clipped, and there is no dropout.
+        secure_aggregation: how updates and losses are summed under masks, and among whom; without, they are told in
+            clear.
+        stage_deadline_s: how long sites have for an answer in a masked sum, which needs no training; such a sum asks
+            five times. At most `deadline_s`.
         codebook: a fixed codebook's bytes; without, one is built from the sites' surveys.
     """
 
@@ -108,6 +112,8 @@ class FederationPlan:
     max_norm: float | None = None
     purposes: tuple[str, ...] = ()
     privacy: PrivacyPlan | None = None
+    secure_aggregation: SecureAggregation | None = None
+    stage_deadline_s: float = 600.0
     codebook: bytes | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -118,6 +124,7 @@ class FederationPlan:
             "expect_sites must not be negative": self.expect_sites >= 0,
             "join_s must not be negative": self.join_s >= 0,
             "deadline_s must be above 0": self.deadline_s > 0,
+            "stage_deadline_s must be above 0": self.stage_deadline_s > 0,
             "evaluate_every must not be negative": self.evaluate_every >= 0,
             "max_norm must be above 0": self.max_norm is None or self.max_norm > 0,
         }
@@ -160,6 +167,7 @@ class FederationPlan:
             max_norm=self.max_norm,
             purposes=self.purposes,
             privacy=privacy,
+            secure_aggregation=self.secure_aggregation,
             software=software_version(),
         )
         try:

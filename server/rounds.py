@@ -13,12 +13,13 @@ from typing import Protocol
 
 import numpy as np
 
-from federation import protection
+from federation import masking, protection
 from federation.manifest import Manifest
 from federation.messages import (
     DeliveryError,
     EvaluateReply,
     EvaluateRequest,
+    Kept,
     ProtocolError,
     Refusal,
     Reply,
@@ -27,8 +28,11 @@ from federation.messages import (
     Vector,
     printable,
 )
+from federation.update import norm
 from server.aggregate import GlobalState, outer_step
-from server.journal import Journal, Phase, ReplyEntry, ScoreEntry, Status, Work
+from server.journal import Journal, Phase, ReplyEntry, ScoreEntry, Status, SumEntry, Work
+from server.sums import MaskedSum, SumStore
+from server.unmask import Opening
 from tokenizer.errors import FedcometError
 
 TUNING = "tuning"
@@ -54,11 +58,11 @@ class Event:
 
 
 Listener = Callable[[Event], None]
-Answer = Reply | ProtocolError
+Answer = Reply | masking.Reply | ProtocolError
 """What came back for a request: a reply, or why it could not be read."""
 
 
-class Store(Protocol):
+class Store(SumStore, Protocol):
     """Where the engine keeps vectors; each method returns when the bytes are on the disk."""
 
     def keep_update(self, number: int, site: str, update: Vector) -> str:
@@ -103,6 +107,11 @@ class Rounds:
         return self.number > self.manifest.rounds
 
     @property
+    def masked(self) -> bool:
+        """Tell whether sites' updates and losses are only ever seen as sums."""
+        return self.manifest.secure_aggregation is not None
+
+    @property
     def phase(self) -> Phase | None:
         """The open round's phase, or none before it is announced."""
         entry = self._journal.round(self.number)
@@ -120,7 +129,7 @@ class Rounds:
             if self.phase is None:
                 self._journal.enter(self.number, Phase.ANNOUNCED)
             self._tell("round.announced")
-        else:
+        elif self.phase is not Phase.UNMASKING:
             self._state = self._load(self.number)
 
     def missing(self, sites: Iterable[str]) -> list[str]:
@@ -141,7 +150,7 @@ class Rounds:
 
         An answer of an earlier round, which was late then, is passed over.
         """
-        if isinstance(answer, TrainReply) and answer.round < self.number:
+        if isinstance(answer, TrainReply | Kept) and answer.round < self.number:
             return Status.LATE
         decided = {entry.site: entry.status for entry in self._journal.replies(self.number)}
         if site in decided:
@@ -149,7 +158,7 @@ class Rounds:
         if self.phase is Phase.TRAINING:
             self._journal.enter(self.number, Phase.COLLECTING)
         reason = printable(self._objection(site, answer))
-        if reason or not isinstance(answer, TrainReply):
+        if reason or not isinstance(answer, TrainReply | Kept):
             status = _bad(answer)
             self._journal.note_reply(ReplyEntry(self.number, site, status, reason))
             self._tell(f"update.{status}", site, reason)
@@ -162,23 +171,64 @@ class Rounds:
         self._journal.note_reply(ReplyEntry(self.number, site, Status.LATE, "no answer before the deadline"))
         self._tell("update.late", site, "no answer before the deadline")
 
-    def aggregate(self) -> None:
-        """Apply the accepted updates to the global weights, and keep the result.
+    def ready(self) -> list[str]:
+        """Give the sites, by name, that have kept an update of the open round, to be summed under masks.
+
+        Raises:
+            RoundFailed: they are too few.
+        """
+        return [entry.site for entry in self._accepted()]
+
+    def sum_of(self, request: TrainRequest | EvaluateRequest) -> MaskedSum:
+        """Give the masked sum of what sites have kept for a request of the open round."""
+        purpose: masking.Purpose = "train"
+        if isinstance(request, EvaluateRequest):
+            purpose = "evaluate tuning" if request.split == TUNING else "evaluate held_out"
+
+        def dropped(site: str, reason: str) -> None:
+            self._tell("sum.dropped", site, reason)
+
+        where = self.number, purpose
+        return MaskedSum(self.manifest, where, request.digest, self._journal, self._store, dropped)
+
+    def unmask(self) -> None:
+        """Note that sites are asked to sign and open the sum of the round: no more updates are taken."""
+        if self.phase is Phase.COLLECTING:
+            self._journal.enter(self.number, Phase.UNMASKING)
+
+    def aggregate(self, opening: Opening | None = None) -> None:
+        """Apply the accepted updates, or their opened sum, to the global weights, and keep the result.
 
         Raises:
             RoundFailed: fewer than `min_sites` updates were accepted.
         """
         if self.phase in (Phase.AGGREGATED, Phase.EVALUATED):
             return
-        replies = self._journal.replies(self.number)
-        accepted = [entry for entry in replies if entry.status is Status.ACCEPTED]
-        if len(accepted) < max(1, self.manifest.min_sites):
-            raise RoundFailed(self._failure(len(accepted), replies))
+        if opening is not None:
+            state = outer_step(self._state, [opening.mean], [1.0], self.manifest.outer)
+            entry = self._journal.sum(self.number, "train") or SumEntry(self.number, "train")
+            self._keep(state, {"sites": len(opening.sites), **self._told(entry.tokens, entry.nll)})
+            return
+        accepted = self._accepted()
         updates = [self._store.update(self.number, entry.site, entry.update_sha256) for entry in accepted]
         by_tokens = self.manifest.outer.weights == "tokens"
         shares = [float(entry.tokens) if by_tokens else 1.0 for entry in accepted]
         state = outer_step(self._state, updates, shares, self.manifest.outer)
-        if not math.isfinite(_norm(state.weights)):
+        self._keep(state, {"sites": len(accepted), **self._summary(accepted)})
+
+    def _accepted(self) -> list[ReplyEntry]:
+        """The good answers of the open round, if they are enough."""
+        replies = self._journal.replies(self.number)
+        accepted = [entry for entry in replies if entry.status is Status.ACCEPTED]
+        masked = self.manifest.secure_aggregation
+        least = max(1, self.manifest.min_sites, 0 if masked is None else masked.min_sites)
+        if len(accepted) < least:
+            raise RoundFailed(self._failure(len(accepted), least, replies))
+        return accepted
+
+    def _keep(self, state: GlobalState, told: Mapping[str, float]) -> None:
+        """Keep the weights that a round came to."""
+        if not math.isfinite(norm(state.weights)):
             raise RoundFailed(f"Round {self.number} would make the global weights infinite; set max_norm in a new run.")
         work = self._journal.work(self.number)
         if self.manifest.privacy is not None:
@@ -186,7 +236,7 @@ class Rounds:
         sha256 = self._store.save(self.number, state, work)
         self._state = state
         self._journal.enter(self.number, Phase.AGGREGATED, sha256)
-        self._tell("round.aggregated", values={"sites": len(accepted), **self._summary(accepted)})
+        self._tell("round.aggregated", values=told)
 
     def evaluation(self, split: str, deadline_s: float) -> EvaluateRequest | None:
         """Give the request that evaluates the round's new weights; none when that was done before a crash.
@@ -211,6 +261,22 @@ class Rounds:
             loss = sum(entry.nll for entry in entries) / tokens if tokens else math.nan
             self._tell("round.evaluated", values={"tokens": tokens, "loss": loss})
 
+    def score_sum(self, entry: SumEntry) -> None:
+        """Note that the round is evaluated, by a masked sum; one that could not be opened tells no loss."""
+        if self.phase is Phase.EVALUATED:
+            return
+        self._journal.note_scores([], self.number)
+        loss = entry.nll / entry.tokens if entry.tokens else math.nan
+        self._tell("round.evaluated", text=entry.reason, values={"tokens": entry.tokens, "loss": loss})
+
+    def fail(self, reason: str) -> RoundFailed:
+        """Tell that the open round can't be summed, and give the error that says so."""
+        self._tell("sum.failed", text=reason)
+        return RoundFailed(
+            f"Round {self.number} could not be summed: {reason} Once the sites can answer, start the same run again: "
+            "it continues with this round."
+        )
+
     def commit(self) -> None:
         """Close the open round; what is not needed any more is dropped after that."""
         self._journal.enter(self.number, Phase.COMMITTED)
@@ -228,7 +294,11 @@ class Rounds:
         entry = self._journal.round(number)
         return self._store.load(number, entry.checkpoint_sha256 if entry else "")
 
-    def _accept(self, site: str, reply: TrainReply) -> None:
+    def _accept(self, site: str, reply: TrainReply | Kept) -> None:
+        if isinstance(reply, Kept):
+            self._journal.note_reply(ReplyEntry(self.number, site, Status.ACCEPTED))
+            self._tell("update.accepted", site)
+            return
         sha256 = self._store.keep_update(self.number, site, reply.update)
         entry = ReplyEntry(
             self.number,
@@ -238,7 +308,7 @@ class Rounds:
             tokens=reply.tokens,
             steps=reply.steps,
             loss=reply.loss,
-            norm=_norm(reply.update),
+            norm=norm(reply.update),
             bytes=reply.update.nbytes,
             seconds=reply.seconds,
         )
@@ -248,10 +318,10 @@ class Rounds:
 
     def _summary(self, entries: list[ReplyEntry]) -> dict[str, float]:
         """What updates were made of: tokens and their mean loss, or the patients that private steps drew on average."""
-        weight = sum(entry.tokens for entry in entries)
-        if self.manifest.privacy is not None:
-            return {"patients": weight}
-        return {"tokens": weight, "loss": sum(entry.loss * entry.tokens for entry in entries) / weight}
+        return self._told(sum(entry.tokens for entry in entries), sum(entry.loss * entry.tokens for entry in entries))
+
+    def _told(self, weight: int, nll: float) -> dict[str, float]:
+        return {"patients": weight} if self.manifest.privacy is not None else {"tokens": weight, "loss": nll / weight}
 
     def _objection(self, site: str, answer: Answer) -> str:
         """Say why an answer can't be used; empty when it can."""
@@ -261,11 +331,14 @@ class Rounds:
             return f"the answer names site {answer.site}, but came from {site}"
         if isinstance(answer, Refusal):
             return answer.reason
-        if not isinstance(answer, TrainReply):
-            return f"a {answer.kind} came in the place of a {TrainReply.kind}"
+        wanted = Kept if self.masked else TrainReply
+        if not isinstance(answer, wanted):
+            return f"a {answer.kind} came in the place of a {wanted.kind}"
+        if isinstance(answer, Kept):
+            return self._wrong_belonging(answer)
         return self._wrong_belonging(answer) or self._wrong_work(answer) or self._wrong_update(answer.update)
 
-    def _wrong_belonging(self, reply: TrainReply) -> str:
+    def _wrong_belonging(self, reply: TrainReply | Kept) -> str:
         if reply.manifest_hash != self.manifest.hash:
             return f"it belongs to run {reply.manifest_hash:.80}, this is {self.manifest.hash}"
         if reply.round != self.number:
@@ -289,13 +362,13 @@ class Rounds:
     def _wrong_update(self, update: Vector) -> str:
         if update.shape != (self._size,):
             return f"the update has shape {update.shape}, the model has {self._size} parameters"
-        norm = _norm(update)
-        if not math.isfinite(norm):
+        length = norm(update)
+        if not math.isfinite(length):
             wrong = int(update.size - np.count_nonzero(np.isfinite(update)))
             return f"the update holds {wrong} values that are not finite"
         limit = self.manifest.max_norm
-        if limit is not None and norm > limit:
-            return f"the update's norm {norm:.6g} is above the agreed {limit:.6g}"
+        if limit is not None and length > limit:
+            return f"the update's norm {length:.6g} is above the agreed {limit:.6g}"
         return ""
 
     def _score(self, site: str, request: EvaluateRequest, digest: str, answer: Answer | None) -> ScoreEntry:
@@ -309,11 +382,11 @@ class Rounds:
             return ScoreEntry(*head, Status.MALFORMED, "it does not answer this evaluation")
         return ScoreEntry(*head, Status.ACCEPTED, "", answer.nll, answer.tokens)
 
-    def _failure(self, accepted: int, replies: list[ReplyEntry]) -> str:
+    def _failure(self, accepted: int, least: int, replies: list[ReplyEntry]) -> str:
         reasons = [f"{e.site}: {e.status}, {e.reason}" for e in replies if e.status is not Status.ACCEPTED]
         told = "; ".join(reasons) or "no site answered"
         return (
-            f"Round {self.number} has {accepted} usable updates, at least {max(1, self.manifest.min_sites)} are "
+            f"Round {self.number} has {accepted} usable updates, at least {least} are "
             f"needed ({told}). Once the sites can answer, start the same run again: it continues with this round."
         )
 
@@ -329,13 +402,3 @@ def _bad(answer: Answer) -> Status:
     if isinstance(answer, DeliveryError):
         return Status.FAILED
     return Status.REFUSED if isinstance(answer, Refusal) else Status.MALFORMED
-
-
-def _norm(update: Vector) -> float:
-    """The L2 norm, summed in float64 by chunks; not finite when a value is not."""
-    total = 0.0
-    with np.errstate(invalid="ignore"):
-        for start in range(0, update.size, 1 << 18):
-            part = update[start : start + (1 << 18)].astype(np.float64)
-            total += float(part @ part)
-    return math.sqrt(total)

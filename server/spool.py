@@ -1,6 +1,7 @@
 """The files of a run directory: accepted updates of the open round, checkpoints of the last rounds.
 
     plan.json  codebook.json  manifest.json  ledger.sqlite
+    rounds/0007/train.sum             the masked sum of a round, until the next round is open
     rounds/0007/<site>.f32            raw little-endian float32 [P], until the next round is open
     checkpoints/0007.safetensors      decoder, outer momentum, and what they belong to
 
@@ -8,6 +9,7 @@ Every file appears whole or not at all, and the ledger points at it only afterwa
 """
 
 import hashlib
+import json
 import shutil
 from collections.abc import Collection
 from dataclasses import asdict
@@ -15,7 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
+from federation import canonical
 from federation.manifest import Manifest, software_version
 from federation.messages import Vector
 from federation.update import to_decoder, to_vector
@@ -23,6 +28,7 @@ from model import checkpoint
 from model.decoder import Decoder, preset_of
 from server.aggregate import GlobalState
 from server.journal import Work
+from server.unmask import Collected
 from tokenizer import durable
 from tokenizer.errors import DataError
 
@@ -56,6 +62,27 @@ class Spool:
             raise DataError(f"{path}: the file has changed since the update was accepted.")
         vector: Vector = np.memmap(path, "<f4", "r").astype(np.float32, copy=False)
         return vector
+
+    def keep_sum(self, number: int, purpose: str, collected: Collected) -> str:
+        """Keep a sum with all masks on, and give the sha256 of its file."""
+        header = {name: value for name, value in vars(collected).items() if name != "words"}
+        path = self._sum_path(number, purpose)
+        with durable.file(path) as aside:
+            save_file({"words": collected.words}, aside, {"header": canonical.encode(header).decode()})
+        return _sha256(path)
+
+    def collected(self, number: int, purpose: str, sha256: str) -> Collected:
+        """Give back a kept sum.
+
+        Raises:
+            DataError: the file is gone or has changed.
+        """
+        path = self._sum_path(number, purpose)
+        if _sha256(path) != sha256:
+            raise DataError(f"{path}: the masked sum has changed since the ledger noted it; restore it from a copy.")
+        with safe_open(path, "np") as file:
+            header, words = json.loads(file.metadata()["header"]), np.array(file.get_tensor("words"))
+        return canonical.build(Collected, {**header, "words": words}, str(path), DataError)
 
     def save(self, number: int, state: GlobalState, work: Work) -> str:
         """Keep the state after a round as a checkpoint with its provenance, and give the sha256 of its file."""
@@ -104,6 +131,9 @@ class Spool:
                 _remove(path)
         for path in (self._dir / "rounds").glob("*/*.partial"):
             _remove(path)
+
+    def _sum_path(self, number: int, purpose: str) -> Path:
+        return self._dir / "rounds" / f"{number:04d}" / f"{purpose.replace(' ', '-')}.sum"
 
     def _update_path(self, number: int, site: str) -> Path:
         return self._dir / "rounds" / f"{number:04d}" / f"{site}.f32"

@@ -8,7 +8,7 @@ coordinator that was killed is rebuilt by giving it the same again.
 """
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import TypeVar
@@ -94,17 +94,74 @@ class Opening:
     error: float
 
 
+@dataclass(frozen=True, eq=False)
+class Collected:
+    """A sum whose masked updates have all come: what must outlive a crash from then on.
+
+    Attributes:
+        keys, shares: the replies of the first two stages.
+        summed: whose masked updates are in the sum.
+        totals: the sum of the masked totals, each modulo 2⁶⁴.
+        words: the sum of the masked updates, [P]; all masks are still on it.
+    """
+
+    keys: tuple[Keys, ...]
+    shares: tuple[Shares, ...]
+    summed: tuple[str, ...]
+    totals: tuple[int, ...]
+    words: Words
+
+
 class Unmasking:
     """One sum, from the first key to the mean."""
 
-    def __init__(self, agreement: Agreement) -> None:
+    def __init__(self, agreement: Agreement, least: int = 0) -> None:
+        """Begin with the keys.
+
+        Args:
+            agreement: what is summed.
+            least: the fewest sites that may be summed; the threshold where it is smaller.
+        """
         self.stage = Stage.KEYS
-        self._agreement = agreement
+        self._agreement, self._least = agreement, least
         self._asked = tuple(sorted(agreement.roster))
         self._replies: dict[Stage, dict[str, Reply]] = {stage: {} for stage in _REPLIES}
         self._keyring, self._transcript = "", ""
         self._words: Words | None = None
         self._totals = np.zeros(len(agreement.numbers.totals), np.uint64)
+
+    @classmethod
+    def resume(cls, agreement: Agreement, collected: Collected) -> "Unmasking":
+        """Go on with a sum after its masked updates came: with the signatures."""
+        self = cls(agreement)
+        self._replies[Stage.KEYS] = {reply.site: reply for reply in collected.keys}
+        self._replies[Stage.SHARES] = {reply.site: reply for reply in collected.shares}
+        nothing = np.empty(0, agreement.numbers.dtype)
+        self._keyring = keyring_of(agreement, collected.keys)
+        self._replies[Stage.MASKED] = {
+            site: Masked(site, agreement.digest, self._keyring, (), nothing) for site in collected.summed
+        }
+        self._words, self._totals = collected.words, np.array(collected.totals, np.uint64)
+        self._transcript = transcript_of(self._keyring, self._answered(Stage.SHARES), collected.summed)
+        self._asked, self.stage = collected.summed, Stage.CONSENT
+        return self
+
+    def collected(self) -> Collected:
+        """Give what `resume` needs, between the masked updates and the opening.
+
+        Raises:
+            OutOfTurn: they have not come yet, or the sum was opened.
+        """
+        if self.stage is not Stage.CONSENT or self._words is None:
+            raise OutOfTurn("A sum is kept when its masked updates have come.")
+        summed, totals = self._answered(Stage.MASKED), tuple(self._totals.tolist())
+        return Collected(tuple(self._of(Keys)), tuple(self._of(Shares)), summed, totals, self._words)
+
+    def leave_out(self, sites: Collection[str]) -> None:
+        """Ask none but these sites; in the first stage only."""
+        if self.stage is not Stage.KEYS:
+            raise OutOfTurn("Sites are left out before the first keys.")
+        self._asked = tuple(site for site in self._asked if site in sites)
 
     @property
     def asked(self) -> tuple[str, ...]:
@@ -166,11 +223,14 @@ class Unmasking:
         if self.stage is Stage.DONE:
             raise OutOfTurn("The sum is open; no stage is left.")
         answered, threshold = self._answered(self.stage), self._agreement.options.threshold
+        if self.stage in (Stage.KEYS, Stage.SHARES, Stage.MASKED):
+            threshold = max(threshold, self._least)
         if len(answered) < threshold:
             missing = ", ".join(sorted(set(self._agreement.roster) - set(answered)))
+            place = self._agreement.place
             raise TooFewSites(
-                f"Round {self._agreement.place.round}, attempt {self._agreement.place.attempt}: {len(answered)} sites gave "
-                f"{self.stage.value}, {threshold} must. Missing: {missing}. {self._way_out()}"
+                f"Round {place.round}, attempt {place.attempt}: {len(answered)} sites gave {self.stage.value}, "
+                f"{threshold} must. Missing: {missing}. {self._way_out()}"
             )
         if self.stage is Stage.KEYS:
             self._keyring = keyring_of(self._agreement, self._of(Keys))

@@ -15,13 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from client.site import SiteFiles
-from federation.manifest import LocalWork, OuterOptions
+from federation.manifest import LocalWork, OuterOptions, SecureAggregation
+from federation.masking import MaskingOptions
 from model.train import TrainOptions
 from server.app import Outcome
 from server.plan import FederationPlan, PrivacyPlan
 from server.rounds import Event
 from simulation.config import Study
-from simulation.engine import run_federation
+from simulation.engine import roster_of, run_federation
 from simulation.pool import Pool
 from tokenizer.codebook import TokenizerOptions
 from tokenizer.errors import FedcometError
@@ -96,7 +97,8 @@ def _train_federated(
 
     progress = _Progress(FEDERATED, study.training.rounds, len(sites), watch)
     try:
-        outcome = run_federation(_plan(study, FEDERATED), sites, folder, pool, listen)
+        plan = _plan(study, FEDERATED, secure_aggregation=_summing(study, sites))
+        outcome = run_federation(plan, sites, folder, pool, listen)
         if not ready.done():  # every round was committed before
             ready.set_result((folder / "codebook.json").read_bytes())
     except BaseException as error:
@@ -119,6 +121,17 @@ def _train_single(study: Study, arm: Arm, codebook: bytes, share: int, pool: Poo
             raise
         # A site that can't train by itself (no patients, broken records) takes nothing from the others.
         return replace(arm, failure=str(error))
+
+
+def _summing(study: Study, sites: Sequence[SiteFiles]) -> SecureAggregation | None:
+    """How a study's federated arm sums, among all of its sites."""
+    if (chosen := study.secure_aggregation) is None:
+        return None
+    threshold = chosen.threshold or 2 * len(sites) // 3 + 1
+    train = study.training
+    most = chosen.max_weight or (train.local_steps or 0) * train.batch_tokens
+    masking = MaskingOptions(threshold, chosen.clip, most, chosen.precision_bits)
+    return SecureAggregation(chosen.min_sites or threshold, masking, roster_of(sites))
 
 
 class _Progress:

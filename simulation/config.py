@@ -161,6 +161,21 @@ class Privacy(_Section):
         return self
 
 
+class Summing(_Section):
+    """Secure aggregation in the federated arm: of updates and losses only sums are seen; docs/secure-aggregation.md.
+
+    `threshold` sites must stay to the end of a round's sum (when not given: more than two thirds), and `min_sites` be
+    in it (`threshold`). Values of an update beyond `clip` count as that. `max_weight` is the most tokens (in private
+    runs: patients) of a site in a round; with `local_steps`, it follows from these.
+    """
+
+    threshold: Annotated[int, Field(ge=2)] | None = None
+    min_sites: Annotated[int, Field(ge=2)] | None = None
+    clip: Annotated[float, Field(gt=0.0)] = 1.0
+    max_weight: _Positive | None = None
+    precision_bits: Annotated[int, Field(ge=1, le=44)] = 20
+
+
 class Question(_Section):
     """A question that rollouts answer; see model/tasks.py."""
 
@@ -197,6 +212,7 @@ class Study(_Section):
     model: Model = Model()
     training: Training
     privacy: Privacy | None = None
+    secure_aggregation: Summing | None = None
     arms: tuple[Arm, ...] = ("federated",)
     task: tuple[Question, ...]
     evaluation: Evaluation = Evaluation()
@@ -209,6 +225,12 @@ class Study(_Section):
             raise ValueError('arms: "federated" can\'t be left out; it makes the codebook that all arms share')
         if self.privacy is not None and self.model.dropout:
             raise ValueError("model.dropout: private steps have none; take it out, or [privacy]")
+        follows = self.training.local_steps is not None and self.privacy is None
+        if self.secure_aggregation is not None and self.secure_aggregation.max_weight is None and not follows:
+            raise ValueError(
+                "secure_aggregation.max_weight is missing: the most tokens (in private runs: patients) of a site in a "
+                "round"
+            )
         if not self.task:
             raise ValueError("task: ask at least one question in a [[task]] table")
         names = [task.name for task in self.task]

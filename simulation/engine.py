@@ -15,8 +15,10 @@ from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
+from client.approval import site_key
 from client.site import SiteFiles
 from federation import flower
+from federation.identity import Identity
 from server.app import Outcome, coordinate
 from server.plan import FederationPlan
 from server.rounds import Event
@@ -45,6 +47,11 @@ def run_federation(
     grid = LocalGrid(pool, sites)
     waits = replace(plan, expect_sites=0, join_s=0.0)
     return coordinate(grid, run_dir, waits, listen=on_event, pause=grid.wait)
+
+
+def roster_of(sites: Sequence[SiteFiles]) -> dict[str, str]:
+    """Give the public keys of sites by name, for a run with secure aggregation; keys are made where there are none."""
+    return {site.name: Identity.at(site_key(site.state)).public for site in sites}
 
 
 def play(site: SiteFiles, node: int, message: Message) -> Message:

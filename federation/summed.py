@@ -1,0 +1,110 @@
+"""What a run with secure aggregation sums, as its manifest alone says: both sides derive the same `Agreement` from it.
+
+An update counts by the tokens it was made of (in private runs: by the patients that were drawn on average), or all
+count the same; tokens, steps and losses ride in the same sum. An evaluation is a sum of its own, of losses and tokens
+only. Checks that need a single update are made here too, for the site to make: the coordinator sees none.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from federation.fixed_point import Total
+from federation.manifest import Manifest, SecureAggregation
+from federation.masking import Agreement, MaskingOptions, Place
+from federation.messages import EvaluateReply, ProtocolError, TrainReply, Vector
+from federation.update import norm
+
+TOKENS, STEPS, LOSS = "tokens", "steps", "loss"
+"""The totals: targets, optimizer steps, and the sum of negative log-likelihoods in nats."""
+
+_MOST_LOSS = 64.0  # nats per target: far above a model that knows nothing; what is more counts as that
+_MOST_STEPS = 2**31
+_MOST_EVALUATED = 2**34  # targets of a split
+
+
+@dataclass(frozen=True, eq=False)
+class Summand:
+    """What one site adds to a sum: a vector float32 [P], its weight, and the totals."""
+
+    vector: Vector
+    weight: int
+    totals: Mapping[str, float]
+
+
+def aggregation_of(manifest: Manifest) -> SecureAggregation:
+    """Give how a run's updates are summed.
+
+    Raises:
+        ProtocolError: they are told in clear.
+    """
+    if manifest.secure_aggregation is None:
+        raise ProtocolError(f"Run {manifest.hash} has no secure aggregation.")
+    return manifest.secure_aggregation
+
+
+def agreement_of(manifest: Manifest, place: Place, work: str) -> Agreement:
+    """Give what a sum is about.
+
+    Args:
+        manifest: the run.
+        place: which of its sums.
+        work: digest of the request whose answers are summed.
+
+    Raises:
+        ProtocolError: the run has no such sum.
+    """
+    chosen = aggregation_of(manifest)
+    if place.manifest_hash != manifest.hash or not 1 <= place.round <= manifest.rounds or place.attempt < 1:
+        raise ProtocolError(f"Run {manifest.hash} has no sum for round {place.round}, attempt {place.attempt}.")
+    training = place.purpose == "train"
+    options = _of_updates(manifest, chosen.masking) if training else _of_losses(chosen)
+    size = manifest.model.parameters() if training else 1
+    return Agreement(place, work, size, chosen.roster, options)
+
+
+def update_of(manifest: Manifest, reply: TrainReply) -> Summand:
+    """Give what a round's work adds to the sum; the vector is the reply's own."""
+    loss = min(reply.loss, _MOST_LOSS) * reply.tokens
+    weight = reply.tokens if manifest.outer.weights == "tokens" else 1
+    return Summand(reply.update, weight, {TOKENS: reply.tokens, STEPS: reply.steps, LOSS: loss})
+
+
+def score_of(reply: EvaluateReply) -> Summand:
+    """Give what an evaluation adds to the sum."""
+    loss = min(reply.nll, _MOST_LOSS * reply.tokens)
+    return Summand(np.zeros(1, np.float32), 1, {TOKENS: reply.tokens, LOSS: loss})
+
+
+def objection(manifest: Manifest, reply: TrainReply) -> str:
+    """Say why a site's own update must not go into a sum; empty when it may. The text tells no figure of the site."""
+    most, limit = aggregation_of(manifest).masking.max_weight, manifest.max_norm
+    if not 1 <= reply.tokens <= most:
+        return f"its weight is beyond masking.max_weight = {most}; agree on a greater one in a new run"
+    length = norm(reply.update)
+    if not np.isfinite(length):
+        return "it holds values that are not finite"
+    if limit is not None and length > limit:
+        return f"its norm is above the agreed {limit:.6g}"
+    return ""
+
+
+def _of_updates(manifest: Manifest, options: MaskingOptions) -> MaskingOptions:
+    most = options.max_weight
+    totals = (
+        Total(TOKENS, most),
+        Total(STEPS, _MOST_STEPS),
+        # The step grows with the greatest weight, so that any number of sites fits; of a mean loss it is 2^-24 nats
+        # for sites of that weight.
+        Total(LOSS, _MOST_LOSS * most, most * 2.0**-24),
+    )
+    weight = most if manifest.outer.weights == "tokens" else 1
+    return replace(options, max_weight=weight, totals=totals)
+
+
+def _of_losses(chosen: SecureAggregation) -> MaskingOptions:
+    most = _MOST_LOSS * _MOST_EVALUATED
+    step = 2.0**-12 * len(chosen.roster)
+    totals = (Total(TOKENS, _MOST_EVALUATED), Total(LOSS, most, step))
+    return replace(chosen.masking, clip=1.0, max_weight=1, totals=totals)
