@@ -10,6 +10,7 @@ from client.policy import Broken, Policy
 from federation import protection
 from federation.accountant import epsilon
 from federation.manifest import Manifest, Privacy
+from federation.summed import update_bytes
 from model.decoder import DecoderConfig
 
 
@@ -55,7 +56,7 @@ def _what_runs(asked: Asked) -> list[tuple[str, str]]:
 
 
 def _what_leaves(manifest: Manifest) -> list[tuple[str, str]]:
-    rounds, size = manifest.rounds, manifest.model.parameters() * 4
+    rounds, size = manifest.rounds, update_bytes(manifest)
     floor = manifest.tokenizer.min_patients
     masked = manifest.secure_aggregation
     if masked is None:
@@ -72,6 +73,9 @@ def _what_leaves(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def _sizes_and_figures(manifest: Manifest) -> list[tuple[str, str]]:
+    if manifest.secure_aggregation is not None:
+        what = "tokens, steps and losses" if manifest.privacy is None else "steps and drawn patients"
+        return [("sizes and figures", f"none of this site by itself: {what} go into the sums")]
     if manifest.privacy is not None:
         return [("sizes, once", "exact numbers of patients per split; no loss and no count of tokens or events")]
     return [

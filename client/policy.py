@@ -23,6 +23,7 @@ from federation.accountant import Mechanism, epsilon
 from federation.identity import is_public_key
 from federation.manifest import Manifest
 from federation.messages import EvaluateRequest, PrepareRequest, Request, SiteRefusal, SurveyRequest, TrainRequest
+from federation.summed import update_bytes
 from tokenizer.errors import ConfigError
 from tokenizer.noisy_survey import SurveyPrivacy
 from tokenizer.settings import explain
@@ -349,7 +350,7 @@ class Policy(_Section):
         yield from _above("work.max_parameters", "the model's parameters", parameters, rules.max_parameters)
         if manifest.train.optimizer not in rules.optimizers:
             yield Broken("work.optimizers", f"{manifest.train.optimizer!r} is not among them")
-        update = parameters * 4
+        update = update_bytes(manifest)
         yield from _above("traffic.max_bytes_per_round", "an update's bytes", update, self.traffic.max_bytes_per_round)
 
     def _wrong_machine(self, manifest: Manifest, device: str) -> Iterator[Broken]:

@@ -64,6 +64,14 @@ def agreement_of(manifest: Manifest, place: Place, work: str) -> Agreement:
     return Agreement(place, work, size, chosen.roster, options)
 
 
+def update_bytes(manifest: Manifest) -> int:
+    """Give the bytes of one site's update of a round, as it leaves: float32, or masked words of 32 or 64 bits."""
+    size = manifest.model.parameters()
+    if manifest.secure_aggregation is None:
+        return 4 * size
+    return size * agreement_of(manifest, Place(manifest.hash, 1, "train", 1), "").numbers.dtype.itemsize
+
+
 def update_of(manifest: Manifest, reply: TrainReply) -> Summand:
     """Give what a round's work adds to the sum; the vector is the reply's own."""
     loss = min(reply.loss, _MOST_LOSS) * reply.tokens

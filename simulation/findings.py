@@ -6,12 +6,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import metadata
+from typing import Any
 
+from client.archive import Archive
 from client.budget import FILE, Budget
 from client.site import SiteFiles
 from federation import protection
 from federation.accountant import epsilon
 from federation.manifest import Manifest, software_version
+from federation.summed import update_bytes
 from server.app import Outcome
 from server.journal import Journal, Status
 from server.results import Codebook as CodebookSummary
@@ -23,6 +26,7 @@ from simulation.questions import ENSEMBLE, MODEL, TRUTH, Answers
 from simulation.study import Result
 from tokenizer.codebook import Codebook
 from tokenizer.split import SPLITS
+from tokenizer.store import TokenStore
 
 _TOLD = ("torch", "flwr", "numpy", "polars")
 
@@ -134,12 +138,21 @@ def _settings(result: Result, federated: Arm) -> tuple[tuple[str, str], ...]:
 def _privacy(manifest: Manifest) -> str:
     privacy = manifest.privacy
     if privacy is None:
-        return "no differential privacy and no secure aggregation in this run"
+        return f"no differential privacy; {_summing(manifest)}"
     steps = protection.steps_of_round(manifest.local, privacy.sampling_rate) * manifest.rounds
     return (
         f"DP-SGD at every site: epsilon {privacy.epsilon:g} at most, at delta {privacy.delta:g}, for the whole record "
         f"of each patient (add or remove one); {steps} steps, sampling rate {privacy.sampling_rate:g}, noise "
-        f"{privacy.noise_multiplier:g} x clip {privacy.clip:g}; no secure aggregation"
+        f"{privacy.noise_multiplier:g} x clip {privacy.clip:g}; {_summing(manifest)}"
+    )
+
+
+def _summing(manifest: Manifest) -> str:
+    if (chosen := manifest.secure_aggregation) is None:
+        return "no secure aggregation"
+    return (
+        f"secure aggregation: of updates and losses the coordinator sees sums over {chosen.min_sites} sites or more "
+        f"only; {chosen.masking.threshold} of {len(chosen.roster)} open them"
     )
 
 
@@ -163,12 +176,24 @@ def _site_summaries(result: Result, journal: Journal) -> tuple[SiteSummary, ...]
             summaries.append(SiteSummary(site.name, 0, 0, 0, 0, 0, reason))
             continue
         splits = json.loads(entry.counts)["splits"]
+        if manifest is not None and manifest.secure_aggregation is not None:
+            splits = _sizes(site, manifest)
         train, tuning, held_out = (int(splits[name]["patients"]) for name in SPLITS)
         tokens = int(splits["train"]["tokens"])
         cost = None if manifest is None else _spent(site, manifest)
         patients = train + tuning + held_out
         summaries.append(SiteSummary(site.name, patients, train, tuning, held_out, tokens, epsilon=cost))
     return tuple(summaries)
+
+
+def _sizes(site: SiteFiles, manifest: Manifest) -> dict[str, Any]:
+    """A site's own sizes, which it does not tell its coordinator in a run with secure aggregation."""
+    archive = Archive(site.state)
+    agreement = archive.run(manifest.hash).agreement()
+    if agreement is None:
+        raise AssertionError("a site that takes part has agreed")
+    sizes: dict[str, Any] = TokenStore.open(archive.store_path(agreement.store), manifest.codebook_hash).manifest
+    return dict(sizes["splits"])
 
 
 def question_of(study: Study, answers: Answers, sites: Sequence[str]) -> Question:
@@ -212,12 +237,8 @@ def _training(arm: Arm) -> Training:
         return Training(arm.name, _kind(arm.name), (), (), 0, 0, arm.failure)
     with Journal(arm.folder / "ledger.sqlite") as journal:
         losses = dict(sorted(journal.losses(TUNING).items()))
-        tokens = sum(
-            reply.tokens
-            for number in range(1, journal.committed() + 1)
-            for reply in journal.replies(number)
-            if reply.status is Status.ACCEPTED and arm.outcome.manifest.privacy is None
-        )
+        private = arm.outcome.manifest.privacy is not None
+        tokens = 0 if private else journal.work(journal.committed()).tokens
     best = int(arm.outcome.best_checkpoint.stem)
     return Training(arm.name, _kind(arm.name), tuple(losses), tuple(losses.values()), best, tokens)
 
@@ -230,17 +251,23 @@ def _rounds(journal: Journal) -> tuple[Round, ...]:
     for number in range(1, journal.committed() + 1):
         replies = journal.replies(number)
         good = [reply for reply in replies if reply.status is Status.ACCEPTED]
-        bad = [reply for reply in replies if reply.status is not Status.ACCEPTED]
+        bad = [f"{reply.site}: {reply.reason}" for reply in replies if reply.status is not Status.ACCEPTED]
+        tokens, received = sum(reply.tokens for reply in good), sum(reply.bytes for reply in good)
+        accepted = len(good)
+        if manifest is not None and (masked := journal.sum(number, "train")) is not None:
+            accepted, tokens = len(masked.sites.split(",")), masked.tokens
+            received = accepted * update_bytes(manifest)
+            bad += [masked.dropped] if masked.dropped else []
         rounds.append(
             Round(
                 round=number,
-                accepted=len(good),
+                accepted=accepted,
                 refused=len(bad),
-                tokens=0 if private else sum(reply.tokens for reply in good),
-                bytes_received=sum(reply.bytes for reply in good),
+                tokens=0 if private else tokens,
+                bytes_received=received,
                 seconds=max((reply.seconds for reply in good), default=0.0),
                 loss=losses.get(number),
-                refusals=tuple(f"{reply.site}: {reply.reason}" for reply in bad),
+                refusals=tuple(bad),
             )
         )
     return tuple(rounds)
@@ -264,6 +291,9 @@ def _outbound(federated: Arm, journal: Journal) -> tuple[Outbound, ...]:
             else "noised update"
         )
         updates = [r.bytes for r in replies if r.site == entry.site and r.status is Status.ACCEPTED]
+        if manifest is not None and manifest.secure_aggregation is not None:
+            what, size = "update under masks, with token count and loss", update_bytes(manifest)
+            updates = [size for masked in journal.sums("train") if entry.site in masked.sites.split(",")]
         sent.append(Outbound(entry.site, what, len(updates), sum(updates)))
         sums = [s for s in scores if s.site == entry.site and s.status is Status.ACCEPTED]
         if sums:

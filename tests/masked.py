@@ -1,15 +1,23 @@
 """Plans, sites and coordinators of small federations with secure aggregation."""
 
+import re
+import shutil
+import sqlite3
+import struct
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flwr.app import Message
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from client.site import SiteFiles
 from federation.manifest import SecureAggregation
 from federation.masking import MaskingOptions
+from federation.messages import TrainReply
 from server.app import Outcome, coordinate
 from server.plan import FederationPlan
 from server.rounds import Event
@@ -29,9 +37,19 @@ class Federation:
     """Masked sites in this process behind a grid of functions, under a clock of their own."""
 
     def __init__(self, root: Path, count: int = 4, **changes: Any) -> None:
-        self.root = root
-        self.files = tiny.sites(root, count)
-        self.plan = plan(self.files, **changes)
+        files = tiny.sites(root, count)
+        self._place(root, files, plan(files, **changes))
+
+    def copy(self, root: Path) -> "Federation":
+        """Give the same sites and coordinator in another folder, as they are now."""
+        shutil.copytree(self.root, root, dirs_exist_ok=True)
+        copied = Federation.__new__(Federation)
+        moved = [replace(f, data=root / "data" / f.name, state=root / "state" / f.name) for f in self.files]
+        copied._place(root, moved, self.plan)
+        return copied
+
+    def _place(self, root: Path, files: list[SiteFiles], chosen: FederationPlan) -> None:
+        self.root, self.files, self.plan = root, files, chosen
         self.events: list[Event] = []
         self.now = time.time()
         self.nodes = dict(enumerate(map(tiny.honest, self.files), 1))
@@ -62,3 +80,34 @@ class Federation:
             self.now += seconds
 
         return coordinate(self.grid, self.root / "run", self.plan, listen=watch, clock=lambda: self.now, pause=pause)
+
+
+def wire_bytes(message: Message) -> bytes:
+    """All bytes of a message's content, as Flower sends them."""
+    return b"".join(part.deflate() for part in get_all_nested_objects(message.content).values())
+
+
+def dumped(folder: Path) -> bytes:
+    """The bytes of all files of a folder, and all databases as text."""
+    parts = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            parts.append(path.read_bytes())
+            if parts[-1].startswith(b"SQLite format 3"):
+                connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+                parts.extend(line.encode() for line in connection.iterdump())
+                connection.close()
+    return b"\n".join(parts)
+
+
+def needles(reply: TrainReply) -> dict[str, bytes]:
+    """Patterns of what must not be known of one site: parts of its update, its tokens, its loss."""
+    middle = reply.update[reply.update.size // 2 :]
+    part = middle[np.flatnonzero(middle)[0] :][:8]
+    assert reply.tokens > 9999, "a count must be rare enough to be searched for"
+    return {
+        "update": re.escape(part.tobytes()),
+        "tokens": rb"(?<![0-9a-f.])%d(?![0-9a-f.])" % reply.tokens,
+        "loss": re.escape(repr(reply.loss).encode()),
+        "loss in binary": re.escape(struct.pack(">d", reply.loss)),
+    }

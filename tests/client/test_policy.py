@@ -18,6 +18,7 @@ from federation.masking import MaskingOptions
 from federation.messages import EvaluateRequest, PrepareRequest, SurveyRequest, TrainRequest
 from model.train import TrainOptions
 from tests import tiny
+from tests.sums import agreement
 from tokenizer.codebook import Codebook, Survey, TokenizerOptions
 from tokenizer.errors import ConfigError
 from tokenizer.noisy_survey import SurveyPrivacy
@@ -27,7 +28,7 @@ BASE = tiny.plan(tokenizer=TokenizerOptions(min_patients=10)).manifest(
     Codebook.build(Survey(TokenizerOptions(min_patients=10)))
 )
 PRIVATE = Privacy("dp-sgd", epsilon=2, delta=1e-6, clip=1, noise_multiplier=1, sampling_rate=0.01)
-MASKED = SecureAggregation(min_sites=5, masking=MaskingOptions(threshold=4, clip=1, max_weight=100))
+MASKED = SecureAggregation(5, MaskingOptions(threshold=4, clip=1, max_weight=100), agreement(5, 4).roster)
 GOOD = dataclasses.replace(BASE, privacy=PRIVATE, secure_aggregation=MASKED)
 NOON = datetime(2026, 3, 4, 12)  # a Wednesday
 OPEN: dict[str, Any] = {

@@ -5,10 +5,12 @@ from typing import Any
 import pytest
 
 from federation import canonical
+from federation.fixed_point import Total
 from federation.manifest import LocalWork, Manifest, OuterOptions, Privacy, SecureAggregation
 from federation.masking import MaskingOptions
 from federation.messages import ProtocolError
 from tests import tiny
+from tests.sums import agreement
 from tokenizer.codebook import Codebook, Survey, TokenizerOptions
 from tokenizer.errors import ConfigError
 
@@ -59,7 +61,7 @@ def test_outer_options_that_make_no_sense_are_refused(settings: dict[str, Any]) 
 
 
 PRIVATE = Privacy("dp-sgd", epsilon=2, delta=1e-6, clip=1, noise_multiplier=1, sampling_rate=0.01)
-MASKED = SecureAggregation(min_sites=5, masking=MaskingOptions(threshold=4, clip=1, max_weight=100))
+MASKED = SecureAggregation(5, MaskingOptions(threshold=4, clip=1, max_weight=100), agreement(5, 4).roster)
 
 
 def test_privacy_and_secure_aggregation_are_part_of_the_agreement() -> None:
@@ -78,6 +80,17 @@ def test_privacy_that_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:
         dataclasses.replace(PRIVATE, **wrong)
 
 
-def test_more_sites_to_unmask_than_must_take_part_are_refused() -> None:
-    with pytest.raises(ConfigError, match="threshold"):
-        dataclasses.replace(MASKED, min_sites=3)
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"min_sites": 3}, "threshold must be at least 2, and min_sites at most"),
+        ({"min_sites": 6}, "the roster has 5 sites"),
+        ({"roster": dict.fromkeys("abcde", f"ed25519:{7:064x}")}, "the same identity key"),
+        ({"roster": {name: key.removeprefix("ed25519:") for name, key in MASKED.roster.items()}}, "fedcomet site key"),
+        ({"masking": MaskingOptions(3, 1, 100, totals=(Total("steps", 9),))}, "they follow from the run"),
+        ({"masking": MaskingOptions(2, 1, 100)}, "must be from 3 to 5"),
+    ],
+)
+def test_secure_aggregation_that_makes_no_sense_is_refused(wrong: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        dataclasses.replace(MASKED, **wrong)

@@ -1,23 +1,30 @@
 """Claims about rounds whose updates are only ever seen as a sum."""
 
 import dataclasses
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from flwr.app import Message
 
+from client.archive import Archive
 from client.site import SiteFiles
-from federation.manifest import OuterOptions
+from federation import flower
+from federation.manifest import LocalWork, OuterOptions
+from federation.messages import Kept, TrainReply, TrainRequest
+from federation.update import to_vector
 from model import checkpoint
 from server.app import Outcome, coordinate
-from server.journal import Journal
+from server.journal import Journal, Status, SumEntry
+from server.rounds import Event, RoundFailed
 from tests import tiny
-from tests.masked import Federation
+from tests.masked import Federation, dumped, needles, wire_bytes
+from tokenizer.errors import DataError
 
 
 def weights(outcome: Outcome) -> np.ndarray:
-    from federation.update import to_vector
-
     decoder, _, _ = checkpoint.load(outcome.checkpoint, outcome.manifest.codebook_hash)
     return to_vector(decoder)
 
@@ -49,3 +56,247 @@ def test_a_masked_run_is_the_plain_run_within_the_stated_error(ram_path: Path, w
     assert (entry.tokens, entry.steps) == (sum(r.tokens for r in replies), sum(r.steps for r in replies))
     assert entry.nll == pytest.approx(sum(r.loss * r.tokens for r in replies), rel=1e-6)
     assert losses.tokens == sum(s.tokens for s in scores)
+
+
+def entry_of(root: Path, purpose: str = "train", number: int = 1) -> SumEntry:
+    with Journal(root / "run/ledger.sqlite") as journal:
+        entry = journal.sum(number, purpose)
+    assert entry is not None
+    return entry
+
+
+class Killed(BaseException):
+    """The end of the coordinator's process."""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Federation:
+    """Four sites that have kept their updates of the only round, and a coordinator that was killed before the sum."""
+    played = Federation(tmp_path_factory.mktemp("trained"), rounds=1, deadline_s=500.0)
+    with pytest.raises(Killed):
+        played.lead(killing("query.mask_keys"))
+    return played
+
+
+def killing(kind: str) -> Callable[[Event], None]:
+    """A listener that kills the coordinator when a kind of question goes out, or of event happens; once."""
+    killed: list[bool] = []
+
+    def listen(event: Event) -> None:
+        if not killed and kind in (event.kind, event.text):
+            killed.append(True)
+            raise Killed
+
+    return listen
+
+
+LEAVES = {
+    "query.mask_keys": ("site-0,site-1,site-3", "keys: no answer before the deadline"),
+    "query.mask_shares": ("site-0,site-1,site-3", "shares: no answer before the deadline"),
+    "query.masked": ("site-0,site-1,site-3", "masked updates: no answer before the deadline"),
+    "query.mask_consent": ("site-0,site-1,site-2,site-3", "signatures: no answer before the deadline"),
+    "query.mask_open": ("site-0,site-1,site-2,site-3", "opening shares: no answer before the deadline"),
+}
+
+
+@pytest.mark.parametrize("kind", LEAVES)
+def test_a_site_that_leaves_at_any_stage_does_not_stop_a_round(ram_path: Path, trained: Federation, kind: str) -> None:
+    played = trained.copy(ram_path)
+    played.silence(3, kind)
+    played.lead()
+    summed, told = LEAVES[kind]
+    entry = entry_of(ram_path)
+    assert (entry.sites, entry.attempt, entry.stage) == (summed, 2, "done")
+    assert ("site-2", told) in [(event.site, event.text) for event in played.events if event.kind == "sum.dropped"]
+    assert entry.dropped == f"site-2 ({told})"
+    assert entry_of(ram_path, "evaluate tuning").sites == "site-0,site-1,site-3"
+
+
+def test_a_site_that_does_not_train_in_time_is_not_in_the_sum(ram_path: Path) -> None:
+    played = Federation(ram_path, rounds=1, evaluate_every=0, deadline_s=500.0)
+    played.silence(3, "train")
+    played.lead()
+    assert ("update.late", "site-2") in [(event.kind, event.site) for event in played.events]
+    assert entry_of(ram_path).sites == "site-0,site-1,site-3"
+
+
+@pytest.mark.parametrize("kind", ["query.mask_keys", "query.masked", "query.mask_open"])
+def test_too_few_sites_fail_the_round_with_the_reason_and_it_goes_on_when_they_are_back(
+    ram_path: Path, trained: Federation, kind: str
+) -> None:
+    played = trained.copy(ram_path)
+    undisturbed = dict(played.grid.nodes)
+    for number in (2, 4):
+        played.silence(number, kind)
+    with pytest.raises(RoundFailed, match=r"Missing: site-1, site-3.*site-1: no answer before the deadline.*same run"):
+        played.lead()
+    entry = entry_of(ram_path)
+    assert "Missing: site-1, site-3" in entry.reason
+    assert "Missing: site-1, site-3" in next(event.text for event in played.events if event.kind == "sum.failed")
+    signed = kind == "query.mask_open"
+    assert entry.attempt == (2 if signed else 4)
+    assert bool(entry.collected_sha256) == signed
+    played.grid.nodes = undisturbed
+    played.lead()
+    after = entry_of(ram_path)
+    assert (after.sites, after.reason) == ("site-0,site-1,site-2,site-3", "")
+    assert after.attempt == (2 if signed else 5)
+
+
+def test_fewer_sites_than_the_minimum_are_not_summed_though_the_threshold_is_reached(ram_path: Path) -> None:
+    played = Federation(ram_path, rounds=1, evaluate_every=0, deadline_s=500.0, min_sites=4)
+    played.silence(3, "query.masked")
+    with pytest.raises(RoundFailed, match="3 sites gave masked updates, 4 must"):
+        played.lead()
+
+
+def test_an_evaluation_that_can_not_be_summed_costs_its_figure_and_not_the_round(
+    ram_path: Path, trained: Federation
+) -> None:
+    played = trained.copy(ram_path)
+    for number in (1, 2):
+        played.meddle(number, "evaluate", lambda *_: None)
+    played.lead()
+    assert "Missing: site-0, site-1" in entry_of(ram_path, "evaluate tuning").reason
+    (told,) = [event for event in played.events if event.kind == "round.evaluated"]
+    assert np.isnan(told.values["loss"])
+    assert "round.committed" in {event.kind for event in played.events}
+
+
+SIGNED = ["query.mask_consent", "query.mask_open", "round.aggregated", "evaluate"]
+
+
+@pytest.fixture(scope="module")
+def expected(trained: Federation, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    played = trained.copy(tmp_path_factory.mktemp("undisturbed"))
+    return weights(played.lead())
+
+
+@pytest.mark.parametrize("kind", ["query.mask_keys", "query.mask_shares", "query.masked", *SIGNED])
+def test_a_coordinator_that_is_killed_at_any_stage_ends_with_the_same_weights(
+    ram_path: Path, trained: Federation, expected: np.ndarray, kind: str
+) -> None:
+    """It is killed twice: when a question goes out, and when two of four sites have answered it."""
+    played = trained.copy(ram_path)
+    with pytest.raises(Killed):
+        played.lead(killing(kind))
+    dead: list[bool] = []
+
+    def die(honest: tiny.Node, message: Message) -> Message | None:
+        if not dead:
+            dead.append(True)
+            raise Killed
+        return honest(message)
+
+    if kind.startswith("query."):
+        played.meddle(3, kind, die)
+        with pytest.raises(Killed):
+            played.lead()
+    assert np.array_equal(weights(played.lead()), expected)
+    # Before signatures each start is a new attempt; from then on the same one goes on.
+    assert entry_of(ram_path).attempt == (2 if kind in SIGNED else 4)
+
+
+def test_a_masked_sum_that_changed_on_the_disk_is_not_opened(ram_path: Path, trained: Federation) -> None:
+    played = trained.copy(ram_path)
+    with pytest.raises(Killed):
+        played.lead(killing("query.mask_open"))
+    path = ram_path / "run/rounds/0001/train.sum"
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    with pytest.raises(DataError, match="masked sum has changed"):
+        played.lead()
+
+
+def test_a_site_whose_process_dies_while_it_answers_is_asked_again_and_gives_the_same(
+    ram_path: Path, trained: Federation, expected: np.ndarray
+) -> None:
+    """Its reply is lost after all that must not be forgotten was kept, at every stage."""
+    played = trained.copy(ram_path)
+    dead: set[str] = set()
+
+    def die(honest: tiny.Node, message: Message) -> Message | None:
+        answer, kind = honest(message), message.metadata.message_type
+        if kind in dead:
+            return answer
+        dead.add(kind)
+        return flower.failure("the process is gone", message)
+
+    for kind in ("query.mask_keys", "query.mask_shares", "query.masked", "query.mask_consent", "query.mask_open"):
+        played.meddle(3, kind, die)
+    assert np.array_equal(weights(played.lead()), expected)
+    entry = entry_of(ram_path)
+    assert (entry.sites, entry.dropped) == ("site-0,site-1,site-2,site-3", "")
+    assert len(dead) == 5
+
+
+def test_an_update_in_clear_is_not_taken_in_a_masked_run(ram_path: Path) -> None:
+    played = Federation(ram_path, rounds=1, evaluate_every=0)
+
+    def in_clear(honest: tiny.Node, message: Message) -> Message:
+        request = flower.read(message)
+        assert isinstance(request, TrainRequest)
+        update = np.ones_like(request.weights)
+        head = ("site-2", request.manifest_hash, request.round, request.digest)
+        return flower.reply(TrainReply(*head, update, 10, 2, 1.0, 1.0), message)
+
+    played.meddle(3, "train", in_clear)
+    played.lead()
+    with Journal(ram_path / "run/ledger.sqlite") as journal:
+        (bad,) = [entry for entry in journal.replies(1) if entry.status is not Status.ACCEPTED]
+    assert (bad.site, bad.reason) == ("site-2", "a train.reply came in the place of a kept")
+    assert not list((ram_path / "run").rglob("*.f32"))
+
+
+def test_a_coordinator_that_sends_one_site_other_weights_gets_no_sum_with_it(ram_path: Path) -> None:
+    """The model inconsistency attack: the others would have nothing to add. Here the site just isn't in the sum."""
+    played = Federation(ram_path, rounds=1, evaluate_every=0)
+
+    def other_weights(honest: tiny.Node, message: Message) -> Message | None:
+        request = flower.read(message)
+        assert isinstance(request, TrainRequest)
+        asked = dataclasses.replace(request, weights=request.weights * 0.5)
+        changed = flower.request(flower.to_record(asked), "train", 3, group="1", ttl_s=60.0)
+        flower.number_(changed, "x")
+        answer = honest(changed)
+        assert answer is not None
+        kept = flower.read(answer)
+        assert isinstance(kept, Kept)
+        return flower.reply(dataclasses.replace(kept, request_digest=request.digest), message)
+
+    played.meddle(3, "train", other_weights)
+    played.lead()
+    entry = entry_of(ram_path)
+    assert entry.sites == "site-0,site-1,site-3"
+    assert "site-2 (keys: The request is for sum" in entry.dropped
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_what_the_coordinator_keeps_and_hears_holds_nothing_of_a_single_site(ram_path: Path, masked: bool) -> None:
+    """Its whole folder and all messages that it got; of a plain run the same search finds everything."""
+    played = Federation(ram_path, rounds=1, local=LocalWork(steps=40, batch_tokens=512), threshold=3)
+    codebook = Federation(ram_path / "elsewhere").lead().codebook.read_bytes()
+    chosen = played.plan.secure_aggregation
+    assert chosen is not None
+    wide = dataclasses.replace(chosen, masking=dataclasses.replace(chosen.masking, max_weight=40 * 512))
+    played.plan = dataclasses.replace(played.plan, codebook=codebook, secure_aggregation=wide if masked else None)
+    heard = []
+    for number in list(played.grid.nodes):
+        honest = played.grid.nodes[number]
+
+        def listening(message: Message, honest: tiny.Node = honest) -> Message | None:
+            answer = honest(message)
+            if answer is not None:
+                heard.append(wire_bytes(answer))
+            return answer
+
+        played.grid.nodes[number] = listening
+    outcome = played.lead()
+    told = b"".join(heard) + dumped(ram_path / "run") + repr(played.events).encode()
+    for files in played.files:
+        run = Archive(files.state).run(outcome.manifest.hash)
+        reply = run.reply(1)
+        assert reply is not None
+        for what, needle in needles(reply).items():
+            assert (re.search(needle, told) is None) == masked, (files.name, what)
+    entry = entry_of(ram_path) if masked else None
+    assert entry is None or re.search(rb"(?<![0-9a-f])%d(?![0-9a-f])" % entry.tokens, told)
