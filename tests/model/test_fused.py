@@ -1,13 +1,9 @@
-"""Kernels against the plain operations; without a GPU they run in Triton's interpreter."""
-
-import os
+"""Kernels against the plain operations; without a GPU they run in Triton's interpreter (`tests/conftest.py`)."""
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined
 pytest.importorskip("triton")
 
 from model.attention import rotary_angles, rotate
