@@ -35,13 +35,11 @@ class Boarding:
 
 
 class Cache(Protocol):
-    """Rows in lockstep: each `advance` appends one token to every row.
+    """Rows in lockstep: each `advance` appends one token to every row."""
 
-    Attributes:
-        rows: int64 [B], the caller's numbers of the rows under way, in the order of all that goes in and out.
-    """
-
-    rows: np.ndarray
+    @property
+    def rows(self) -> np.ndarray:
+        """int64 [B], the caller's numbers of the rows under way, in the order of all that goes in and out."""
 
     def take(self, waiting: deque[Boarding]) -> list[Boarding]:
         """Take from the front what should board now; nothing while that would be too little or has no room."""

@@ -73,8 +73,8 @@ class Lanes:
             parts = zip(self._lanes, *(x.split(sizes) for x in qkv), strict=True)
             return torch.cat([lane.attend(layer, q, k, v) for lane, q, k, v in parts])
 
-        numbers = (torch.from_numpy(x).to(device) for x in (tokens, positions))
-        return self._decoder.run(*numbers, attend)
+        token_B, position_B = (torch.from_numpy(x).to(device) for x in (tokens, positions))
+        return self._decoder.run(token_B, position_B, attend)
 
     def drop(self, rows: np.ndarray) -> None:
         """Forget rows by their numbers, and merge lanes while there are too many."""

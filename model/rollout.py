@@ -20,13 +20,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from model.attention import has_kernels
 from model.cache import Boarding, Cache
 from model.clock import Clock
 from model.decoder import Decoder
@@ -280,8 +280,10 @@ class _Run:
         self._event = np.full(rows, -1, dtype=np.int32)
         self._chances = np.zeros((rows, len(stop.outcomes) + 1))
         self.reason = np.full(rows, -1, dtype=np.int8)
-        # Of rows under way: the tokens drawn, the window, and how many of the drawn tokens that window already holds.
-        self._drawn: dict[int, list[int]] = {}
+        # Of rows under way: the tokens drawn, in a slot each; the window, and how many of the drawn ones it holds.
+        self._drawn = np.empty((most, stop.max_tokens), dtype=np.int32)
+        self._slot = np.full(rows, -1, dtype=np.int64)
+        self._free_slots = list(range(most))
         self._window: dict[int, tuple[np.ndarray, int]] = {}
         self._kept: list[np.ndarray] | None = [_NO_TOKENS] * rows if settings.keep_tokens else None
 
@@ -289,7 +291,9 @@ class _Run:
         """Compute windows and draw the first token of every row."""
         for task in tasks:
             for row in task.rows.tolist():
-                self._window[row] = (task.window, len(self._drawn.setdefault(row, [])))
+                self._window[row] = (task.window, int(self._count[row]))
+                if self._slot[row] < 0:
+                    self._slot[row] = self._free_slots.pop()
         hidden_BD = self.cache.board(tasks)
         self._draw(np.concatenate([task.rows for task in tasks]), hidden_BD)
 
@@ -305,7 +309,7 @@ class _Run:
         tasks = []
         for row in full.tolist():
             window, held = self._window[row]
-            grown = np.concatenate([window, self._drawn[row][held:]])
+            grown = np.concatenate([window, self._drawn[self._slot[row], held : self._count[row]]])
             tasks.append(Boarding(self._clock.crop(grown, _kept_length(context)), np.array([row])))
         if tasks:
             self.cache.drop(full)
@@ -330,10 +334,10 @@ class _Run:
         event, before = self._guide.advance(rows, token)
         # A token that only told what the one before it was is no part of the trajectory.
         self._newest[rows] = token
-        self._count[rows] += ~before
+        more = rows[~before]
+        self._drawn[self._slot[more], self._count[more]] = token[~before]
+        self._count[more] += 1
         self._now_us[rows] += np.where(before, 0, self._clock.advance_us[token])
-        for row, drawn in zip(rows[~before].tolist(), token[~before].tolist(), strict=True):
-            self._drawn[row].append(drawn)
         reason = self._reasons(rows, token, event)
         self._event[rows] = np.where(reason == Reason.EVENT, event, -1)
         self.reason[rows] = reason
@@ -343,11 +347,11 @@ class _Run:
             self.cache.drop(rows[ends])
 
     def _close(self, rows: np.ndarray) -> None:
+        self._free_slots.extend(self._slot[rows].tolist())
         for row in rows.tolist():
             self._window.pop(row)
-            drawn = self._drawn.pop(row)
             if self._kept is not None:
-                self._kept[row] = np.array(drawn, dtype=np.int32)
+                self._kept[row] = self._drawn[self._slot[row], : self._count[row]].copy()
 
     def _choose(self, rows: np.ndarray, hidden_BD: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Draw the next tokens, int64 [B], and tell the chances of what may end each row, float64 [B, K + 1]."""
@@ -424,7 +428,7 @@ class _Run:
 def _cache(decoder: Decoder, most: int, settings: _Settings, lengths: Sequence[int]) -> Cache:
     """Pages on GPUs that Triton knows, lanes elsewhere."""
     device, config = decoder.embed_tokens.weight.device, decoder.config
-    if device.type != "cuda" or find_spec("triton") is None:
+    if not has_kernels(decoder.embed_tokens.weight):
         return Lanes(decoder, most)
     from model.pool import Pool
 

@@ -1,14 +1,11 @@
 """Rollouts over pages end as those over lanes do; without a GPU the kernels run in Triton's interpreter."""
 
-import os
 from collections import deque
 
 import numpy as np
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined
 pytest.importorskip("triton")
 
 from model import pool, rollout
