@@ -19,7 +19,7 @@ from client.audit import audit
 from client.budget import State
 from client.outbound import Entry, lines, read_entry, read_head
 from client.site import Site, SiteFiles
-from federation import canonical, flower, messages
+from federation import canonical, flower, masking, messages
 from federation.accountant import epsilon
 from federation.messages import (
     EvaluateRequest,
@@ -55,7 +55,7 @@ def fields_of(answers: tuple[type, ...]) -> set[str]:
 def test_the_list_of_what_leaves_a_site_names_every_field_of_every_answer_and_nothing_else() -> None:
     listed = re.findall(r"^\| `(\w+\.\w+)` \|", LISTED.read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert len(listed) == len(set(listed))
-    assert set(listed) == fields_of(Reply.__args__)
+    assert set(listed) == fields_of((*Reply.__args__, *masking.Reply.__args__))
 
 
 @pytest.fixture
@@ -140,8 +140,10 @@ def test_every_answer_is_one_of_the_listed_kinds() -> None:
         "PrepareReply",
         "TrainReply",
         "EvaluateReply",
+        "Kept",
         "Refusal",
     }
+    assert {answer.__name__ for answer in masking.Reply.__args__} == {"Keys", "Shares", "Masked", "Consent", "Opened"}
 
 
 def delivered(files: SiteFiles, requests: list[Request]) -> list[FlowerMessage]:

@@ -16,8 +16,7 @@ from client.policy import PolicyRefusal
 from client.site import Site, SiteFiles
 from federation.accountant import Approximate, Mechanisms
 from federation.identity import Identity
-from federation.manifest import LocalWork, Manifest, Privacy, SecureAggregation
-from federation.masking import MaskingOptions
+from federation.manifest import LocalWork, Manifest, Privacy
 from federation.messages import (
     EvaluateRequest,
     PrepareReply,
@@ -267,10 +266,10 @@ def test_a_private_message_that_was_not_charged_does_not_leave(files: SiteFiles,
 def test_a_run_whose_protection_this_version_lacks_is_refused_rather_than_run_without(
     files: SiteFiles, run: Run
 ) -> None:
-    masked = SecureAggregation(3, MaskingOptions(threshold=2, clip=1.0, max_weight=100))
-    for lacks in ({"privacy": Privacy("distributed", 2, 1e-6, 1, 1)}, {"secure_aggregation": masked}):
+    for mechanism in ("local", "distributed"):
+        lacks = dataclasses.replace(run.manifest, privacy=Privacy(mechanism, 2, 1e-6, 1, 1))  # type: ignore[arg-type]
         with pytest.raises(SiteRefusal, match=r"has no .* yet"):
-            Site(files).answer(run._replace(manifest=dataclasses.replace(run.manifest, **lacks)).prepare())  # type: ignore[arg-type]
+            Site(files).answer(run._replace(manifest=lacks).prepare())
 
 
 def test_few_patients_take_no_part_and_few_are_told_by_no_figure(files: SiteFiles, run: Run) -> None:
