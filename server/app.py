@@ -127,7 +127,9 @@ def main(grid: Grid, context: Context) -> None:
     log = logging.getLogger("flwr")
 
     def listen(event: Event) -> None:
-        log.info("%s round %d", event.kind, event.round)
+        # Who dropped out of a sum, and why one failed; other texts may be long.
+        told = f" {event.site} {event.text}" if event.kind.startswith("sum.") else ""
+        log.info("%s round %d%s", event.kind, event.round, told)
 
     coordinate(grid, run_dir, plan, listen=listen, identity=Identity.at(coordinator_key(Path(root))))
 

@@ -89,15 +89,18 @@ def wire_bytes(message: Message) -> bytes:
 
 def dumped(folder: Path) -> bytes:
     """The bytes of all files of a folder, and all databases as text."""
-    parts = []
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            parts.append(path.read_bytes())
-            if parts[-1].startswith(b"SQLite format 3"):
-                connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
-                parts.extend(line.encode() for line in connection.iterdump())
-                connection.close()
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    parts = [path.read_bytes() for path in files]
+    parts += [as_text(path) for path, data in zip(files, parts, strict=True) if data.startswith(b"SQLite format 3")]
     return b"\n".join(parts)
+
+
+def as_text(database: Path) -> bytes:
+    """A database as SQL text, in which numbers can be read."""
+    connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
+    text = "\n".join(connection.iterdump()).encode()
+    connection.close()
+    return text
 
 
 def needles(reply: TrainReply) -> dict[str, bytes]:

@@ -5,25 +5,9 @@ signature, and every update that its ledger holds is on its site's list of what 
 """
 
 import dataclasses
-import datetime as dt
-import ipaddress
-import os
-import select
-import signal
-import socket
-import subprocess
-import sys
-import threading
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from client.audit import audit
 from client.outbound import lines, read_entry, read_head
@@ -34,13 +18,11 @@ from federation.messages import TrainReply
 from server.app import coordinate, coordinator_key
 from server.journal import Journal, Status
 from tests import tiny
+from tests.superlink import BIN, REPOSITORY, free_ports, kill_coordinator, machine, start_superlink, start_supernode
 from tokenizer.settings import STANDARD
 
 pytestmark = pytest.mark.slow
 
-REPOSITORY = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
-MARK = "FEDCOMET_TEST_RUN"
 POLICY = """version = 1
 [runs]
 manifests = "any"
@@ -52,206 +34,6 @@ required = false
 [statistics]
 floor = 3
 """
-
-
-class Machine:
-    """Processes that share an environment and leave nothing behind."""
-
-    def __init__(self, root: Path) -> None:
-        self.root, self.mark = root, uuid.uuid4().hex
-        self.env = {
-            **os.environ,
-            MARK: self.mark,
-            "PYTHONPATH": str(REPOSITORY),
-            "FLWR_HOME": str(root / "flwr"),
-            "FLWR_TELEMETRY_ENABLED": "0",
-            "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-            "FEDCOMET_RUNS": str(root / "runs"),
-            "OMP_NUM_THREADS": "1",
-            "PATH": f"{BIN}:{os.environ['PATH']}",
-        }
-        self.services: list[Service] = []
-
-    def call(self, *command: str) -> str:
-        done = subprocess.run(
-            command,
-            env=self.env,
-            cwd=self.root,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout
-        return done.stdout
-
-    def start(self, *command: str) -> "Service":
-        service = Service(command, self)
-        self.services.append(service)
-        return service
-
-    def stop(self) -> None:
-        for service in reversed(self.services):
-            service.stop()
-
-    def processes(self) -> list[int]:
-        """Find every process that was started from here, at whatever depth."""
-        found = []
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                if f"{MARK}={self.mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-        return found
-
-
-class Service:
-    """A process whose output can be waited for."""
-
-    def __init__(self, command: tuple[str, ...], machine: Machine) -> None:
-        self._process = subprocess.Popen(
-            command, env=machine.env, cwd=machine.root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        self.lines: list[str] = []
-        self._more = threading.Condition()
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            with self._more:
-                self.lines.append(line)
-                self._more.notify_all()
-
-    def wait_for(self, text: str, timeout_s: float = 120) -> None:
-        with self._more:
-            found = self._more.wait_for(lambda: any(text in line for line in self.lines), timeout_s)
-        assert found, "".join(self.lines)
-
-    def wait(self, timeout_s: float = 300) -> int:
-        code = self._process.wait(timeout_s)
-        self._reader.join(60)
-        return code
-
-    def stop(self) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(60)
-        finally:
-            self._process.kill()
-            self._reader.join(60)
-            if self._process.stdout is not None:
-                self._process.stdout.close()
-
-
-@contextmanager
-def machine(root: Path) -> Iterator[Machine]:
-    place = Machine(root)
-    try:
-        yield place
-    finally:
-        place.stop()
-        left = {pid: f"/proc/{pid}/cmdline" for pid in place.processes()}
-        told = {pid: Path(path).read_bytes() for pid, path in left.items() if not gone(pid)}
-        for pid in told:
-            os.kill(pid, signal.SIGKILL)
-    assert not told
-
-
-def gone(pid: int) -> bool:
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return True
-    with os.fdopen(descriptor):
-        return bool(select.select([descriptor], [], [], 30)[0])
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
-
-
-def write_certificates(folder: Path) -> None:
-    """Write a CA and a server certificate for loopback."""
-    now = dt.datetime.now(dt.UTC)
-    ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    ca_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test federation")])
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-
-    def builder(subject: x509.Name, public: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
-        return (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(ca_name)
-            .public_key(public)
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - dt.timedelta(hours=1))
-            .not_valid_after(now + dt.timedelta(days=1))
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
-        )
-
-    basic = x509.BasicConstraints(ca=True, path_length=0)
-    usage = x509.KeyUsage(True, False, False, False, False, True, True, False, False)
-    ca = builder(ca_name, ca_key.public_key()).add_extension(basic, critical=True).add_extension(usage, critical=True)
-    names = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ipaddress.IPv4Address("127.0.0.1"))])
-    server = builder(name, key.public_key()).add_extension(names, critical=False)
-    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
-    (folder / "ca.crt").write_bytes(ca.sign(ca_key, hashes.SHA256()).public_bytes(pem))
-    (folder / "server.pem").write_bytes(server.sign(ca_key, hashes.SHA256()).public_bytes(pem))
-    (folder / "server.key").write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
-
-
-def write_node_key(path: Path) -> None:
-    """Write a SuperNode's key pair as `ssh-keygen -t ecdsa -b 384` does."""
-    key = ec.generate_private_key(ec.SECP384R1())
-    private = serialization.PrivateFormat.OpenSSH
-    path.write_bytes(key.private_bytes(serialization.Encoding.PEM, private, serialization.NoEncryption()))
-    path.chmod(0o600)
-    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    path.with_suffix(".pub").write_bytes(public + b"\n")
-
-
-def start_superlink(place: Machine, port: int) -> Service:
-    root = place.root
-    write_certificates(root)
-    (root / "flwr").mkdir()
-    (root / "flwr/config.toml").write_text(
-        f'[superlink]\ndefault = "test"\n\n[superlink.test]\naddress = "127.0.0.1:{port}"\n'
-        f'root-certificates = "{root / "ca.crt"}"\n'
-    )
-    tls = ["--ssl-certfile", "server.pem", "--ssl-keyfile", "server.key", "--ssl-ca-certfile", "ca.crt"]
-    where = ["--host", "127.0.0.1", "--port", str(port), "--database", str(root / "state.db")]
-    rules = ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
-    superlink = place.start(str(BIN / "flower-superlink"), *tls, *where, *rules)
-    superlink.wait_for("running on")
-    return superlink
-
-
-def start_supernode(place: Machine, files: SiteFiles, superlink: int, port: int) -> Service:
-    key = place.root / f"{files.name}-key"
-    write_node_key(key)
-    place.call(str(BIN / "flwr"), "supernode", "register", str(key.with_suffix(".pub")), "test")
-    config = f'name="{files.name}" data="{files.data}" state="{files.state}" policy="{files.policy}"'
-    link = ["--superlink", f"127.0.0.1:{superlink}", "--root-certificates", "ca.crt"]
-    own = ["--auth-supernode-private-key", str(key), "--node-config", config, "--port", str(port)]
-    return place.start(str(BIN / "flower-supernode"), *link, *own)
-
-
-def kill_coordinator(place: Machine) -> None:
-    killed = 0
-    for pid in place.processes():
-        if b"flwr-serverapp" in Path(f"/proc/{pid}/cmdline").read_bytes():
-            tiny.kill(pid)
-            killed += 1
-    assert killed
 
 
 def test_a_real_superlink_gives_what_the_engine_on_one_machine_gives(tmp_path: Path) -> None:
