@@ -4,8 +4,10 @@
 
 Ours: one site's masking among `--sites`; its small steps (keys, shares, consent, opening); and a whole sum at the
 coordinator, with one site that drops out after it shared its secrets. The peer: what `secaggplus_mod` of flwr does to
-one update (scale, quantize, own mask, a mask for each other site, modulo), by its own functions in its own order.
-Each runs in a process of its own, so that its peak memory is its own; seconds are the best of the rounds, in turn.
+one update (scale, quantize, own mask, a mask for each other site, modulo), by its own functions in its own order. Last,
+whole rounds of sums, all sites and the coordinator in one process, every message of ours packed and read as Flower's
+records: ours, and flwr's own `SecAggPlusWorkflow` with `secaggplus_mod` at its clients. Each runs in a process of its
+own, so that its peak memory is its own; seconds are the best of the rounds, in turn.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client.masked import MaskedSite
+from federation import flower
 from federation.identity import Identity
 from federation.masking import (
     Agreement,
@@ -68,9 +71,9 @@ class Sum:
                 return site.open(request)
         return site.mask_(request, self.update, 500, {})
 
-    def play(self, until: Stage, note: Callable[[str, float], None]) -> None:
-        """Walk through the stages; the last site by name drops out before it masks."""
-        last = max(self.sites)
+    def play(self, until: Stage, note: Callable[[str, float], None], dropout: bool = True) -> None:
+        """Walk through the stages; the last site by name drops out before it masks, or nobody does."""
+        last = max(self.sites) if dropout else ""
         while self.server.stage is not until:
             for name in self.server.asked:
                 if self.server.stage is Stage.MASKED and name == last:
@@ -136,7 +139,91 @@ def peer(params: int, sites: int) -> dict[str, float]:
     return {"seconds": took, "bytes": sent, "extra_mb": peak_mb() - before, "update_mb": update[0].nbytes / 2**20}
 
 
-PARTS = {"site": site, "coordinator": coordinator, "peer": peer}
+def our_round(params: int, sites: int) -> dict[str, float]:
+    """A whole sum; what is sent goes through Flower's records both ways."""
+    played, bytes_sent = Sum(params, sites), 0
+    before, begin = peak_mb(), perf_counter()
+    while played.server.stage is not Stage.DONE:
+        for name in played.server.asked:
+            played.update = np.full(params, VALUE, np.float32)
+            request = flower.from_record(flower.to_record(played.server.request(name, 0)))
+            record = flower.to_record(played.answer(name, request))
+            bytes_sent += sum(len(array.data) for array in record.array_records["payloads"].values())
+            played.server.receive(name, flower.from_record(record))
+        played.server.advance()
+    mean = played.server.open_().mean
+    took = perf_counter() - begin
+    off = float(np.max(np.abs(mean - VALUE)))
+    return {"seconds": took, "peak_mb": peak_mb() - before, "bytes": bytes_sent / sites, "off": off}
+
+
+def their_round(params: int, sites: int) -> dict[str, float]:
+    """The same by flwr's workflow, over a grid that calls its clients' mod."""
+    import logging
+
+    from flwr.app import ConfigRecord, Context, Message, RecordDict
+    from flwr.client.mod import secaggplus_mod
+    from flwr.common import Code, FitIns, FitRes, Status, ndarrays_to_parameters, parameters_to_ndarrays
+    from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS
+    from flwr.common.secure_aggregation.secaggplus_constants import Key as Parts
+    from flwr.compat.common import recorddict_compat as compat
+    from flwr.server import LegacyContext, SimpleClientManager
+    from flwr.server.strategy import FedAvg
+    from flwr.server.workflow import SecAggPlusWorkflow
+    from flwr.server.workflow.constant import MAIN_CONFIGS_RECORD, MAIN_PARAMS_RECORD, Key
+
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    flower.assume_identity()
+
+    class Proxy:
+        def __init__(self, node_id: int) -> None:
+            self.node_id = self.cid = node_id
+
+    class Strategy(FedAvg):
+        def configure_fit(self, server_round: int, parameters: Any, client_manager: Any) -> Any:
+            return [(Proxy(node), FitIns(parameters, {})) for node in range(1, sites + 1)]
+
+    contexts = {node: Context(0, node, {}, RecordDict(), {}) for node in range(1, sites + 1)}
+    sent = 0
+
+    def train(message: Message, _: Context) -> Message:
+        update = ndarrays_to_parameters([np.full(params, VALUE, np.float32)])
+        result = FitRes(Status(Code.OK, ""), update, 500, {})
+        return Message(compat.fitres_to_recorddict(result, False), reply_to=message)
+
+    class Calling:
+        def send_and_receive(self, messages: Any, timeout: float | None = None) -> list[Message]:
+            nonlocal sent
+            replies = []
+            for number, message in enumerate(messages):
+                # The workflow's messages share a record, which a client's mod takes the stage out of.
+                parts = {
+                    k: ConfigRecord(dict(v)) if isinstance(v, ConfigRecord) else v for k, v in message.content.items()
+                }
+                node = message.metadata.dst_node_id
+                own = flower.request(RecordDict(parts), "train", node, group="1", ttl_s=600.0)
+                flower.number_(own, str(number))
+                reply = secaggplus_mod(own, contexts[node], train)
+                masked = reply.content.config_records[RECORD_KEY_CONFIGS].get(Parts.MASKED_PARAMETERS, [])
+                sent += sum(map(len, masked))
+                replies.append(reply)
+            return replies
+
+    context = LegacyContext(
+        Context(0, 0, {}, RecordDict(), {}), strategy=Strategy(), client_manager=SimpleClientManager()
+    )
+    context.state.config_records[MAIN_CONFIGS_RECORD] = ConfigRecord({Key.CURRENT_ROUND: 1})
+    start = ndarrays_to_parameters([np.zeros(params, np.float32)])
+    context.state.array_records[MAIN_PARAMS_RECORD] = compat.parameters_to_arrayrecord(start, False)
+    before, begin = peak_mb(), perf_counter()
+    SecAggPlusWorkflow(num_shares=sites, reconstruction_threshold=2 * sites // 3 + 1)(Calling(), context)
+    took = perf_counter() - begin
+    summed = compat.arrayrecord_to_parameters(context.state.array_records[MAIN_PARAMS_RECORD], True)
+    off = float(np.max(np.abs(parameters_to_ndarrays(summed)[0] - VALUE)))
+    return {"seconds": took, "peak_mb": peak_mb() - before, "bytes": sent / sites, "off": off}
+
+
+PARTS = {"our round": our_round, "their round": their_round, "site": site, "coordinator": coordinator, "peer": peer}
 
 
 def best(rounds: int, params: int, sites: int, *parts: str) -> list[dict[str, float]]:
@@ -183,6 +270,17 @@ def main() -> None:
     print(told("ours", ours))
     print(told("SecAgg+", peers))
     print(f"  SecAgg+ takes {peers['seconds'] / ours['seconds']:.1f} times the seconds")
+    print(f"{given.peer_params:,} parameters, {given.peer_sites} sites, a whole round of sums in one process")
+    mine, theirs = best(given.rounds, given.peer_params, given.peer_sites, "our round", "their round")
+    for name, one in (("ours", mine), ("SecAgg+", theirs)):
+        print(
+            f"  {name:<8} {one['seconds']:6.2f} s, {one['peak_mb']:,.0f} MB more than before, a site sends "
+            f"{one['bytes'] / 2**20:.0f} MB, a value is off by {one['off']:.1e}"
+        )
+    print(
+        f"  SecAgg+ takes {theirs['seconds'] / mine['seconds']:.1f} times the seconds and "
+        f"{theirs['peak_mb'] / mine['peak_mb']:.1f} times the memory"
+    )
 
 
 if __name__ == "__main__":
