@@ -10,14 +10,18 @@ import pytest
 from flwr.app import Message
 
 from client.archive import Archive
+from client.budget import FILE, Budget, State
+from client.outbound import lines, read_entry, read_head
 from client.site import SiteFiles
 from federation import flower
 from federation.manifest import LocalWork, OuterOptions
+from federation.masking import Masked
 from federation.messages import Kept, TrainReply, TrainRequest
 from federation.update import to_vector
 from model import checkpoint
 from server.app import Outcome, coordinate
 from server.journal import Journal, Status, SumEntry
+from server.plan import PrivacyPlan
 from server.rounds import Event, RoundFailed
 from tests import tiny
 from tests.masked import Federation, dumped, needles, wire_bytes
@@ -300,3 +304,23 @@ def test_what_the_coordinator_keeps_and_hears_holds_nothing_of_a_single_site(ram
             assert (re.search(needle, told) is None) == masked, (files.name, what)
     entry = entry_of(ram_path) if masked else None
     assert entry is None or re.search(rb"(?<![0-9a-f])%d(?![0-9a-f])" % entry.tokens, told)
+
+
+def test_a_private_run_can_be_masked_too_and_what_was_charged_is_what_is_masked(ram_path: Path) -> None:
+    privacy = PrivacyPlan(sampling_rate=0.5, noise_multiplier=1.0)
+    played = Federation(ram_path, count=3, rounds=1, privacy=privacy)
+    played.lead()
+    entry = entry_of(ram_path)
+    assert (entry.sites, entry.nll) == ("site-0,site-1,site-2", 0.0)
+    assert "evaluate" not in {kind for _, kind in played.grid.asked}
+    for files in played.files:
+        with Budget.open(files.state / FILE) as budget:
+            (charge,) = budget.charges()
+        assert charge.state == State.RELEASED
+        folder = files.state / "outbound"
+        left = [read_entry(line, place).message for place, line in lines(folder, read_head(folder))]
+        costs = {message.kind: message.epsilon for message in left if message.epsilon is not None}
+        assert set(costs) == {Masked.kind}
+        assert {message.round for message in left if message.kind.startswith("query.mask")} == {1}
+    told = [event.values for event in played.events if event.kind == "round.aggregated"]
+    assert told == [{"sites": 3, "patients": entry.tokens}]
