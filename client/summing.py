@@ -19,7 +19,7 @@ from federation.masking import (
     Request,
     SharesRequest,
 )
-from federation.messages import EvaluateReply, SiteRefusal, TrainReply
+from federation.messages import EvaluateReply, SiteRefusal
 from federation.summed import Summand, aggregation_of, agreement_of, score_of, update_of
 
 
@@ -47,40 +47,49 @@ class Summing:
             ProtocolError: see `client.masked`; nothing has changed.
         """
         place = request.place
-        kept = self._kept(place)
-        agreement = agreement_of(self._manifest, place, kept.request_digest)
+        agreement = agreement_of(self._manifest, place, self._worked_on(place))
         before = self._run.held(place.purpose)
         site = MaskedSite(agreement, self._site, self._identity, self._minimum, before)
-        reply = self._answer(site, request, kept)
+        reply = self._answer(site, request)
         after = site.to_secret_bytes()
         if after != before:
             self._run.hold(place.purpose, after)
         return reply
 
-    def _answer(self, site: MaskedSite, request: Request, kept: TrainReply | EvaluateReply) -> Reply:
+    def _answer(self, site: MaskedSite, request: Request) -> Reply:
         match request:
             case KeysRequest():
                 return site.keys(request)
             case SharesRequest():
                 return site.shares(request)
             case MaskedRequest():
-                part = self._summand(kept)
+                part = self._summand(request.place)
                 return site.mask_(request, part.vector, part.weight, part.totals)
             case ConsentRequest():
                 return site.consent(request)
             case OpenRequest():
                 return site.open(request)
 
-    def _summand(self, kept: TrainReply | EvaluateReply) -> Summand:
-        return update_of(self._manifest, kept) if isinstance(kept, TrainReply) else score_of(kept)
-
-    def _kept(self, place: Place) -> TrainReply | EvaluateReply:
-        """Give what is to be masked, in memory of its own."""
-        kept: TrainReply | EvaluateReply | None
+    def _worked_on(self, place: Place) -> str:
+        """Give the digest of the request whose answer was kept."""
         if place.purpose == "train":
-            kept = self._run.reply(place.round)
+            digest = self._run.answered().get(place.round)
         else:
-            kept = self._run.score(place.round, place.purpose.removeprefix("evaluate "))
-        if kept is None:
+            score = self._score(place)
+            digest = None if score is None else score.request_digest
+        if digest is None:
             raise SiteRefusal(f"{self._site} has nothing to mask for round {place.round} ({place.purpose}).")
-        return kept
+        return digest
+
+    def _summand(self, place: Place) -> Summand:
+        """Give what was kept, in memory of its own: it is masked in place."""
+        if place.purpose != "train":
+            score = self._score(place)
+            if score is not None:
+                return score_of(score)
+        elif (reply := self._run.reply(place.round)) is not None:
+            return update_of(self._manifest, reply)
+        raise SiteRefusal(f"{self._site} does not keep its answer of round {place.round} any more.")
+
+    def _score(self, place: Place) -> EvaluateReply | None:
+        return self._run.score(place.round, place.purpose.removeprefix("evaluate "))
