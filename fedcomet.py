@@ -229,7 +229,7 @@ def tokenize(
     from tokenizer.prepare import records_of
     from tokenizer.settings import agreed
     from tokenizer.shards import Crew
-    from tokenizer.sources.intake import FLOW
+    from tokenizer.sources.intake import FLOW, QUARANTINE
     from tokenizer.sources.source import Source, open_source
     from tokenizer.split import SPLITS, SplitRule
     from tokenizer.store import build_store
@@ -243,21 +243,22 @@ def tokenize(
     )
     words = None if codebook is None else Codebook.load(codebook)
     asked = agreed(config, words)
-    with output(out, records), _bars() as watch:
-        dataset, flow = open_source(place, out / RECORDS, watch, crew)
+    with output(out, place.searched) as aside, _bars() as watch:
+        dataset, flow = open_source(place, aside / RECORDS, watch, crew)
         events = records_of(dataset, asked.preparation)
         if words is None:
             words = Codebook.build(merge([survey(events, rule, options, _counter(watch, "survey"), crew)]))
-        store = build_store(events, words, rule, out / STORE, _counter(watch, "encode"), crew)
-        words.save(out / CODEBOOK)
+        store = build_store(events, words, rule, aside / STORE, _counter(watch, "encode"), crew)
+        words.save(aside / CODEBOOK)
+    kept = out / RECORDS if dataset.path == aside / RECORDS else dataset.path
     console = Console()
     for note in (*(flow.notes if flow else ()), *dataset.notes):
         console.print(f"[yellow]note[/] {note}")
     if flow is not None and flow.dropped_total:
-        console.print(f"{flow.dropped_total:,} rows were left out by named filters, counted in {dataset.path / FLOW}")
+        console.print(f"{flow.dropped_total:,} rows were left out by named filters, counted in {kept / FLOW}")
     if flow is not None and flow.quarantined_total:
-        aside = dataset.path / "quarantine.csv"
-        console.print(f"[yellow]{flow.quarantined_total:,} rows were set aside[/], with the reasons in {aside}")
+        reasons = kept / QUARANTINE
+        console.print(f"[yellow]{flow.quarantined_total:,} rows were set aside[/], with the reasons in {reasons}")
     console.print(f"{len(words)} tokens in the codebook {words.hash[:16]} ({out / CODEBOOK})")
     for name in SPLITS:
         counts = store.manifest["splits"][name]

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from tokenizer import durable
 from tokenizer.errors import DataError
+from tokenizer.output import settle
 from tokenizer.pieces import CHUNK_ROWS, PIECE_EVENTS, Cut, Piece, cut
 
 _MEDS_VERSION = importlib.metadata.version("meds")
@@ -75,6 +76,7 @@ class MedsDataset:
             DataError: No data files, a file that isn't parquet, a missing column or one of the
                 wrong type, a null subject id, a subject in two files.
         """
+        settle(path.parent)
         shards = [file.relative_to(path).as_posix() for file in _data_files(path)]
         name, notes = _read_name(path)
         cuts = {shard: _cut(path, shard, piece_events) for shard in shards}

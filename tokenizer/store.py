@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from tokenizer import durable
 from tokenizer.codebook import Codebook
 from tokenizer.errors import DataError
+from tokenizer.output import settle
 from tokenizer.shards import AS_IT_FITS, Crew, each
 from tokenizer.split import SPLITS, SplitRule
 
@@ -95,6 +96,7 @@ class TokenStore:
         Raises:
             DataError: No store, a file of the wrong size, or tokens of another codebook.
         """
+        settle(path.parent)
         store = cls(path, _read_manifest(path))
         if codebook_hash is not None and store.codebook_hash != codebook_hash:
             raise DataError(
