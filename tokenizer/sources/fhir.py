@@ -78,7 +78,9 @@ def import_fhir(
     ):
         for note in notes:
             collected.note(note)
-        found = build(run(_Survey(settings), [part for part in parts if not _leaf(part)]), collected.subject_ids)
+        surveyed = [part for part in parts if not _leaf(part)]
+        seen = _right(collected, surveyed, run(_Survey(settings), surveyed))
+        found = build(seen, collected.subject_ids)
         folder = Path(temporary)
         with (folder / "index").open("wb") as file:
             pickle.dump(found, file)
@@ -106,6 +108,14 @@ def _settings(
     return Settings(
         dict(systems or {}), {**PREFER, **(prefer or {})}, told=condition_time == "recorded", stop=not quarantine
     )
+
+
+def _right(collected: Intake, parts: list[Piece], found: Iterator[Seen]) -> Iterator[Seen]:
+    """What the first pass has seen of each part; what it refuses ends the import."""
+    for part, seen in zip(parts, found, strict=True):
+        for file, table, row, column, reason, content, advice in seen.bad:
+            collected.bad(file, table, row + _FirstRows().of(part) - 1, column, reason, content, advice)
+        yield seen
 
 
 def _leaf(piece: Piece) -> bool:

@@ -119,6 +119,49 @@ def test_a_patient_that_cannot_be_is_refused(tmp_path: Path) -> None:
             import_fhir(folder, tmp_path / "out", name="x")
 
 
+FIRST = {
+    "cut off": (b'{"resourceType": "Patient", "id": "1", "gen', r"Patient, row 2: not JSON"),
+    "no JSON": (b"1;male;1950-06-01", r"unreadable, row 2: wrong type"),
+    "another type": (b'{"resourceType": "Patient", "id": 1}', r"Patient, row 2: wrong type"),
+    "no id": (b'{"resourceType": "Patient", "gender": "male"}', r"Patient, row 2, id: no subject"),
+    "not UTF-8": (b'{"resourceType": "Patient", "id": "\xe9"}', r"Patient, row 2: not UTF-8"),
+    "UTF-16": (json.dumps(PATIENT).encode("utf-16"), r"unreadable, row 2: UTF-16 text .*Convert the file"),
+}
+
+
+@pytest.mark.parametrize("fault", FIRST)
+def test_a_bad_patient_is_blamed_and_not_what_refers_to_it(tmp_path: Path, fault: str) -> None:
+    line, message = FIRST[fault]
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "Observation.ndjson").write_bytes(changed() + b"\n")
+    (folder / "Patient.ndjson").write_bytes(json.dumps({**PATIENT, "id": "0"}).encode() + b"\n" + line + b"\n")
+    with pytest.raises(DataError, match=rf"Patient\.ndjson: {message}"):
+        import_fhir(folder, tmp_path / "out", name="x")
+    flow = import_fhir(folder, tmp_path / "out", name="x", quarantine=True)
+    assert sum(sum(flow.quarantined[table].values()) for table in {"Patient", "unreadable"} & {*flow.quarantined}) == 1
+    assert flow.quarantined["Observation"] == {"unknown patient": 1}
+
+
+@pytest.mark.parametrize("kind", ["Medication", "Location", "Organization", "Encounter"])
+def test_what_others_refer_to_has_to_be_right(tmp_path: Path, kind: str) -> None:
+    line = json.dumps({"resourceType": kind, "id": "1"}).encode()[:-1]
+    folder = source(tmp_path, changed(encounter=None), line)
+    with pytest.raises(DataError, match=rf"all\.ndjson: {kind}, row 3: not JSON"):
+        import_fhir(folder, tmp_path / "out", name="x")
+    flow = import_fhir(folder, tmp_path / "out", name="x", quarantine=True)
+    assert flow.quarantined == {kind: {"not JSON": 1}}
+    assert not flow.dropped.get(kind)
+
+
+def test_a_medication_with_a_code_of_another_type_is_blamed(tmp_path: Path) -> None:
+    drug = {"resourceType": "MedicationRequest", "id": "m", "subject": {"reference": "Patient/1"}, "authoredOn": T}
+    line = json.dumps({**drug, "medicationReference": {"reference": "Medication/d"}}).encode()
+    named = json.dumps({"resourceType": "Medication", "id": "d", "code": {"coding": [{"code": 7}]}}).encode()
+    with pytest.raises(DataError, match="Medication, row 3: wrong type"):
+        import_fhir(source(tmp_path, line, named), tmp_path / "out", name="x")
+
+
 def test_a_medication_that_is_nowhere_is_refused(tmp_path: Path) -> None:
     for reference in ("Medication/none", "#none"):
         drug = {"resourceType": "MedicationRequest", "id": "m", "subject": {"reference": "Patient/1"}, "authoredOn": T}
