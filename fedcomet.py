@@ -234,6 +234,7 @@ def tokenize(
     from tokenizer.split import SPLITS, SplitRule
     from tokenizer.store import build_store
     from tokenizer.survey import survey
+    from tokenizer.wording import several
 
     options = _options_of(values, bins, min_patients, intervals, spell)
     rule, crew = SplitRule(split_key), Crew(workers, ray)
@@ -255,10 +256,13 @@ def tokenize(
     for note in (*(flow.notes if flow else ()), *dataset.notes):
         console.print(f"[yellow]note[/] {note}")
     if flow is not None and flow.dropped_total:
-        console.print(f"{flow.dropped_total:,} rows were left out by named filters, counted in {kept / FLOW}")
+        console.print(
+            f"{several(flow.dropped_total, 'row was', 'rows were')} left out by named filters, counted in {kept / FLOW}"
+        )
     if flow is not None and flow.quarantined_total:
         reasons = kept / QUARANTINE
-        console.print(f"[yellow]{flow.quarantined_total:,} rows were set aside[/], with the reasons in {reasons}")
+        aside_rows = several(flow.quarantined_total, "row was", "rows were")
+        console.print(f"[yellow]{aside_rows} set aside[/], with the reasons in {reasons}")
     console.print(f"{len(words)} tokens in the codebook {words.hash[:16]} ({out / CODEBOOK})")
     for name in SPLITS:
         counts = store.manifest["splits"][name]
@@ -268,8 +272,8 @@ def tokenize(
     by_ancestor, unknown = (sum(store.manifest["fallbacks"][level].values()) for level in ("ancestor", "unknown"))
     if by_ancestor or unknown:
         console.print(
-            f"{by_ancestor + unknown:,} events have codes too rare to be named: {by_ancestor:,} are told by an"
-            f" ancestor, of {unknown:,} only the code's system is told"
+            f"{several(by_ancestor + unknown, 'event has a code', 'events have codes')} too rare to be named: told are"
+            f" an ancestor of {by_ancestor:,}, of {unknown:,} only the code's system"
         )
 
 

@@ -150,7 +150,7 @@ def test_tables_are_read_by_their_mapping_and_bad_rows_are_set_aside(tmp_path: P
     assert "--quarantine" in told
     done = fedcomet(*arguments, "--quarantine")
     assert done.returncode == 0, done.stderr
-    assert "1 rows were set aside" in done.stdout
+    assert "1 row was set aside" in done.stdout
     assert "3 rows were left out by named filters, counted in" in done.stdout
     assert "LAB//GLUCOSE//mg/dL" in (tmp_path / "out" / "codebook.json").read_text()
     assert (tmp_path / "out" / "records" / "quarantine.csv").exists()

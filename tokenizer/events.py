@@ -25,6 +25,7 @@ from tokenizer import durable
 from tokenizer.errors import DataError
 from tokenizer.output import settle
 from tokenizer.pieces import CHUNK_ROWS, PIECE_EVENTS, Cut, Piece, cut
+from tokenizer.wording import several
 
 _MEDS_VERSION = importlib.metadata.version("meds")
 CORE = ("subject_id", "time", "code", "numeric_value")
@@ -158,9 +159,12 @@ class Faults:
         """Say it for people."""
         said = []
         if self.not_finite:
-            said.append(f"{shard}: {self.not_finite} values were NaN or infinite; they are read as missing.")
+            said.append(
+                f"{shard}: {several(self.not_finite, 'value was', 'values were')} NaN or infinite, and read as missing."
+            )
         if self.unsorted:
-            said.append(f"{shard}: {self.unsorted} rows were not sorted by subject and time; they are sorted here.")
+            unsorted = several(self.unsorted, "row was", "rows were")
+            said.append(f"{shard}: {unsorted} not sorted by subject and time, and sorted here.")
         return said
 
 

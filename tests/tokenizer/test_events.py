@@ -83,7 +83,7 @@ def test_an_unsorted_shard_is_sorted_and_noted(tmp_path):
     dataset.read(dataset.shards[0])
     assert read["subject_id"].is_sorted()
     assert [note for note in dataset.notes if "not sorted" in note] == [
-        "data/train/0.parquet: 65 rows were not sorted by subject and time; they are sorted here."
+        "data/train/0.parquet: 65 rows were not sorted by subject and time, and sorted here."
     ]
 
 

@@ -24,6 +24,7 @@ from tokenizer.sources.fhir_index import INDEXED, Index, Seen, build
 from tokenizer.sources.fhir_pass import COMPONENT, TABLES, Result, Settings, read_piece, survey_piece
 from tokenizer.sources.fhir_resources import READ
 from tokenizer.sources.intake import Flow, Intake, intake
+from tokenizer.wording import several
 
 OLDER = "older version"
 """The filter that drops a resource of which a later version is in the source."""
@@ -215,7 +216,10 @@ def _collect(collected: Intake, results: list[tuple[Piece, Result]]) -> None:
     for short, uri in sorted({each for _, result in results for each in result.locals.items()}):
         collected.note(f"Codes of the system {uri} are named {short}//...")
     if dangling := sum(result.dangling_encounters for _, result in results):
-        collected.note(f"{dangling} references lead to encounters that aren't in the source; their events are kept.")
+        collected.note(
+            f"{several(dangling, 'reference leads', 'references lead')} to encounters that aren't in the source;"
+            " their events are kept."
+        )
 
 
 def _older(files: list[tuple[int, Path]]) -> pl.DataFrame:

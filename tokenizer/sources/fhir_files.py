@@ -23,6 +23,7 @@ from tokenizer.errors import DataError
 from tokenizer.sources.fhir_codes import READ_ERRORS, fault
 from tokenizer.sources.fhir_cut import cut
 from tokenizer.sources.fhir_kinds import Block, Chunk, Lost, by_kind, entries, first_kind, is_object
+from tokenizer.wording import several
 
 _LINES, _DOCUMENT, _ARCHIVES = (".ndjson", ".jsonl"), (".json",), (".tar", ".tar.gz", ".tgz")
 _BLOCK = 8 << 20
@@ -71,8 +72,8 @@ def pieces(source: Path) -> tuple[list[Piece], list[str]]:
     wanted = [p for p in found if _form(p.name) and not _hidden(p.relative_to(root))]
     if not wanted:
         raise DataError(
-            f"{source}: no FHIR files among {len(found)} files. Wanted are .ndjson, .jsonl or .json, also with .gz,"
-            " and archives of them as .tar, .tar.gz or .tgz."
+            f"{source}: no FHIR files among {several(len(found), 'file')}. Wanted are .ndjson, .jsonl or .json, also"
+            " with .gz, and archives of them as .tar, .tar.gz or .tgz."
         )
     cut_up: list[Piece] = []
     notes = []
@@ -89,7 +90,7 @@ def pieces(source: Path) -> tuple[list[Piece], list[str]]:
             end = min(start + _RANGE, size) if ranged else None
             cut_up.append(Piece(len(cut_up), path, name, start, end, kind if form == "lines" else None))
     if other := len(found) - len(wanted):
-        notes.append(f"{other} files of other kinds were not read.")
+        notes.append(f"{several(other, 'file of another kind was', 'files of other kinds were')} not read.")
     return cut_up, notes
 
 

@@ -22,8 +22,10 @@ import polars as pl
 from tokenizer.errors import DataError
 from tokenizer.events import as_text, write_meds
 from tokenizer.sources.quarantine import Quarantine
+from tokenizer.sources.repeats import Repeats
 from tokenizer.sources.spill import Spill, spill_folder
 from tokenizer.sources.subjects import SubjectIds
+from tokenizer.wording import several
 
 EVENTS: dict[str, Any] = {
     "subject_id": pl.Int64,
@@ -103,6 +105,7 @@ class Intake:
         self._spill = Spill(aside)
         self._aside = Quarantine(aside / QUARANTINE, allowed=quarantine)
         self._ids = SubjectIds()
+        self._folder = aside
         self.flow.quarantined = self._aside.counts
 
     def rows(self, table: str, count: int) -> None:
@@ -191,6 +194,10 @@ class Intake:
         """
         return self._ids.of(texts)
 
+    def repeats(self) -> Repeats:
+        """Something to count with how many rows of a table have the number of another row."""
+        return Repeats(self._folder)
+
     def note(self, note: str) -> None:
         """Keep a sentence for people."""
         if note not in self.flow.notes:
@@ -219,8 +226,8 @@ class Intake:
             rows = self.flow.rows.get(table, 0)
             if kept + dropped + aside != rows:
                 raise DataError(
-                    f"{self.flow.source}: of {rows} rows of {table}, {kept} were kept, {dropped} dropped and {aside}"
-                    " set aside, which doesn't add up. This is a fault of the importer; please report it."
+                    f"{self.flow.source}: of {several(rows, 'row')} of {table}, {kept} were kept, {dropped} dropped"
+                    f" and {aside} set aside, which doesn't add up. This is a fault of the importer; please report it."
                 )
 
 
@@ -247,7 +254,7 @@ def intake(out: Path, source: str, *, name: str, quarantine: bool = False) -> It
 
 
 def _nothing_left(flow: Flow) -> str:
-    read = ", ".join(f"{count} rows of {table}" for table, count in flow.rows.items()) or "no rows"
+    read = ", ".join(f"{several(count, 'row')} of {table}" for table, count in flow.rows.items()) or "no rows"
     why = [
         f"{count} of {table}: {reason}"
         for kind in (flow.dropped, flow.quarantined)

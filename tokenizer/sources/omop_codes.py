@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 
 from tokenizer.sources.intake import Intake
+from tokenizer.wording import several
 
 Choice = Literal["standard", "source"]
 
@@ -185,7 +186,7 @@ class Codes:
                 "There is no concept table: codes are OMOP//<concept_id>, or the source's own where it has none."
             )
         for (table, what), count in sorted(self._fallbacks.items()):
-            intake.note(f"{table}: {count} rows {what}.")
+            intake.note(f"{table}: {several(count, 'row')} {what}.")
 
     def _key(self, found: dict[str, pl.DataFrame]) -> list[pl.Expr]:
         has = {by: pl.col(by).is_in(table["id"].implode()).fill_null(value=False) for by, table in found.items()}
@@ -205,9 +206,9 @@ class Codes:
         numbered = pl.col("_rest").str.starts_with("OMOP//")
         unmapped = pl.col("_rest") == f"{kind}//UNMAPPED"
         for what, which in (
-            ("have a concept that the concept table lacks (OMOP//<concept_id>)", numbered),
-            ("have neither a concept nor a code (UNMAPPED)", unmapped),
-            ("have no concept that is known, only the source's code", ~numbered & ~unmapped),
+            ("with a concept that the concept table lacks (OMOP//<concept_id>)", numbered),
+            ("with neither a concept nor a code (UNMAPPED)", unmapped),
+            ("without a concept that is known, only the source's code", ~numbered & ~unmapped),
         ):
             if count := int(rest.filter(which)["_rows"].sum()):
                 self._fallbacks[table, what] += count

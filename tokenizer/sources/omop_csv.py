@@ -20,6 +20,7 @@ import pyarrow.csv
 from tokenizer.errors import DataError
 from tokenizer.sources.intake import Intake
 from tokenizer.sources.omop_tables import KNOWN_COLUMNS
+from tokenizer.wording import several
 
 _BLOCK_BYTES = 16 << 20
 _HEAD_BYTES = 1 << 20
@@ -129,7 +130,7 @@ def _ordered(fields: int, label: str, table: str, order: tuple[str, ...] | None,
         )
     if len(order) != fields:
         raise DataError(
-            f"{label}: no header, and {fields} columns where the order of {table} has {len(order)}. Choose the"
+            f"{label}: no header, and {several(fields, 'column')} where the order of {table} has {len(order)}. Choose the"
             " version that fits, or give a table spec."
         )
     return order
@@ -291,7 +292,8 @@ def _set_aside(left_out: list[Any], label: str, table: str, intake: Intake) -> N
         text = row.text.replace(_MARK, "\ufffd")
         joined = "\n" in text.strip()
         reason = (
-            f"{row.actual_columns} fields where {row.expected_columns} are needed" + ", over several lines" * joined
+            f"{several(row.actual_columns, 'field')} where {row.expected_columns} are needed"
+            + ", over several lines" * joined
         )
         advice = "Close the quote that joins them" if joined else "Quote fields that hold a delimiter"
         intake.rows(table, 1)

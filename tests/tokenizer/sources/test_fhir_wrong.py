@@ -232,7 +232,7 @@ def test_sources_without_fhir_are_refused(tmp_path: Path) -> None:
         import_fhir(tmp_path / "none", tmp_path / "out", name="x")
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "readme.txt").write_text("hello")
-    with pytest.raises(DataError, match="no FHIR files among 1 files"):
+    with pytest.raises(DataError, match=r"no FHIR files among 1 file\."):
         import_fhir(tmp_path / "in", tmp_path / "out", name="x")
     (tmp_path / "in" / "empty.ndjson").touch()
     with pytest.raises(DataError, match="no event is left"):

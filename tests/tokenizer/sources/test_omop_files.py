@@ -120,6 +120,26 @@ def test_files_that_are_no_tables_are_named_in_the_notes(ram_path: Path) -> None
     assert "2 files or tables are none of the CDM's: README.md, persons.csv." in bring(folder).notes
 
 
+@pytest.mark.parametrize("padding", [1, 8, 512])
+@pytest.mark.parametrize("rows", [0, 3, 9000])
+def test_gzip_may_be_padded_with_zeros(padding: int, rows: int, ram_path: Path) -> None:
+    people = PERSON + "".join(f"{n},1950\n" for n in range(2, rows + 2))
+    folder = lay(ram_path, {"person.csv.gz": gzip.compress(people.encode()) + bytes(padding)})
+    assert bring(folder).rows == {"person": rows + 1}
+
+
+def test_a_folder_that_is_named_as_a_table_is_noted_where_it_holds_none(ram_path: Path) -> None:
+    part = "person_id,measurement_concept_id,measurement_date\n1,5,2020-01-01\n"
+    folder = lay(
+        ram_path, {"person.csv": PERSON, "measurement.csv/part-0.csv": part, "death.csv/of-a-salesman.pdf": ""}
+    )
+    (folder / "condition_occurrence.csv").mkdir()
+    (note,) = [note for note in bring(folder).notes if "none of the CDM's" in note]
+    assert "condition_occurrence.csv (a folder without a part of the table)" in note
+    assert "death.csv (a folder without a part of the table)" in note
+    assert "measurement" not in note
+
+
 BROKEN: dict[str, tuple[dict[str, str | bytes], str]] = {
     "truncated gzip": (
         {"person.csv.gz": gzip.compress(("person_id,year_of_birth\n" + "1,1950\n" * 9000).encode())[:-20]},
@@ -222,9 +242,9 @@ ROWS: dict[str, tuple[dict[str, str | bytes], str, list[tuple[str, str, str, str
     ),
     "too few and too many fields": (
         {"person.csv": PERSON + "2\n3,1950,7\n4,1960\n5\n"},
-        r"person, row 3: 1 fields where 2 are needed \('2'\)",
-        [("person", "3", "", "1 fields where 2 are needed"), ("person", "4", "", "3 fields where 2 are needed"),
-         ("person", "6", "", "1 fields where 2 are needed")],
+        r"person, row 3: 1 field where 2 are needed \('2'\)",
+        [("person", "3", "", "1 field where 2 are needed"), ("person", "4", "", "3 fields where 2 are needed"),
+         ("person", "6", "", "1 field where 2 are needed")],
     ),
     "latin-1": (
         {"person.csv": PERSON, "condition_occurrence.csv": "person_id,condition_source_value,condition_start_date\n"
@@ -237,8 +257,8 @@ ROWS: dict[str, tuple[dict[str, str | bytes], str, list[tuple[str, str, str, str
          "1,1799-12-31 23:59:59\n"},
         r"death, row 2, death_date: not a date \('31/12/2020'\)",
         [("death", "2", "death_date", "not a date"), ("death", "5", "death_date", "not a date"),
-         ("death", "4", "death_date", "no time"), ("death", "3", "death_datetime", "time out of range"),
-         ("death", "6", "death_datetime", "time out of range")],
+         ("death", "4", "death_date", "no time"), ("death", "3", "death_date", "time out of range"),
+         ("death", "6", "death_date", "time out of range")],
     ),
     "values": (
         {"person.csv": PERSON, "measurement.csv": "person_id,measurement_concept_id,measurement_date,value_as_number\n"
@@ -337,7 +357,7 @@ def test_a_table_spec_that_can_not_be_used_is_refused(ram_path: Path) -> None:
 
 
 def test_hostile_strings_stay_strings(ram_path: Path) -> None:
-    texts = ["'; DROP TABLE person; --", "=cmd|' /C calc'!A0", "../../etc/passwd", "\u202eright to left", "\x00\x01",
+    texts = ["'; DROP TABLE person; --", "=cmd|' /C calc'!A0", "../../etc/passwd", "\u202eright to left", "\x01\x02",
              "//", "a//b///c", "{{7*7}}", "x" * 5000, "MEDS_DEATH", "\ud7ff\U0001f600"]  # fmt: skip
     rows = [cdm.condition(1, condition_concept_id=0, condition_source_value=text) for text in texts]
     folder = cdm.write_csv({"person": [cdm.person(1)], "condition_occurrence": rows}, ram_path / "cdm")
