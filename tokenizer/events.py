@@ -231,7 +231,7 @@ class Chunk:
 
 
 def rows(path: Path, extra: tuple[str, ...] = ()) -> Iterator[Chunk]:
-    """Give all rows of a dataset as they stand, a million at a time, nulls and all.
+    """Give all rows of a dataset as they stand, a million at a time, nulls, subject ids of any integer type and all.
 
     Args:
         path: Its folder.
@@ -249,7 +249,8 @@ def rows(path: Path, extra: tuple[str, ...] = ()) -> Iterator[Chunk]:
         kinds = {**_CORE_TYPES, **dict.fromkeys(extra, pl.String())}
         start = 0
         while len(frame := _read(file, present, start, PIECE_EVENTS)):
-            yield Chunk(shard, start, total, _cast(frame, str(file), start, **{name: kinds[name] for name in present}))
+            types = {name: kinds[name] for name in present if name != "subject_id"}
+            yield Chunk(shard, start, total, _cast(frame, str(file), start, **types))
             start += len(frame)
 
 
@@ -487,9 +488,12 @@ def _cast(frame: pl.DataFrame, place: str, first_row: int = 0, /, **types: pl.Da
         except pl.exceptions.PolarsError:
             lost = frame[column].cast(wanted, strict=False).is_null() & frame[column].is_not_null()
             at = lost.arg_max() or 0
+            instead = "write the shard again"
+            if column == "subject_id":
+                instead = "read the dataset with --quarantine, which sets such rows aside"
             raise DataError(
                 f"{place}: row {first_row + at} (from 0): {column} can't be read as {wanted} ({frame[column][at]!r})."
-                " Correct it, and write the shard again."
+                f" Correct it, or {instead}."
             ) from None
     return frame
 

@@ -25,6 +25,7 @@ from tokenizer.sources.quarantine import Quarantine
 from tokenizer.sources.repeats import Repeats
 from tokenizer.sources.spill import Spill, spill_folder
 from tokenizer.sources.subjects import SubjectIds
+from tokenizer.spelling import LONGEST, fit
 from tokenizer.wording import several
 
 EVENTS: dict[str, Any] = {
@@ -106,6 +107,7 @@ class Intake:
         self._aside = Quarantine(aside / QUARANTINE, allowed=quarantine)
         self._ids = SubjectIds()
         self._folder = aside
+        self._unfit: dict[str, int] = {}
         self.flow.quarantined = self._aside.counts
 
     def rows(self, table: str, count: int) -> None:
@@ -129,8 +131,17 @@ class Intake:
         for needed in ("subject_id", "code"):
             if full[needed].null_count():
                 raise DataError(f"{self.flow.source}: {table} gave an event without {needed}; set such rows aside.")
+        full = self._fit(table, full)
         self.flow.events[table] = self.flow.events.get(table, 0) + full.height
         self._spill.add(full)
+
+    def _fit(self, table: str, events: pl.DataFrame) -> pl.DataFrame:
+        """Write codes otherwise that can't be tokens as they are; how many, is noted in the end."""
+        new = {code: better for code in events["code"].unique() if (better := fit(code)) != code}
+        if not new:
+            return events
+        self._unfit[table] = self._unfit.get(table, 0) + int(events["code"].is_in(list(new)).sum())
+        return events.with_columns(pl.col("code").replace(new))
 
     def drop(self, table: str, filter_name: str, count: int) -> None:
         """Count rows that a named filter left out."""
@@ -207,6 +218,12 @@ class Intake:
         """Give the shards, each with all events of its subjects; to be called once, when all events are in."""
         self._ids.check()
         self._check_sums()
+        for table, count in self._unfit.items():
+            those = several(count, "event has a code", "events have codes")
+            self.note(
+                f"{table}: {those} with control characters, of more than {LONGEST} characters or with * as a part;"
+                " they are written otherwise (docs/tokenizer.md, Tokens)."
+            )
         for name, events in self._spill.shards():
             self.flow.subjects += events["subject_id"].n_unique()
             yield name, events

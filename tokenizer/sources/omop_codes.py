@@ -15,7 +15,6 @@ from tokenizer.wording import several
 
 Choice = Literal["standard", "source"]
 
-LONGEST_CODE = 100
 _MEANING = ["concept_id", "source_concept_id", "source_value"]
 
 # Names are kept only where one is shown as such: departments, destinations, races, visit types.
@@ -143,7 +142,7 @@ class Codes:
             else self._concepts.standard(keyed["_first"]),
             "_second": self._concepts.standard(keyed["_second"]),
         }
-        value = pl.lit(f"{kind}//") + clean(pl.col("source_value")).str.slice(0, LONGEST_CODE)
+        value = pl.lit(f"{kind}//") + clean(pl.col("source_value"))
         numbers = [_numbered("_first"), _numbered("_second")]
         rest = [*numbers, value] if self._choice == "standard" else [value, *numbers]
         joined = keyed.with_columns(self._key(found)).join(

@@ -130,8 +130,8 @@ def _ordered(fields: int, label: str, table: str, order: tuple[str, ...] | None,
         )
     if len(order) != fields:
         raise DataError(
-            f"{label}: no header, and {several(fields, 'column')} where the order of {table} has {len(order)}. Choose the"
-            " version that fits, or give a table spec."
+            f"{label}: no header, and {several(fields, 'column')} where the order of {table} has {len(order)}. Choose"
+            " the version that fits, or give a table spec."
         )
     return order
 

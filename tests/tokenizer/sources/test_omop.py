@@ -43,7 +43,7 @@ def test_every_kind_of_record_becomes_the_events_it_should(ram_path: Path) -> No
 
 
 def test_numbers_that_stand_twice_are_counted_and_their_rows_kept(ram_path: Path) -> None:
-    """GiBleed's 4,384 drug exposures with the number of another one are vaccinations of other people."""
+    """GiBleed's 4,384 drug exposures with the number of another one are different records."""
     rows = [cdm.measurement(1, measurement_id=n) for n in (5, 7, 5, "5.0", None, None, "x")]
     visits = [
         {"visit_occurrence_id": 3, "person_id": 1, "visit_concept_id": 9201, "visit_start_date": f"2020-01-0{n}"}

@@ -1,5 +1,6 @@
 """One door for all kinds of records; and MEDS that has to be written anew."""
 
+import dataclasses
 import datetime as dt
 from pathlib import Path
 
@@ -72,6 +73,24 @@ def test_bad_rows_of_meds_are_named_or_set_aside(tmp_path):
     assert everything(dataset).equals(canonical_order(good))
     aside = pl.read_csv(tmp_path / "out" / "quarantine.csv")
     assert aside["row"].to_list() == [len(good) + n for n in range(4)]
+
+
+def test_a_subject_beyond_64_bits_is_named_or_set_aside(tmp_path):
+    good = stays(range(3))
+    file = tmp_path / "meds" / "data" / "0.parquet"
+    file.parent.mkdir(parents=True)
+    large = pl.lit(2**64 - 1, pl.UInt64)
+    odd = good[:1].with_columns(subject_id=large)
+    pl.concat([good.with_columns(pl.col("subject_id").cast(pl.UInt64)), odd]).write_parquet(file)
+    source = Source(str(tmp_path / "meds"))
+    with pytest.raises(
+        DataError, match=rf"row {len(good)} \(from 0\): subject_id .*18446744073709551615.*--quarantine"
+    ):
+        open_source(source, tmp_path / "out")
+    dataset, flow = open_source(dataclasses.replace(source, quarantine=True), tmp_path / "out")
+    assert flow is not None
+    assert flow.quarantined == {"data/0.parquet": {"subject_id beyond 64 bits with a sign": 1}}
+    assert everything(dataset).equals(canonical_order(good))
 
 
 def test_units_and_encounters_of_meds_are_kept(tmp_path):
