@@ -359,9 +359,19 @@ def _read_name(path: Path) -> tuple[str, list[str]]:
         return path.name, [f"{meds.dataset_metadata_filepath} is missing; named after its folder."]
     try:
         about = json.loads(file.read_bytes())
+    except OSError as problem:
+        raise DataError(f"{file}: can't be read ({problem.strerror}). Ask for the right to, or remove it.") from None
+    except (ValueError, RecursionError) as problem:
+        raise DataError(f"{file}: not JSON ({problem}). Correct it, or remove it.") from None
+    if not isinstance(about, dict):
+        raise DataError(f"{file}: must be a JSON object with fields such as dataset_name. Correct it, or remove it.")
+    try:
         meds.DatasetMetadataSchema.validate(about)
     except Exception as problem:
-        raise DataError(f"{file}: not the metadata of a MEDS dataset ({problem}). Repair it, or remove it.") from None
+        # What the schema's package tells by itself is only that it doesn't fit; the cause knows the field.
+        cause = problem.__cause__ or problem
+        field, reason = getattr(cause, "json_path", "$").removeprefix("$."), getattr(cause, "message", cause)
+        raise DataError(f"{file}: {field}: {reason}, as MEDS asks for. Correct the field, or remove it.") from None
     return about.get("dataset_name") or path.name, []
 
 

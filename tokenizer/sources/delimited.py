@@ -226,7 +226,7 @@ def _fast(block: bytes, width: int, wanted: dict[str, int], dialect: Dialect) ->
         return None
     quoted = bool(dialect.quote) and dialect.quote.encode() in block
     ends = _row_ends(block, dialect) if quoted else None
-    if quoted and ends is None:
+    if (quoted and ends is None) or _has_long_row(block, ends):
         return None
     size = block.rfind(b"\n") + 1 if ends is None else (int(ends[-1]) + 1 if len(ends) else 0)
     lines = block.count(b"\n", 0, size)
@@ -239,6 +239,14 @@ def _fast(block: bytes, width: int, wanted: dict[str, int], dialect: Dialect) ->
         return _Parsed(frame, np.arange(lines), size, lines)
     numbers = _row_lines(np.frombuffer(block, np.uint8, size), ends)
     return _Parsed(frame, numbers, size, lines) if len(numbers) == frame.height else None
+
+
+def _has_long_row(block: bytes, ends: NDArray[np.int64] | None) -> bool:
+    """Whether a whole row of a block may hold a text that is too long."""
+    if ends is not None:
+        return bool(len(ends)) and int(np.diff(ends, prepend=-1).max()) > _LONGEST_FIELD
+    size, half = block.rfind(b"\n") + 1, _LONGEST_FIELD // 2
+    return any(block.find(b"\n", at, at + half) < 0 for at in range(0, size - half + 1, half))
 
 
 def _is_text(block: bytes) -> bool:
@@ -366,7 +374,9 @@ def _fault(record: list[str], width: int, dialect: Dialect) -> tuple[str, str] |
 
 def _csv_fault(problem: str) -> tuple[str, str, bool]:
     """Reason, advice, and whether to go on after what was read, for an error of the csv module."""
-    if problem == _UNEXPECTED_END or problem.startswith("field larger"):
+    if problem.startswith("field larger"):
+        return "a text of more than a million characters", "Cut it, or close the quote that opens it", False
+    if problem == _UNEXPECTED_END:
         return _OPEN, 'Close it, or say quote = "" in the mapping if quotes mean nothing in this file', False
     if problem.startswith("new-line"):
         return "a carriage return inside of a row", "Quote texts with line ends", True

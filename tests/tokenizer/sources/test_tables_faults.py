@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests.tokenizer.sources.site import TABLE, run, set_aside, write
 from tokenizer.errors import DataError
 from tokenizer.sources.tables import import_tables
+from tokenizer.spelling import fit
 
 GOOD = "id,time,test,value\n1,2020-01-01,K,4.0\n"
 
@@ -59,6 +60,19 @@ def test_a_bad_row_is_named_or_set_aside(tmp_path, line, column, reason, shown):
     assert balanced(flow)
     assert events.height == 1
     assert [row[:3] for row in set_aside(tmp_path)] == [(3, column, reason)]
+
+
+@pytest.mark.parametrize("quote", ['"', ""])
+@pytest.mark.parametrize("neighbour", ["2,2020-01-02,K,4\n", '2,2020-01-02,"K\n",4\n', "2,2020-01-02,K,four\n"])
+@pytest.mark.parametrize("size", [1 << 20, (1 << 20) + 1, 3 << 20])
+def test_a_text_of_more_than_a_million_characters_is_a_bad_row_whatever_is_near(tmp_path, quote, neighbour, size):
+    long = f"3,2020-01-03,{quote}{'x' * size}{quote},5\n"
+    flow, _ = run(tmp_path, {"labs.csv": GOOD + neighbour + long + GOOD.splitlines()[1] + "\n"}, quarantine=True)
+    reasons = dict(flow.quarantined.get("labs", {}))
+    assert reasons.pop("a text of more than a million characters", 0) == (size > 1 << 20)
+    assert reasons == ({"not a number": 1} if "four" in neighbour else {})
+    assert flow.rows["labs"] == 4
+    assert balanced(flow)
 
 
 def test_a_missing_column_is_named_with_what_is_there(tmp_path):
@@ -233,7 +247,7 @@ def test_hostile_texts_pass_as_texts(tmp_path):
         [["id", "time", "test", "value"], *([1, "2020-01-01", text, n] for n, text in enumerate(HOSTILE))]
     )
     _, events = run(tmp_path, {"labs.csv": out.getvalue()})
-    assert events.sort("numeric_value")["code"].to_list() == [f"LAB//{text}" for text in HOSTILE]
+    assert events.sort("numeric_value")["code"].to_list() == [fit(f"LAB//{text}") for text in HOSTILE]
 
 
 def test_hostile_texts_are_harmless_in_the_quarantine_file(tmp_path):
