@@ -36,6 +36,7 @@ app = typer.Typer(
 _SITE, _RESEARCH = "For a site", "For a researcher"
 _SOURCE, _TOKENS, _TRAINING, _WORK = "Records", "Tokens", "Training", "Work"
 _WHOM, _FUTURES = "Whom and when", "Futures"
+_COUNTED = ("patient", "event", "token")
 
 site = typer.Typer(help="What a site does by itself.", no_args_is_help=True)
 app.add_typer(site, name="site", rich_help_panel=_SITE)
@@ -266,9 +267,7 @@ def tokenize(
     console.print(f"{len(words)} tokens in the codebook {words.hash[:16]} ({out / CODEBOOK})")
     for name in SPLITS:
         counts = store.manifest["splits"][name]
-        console.print(
-            f"{name:>9}: {counts['patients']:,} patients, {counts['events']:,} events, {counts['tokens']:,} tokens"
-        )
+        console.print(f"{name:>9}: {', '.join(several(counts[f'{each}s'], each) for each in _COUNTED)}")
     by_ancestor, unknown = (sum(store.manifest["fallbacks"][level].values()) for level in ("ancestor", "unknown"))
     if by_ancestor or unknown:
         console.print(

@@ -268,7 +268,7 @@ def _data_files(path: Path) -> list[Path]:
 
 def _count_rows(file: Path) -> int:
     try:
-        return pl.scan_parquet(file, hive_partitioning=False, glob=False).select(pl.len()).collect().item()
+        return _scan(file).select(pl.len()).collect().item()
     except UNREADABLE as problem:
         raise _damaged(file, problem) from None
 
@@ -375,17 +375,21 @@ def _read_name(path: Path) -> tuple[str, list[str]]:
     return about.get("dataset_name") or path.name, []
 
 
+def _scan(file: Path) -> pl.LazyFrame:
+    """A file as it is: neither its name nor its folders' say anything."""
+    return pl.scan_parquet(file, hive_partitioning=False, glob=False)
+
+
 def _schema(file: Path) -> dict[str, pl.DataType]:
     try:
-        return dict(pl.read_parquet_schema(file))
+        return dict(_scan(file).collect_schema())
     except UNREADABLE as problem:
         raise _damaged(file, problem) from None
 
 
 def _read(file: Path, columns: list[str], start: int = 0, rows: int | None = None) -> pl.DataFrame:
     try:
-        frame = pl.scan_parquet(file, hive_partitioning=False, glob=False).select(columns)
-        return frame.slice(start, rows).collect()
+        return _scan(file).select(columns).slice(start, rows).collect()
     except UNREADABLE as problem:
         raise _damaged(file, problem) from None
 
@@ -462,9 +466,24 @@ def out_of_range(column: str | pl.Expr) -> pl.Expr:
     return (time < bounds[0]) | (time >= bounds[1])
 
 
+def microseconds(column: pl.Series) -> pl.Series:
+    """A column of dates or times without a zone as datetime[us]; what doesn't fit ends up far out of range."""
+    kind, most = column.dtype, np.iinfo(np.int64).max // 1000
+    if kind == pl.Date:
+        column = column.to_physical().clip(-1_000_000, 1_000_000).cast(pl.Date)
+    elif isinstance(kind, pl.Datetime) and kind.time_unit == "ms":
+        column = column.to_physical().clip(-most, most).cast(kind)
+    return column.cast(pl.Datetime("us"))
+
+
 def as_text(column: pl.Series) -> pl.Series:
     """A column as text, for people; dates of more than four digits of year, which polars can't write, as numbers."""
     kind = column.dtype
+    if kind == pl.Binary:
+        texts = [None if cell is None else cell.decode("utf-8", "backslashreplace") for cell in column]
+        return pl.Series(column.name, texts, dtype=pl.String)
+    if kind.is_nested():
+        return pl.Series(column.name, [None if cell is None else str(cell) for cell in column.to_list()], pl.String)
     if not isinstance(kind, pl.Datetime | pl.Date):
         return column.cast(pl.String, strict=False)
     number = column.to_physical()
@@ -487,12 +506,11 @@ def _refuse_far_times(frame: pl.DataFrame, place: str, first_row: int) -> None:
 
 
 def _cast(frame: pl.DataFrame, place: str, first_row: int = 0, /, **types: pl.DataType) -> pl.DataFrame:
-    kind = frame.schema.get("time")
-    if isinstance(kind, pl.Datetime) and kind.time_unit == "ms":
-        # What doesn't fit microseconds ends near their limits, which are out of range too.
-        most = np.iinfo(np.int64).max // 1000
-        frame = frame.with_columns(pl.col("time").to_physical().clip(-most, most).cast(kind))
+    if isinstance(frame.schema.get("time"), pl.Datetime):
+        frame = frame.with_columns(microseconds(frame["time"]))
     for column, wanted in types.items():
+        if wanted == pl.String and (frame.schema[column].is_nested() or frame.schema[column] == pl.Binary):
+            frame = frame.with_columns(as_text(frame[column]))
         try:
             frame = frame.with_columns(pl.col(column).cast(wanted))
         except pl.exceptions.PolarsError:

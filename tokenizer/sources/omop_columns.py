@@ -8,7 +8,8 @@ from typing import Literal
 
 import polars as pl
 
-from tokenizer.events import as_text, out_of_range
+from tokenizer.errors import DataError
+from tokenizer.events import as_text, microseconds, out_of_range
 from tokenizer.sources.intake import Intake
 
 Kind = Literal["id", "number", "time", "text"]
@@ -78,8 +79,18 @@ class Rows:
         """Give columns their kinds: id int64, number float32, time datetime[us], text string; blank is null.
 
         Rows with a cell that isn't of its kind are set aside.
+
+        Raises:
+            DataError: a column holds lists or the like.
         """
         for column, kind in kinds.items():
+            if frame[column].dtype.is_nested():
+                found = frame[column].dtype
+                raise DataError(
+                    f"{self._file}: {self._table}: column {column} is of type {found}. Write a plain value in each row."
+                )
+            if frame[column].dtype == pl.Binary:
+                frame = self._decoded(frame, column)
             parsed = _PARSE[kind](frame[column])
             wrong = None
             if kind == "text":
@@ -91,6 +102,19 @@ class Rows:
                 parsed = parsed.filter(~wrong.fill_null(value=False))
             frame = frame.with_columns(parsed.alias(column))
         return frame
+
+    def _decoded(self, frame: pl.DataFrame, column: str) -> pl.DataFrame:
+        """Bytes as text; rows whose bytes are none are set aside."""
+        texts: list[str | None] = []
+        for cell in frame[column]:
+            try:
+                texts.append(None if cell is None else cell.decode())
+            except UnicodeDecodeError:
+                texts.append(None)
+        text = pl.Series(column, texts, dtype=pl.String)
+        wrong = text.is_null() & frame[column].is_not_null()
+        frame = self.without(frame, wrong, column, "not UTF-8", "Write the column as text")
+        return frame.with_columns(text.filter(~wrong))
 
     def timed(self, frame: pl.DataFrame, name: str, *columns: str) -> pl.DataFrame:
         """Add the column `name`: the first of the times `columns` that is known.
@@ -161,9 +185,9 @@ def _times(column: pl.Series) -> pl.Series:
     kind = column.dtype
     if isinstance(kind, pl.Datetime):
         # The wall clock counts, not the instant.
-        return column.dt.replace_time_zone(None).cast(pl.Datetime("us"))
+        return microseconds(column.dt.replace_time_zone(None))
     if kind in (pl.Date, pl.Null):
-        return column.cast(pl.Datetime("us"))
+        return microseconds(column)
     if kind.is_integer():
         column = column.cast(pl.String)
     if column.dtype != pl.String:

@@ -184,7 +184,8 @@ def _born(frame: pl.DataFrame, rows: Rows) -> pl.DataFrame:
     for column in ("day_of_birth", "month_of_birth", "year_of_birth"):
         wrong = frame["birth"].is_null() & frame[column].is_not_null()
         frame = rows.without(frame, wrong, column, "not a date", "Correct the birth", "_written")
-    return rows.in_range(frame, "birth", "year_of_birth", "birth_datetime").drop("_written")
+    frame = rows.in_range(frame, "birth", "year_of_birth", "birth_datetime")
+    return frame.drop("_written")
 
 
 def _merged(periods: pl.DataFrame) -> pl.DataFrame:
