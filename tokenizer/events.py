@@ -476,12 +476,26 @@ def microseconds(column: pl.Series) -> pl.Series:
     return column.cast(pl.Datetime("us"))
 
 
+def decoded(column: pl.Series) -> tuple[pl.Series, pl.Series]:
+    """A column of bytes as text, and which cells are no UTF-8: null in the text, true in a bool column."""
+    texts: list[str | None] = []
+    for cell in column:
+        try:
+            texts.append(None if cell is None else cell.decode())
+        except UnicodeDecodeError:
+            texts.append(None)
+    text = pl.Series(column.name, texts, dtype=pl.String)
+    return text, text.is_null() & column.is_not_null()
+
+
 def as_text(column: pl.Series) -> pl.Series:
     """A column as text, for people; dates of more than four digits of year, which polars can't write, as numbers."""
     kind = column.dtype
     if kind == pl.Binary:
         texts = [None if cell is None else cell.decode("utf-8", "backslashreplace") for cell in column]
         return pl.Series(column.name, texts, dtype=pl.String)
+    if kind == pl.Duration:
+        return column.to_physical().cast(pl.String)
     if kind.is_nested():
         return pl.Series(column.name, [None if cell is None else str(cell) for cell in column.to_list()], pl.String)
     if not isinstance(kind, pl.Datetime | pl.Date):

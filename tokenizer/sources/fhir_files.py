@@ -8,8 +8,6 @@ import gzip
 import io
 import mmap
 import re
-import tarfile
-import zlib
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from tokenizer.errors import DataError
 from tokenizer.sources.fhir_codes import READ_ERRORS, fault
 from tokenizer.sources.fhir_cut import cut
 from tokenizer.sources.fhir_kinds import Block, Chunk, Lost, by_kind, entries, first_kind, is_object
+from tokenizer.sources.folders import DAMAGED, walk_tar
 from tokenizer.wording import several
 
 _LINES, _DOCUMENT, _ARCHIVES = (".ndjson", ".jsonl"), (".json",), (".tar", ".tar.gz", ".tgz")
@@ -36,7 +35,7 @@ _SHOWN = 1000
 _NEWLINE = ord("\n")
 
 _RAWS = msgspec.json.Decoder(list[Raw])
-_DAMAGE = (EOFError, OSError, zlib.error, tarfile.TarError)
+_DAMAGE: tuple[type[Exception], ...] = (*DAMAGED, OSError)
 
 
 @dataclass(frozen=True)
@@ -148,15 +147,12 @@ def _hidden(path: Path) -> bool:
 def _archive(piece: Piece, whole: Container[str]) -> Iterator[Chunk | Block | Lost]:
     members = 0
     try:
-        with tarfile.open(piece.path, "r|*") as archive:
-            for member in archive:
-                form = _form(member.name)
-                if not member.isfile() or form in (None, "archive") or _hidden(Path(member.name)):
-                    continue
-                members += 1
-                file = archive.extractfile(member)
-                if file is not None:
-                    yield from _file(file, f"{piece.name}!{member.name}", form, piece, whole)
+        for name, stream in walk_tar(piece.path):
+            form = _form(name)
+            if form in (None, "archive") or _hidden(Path(name)):
+                continue
+            members += 1
+            yield from _file(stream(), f"{piece.name}!{name}", form, piece, whole)
     except _DAMAGE as problem:
         yield Lost(
             piece.name, members + 1, "archive is cut off or damaged", str(problem), advice="Copy it again", whole=True

@@ -30,6 +30,8 @@ TABLES = (*READ, COMPONENT)
 """The tables of events; parts hold their places in this list."""
 
 _FLUSH_EVENTS = 300_000
+_EVENTS = {**EVENTS, "_at": pl.UInt32, "_table": pl.UInt8}
+_KEYS = {"key": pl.UInt64, "updated": pl.Int64, "_at": pl.UInt32, "kept": pl.Boolean, "_table": pl.UInt8}
 _FIRST, _LAST = (int(np.datetime64(day, "us").astype(np.int64)) for day in (EARLIEST, LATEST))
 _KEEP, _DROP, _BAD = 0, 1, 2
 _SUBJECT_FAULTS = {
@@ -89,6 +91,8 @@ def survey_piece(piece: Piece, settings: Settings) -> index.Seen:
         if isinstance(part, Chunk) and part.kind in index.INDEXED:
             index.note(seen, part, code)
         elif isinstance(part, Lost) and not part.dropped:
+            if settings.stop:
+                _refuse_whole(part)
             seen.bad.append(_lost(part))
         if not settings.stop:
             seen.bad.clear()
@@ -99,6 +103,16 @@ def survey_piece(piece: Piece, settings: Settings) -> index.Seen:
 
 def _drugs(settings: Settings) -> Callable[[bytes], Coded]:
     return Namer(settings.systems, settings.prefer).concept("Medication", "MEDICATION")
+
+
+def _refuse_whole(part: Lost) -> None:
+    if part.whole:
+        shown = f" from row {part.row} on" if part.row > 1 else ""
+        shown += f" ({part.content[:80]!r})" if part.content else ""
+        raise DataError(
+            f"{part.file}: {part.reason}{shown}. How many resources are lost can't be told, so nothing can be set"
+            f" aside. {part.advice}, or take it away."
+        )
 
 
 def _lost(part: Lost) -> index.BadRow:
@@ -124,11 +138,7 @@ def read_piece(piece: Piece, found: index.Index, settings: Settings, folder: Pat
     sink, code = _Sink(folder, piece.number), _drugs(settings)
     for part in _whole_or_split(piece, sink, reader):
         if isinstance(part, Lost):
-            if part.whole and not settings.stop:
-                raise DataError(
-                    f"{part.file}: {part.reason}. How many resources are lost can't be told, so nothing is set aside."
-                    f" {part.advice}, or take it away."
-                )
+            _refuse_whole(part)
             sink.lose(part)
         elif part.kind not in READ:
             sink.pass_over(part, code)
@@ -222,8 +232,9 @@ class _Sink:
             return
         stem = f"{self._number:06d}-{len(self.result.files):05d}"
         files = self._folder / f"{stem}.events.arrow", self._folder / f"{stem}.keys.arrow"
-        for file, frames in zip(files, (self._events, self._keys), strict=True):
-            pl.concat(frames).write_ipc(file)
+        for file, kinds, frames in zip(files, (_EVENTS, _KEYS), (self._events, self._keys), strict=True):
+            # Of a piece whose resources are all bad, there is nothing in one of them.
+            pl.concat([pl.DataFrame(schema=kinds), *frames]).write_ipc(file)
         self.result.files.append(files)
         self._events, self._keys, self._waiting = [], [], 0
 

@@ -9,7 +9,7 @@ from typing import Literal
 import polars as pl
 
 from tokenizer.errors import DataError
-from tokenizer.events import as_text, microseconds, out_of_range
+from tokenizer.events import as_text, decoded, microseconds, out_of_range
 from tokenizer.sources.intake import Intake
 
 Kind = Literal["id", "number", "time", "text"]
@@ -105,14 +105,7 @@ class Rows:
 
     def _decoded(self, frame: pl.DataFrame, column: str) -> pl.DataFrame:
         """Bytes as text; rows whose bytes are none are set aside."""
-        texts: list[str | None] = []
-        for cell in frame[column]:
-            try:
-                texts.append(None if cell is None else cell.decode())
-            except UnicodeDecodeError:
-                texts.append(None)
-        text = pl.Series(column, texts, dtype=pl.String)
-        wrong = text.is_null() & frame[column].is_not_null()
+        text, wrong = decoded(frame[column])
         frame = self.without(frame, wrong, column, "not UTF-8", "Write the column as text")
         return frame.with_columns(text.filter(~wrong))
 

@@ -92,7 +92,13 @@ def layout_of(head: bytes, label: str, table: str, order: tuple[str, ...] | None
         DataError: not UTF-8 at all, empty, or a header that can't be used.
     """
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(f"{label}: written as UTF-16. Save it as UTF-8 (iconv -f utf-16 -t utf-8 file > new).")
+        kind = "utf-32" if head.startswith(codecs.BOM_UTF32_LE) else "utf-16"
+        raise DataError(f"{label}: written as {kind.upper()}. Save it as UTF-8 (iconv -f {kind} -t utf-8 file > new).")
+    if b"\0" in head.partition(b"\n")[0]:
+        raise DataError(
+            f"{label}: NUL characters in the first row, as UTF-16 has them. Save it as UTF-8 (iconv -f utf-16le -t"
+            " utf-8 file > new), or export it again."
+        )
     text = head.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
     lines = io.StringIO(text, newline=None).readlines()
     if not text.strip():

@@ -162,6 +162,35 @@ def test_a_medication_with_a_code_of_another_type_is_blamed(tmp_path: Path) -> N
         import_fhir(source(tmp_path, line, named), tmp_path / "out", name="x")
 
 
+def test_a_file_of_which_all_is_bad_is_set_aside(tmp_path: Path) -> None:
+    folder = source(tmp_path, changed())
+    (folder / "more.ndjson").write_bytes(json.dumps({**PATIENT, "id": "2", "birthDate": 1950}).encode())
+    flow = import_fhir(folder, tmp_path / "out", name="x", quarantine=True)
+    ((reason, count),) = flow.quarantined["Patient"].items()
+    assert reason.startswith("wrong type")
+    assert count == 1
+    assert flow.events["Observation"] == 1
+
+
+@pytest.mark.parametrize("quarantine", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_archive_that_is_cut_off_between_two_files_is_refused(
+    tmp_path: Path, packed: bool, quarantine: bool
+) -> None:
+    whole = io.BytesIO()
+    with tarfile.open(fileobj=whole, mode="w") as archive:
+        for name, content in (("a.ndjson", rows_of()), ("b.ndjson", changed())):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    folder = tmp_path / "in"
+    folder.mkdir()
+    cut_off = whole.getvalue()[: whole.getvalue().index(b"b.ndjson")]
+    (folder / "all.tar.gz").write_bytes(gzip.compress(cut_off) if packed else cut_off)
+    with pytest.raises(DataError, match=r"all\.tar\.gz: archive is cut off .*the end of the archive is missing"):
+        import_fhir(folder, tmp_path / "out", name="x", quarantine=quarantine)
+
+
 def test_a_medication_that_is_nowhere_is_refused(tmp_path: Path) -> None:
     for reference in ("Medication/none", "#none"):
         drug = {"resourceType": "MedicationRequest", "id": "m", "subject": {"reference": "Patient/1"}, "authoredOn": T}
@@ -187,12 +216,12 @@ def test_a_file_that_is_cut_off_is_refused_and_never_set_aside(tmp_path: Path, c
     folder.mkdir()
     (folder / "a.ndjson.gz").write_bytes(whole[: int(len(whole) * cut_at)])
     (folder / "b.ndjson").write_bytes(rows_of(changed(id="other")))
-    with pytest.raises(DataError, match=r"a\.ndjson\.gz: .*file is cut off or damaged.*Copy or export the file again"):
-        import_fhir(folder, tmp_path / "out", name="x")
-    with pytest.raises(
-        DataError, match=r"a\.ndjson\.gz: file is cut off or damaged\. How many resources are lost can't"
-    ):
-        import_fhir(folder, tmp_path / "out", name="x", quarantine=True)
+    message = (
+        r"a\.ndjson\.gz: file is cut off or damaged .*How many resources are lost can't.*Copy or export the file again"
+    )
+    for quarantine in (False, True):
+        with pytest.raises(DataError, match=message):
+            import_fhir(folder, tmp_path / "out", name="x", quarantine=quarantine)
     assert not (tmp_path / "out").exists()
 
 
@@ -238,7 +267,7 @@ def test_sources_without_fhir_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no event is left"):
         import_fhir(tmp_path / "in", tmp_path / "out", name="x")
     (tmp_path / "in" / "broken.json").write_text('{"resourceType": "Bundle", "entry": [')
-    with pytest.raises(DataError, match=r"broken\.json: Bundle, row 1: not JSON"):
+    with pytest.raises(DataError, match=r"broken\.json: not JSON .*Export the file again"):
         import_fhir(tmp_path / "in", tmp_path / "out", name="x")
 
 

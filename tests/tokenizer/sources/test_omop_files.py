@@ -141,6 +141,29 @@ def test_a_folder_that_is_named_as_a_table_is_noted_where_it_holds_none(ram_path
     assert "measurement" not in note
 
 
+def test_columns_of_bytes_and_far_dates_cost_their_rows_only(ram_path: Path) -> None:
+    """As databases and other tools write them to parquet."""
+    far = pl.Series([18_262, 2**31 - 1, 18_262, 18_262], dtype=pl.Int32).cast(pl.Date)
+    names = [b"A", b"B", b"\xff\xfe", None]
+    folder = lay(ram_path, {"person.csv": PERSON})
+    frame = pl.DataFrame({"person_id": [1] * 4, "condition_source_value": names, "condition_start_date": far})
+    frame.write_parquet(folder / "condition_occurrence.parquet")
+    flow = bring(folder, quarantine=True)
+    assert flow.quarantined == {"condition_occurrence": {"not UTF-8": 1, "time out of range": 1}}
+    assert set(cdm.codes(ram_path / "out")) == {"MEDS_BIRTH", "CONDITION//A", "CONDITION//UNMAPPED"}
+    milliseconds = frame.with_columns(pl.Series([2**63 - 1] * 4).cast(pl.Datetime("ms")).alias("condition_start_date"))
+    milliseconds.write_parquet(folder / "condition_occurrence.parquet")
+    assert bring(folder, quarantine=True).quarantined["condition_occurrence"]["time out of range"] == 3
+
+
+def test_a_column_of_lists_is_refused(ram_path: Path) -> None:
+    folder = lay(ram_path, {})
+    folder.mkdir()
+    pl.DataFrame({"person_id": [[1]], "year_of_birth": [1950]}).write_parquet(folder / "person.parquet")
+    with pytest.raises(DataError, match=r"person\.parquet: person: column person_id is of type List\(Int64\)"):
+        bring(folder, quarantine=True)
+
+
 BROKEN: dict[str, tuple[dict[str, str | bytes], str]] = {
     "truncated gzip": (
         {"person.csv.gz": gzip.compress(("person_id,year_of_birth\n" + "1,1950\n" * 9000).encode())[:-20]},
@@ -156,6 +179,8 @@ BROKEN: dict[str, tuple[dict[str, str | bytes], str]] = {
     "a column twice": ({"person.csv": "person_id,PERSON_ID,year_of_birth\n1,1,1950\n"}, r"'person_id' is there twice"),
     "a table twice": ({"person.csv": PERSON, "old/PERSON.csv": PERSON}, r"the table person is there twice"),
     "two formats": ({"person.csv": PERSON, "person.csv.gz": gzip.compress(PERSON.encode())}, r"is there twice"),
+    "UTF-32": ({"person.csv": PERSON.encode("utf-32")}, r"written as UTF-32.*iconv"),
+    "UTF-16 without a mark": ({"person.csv": PERSON.encode("utf-16-le")}, r"NUL characters in the first row.*iconv"),
     "UTF-16": ({"person.csv": PERSON.encode("utf-16")}, r"written as UTF-16.*iconv"),
     "no person_id": ({"person.csv": "id,year_of_birth\n1,1950\n"}, r"person has no column person_id \(it has id, year"),
     "no codes": (

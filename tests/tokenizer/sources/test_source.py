@@ -93,6 +93,16 @@ def test_a_subject_beyond_64_bits_is_named_or_set_aside(tmp_path):
     assert everything(dataset).equals(canonical_order(good))
 
 
+def test_units_of_any_type_are_read_as_text_whatever_the_file_is_called(tmp_path):
+    for name, unit in (("a[1]*", pl.lit(b"mg\xff")), ("b", pl.lit(["mg"])), ("c", pl.lit(5))):
+        file = tmp_path / "meds" / "data" / f"{name}.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        stays(range(ord(name[0]), ord(name[0]) + 1)).with_columns(unit=unit).write_parquet(file)
+    dataset = MedsDataset.open(tmp_path / "meds")
+    units = {piece.shard: dataset.read(piece, ("unit",))["unit"].unique().to_list() for piece in dataset.pieces}
+    assert units == {"data/a[1]*.parquet": ["mg\\xff"], "data/b.parquet": ["['mg']"], "data/c.parquet": ["5"]}
+
+
 def test_units_and_encounters_of_meds_are_kept(tmp_path):
     scattered(tmp_path / "meds", unit=pl.lit("mg/dL"), encounter_id=pl.lit(7), other=pl.lit(1))
     import_meds(tmp_path / "meds", tmp_path / "out", name="x")
