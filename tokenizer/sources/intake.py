@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from tokenizer.errors import DataError
@@ -137,6 +138,8 @@ class Intake:
 
     def _fit(self, table: str, events: pl.DataFrame) -> pl.DataFrame:
         """Write codes otherwise that can't be tokens as they are; how many, is noted in the end."""
+        if not _may_be_unfit(events["code"]):
+            return events
         new = {code: better for code in events["code"].unique() if (better := fit(code)) != code}
         if not new:
             return events
@@ -268,6 +271,17 @@ def intake(out: Path, source: str, *, name: str, quarantine: bool = False) -> It
         if not collected.flow.events_total:
             raise DataError(_nothing_left(collected.flow))
         write_meds(out, collected.shards(), name=name, finish=collected.close)
+
+
+def _may_be_unfit(codes: pl.Series) -> bool:
+    """Whether some code may have to be written otherwise, by its bytes: distinct codes take longer to find."""
+    if not len(codes):
+        return False
+    if int(codes.str.len_bytes().max()) > LONGEST:  # type: ignore[arg-type]
+        return True
+    text = codes.to_arrow()
+    data = np.frombuffer(text.buffers()[2] or b"", np.uint8)
+    return bool(((data < ord(" ")) | (data == ord("*")) | (data > ord("~"))).any())
 
 
 def _nothing_left(flow: Flow) -> str:
