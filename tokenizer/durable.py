@@ -77,7 +77,7 @@ def _named(problem: OSError, path: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Flush a directory's own entries to the disk: what was renamed in it stays so after a crash."""
+    """Flush what a directory says about its files: names that came, went or changed."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
