@@ -279,8 +279,8 @@ def tokenize(
     by_ancestor, unknown = (sum(store.manifest["fallbacks"][level].values()) for level in ("ancestor", "unknown"))
     if by_ancestor or unknown:
         console.print(
-            f"{several(by_ancestor + unknown, 'event has a code', 'events have codes')} too rare to be named: told are"
-            f" an ancestor of {by_ancestor:,}, of {unknown:,} only the code's system"
+            f"{several(by_ancestor + unknown, 'event has a code', 'events have codes')} too rare to be named:"
+            f" {by_ancestor:,} told by an ancestor, {unknown:,} by the code's system only"
         )
 
 

@@ -163,6 +163,6 @@ def _refuse_loss(out: Path, reads: Path | None) -> None:
             )
     if source is not None and out.resolve().is_relative_to(source):
         raise ConfigError(
-            f"{out}: lies in {reads}, which is searched for records, so the next run would read what this one writes."
-            " Choose an --out outside of it."
+            f"{out}: {reads} is searched for records, so the next run would read what this one writes. Choose an --out"
+            " outside of it."
         )
