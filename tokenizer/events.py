@@ -256,6 +256,9 @@ def rows(path: Path, extra: tuple[str, ...] = ()) -> Iterator[Chunk]:
 
 def _data_files(path: Path) -> list[Path]:
     folder = path / meds.data_subdirectory
+    for linked in folder.glob("**/*"):
+        if linked.is_symlink() and linked.is_dir():
+            raise DataError(f"{linked}: a link to a folder, which isn't followed. Put the folder itself there.")
     # Some tools write a folder of that ending, with the files in it.
     if files := sorted(file for file in folder.glob("**/*.parquet") if not file.is_dir()):
         return files

@@ -67,7 +67,11 @@ def pieces(source: Path) -> tuple[list[Piece], list[str]]:
     if not source.exists():
         raise DataError(f"{source}: no such file or folder; give a FHIR file, an archive, or a folder of them.")
     root = source if source.is_dir() else source.parent
-    found = sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else [source]
+    there = sorted(source.rglob("*")) if source.is_dir() else [source]
+    found = [p for p in there if p.is_file()]
+    for p in there:
+        if not (p.is_file() or p.is_dir()) and _form(p.name) and not _hidden(p.relative_to(root)):
+            raise DataError(f"{p}: not a file, or a link that leads nowhere. Mend or remove it.")
     wanted = [p for p in found if _form(p.name) and not _hidden(p.relative_to(root))]
     if not wanted:
         raise DataError(
@@ -75,7 +79,8 @@ def pieces(source: Path) -> tuple[list[Piece], list[str]]:
             " with .gz, and archives of them as .tar, .tar.gz or .tgz."
         )
     cut_up: list[Piece] = []
-    notes = []
+    linked = [p.relative_to(root).as_posix() for p in there if p.is_symlink() and p.is_dir()]
+    notes = [f"{name} is a link to a folder, which isn't followed." for name in linked]
     for path in wanted:
         name = path.relative_to(root).as_posix()
         if not path.stat().st_size:

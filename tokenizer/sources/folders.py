@@ -183,6 +183,8 @@ def _find(folder: Path, pattern: str) -> Iterator[Found]:
         yield from _members(folder, "", pattern)
         return
     for path in sorted(folder.glob(pattern)):
+        if not (path.is_file() or path.is_dir()):
+            raise DataError(f"{path}: not a file, or a link that leads nowhere. Mend or remove it.")
         if path.is_file():
             yield Found(path.relative_to(folder).as_posix(), lambda path=path: path.open("rb"))  # type: ignore[misc]
     steps = pattern.split("/")

@@ -110,6 +110,10 @@ class FileRecords:
                     continue
                 if file.is_file():
                     yield from self._file(file, path)
+                elif file.is_symlink() and file.is_dir():
+                    self.others.append(f"{file.name} (a link to a folder, which isn't followed)")
+                elif not file.is_dir() and _name(PurePosixPath(file.relative_to(path).as_posix())):
+                    raise DataError(f"{file}: not a file, or a link that leads nowhere. Mend or remove it.")
                 elif _name(PurePosixPath(file.name)) and not any(map(_name, _below(file))):
                     self.others.append(f"{file.name} (a folder without a part of the table)")
         elif path.suffix.lower() == ".zip":
