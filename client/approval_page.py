@@ -99,12 +99,11 @@ def _what_it_costs(manifest: Manifest) -> list[tuple[str, str]]:
 
 def _composed(manifest: Manifest, privacy: Privacy) -> str:
     """What the site's own accountant makes of it."""
-    if privacy.mechanism != "dp-sgd":
+    if privacy.mechanism == "distributed":
         return "as its manifest says"
-    steps = protection.steps_of_round(manifest.local, privacy.sampling_rate) * manifest.rounds
-    return (
-        f"{epsilon(protection.of_run(manifest).all, privacy.delta):.4f} by this site's accountant, for {steps:,} steps"
-    )
+    sums = protection.releases_of_round(privacy, manifest.local) * manifest.rounds
+    cost = epsilon(protection.of_run(manifest).all, privacy.delta)
+    return f"{cost:.4f} by this site's accountant, for {sums:,} noised sums"
 
 
 def _model(config: DecoderConfig) -> str:

@@ -26,8 +26,8 @@ from federation.update import to_decoder, to_vector
 from model.feed import ahead
 from model.machine import Machine, Precision, choose_precision
 from model.parallel import ALONE, Team
-from model.private import PrivateOptions, PrivateTrainer, Secret
-from model.train import StepResult, Trainer, TrainOptions, evaluate
+from model.private import PrivateOptions, PrivateTrainer, Secret, clip_before_rounding, noised
+from model.train import StepResult, Trainer, TrainingDiverged, TrainOptions, evaluate
 from tokenizer.codebook import Codebook
 from tokenizer.errors import ConfigError
 from tokenizer.store import TokenStore
@@ -111,6 +111,7 @@ class LocalRound:
         machine = replace(task.machine, precision=choices.precision, micro_tokens=limit)
         self._results: list[StepResult] = []
         self._seconds = kept.seconds if kept else 0.0
+        self._lost = False
         if kept is None:
             optimizer = run.optimizer_before(request.round) if work.keeps_optimizer else None
             self.trainer = work.trainer(request.round, request.weights, machine, optimizer, team, task.key)
@@ -134,7 +135,14 @@ class LocalRound:
         batches = self._work.batches(self._task.request.round, self.trainer, len(self._results))
         for batch in ahead(batches, self._task.machine.device):
             self._task.in_time()
-            self._results.append(self._step(batch))
+            try:
+                self._results.append(self._step(batch))
+            except TrainingDiverged:
+                if not self._work.noises_update:
+                    raise
+                # That it came so far is the records' secret: what leaves is noise alone.
+                self._lost = True
+                break
             now = time.monotonic()
             self._seconds = before + now - began
             if self._team.any(now - kept >= self._task.snapshot_s):
@@ -148,7 +156,11 @@ class LocalRound:
         request = self._task.request
         update = to_vector(self.trainer.decoder)
         update -= request.weights
-        steps = len(self._results)
+        if self._work.noises_update:
+            if self._lost:
+                update[:] = 0.0
+            update = self._work.noised_update(update, request.round, self._task.key)
+        steps = self._work.releases(len(self._results))
         weight, loss, seconds = self._work.expected_patients(steps), 0.0, 0.0
         if weight is None:
             tokens = [result.tokens for result in self._results]
@@ -249,12 +261,13 @@ class Work:
         starts = self._starts()
         decoder = to_decoder(self._manifest.model, weights, machine.device)
         options = self._train_options(starts[-1])
-        if (privacy := self._manifest.privacy) is None:
+        privacy = self._manifest.privacy
+        if privacy is None or privacy.mechanism != "dp-sgd":
             trainer = Trainer(decoder, options, starts[number - 1], machine, team)
         else:
             private = PrivateOptions(privacy.clip, privacy.noise_multiplier, privacy.sampling_rate)
             # The key is this run's and round's own; the step and the use tell its draws apart.
-            secret = partial(_secret, key, f"{self._manifest.hash}/{number}")
+            secret = partial(_secret, key, self._where(number))
             trainer = PrivateTrainer(
                 decoder, options, private, self.patients("train"), secret, starts[number - 1], machine
             )
@@ -271,6 +284,27 @@ class Work:
                 yield trainer.batch(self._windows, step)
             else:
                 yield self._windows.batch(step)
+
+    @property
+    def noises_update(self) -> bool:
+        """Whether the noise is added to the update rather than in every step."""
+        return self._manifest.privacy is not None and self._manifest.privacy.mechanism == "local"
+
+    def noised_update(self, update: Vector, number: int, key: bytes) -> Vector:
+        """Cut a round's update, float32 [P], to the agreed norm and add its noise, which follows from the key."""
+        privacy = protection.privacy_of(self._manifest)
+        options = PrivateOptions(privacy.clip, privacy.noise_multiplier, privacy.sampling_rate)
+        exact = torch.from_numpy(update).double()
+        norm = float(exact.norm())
+        exact = (
+            exact * min(1.0, clip_before_rounding(privacy.clip) / norm) if math.isfinite(norm) and norm else exact * 0
+        )
+        (noisy,) = noised([exact.nan_to_num(0.0, 0.0, 0.0)], options, _secret(key, self._where(number), 0, "update"))
+        return noisy.float().numpy()
+
+    def releases(self, steps: int) -> int:
+        """How many noised sums a round of so many steps tells; without differential privacy, the steps."""
+        return 1 if self.noises_update else steps
 
     def expected_patients(self, steps: int) -> int | None:
         """How many patients so many private steps draw on average; None in a run without differential privacy."""
@@ -318,7 +352,7 @@ class Work:
     def _starts(self) -> list[int]:
         """The global step at which each round starts, and the one at which the last ends."""
         local, rounds = self._manifest.local, self._manifest.rounds
-        if (privacy := self._manifest.privacy) is not None:
+        if (privacy := self._manifest.privacy) is not None and privacy.mechanism == "dp-sgd":
             steps_of_round = protection.steps_of_round(local, privacy.sampling_rate)
             return [number * steps_of_round for number in range(rounds + 1)]
         if local.steps is not None:
@@ -336,6 +370,9 @@ class Work:
     def _train_options(self, total: int) -> TrainOptions:
         warmup = min(round(total * self._manifest.local.warmup_share), total - 1)
         return replace(self._manifest.train, total_steps=total, warmup_steps=warmup, seed=self._seed("dropout"))
+
+    def _where(self, number: int) -> str:
+        return f"{self._manifest.hash}/{number}"
 
     def _seed(self, use: str) -> int:
         key = f"{self._manifest.seed}/{self._site}/{use}".encode()

@@ -237,7 +237,7 @@ class Site:
 
         Each is durable before the next. Killed anywhere, the same request gets the same noise again or the same answer.
         """
-        agreed = protection.steps_of_round(run.manifest().local, privacy.sampling_rate)
+        agreed = protection.releases_of_round(privacy, run.manifest().local)
         costs = protection.of_steps(privacy, agreed)
         release = Release(request.manifest_hash, request.round, "training", costs, request.digest)
         with self.gate.budget() as budget:
@@ -245,7 +245,7 @@ class Site:
         if known is None:
             if charge.state != State.RESERVED:
                 raise SiteRefusal(f"{release.name} was answered already; its answer is no longer kept.")
-            # Private steps are taken by one process.
+            # One process trains, as only it may know the key.
             alone = replace(self.files.machine, processes=1, shard=False)
             try:
                 known = self._work(run, request, alone, charge.key)
@@ -388,7 +388,7 @@ def _read_codebook(data: bytes) -> Codebook:
 def _check_agreement(manifest: Manifest, codebook: Codebook) -> None:
     """Refuse a manifest that doesn't fit the codebook beside it, or this software."""
     # Training without what was promised would be worse than not training.
-    if manifest.privacy is not None and manifest.privacy.mechanism != "dp-sgd":
+    if manifest.privacy is not None and manifest.privacy.mechanism == "distributed":
         raise SiteRefusal(f"fedcomet {software_version()} has no {manifest.privacy.mechanism!r} privacy yet.")
     protection.check(manifest)
     if manifest.software != software_version():

@@ -3,6 +3,10 @@
 Private training ("dp-sgd") takes a number of steps that follows from the manifest alone, the same at every site:
 patients are drawn with one probability, whatever their number. So what a site will have spent is known before the run
 begins. How many patients train at a site counts as known: it is what the site's updates are weighed by.
+
+Noise on the update ("local") is one release a round: the site's whole update, cut to the norm `clip`. Two such updates
+are at most twice that apart, whatever of the records differs, so the same figure holds for one patient more or less
+and for a site that exchanges all of its records.
 """
 
 from federation.accountant import Approximate, Gaussian, Mechanisms, epsilon
@@ -15,14 +19,21 @@ def steps_of_round(local: LocalWork, sampling_rate: float) -> int:
     return local.steps if local.steps is not None else max(1, round((local.epochs or 1.0) / sampling_rate))
 
 
+def releases_of_round(privacy: Privacy, local: LocalWork) -> int:
+    """Give how many sums are noised in every round: private steps, or one update."""
+    return steps_of_round(local, privacy.sampling_rate) if privacy.mechanism == "dp-sgd" else 1
+
+
 def expected_patients(privacy: Privacy, patients: int, steps: int) -> int:
     """Give how many of a site's patients so many steps draw on average: the weight of its update; at least 1."""
     return max(1, round(privacy.sampling_rate * patients * steps))
 
 
 def of_steps(privacy: Privacy, steps: int) -> Mechanisms:
-    """Give what so many private steps are to the accountant."""
-    return Mechanisms((Gaussian(privacy.noise_multiplier, privacy.sampling_rate, steps),))
+    """Give what so many private steps, or updates, are to the accountant."""
+    # Noise is stated in clips; one patient moves a sum of shares by one clip at most, and an update by two.
+    furthest = 2.0 if privacy.mechanism == "local" else 1.0
+    return Mechanisms((Gaussian(privacy.noise_multiplier / furthest, privacy.sampling_rate, steps),))
 
 
 def of_run(manifest: Manifest) -> Mechanisms:
@@ -32,9 +43,9 @@ def of_run(manifest: Manifest) -> Mechanisms:
         ProtocolError: the run has no differential privacy.
     """
     privacy = privacy_of(manifest)
-    if privacy.mechanism != "dp-sgd":
+    if privacy.mechanism == "distributed":
         return Mechanisms((Approximate(privacy.epsilon, privacy.delta),))
-    return of_steps(privacy, steps_of_round(manifest.local, privacy.sampling_rate) * manifest.rounds)
+    return of_steps(privacy, releases_of_round(privacy, manifest.local) * manifest.rounds)
 
 
 def check(manifest: Manifest) -> None:
@@ -45,7 +56,9 @@ def check(manifest: Manifest) -> None:
     """
     if (privacy := manifest.privacy) is None:
         return
-    if manifest.train.clip or manifest.model.dropout:
+    if privacy.mechanism == "local" and privacy.sampling_rate != 1:
+        raise ProtocolError("Noise on the update knows no sampling of patients: privacy.sampling_rate must be 1.")
+    if privacy.mechanism == "dp-sgd" and (manifest.train.clip or manifest.model.dropout):
         raise ProtocolError(
             "A private run has train.clip = 0, as each patient's share is clipped by itself, and no dropout."
         )

@@ -9,9 +9,10 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 from federation import canonical, protection
-from federation.accountant import epsilon
+from federation.accountant import Gaussian, epsilon
 from federation.manifest import LocalWork, Manifest, OuterOptions, Privacy, SecureAggregation, software_version
 from federation.messages import ProtocolError
 from federation.planner import noise_for
@@ -25,40 +26,47 @@ from tokenizer.split import SplitRule
 
 @dataclass(frozen=True)
 class PrivacyPlan:
-    """Private training at the sites (DP-SGD): how strong, and how patients are drawn.
+    """Private training at the sites: how strong, and how patients are drawn.
 
     Attributes:
-        sampling_rate: chance of every patient to be in a step's batch.
+        sampling_rate: chance of every patient to be in a step's batch; 1 with noise on the update.
         delta: at which epsilon is told; well below 1 / patients of the smallest site.
         epsilon: the most that the whole run may cost a patient, from which the noise follows; or
         noise_multiplier: standard deviation of the noise, in units of `clip`, from which epsilon follows. With both,
             epsilon must be enough.
-        clip: the largest L2 norm of one patient's share of a gradient.
+        clip: the largest L2 norm of one patient's share of a gradient, or of an update.
+        mechanism: "dp-sgd", noise in every step, or "local", noise on the update (docs/privacy.md says which to take).
     """
 
-    sampling_rate: float
+    sampling_rate: float = 1.0
     delta: float = 1e-6
     epsilon: float | None = None
     noise_multiplier: float | None = None
     clip: float = 1.0
+    mechanism: Literal["dp-sgd", "local"] = "dp-sgd"
 
     def __post_init__(self) -> None:
         if self.epsilon is None and self.noise_multiplier is None:
             raise ConfigError("privacy: say what the run may cost (epsilon) or how much noise there is.")
         # What can be out of range is checked where it is checked for sites, too.
-        Privacy("dp-sgd", self.epsilon or 1.0, self.delta, self.clip, self.noise_multiplier or 1.0, self.sampling_rate)
+        self._stated(self.epsilon or 1.0, self.noise_multiplier or 1.0)
 
     def promise(self, local: LocalWork, rounds: int) -> Privacy:
         """Work out what the manifest states: the noise for the wanted epsilon, or the epsilon of the given noise."""
-        steps = protection.steps_of_round(local, self.sampling_rate) * rounds
         noise, cost = self.noise_multiplier, self.epsilon
+        releases = protection.releases_of_round(self._stated(1.0, 1.0), local) * rounds
         if noise is None:
-            noise = noise_for(cost or 0.0, self.delta, self.sampling_rate, steps)
-        promised = Privacy("dp-sgd", cost or 1.0, self.delta, self.clip, noise, self.sampling_rate)
+            (one,) = protection.of_steps(self._stated(1.0, 1.0), 1).all
+            # What is stated in clips is, to the accountant, in units of how far one patient moves a sum.
+            furthest = 1.0 / one.noise_multiplier if isinstance(one, Gaussian) else 1.0
+            noise = furthest * noise_for(cost or 0.0, self.delta, self.sampling_rate, releases)
         if cost is None:
-            found = epsilon(protection.of_steps(promised, steps).all, self.delta)
-            promised = dataclasses.replace(promised, epsilon=math.ceil(found * 1e4) / 1e4)
-        return promised
+            found = epsilon(protection.of_steps(self._stated(1.0, noise), releases).all, self.delta)
+            cost = math.ceil(found * 1e4) / 1e4
+        return self._stated(cost, noise)
+
+    def _stated(self, cost: float, noise: float) -> Privacy:
+        return Privacy(self.mechanism, cost, self.delta, self.clip, noise, self.sampling_rate)
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ class FederationPlan:
         max_norm: the largest L2 norm of an accepted update.
         purposes: the questions that the trained model will be asked.
         privacy: private training. The sites' losses then stay where they are, so no round is evaluated and the last
-            one counts as the best; the gradient as a whole is not clipped, and there is no dropout.
+            one counts as the best; with private steps, the gradient as a whole is not clipped and there is no dropout.
         secure_aggregation: how updates and losses are summed under masks, and among whom; without, they are told in
             clear.
         stage_deadline_s: how long sites have for an answer in a masked sum, which needs no training; such a sum asks
@@ -140,8 +148,9 @@ class FederationPlan:
         """
         if codebook.options != self.tokenizer:
             raise ConfigError(f"The codebook has the options {codebook.options}, the plan {self.tokenizer}.")
+        private_steps = self.privacy is not None and self.privacy.mechanism == "dp-sgd"
         if isinstance(self.model, str):
-            dropout = 0.0 if self.privacy is not None and self.dropout is None else self.dropout
+            dropout = 0.0 if private_steps and self.dropout is None else self.dropout
             model = preset(self.model, len(codebook), self.context, dropout)
         else:
             model = dataclasses.replace(self.model, vocab=len(codebook))
@@ -158,7 +167,7 @@ class FederationPlan:
             codebook_hash=codebook.hash,
             layout_hash=Layout.of_config(model).hash,
             local=self.local,
-            train=self.train if privacy is None else dataclasses.replace(self.train, clip=0.0),
+            train=dataclasses.replace(self.train, clip=0.0) if private_steps else self.train,
             outer=self.outer,
             split=self.split,
             tokenizer=self.tokenizer,

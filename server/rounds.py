@@ -350,7 +350,7 @@ class Rounds:
     def _wrong_work(self, reply: TrainReply) -> str:
         local = self.manifest.local
         if (privacy := self.manifest.privacy) is not None:
-            agreed = protection.steps_of_round(local, privacy.sampling_rate)
+            agreed = protection.releases_of_round(privacy, local)
             fits = reply.steps == agreed and 1 <= reply.tokens <= _MOST
             return "" if fits else f"{reply.steps} steps on {reply.tokens} patients are not the agreed private work"
         if not 1 <= reply.steps <= _MOST or (local.steps is not None and reply.steps != local.steps):

@@ -211,6 +211,6 @@ def _plan(study: Study, name: str, **changes: object) -> FederationPlan:
         deadline_s=60 * train.round_deadline_minutes,
         evaluate_every=train.evaluate_every,
         purposes=tuple(question.question for question in study.task),
-        privacy=None if study.privacy is None else PrivacyPlan(**study.privacy.model_dump()),
+        privacy=None if study.privacy is None else PrivacyPlan(**study.privacy.model_dump(exclude_none=True)),
     )
     return replace(plan, **changes)  # type: ignore[arg-type]

@@ -142,13 +142,15 @@ class Training(_Section):
 
 
 class Privacy(_Section):
-    """Private training at every site of every arm: DP-SGD on patients; see docs/privacy.md.
+    """Private training at every site of every arm; see docs/privacy.md.
 
+    `mechanism`: "dp-sgd" adds noise in every step, on patients drawn by `sampling_rate`; "local" adds it to the update.
     Give `epsilon`, from which the noise follows, or `noise_multiplier`. The sites' tuning losses then stay where they
     are: an arm ends with its last round. `clip` here takes the place of the one in `[training]`.
     """
 
-    sampling_rate: Annotated[float, Field(gt=0.0, le=1.0)]
+    mechanism: Literal["dp-sgd", "local"] = "dp-sgd"
+    sampling_rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     epsilon: Annotated[float, Field(gt=0.0, le=50.0)] | None = None
     noise_multiplier: Annotated[float, Field(gt=0.0)] | None = None
     delta: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-6
@@ -158,6 +160,8 @@ class Privacy(_Section):
     def _one_of_both(self) -> Self:
         if (self.epsilon is None) == (self.noise_multiplier is None):
             raise ValueError("give exactly one of epsilon and noise_multiplier")
+        if (self.mechanism == "dp-sgd") == (self.sampling_rate is None):
+            raise ValueError('sampling_rate: mechanism = "dp-sgd" needs it, and "local" has none')
         return self
 
 
@@ -223,7 +227,7 @@ class Study(_Section):
             raise ValueError('arms: "ensemble" averages the sites\' own models, so it needs "alone" too')
         if "federated" not in self.arms:
             raise ValueError('arms: "federated" can\'t be left out; it makes the codebook that all arms share')
-        if self.privacy is not None and self.model.dropout:
+        if self.privacy is not None and self.privacy.mechanism == "dp-sgd" and self.model.dropout:
             raise ValueError("model.dropout: private steps have none; take it out, or [privacy]")
         follows = self.training.local_steps is not None and self.privacy is None
         if self.secure_aggregation is not None and self.secure_aggregation.max_weight is None and not follows:

@@ -139,10 +139,11 @@ def _privacy(manifest: Manifest) -> str:
     privacy = manifest.privacy
     if privacy is None:
         return f"no differential privacy; {_summing(manifest)}"
-    steps = protection.steps_of_round(manifest.local, privacy.sampling_rate) * manifest.rounds
+    steps = protection.releases_of_round(privacy, manifest.local) * manifest.rounds
+    how = "DP-SGD" if privacy.mechanism == "dp-sgd" else "noise on the update"
     return (
-        f"DP-SGD at every site: epsilon {privacy.epsilon:g} at most, at delta {privacy.delta:g}, for the whole record "
-        f"of each patient (add or remove one); {steps} steps, sampling rate {privacy.sampling_rate:g}, noise "
+        f"{how} at every site: epsilon {privacy.epsilon:g} at most, at delta {privacy.delta:g}, for the whole record "
+        f"of each patient (add or remove one); {steps} noised sums, sampling rate {privacy.sampling_rate:g}, noise "
         f"{privacy.noise_multiplier:g} x clip {privacy.clip:g}; {_summing(manifest)}"
     )
 

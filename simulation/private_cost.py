@@ -119,8 +119,8 @@ def measure(trial: Trial, folder: Path, machine: Machine | None = None, watch: W
 
 
 def _secret_of(trial: Trial) -> Callable[[int, str], Secret]:
-    """Draws that are the same whenever the trial is made again; nothing here needs to stay secret."""
-    key = hashlib.sha256(f"public {trial}".encode()).digest()
+    """Draws that are the same in trials that differ in their noise only; nothing here needs to stay secret."""
+    key = hashlib.sha256(f"public {trial.seed}".encode()).digest()
     return lambda step, use: Secret(key, f"{step}/{use}")
 
 

@@ -10,7 +10,7 @@ from client.budget import BudgetExhausted, State
 from client.gate import digest_of_answer
 from client.site import Site
 from federation import protection
-from federation.accountant import epsilon
+from federation.accountant import Gaussian, epsilon
 from federation.manifest import LocalWork, Manifest
 from federation.messages import EvaluateRequest, PrepareRequest, ProtocolError, SiteRefusal, TrainReply
 from model.machine import Machine
@@ -200,3 +200,48 @@ def test_a_plan_states_what_the_noise_costs_or_finds_the_noise() -> None:
     for wrong in ({"epsilon": None}, {"epsilon": 1.0, "sampling_rate": 2.0}, {"epsilon": 1.0, "delta": 0.0}):
         with pytest.raises(ConfigError):
             PrivacyPlan(**{"sampling_rate": 0.1, **wrong})  # type: ignore[arg-type]
+
+
+LOCAL = PrivacyPlan(noise_multiplier=0.5, delta=1e-5, mechanism="local", clip=0.2)
+
+
+def test_noise_on_the_update_is_one_release_a_round_of_a_clipped_update(site: Site) -> None:
+    manifest = private(site, privacy=LOCAL)
+    assert manifest.privacy is not None
+    assert manifest.train.clip == 1.0
+    reply = site.train(ask(manifest))
+    assert (reply.tokens, reply.steps, reply.loss, reply.seconds) == (31, 1, 0.0, 0.0)
+    # Mean square of noise with deviation 0.5 x 0.2; the clipped update adds little. Twelve sigmas of the mean square.
+    size = reply.update.size
+    assert float(np.square(reply.update).mean()) == pytest.approx(0.01, rel=12 * (2 / size) ** 0.5 + 0.04 / 0.01 / size)
+    with site.gate.budget() as budget:
+        (charge,) = budget.charges()
+    # Two updates of norm 0.2 at most are 0.4 apart at most.
+    assert charge.release.mechanisms.all == (Gaussian(0.25, 1.0, 1),)
+    assert manifest.privacy.epsilon == pytest.approx(epsilon([Gaussian(0.25, 1.0, 2)], 1e-5), abs=1e-4)
+    assert same(site.train(ask(manifest)), reply)
+    found = dataclasses.replace(LOCAL, noise_multiplier=None, epsilon=8.0).promise(WORK, 2)
+    assert 7.9 < epsilon(protection.of_steps(found, 2).all, 1e-5) <= 8.0
+
+
+def test_the_update_under_the_noise_has_the_agreed_norm_at_most(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    before: list[float] = []
+    monkeypatch.setattr("client.local.noised", lambda g, *_: before.append(float(g[0].norm())) or g)  # type: ignore[func-returns-value]
+    manifest = private(site, privacy=dataclasses.replace(LOCAL, clip=0.01))
+    reply = site.train(ask(manifest))
+    assert before == [pytest.approx(0.01, rel=1e-4)]
+    assert before[0] <= 0.01
+    assert np.linalg.norm(reply.update) == pytest.approx(0.01, rel=1e-4)
+
+
+def test_training_that_diverges_is_noise_alone_and_is_not_told(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = private(site, privacy=LOCAL)
+    monkeypatch.setattr(Trainer, "_update", lambda *_: (_ for _ in ()).throw(TrainingDiverged("loss 7.7 at step 1")))
+    reply = site.train(ask(manifest))
+    assert (reply.tokens, reply.steps) == (31, 1)
+    assert float(np.square(reply.update).mean()) == pytest.approx(0.01, rel=12 * (2 / reply.update.size) ** 0.5)
+
+
+def test_noise_on_the_update_has_no_sampling(site: Site) -> None:
+    with pytest.raises(ConfigError, match="sampling_rate must be 1"):
+        private(site, privacy=dataclasses.replace(LOCAL, sampling_rate=0.5))

@@ -132,12 +132,25 @@ def test_a_spent_budget_stops_the_federation_with_the_reason(tmp_path: Path) -> 
     assert coordinate(grid, tmp_path / "run", plan).checkpoint.exists()
 
 
+def test_a_federation_with_noise_on_the_updates_runs_to_its_end(tmp_path: Path) -> None:
+    plan = tiny.plan(privacy=PrivacyPlan(epsilon=50.0, delta=1e-5, mechanism="local", clip=0.1))
+    sites = tiny.sites(tmp_path, 2)
+    grid = tiny.FunctionGrid(dict(enumerate(map(tiny.honest, sites), 1)))
+    manifest = coordinate(grid, tmp_path / "run", plan).manifest
+    for site in sites:
+        with Budget.open(site.state / FILE, begin=False) as budget:
+            assert budget.spent(1e-5) == epsilon(protection.of_run(manifest).all, 1e-5)
+            assert 49 < budget.spent(1e-5) <= 50
+
+
 def test_a_study_file_says_what_is_wrong_with_its_privacy(tmp_path: Path) -> None:
     text = (Path(__file__).parents[2] / "examples" / "demo.toml").read_text()
     for more, told in (
         ("sampling_rate = 0.1", "exactly one of epsilon and noise_multiplier"),
         ("sampling_rate = 0.1\nepsilon = 1\nnoise_multiplier = 1", "exactly one of epsilon and noise_multiplier"),
         ("sampling_rate = 2.0\nepsilon = 1", "privacy.sampling_rate = 2.0"),
+        ("epsilon = 1", 'sampling_rate: mechanism = "dp-sgd" needs it'),
+        ('mechanism = "local"\nsampling_rate = 0.1\nepsilon = 1', '"local" has none'),
         ("sampling_rate = 0.1\nepsilon = 1\nnoises = 1", "privacy.noises is not a known key; known here: clip, delta"),
     ):
         path = tmp_path / "study.toml"
