@@ -63,7 +63,7 @@ def left(files: SiteFiles) -> list[str]:
     return [read_entry(line, place).message.kind for place, line in lines(folder, read_head(folder))]
 
 
-def wait_until_left(files: SiteFiles, kind: str, timeout_s: float = 400) -> None:
+def wait_until_left(files: SiteFiles, kind: str, timeout_s: float = 900) -> None:
     until = time.monotonic() + timeout_s
     while kind not in left(files):
         assert time.monotonic() < until, left(files)
@@ -145,7 +145,7 @@ def test_a_killed_site_does_not_stop_the_sum_and_no_site_s_work_is_at_the_coordi
         )
         wait_until_left(files[3], Shares.kind)
         nodes[3].kill()
-        run.wait_for("round.aggregated round 1", 600)
+        run.wait_for("round.aggregated round 1", 900)
         manifest = Manifest.from_bytes((run_dir / "manifest.json").read_bytes())
         replies = {one.name: kept(one, manifest) for one in files}
         wanted = {
@@ -155,7 +155,7 @@ def test_a_killed_site_does_not_stop_the_sum_and_no_site_s_work_is_at_the_coordi
             if what != "tokens"  # a small integer is in any memory, whatever it counts
         }
         found = found_in_memory(place, {**wanted, "the run's name": manifest.hash.encode()})
-        run.wait_for("run.finished", 600)
+        run.wait_for("run.finished", 900)
         logs = "".join(line for service in (superlink, run) for line in service.lines).encode()
 
     assert found == {"the run's name"}
