@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
     from rich.progress import TaskID
 
+    from federation.planner import Row
     from model.tasks import Task
     from server.results import Report
+    from simulation.private_cost import Cost
     from tokenizer.codebook import TokenizerOptions
 
 app = typer.Typer(
@@ -410,6 +412,7 @@ def approve(
     from client.approval_page import terminal
     from client.budget import FILE, Budget
     from client.policy import Policy, PolicyRefusal
+    from federation import protection
 
     console, approvals = Console(), Approvals(state)
     if not manifest:
@@ -417,6 +420,7 @@ def approve(
             console.print(f"{waiting} waits for approval", highlight=False)
         return
     asked = approvals.find(manifest)
+    protection.check(asked.manifest)
     rules = None if policy is None else Policy.read(policy)
     broken = [] if rules is None else rules.check(asked.manifest, device=device)
     if rules is not None and rules.limit is not None:
@@ -502,12 +506,17 @@ def plan_privacy(
         typer.Option(min=1, help="Patients in a batch, on average; larger and smaller ones are compared."),
     ] = None,
     model: Annotated[str, typer.Option(help="The preset to train.")] = "1m",
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Also train with and without it, on a made-up hospital with as many patients."),
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
 ) -> None:
     """Tell how much noise a protection needs, and what it will probably cost.
 
     The noise multiplier is computed: with it, all steps of all rounds are proven to cost at most epsilon. Progress per
-    step and the cost in loss are estimates, for comparing batch sizes; only training tells the truth.
+    step and the cost in loss are estimates, for comparing batch sizes. With --measure the wanted batch is trained as
+    one site, on public made-up records; it takes as long as such a training.
     """
     from rich.console import Console
     from rich.table import Table
@@ -521,8 +530,10 @@ def plan_privacy(
     if batch is not None and batch > patients:
         raise typer.BadParameter(f"the site has {patients} patients", param_hint="--batch")
     rows = plan(wish, batches_around(patients, batch))
+    chosen = next((row for row in rows if row.batch == batch), rows[len(rows) // 2])
+    cost = _measured(chosen, patients, model) if measure else None
     if json:
-        print(canonical.encode({"wish": wish, "rows": rows}).decode())
+        print(canonical.encode({"wish": wish, "rows": rows, "measured": cost}).decode())
         return
     table = Table(title=f"At most epsilon {epsilon:g} at delta {delta:g} for each of {patients:,} patients")
     for name in ("batch", "rate", "steps", "noise", "ε 1 round", "ε all"):
@@ -540,6 +551,22 @@ def plan_privacy(
     print("rate: chance of a patient to be in a batch; noise: multiplier, standard deviation / clipping bound.")
     print("* Progress of a step against one without noise, and what it costs in nats per token: rough estimates, for")
     print("  comparing rows. docs/privacy.md says what they assume.")
+    if cost is not None:
+        print(
+            f"Measured with batches of {chosen.batch:,} on a made-up hospital: {cost.private:.3f} nats per token, "
+            f"{cost.plain:.3f} without privacy, {cost.untrained:.3f} before training."
+        )
+
+
+def _measured(row: "Row", patients: int, model: str) -> "Cost":
+    """Train with and without privacy on records that are nobody's."""
+    from tempfile import TemporaryDirectory
+
+    from simulation.private_cost import Trial, measure
+
+    trial = Trial(patients, row.sampling_rate, row.noise_multiplier, row.steps, model=model)
+    with TemporaryDirectory(prefix="fedcomet-") as folder, _bars() as watch:
+        return measure(trial, Path(folder), watch=watch)
 
 
 @privacy.command("budget")

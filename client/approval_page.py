@@ -7,7 +7,9 @@ from rich.table import Table
 
 from client.approval import Asked
 from client.policy import Broken, Policy
-from federation.manifest import Manifest
+from federation import protection
+from federation.accountant import epsilon
+from federation.manifest import Manifest, Privacy
 from model.decoder import DecoderConfig
 
 
@@ -63,10 +65,18 @@ def _what_leaves(manifest: Manifest) -> list[tuple[str, str]]:
         shown = f"masked among {masked.min_sites} sites or more; only their sum can be unmasked, by {enough}"
     return [
         ("a survey, before", f"counts and histograms on {floor} patients or more (fedcomet site check shows it)"),
-        ("sizes, once", "exact numbers of patients, events and tokens per split"),
+        *_sizes_and_figures(manifest),
         ("an update per round", f"{rounds:,} times {_bytes(size)}, {_bytes(rounds * size)} in all; {shown}"),
-        ("figures per round", "tokens, steps, training loss, seconds; tuning loss and its tokens"),
         ("never", "records, tokens of patients, identifiers (docs/privacy.md has the whole list)"),
+    ]
+
+
+def _sizes_and_figures(manifest: Manifest) -> list[tuple[str, str]]:
+    if manifest.privacy is not None:
+        return [("sizes, once", "exact numbers of patients per split; no loss and no count of tokens or events")]
+    return [
+        ("sizes, once", "exact numbers of patients, events and tokens per split"),
+        ("figures per round", "tokens, steps, training loss, seconds; tuning loss and its tokens"),
     ]
 
 
@@ -76,11 +86,20 @@ def _what_it_costs(manifest: Manifest) -> list[tuple[str, str]]:
         told = "none is stated: the run has no differential privacy, and its model may remember single patients"
         return [("ε", told)]
     return [
-        ("ε, at most", f"{privacy.epsilon:g} for the whole run"),
+        ("ε, at most", f"{privacy.epsilon:g} for the whole run; {_composed(manifest, privacy)}"),
         ("δ, at most", f"{privacy.delta:g}"),
         ("by", f"{privacy.mechanism}: noise {privacy.noise_multiplier:g} × clip {privacy.clip:g},"
          f" sampling rate {privacy.sampling_rate:g}"),
     ]  # fmt: skip
+
+
+def _composed(manifest: Manifest, privacy: Privacy) -> str:
+    """What the site's own accountant makes of it."""
+    if privacy.mechanism == "distributed":
+        return "as its manifest says"
+    sums = protection.releases_of_round(privacy, manifest.local) * manifest.rounds
+    cost = epsilon(protection.of_run(manifest).all, privacy.delta)
+    return f"{cost:.4f} by this site's accountant, for {sums:,} noised sums"
 
 
 def _model(config: DecoderConfig) -> str:

@@ -262,6 +262,12 @@ class Budget:
         with self._transaction() as session:
             session.execute(delete(_Row).where(*same, _Row.state == State.RESERVED))
 
+    def cancel_before(self, release: Release) -> None:
+        """Give back what is reserved for earlier rounds of a run, which is past them: nothing of these ever left."""
+        same = (_Row.run == release.run, _Row.round < release.round, _Row.purpose == release.purpose)
+        with self._transaction() as session:
+            session.execute(delete(_Row).where(*same, _Row.state == State.RESERVED))
+
     def find(self, run: str, number: int, purpose: Purpose) -> Charge | None:
         """Give what the ledger holds of a release."""
         with self._transaction() as session:

@@ -11,21 +11,23 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from client.archive import Agreement, Archive, Choices, RunArchive, Snapshot
+from federation import protection
 from federation.manifest import Manifest
 from federation.messages import ProtocolError, SiteRefusal, TrainReply, TrainRequest, Vector
 from federation.update import to_decoder, to_vector
 from model.feed import ahead
 from model.machine import Machine, Precision, choose_precision
 from model.parallel import ALONE, Team
-from model.train import StepResult, Trainer, TrainOptions, evaluate
+from model.private import PrivateOptions, PrivateTrainer, Secret, clip_before_rounding, noised
+from model.train import StepResult, Trainer, TrainingDiverged, TrainOptions, evaluate
 from tokenizer.codebook import Codebook
 from tokenizer.errors import ConfigError
 from tokenizer.store import TokenStore
@@ -69,6 +71,7 @@ class Task:
         in_time: raises when the deadline, or the site's hours, are over.
         share_of_time: share of the device's time that the work may take; it rests in between.
         pause: called with a number of seconds to rest.
+        key: of a private run, the secret of this round from which all its draws and noise follow.
     """
 
     request: TrainRequest
@@ -77,6 +80,7 @@ class Task:
     in_time: Callable[[], None]
     share_of_time: float = 1.0
     pause: Callable[[float], None] = time.sleep
+    key: bytes = field(default=b"", repr=False)
 
 
 def choices_of(run: RunArchive, work: "Work", machine: Machine) -> Choices:
@@ -107,12 +111,13 @@ class LocalRound:
         machine = replace(task.machine, precision=choices.precision, micro_tokens=limit)
         self._results: list[StepResult] = []
         self._seconds = kept.seconds if kept else 0.0
+        self._lost = False
         if kept is None:
             optimizer = run.optimizer_before(request.round) if work.keeps_optimizer else None
-            self.trainer = work.trainer(request.round, request.weights, machine, optimizer, team)
+            self.trainer = work.trainer(request.round, request.weights, machine, optimizer, team, task.key)
             return
         weights = kept.tensors["weights"].numpy()
-        self.trainer = work.trainer(request.round, weights, machine, None, team)
+        self.trainer = work.trainer(request.round, weights, machine, None, team, task.key)
         self.trainer.load_state_dict(
             {k.removeprefix(_OPTIMIZER): v for k, v in kept.tensors.items() if k.startswith(_OPTIMIZER)}
         )
@@ -127,10 +132,17 @@ class LocalRound:
         """
         began = kept = time.monotonic()
         before = self._seconds
-        batches = self._work.batches(self._task.request.round, len(self._results))
+        batches = self._work.batches(self._task.request.round, self.trainer, len(self._results))
         for batch in ahead(batches, self._task.machine.device):
             self._task.in_time()
-            self._results.append(self._step(batch))
+            try:
+                self._results.append(self._step(batch))
+            except TrainingDiverged:
+                if not self._work.noises_update:
+                    raise
+                # That it came so far is the records' secret: what leaves is noise alone.
+                self._lost = True
+                break
             now = time.monotonic()
             self._seconds = before + now - began
             if self._team.any(now - kept >= self._task.snapshot_s):
@@ -144,17 +156,26 @@ class LocalRound:
         request = self._task.request
         update = to_vector(self.trainer.decoder)
         update -= request.weights
-        tokens = [result.tokens for result in self._results]
+        if self._work.noises_update:
+            if self._lost:
+                update[:] = 0.0
+            update = self._work.noised_update(update, request.round, self._task.key)
+        steps = self._work.releases(len(self._results))
+        weight, loss, seconds = self._work.expected_patients(steps), 0.0, 0.0
+        if weight is None:
+            tokens = [result.tokens for result in self._results]
+            loss = float(np.average([result.loss for result in self._results], weights=tokens))
+            weight, seconds = sum(tokens), self._seconds
         return TrainReply(
             site=site,
             manifest_hash=request.manifest_hash,
             round=request.round,
             request_digest=request.digest,
             update=update,
-            tokens=sum(tokens),
-            steps=len(tokens),
-            loss=float(np.average([result.loss for result in self._results], weights=tokens)),
-            seconds=self._seconds,
+            tokens=weight,
+            steps=steps,
+            loss=loss,
+            seconds=seconds,
         )
 
     @property
@@ -219,22 +240,76 @@ class Work:
             raise ProtocolError(f"The weights must be {size} finite numbers; they have shape {weights.shape}.")
 
     def trainer(
-        self, number: int, weights: Vector, machine: Machine, optimizer: dict[str, Tensor] | None, team: Team = ALONE
+        self,
+        number: int,
+        weights: Vector,
+        machine: Machine,
+        optimizer: dict[str, Tensor] | None,
+        team: Team = ALONE,
+        key: bytes = b"",
     ) -> Trainer:
-        """Set up the training of a round from weights [P] and the optimizer's state after the round before."""
+        """Set up the training of a round from weights [P] and the optimizer's state after the round before.
+
+        Args:
+            number: of the round.
+            weights: where it begins.
+            machine: how to compute.
+            optimizer: its state; None to begin anew.
+            team: who trains together.
+            key: the round's secret in a private run, which one process trains.
+        """
         starts = self._starts()
         decoder = to_decoder(self._manifest.model, weights, machine.device)
-        trainer = Trainer(decoder, self._train_options(starts[-1]), starts[number - 1], machine, team)
+        options = self._train_options(starts[-1])
+        privacy = self._manifest.privacy
+        if privacy is None or privacy.mechanism != "dp-sgd":
+            trainer = Trainer(decoder, options, starts[number - 1], machine, team)
+        else:
+            private = PrivateOptions(privacy.clip, privacy.noise_multiplier, privacy.sampling_rate)
+            # The key is this run's and round's own; the step and the use tell its draws apart.
+            secret = partial(_secret, key, self._where(number))
+            trainer = PrivateTrainer(
+                decoder, options, private, self.patients("train"), secret, starts[number - 1], machine
+            )
         if optimizer is not None:
             trainer.load_state_dict(optimizer)
             trainer.global_step = starts[number - 1]
         return trainer
 
-    def batches(self, number: int, done: int = 0) -> Iterator[Batch]:
-        """Walk through a round's batches, but for those that are done."""
+    def batches(self, number: int, trainer: Trainer, done: int = 0) -> Iterator[Batch]:
+        """Walk through a round's batches, but for those that are done; a private trainer draws its own."""
         starts = self._starts()
         for step in range(starts[number - 1] + done, starts[number]):
-            yield self._windows.batch(step)
+            if isinstance(trainer, PrivateTrainer):
+                yield trainer.batch(self._windows, step)
+            else:
+                yield self._windows.batch(step)
+
+    @property
+    def noises_update(self) -> bool:
+        """Whether the noise is added to the update rather than in every step."""
+        return self._manifest.privacy is not None and self._manifest.privacy.mechanism == "local"
+
+    def noised_update(self, update: Vector, number: int, key: bytes) -> Vector:
+        """Cut a round's update, float32 [P], to the agreed norm and add its noise, which follows from the key."""
+        privacy = protection.privacy_of(self._manifest)
+        options = PrivateOptions(privacy.clip, privacy.noise_multiplier, privacy.sampling_rate)
+        exact = torch.from_numpy(update).double()
+        norm = float(exact.norm())
+        exact = (
+            exact * min(1.0, clip_before_rounding(privacy.clip) / norm) if math.isfinite(norm) and norm else exact * 0
+        )
+        (noisy,) = noised([exact.nan_to_num(0.0, 0.0, 0.0)], options, _secret(key, self._where(number), 0, "update"))
+        return noisy.float().numpy()
+
+    def releases(self, steps: int) -> int:
+        """How many noised sums a round of so many steps tells; without differential privacy, the steps."""
+        return 1 if self.noises_update else steps
+
+    def expected_patients(self, steps: int) -> int | None:
+        """How many patients so many private steps draw on average; None in a run without differential privacy."""
+        privacy = self._manifest.privacy
+        return None if privacy is None else protection.expected_patients(privacy, self.patients("train"), steps)
 
     def smaller_passes(self, micro_tokens: int) -> int:
         """Half as many tokens per pass as did not fit.
@@ -277,6 +352,9 @@ class Work:
     def _starts(self) -> list[int]:
         """The global step at which each round starts, and the one at which the last ends."""
         local, rounds = self._manifest.local, self._manifest.rounds
+        if (privacy := self._manifest.privacy) is not None and privacy.mechanism == "dp-sgd":
+            steps_of_round = protection.steps_of_round(local, privacy.sampling_rate)
+            return [number * steps_of_round for number in range(rounds + 1)]
         if local.steps is not None:
             return [number * local.steps for number in range(rounds + 1)]
         passes = [number * (local.epochs or 1.0) for number in range(rounds + 1)]
@@ -293,9 +371,16 @@ class Work:
         warmup = min(round(total * self._manifest.local.warmup_share), total - 1)
         return replace(self._manifest.train, total_steps=total, warmup_steps=warmup, seed=self._seed("dropout"))
 
+    def _where(self, number: int) -> str:
+        return f"{self._manifest.hash}/{number}"
+
     def _seed(self, use: str) -> int:
         key = f"{self._manifest.seed}/{self._site}/{use}".encode()
         return int.from_bytes(hashlib.blake2b(key, digest_size=7).digest())
+
+
+def _secret(key: bytes, where: str, step: int, use: str) -> Secret:
+    return Secret(key, f"{where}/{step}/{use}")
 
 
 def _least(one: int, other: int) -> int:

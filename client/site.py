@@ -15,10 +15,10 @@ from pathlib import Path
 from client import torchrun
 from client.archive import Agreement, Archive, RunArchive
 from client.budget import Release, State
-from client.gate import Gate
+from client.gate import Gate, digest_of_answer
 from client.local import LocalRound, Task, Work, agreement_of, choices_of, open_work
-from federation import accountant, canonical
-from federation.manifest import Manifest, software_version
+from federation import accountant, canonical, protection
+from federation.manifest import Manifest, Privacy, software_version
 from federation.messages import (
     EvaluateReply,
     EvaluateRequest,
@@ -37,6 +37,7 @@ from federation.messages import (
 )
 from federation.update import Layout
 from model.machine import Machine
+from model.train import TrainingDiverged
 from tokenizer.codebook import Codebook, TokenizerOptions
 from tokenizer.errors import ConfigError, DataError
 from tokenizer.events import MedsDataset, Records
@@ -172,8 +173,9 @@ class Site:
             self.gate.admit_steps(work.most_steps)
             if run.agreement() is None:
                 run.agree(manifest, codebook, agreement)
-        counts = {split: self._told(store, split) for split in SPLITS}
-        fallbacks = sum(sum(codes.values()) for codes in store.manifest["fallbacks"].values())
+        private = manifest.privacy is not None
+        counts = {split: self._told(store, split, private) for split in SPLITS}
+        fallbacks = 0 if private else sum(sum(codes.values()) for codes in store.manifest["fallbacks"].values())
         return PrepareReply(self.files.name, manifest.hash, counts, fallbacks)
 
     def train(self, request: TrainRequest) -> TrainReply:
@@ -181,29 +183,62 @@ class Site:
         run = self.archive.run(request.manifest_hash)
         agreement_of(run, self.files.name)
         with run.working():
-            if (known := self._answered(run, request)) is not None:
-                return known
-            self._in_time(request.deadline_s)
-            work = open_work(self.archive, run, self.files.name)
-            work.check_request(request.round, request.weights)
-            machine = self.files.machine
-
-            def in_time() -> None:
+            known = self._answered(run, request)
+            if known is None:
                 self._in_time(request.deadline_s)
-                self.gate.admit_time()
+            if (privacy := run.manifest().privacy) is not None:
+                return self._train_privately(run, request, privacy, known)
+            return known or self._work(run, request, self.files.machine)
 
-            task = Task(request, machine, 60 * self.files.snapshot_minutes, in_time)
-            task = replace(task, share_of_time=self.gate.share_of_time, pause=self._pause)
-            if machine.processes > 1:
-                torchrun.advance(self.files, run, work, task)
-                # The snapshot that is left holds the whole round, so nothing more is computed here.
-                task = replace(task, machine=Machine())
-            local = LocalRound(work, run, task)
-            local.go()
-            reply = local.reply(self.files.name)
-            run.keep(reply, local.trainer.state_dict() if work.keeps_optimizer else None)
-            if local.choices != run.choices():
-                run.choose(local.choices)
+    def _train_privately(
+        self, run: RunArchive, request: TrainRequest, privacy: Privacy, known: TrainReply | None
+    ) -> TrainReply:
+        """Answer a round of a private run: reserve its cost, train with the ledger's key, keep the answer, charge it.
+
+        Each is durable before the next. Killed anywhere, the same request gets the same noise again or the same answer.
+        """
+        agreed = protection.releases_of_round(privacy, run.manifest().local)
+        costs = protection.of_steps(privacy, agreed)
+        release = Release(request.manifest_hash, request.round, "training", costs, request.digest)
+        with self.gate.budget() as budget:
+            charge = budget.reserve(release)
+        if known is None:
+            if charge.state != State.RESERVED:
+                raise SiteRefusal(f"{release.name} was answered already; its answer is no longer kept.")
+            # One process trains, as only it may know the key.
+            alone = replace(self.files.machine, processes=1, shard=False)
+            try:
+                known = self._work(run, request, alone, charge.key)
+            except TrainingDiverged as problem:
+                self.archive.log("private training", problem)
+                raise SiteRefusal("Private training did not end well; the site's own log says why.") from None
+        ran = replace(release, mechanisms=protection.of_steps(privacy, known.steps))
+        with self.gate.budget() as budget:
+            budget.charge(ran, sha256=digest_of_answer(known))
+            budget.cancel_before(ran)
+        return known
+
+    def _work(self, run: RunArchive, request: TrainRequest, machine: Machine, key: bytes = b"") -> TrainReply:
+        """Do a round's work, and keep what it came to."""
+        work = open_work(self.archive, run, self.files.name)
+        work.check_request(request.round, request.weights)
+
+        def in_time() -> None:
+            self._in_time(request.deadline_s)
+            self.gate.admit_time()
+
+        task = Task(request, machine, 60 * self.files.snapshot_minutes, in_time, key=key)
+        task = replace(task, share_of_time=self.gate.share_of_time, pause=self._pause)
+        if machine.processes > 1:
+            torchrun.advance(self.files, run, work, task)
+            # The snapshot that is left holds the whole round, so nothing more is computed here.
+            task = replace(task, machine=Machine())
+        local = LocalRound(work, run, task)
+        local.go()
+        reply = local.reply(self.files.name)
+        run.keep(reply, local.trainer.state_dict() if work.keeps_optimizer else None)
+        if local.choices != run.choices():
+            run.choose(local.choices)
         return reply
 
     def evaluate(self, request: EvaluateRequest) -> EvaluateReply:
@@ -215,6 +250,8 @@ class Site:
             )
         run = self.archive.run(request.manifest_hash)
         work = open_work(self.archive, run, self.files.name)
+        if run.manifest().privacy is not None:
+            raise SiteRefusal("The run is private: losses and token counts have no noise, and stay at the site.")
         work.check_request(request.round, request.weights)
         self.gate.admit_figure(work.patients(request.split))
         machine = self.files.machine
@@ -264,9 +301,11 @@ class Site:
             raise SiteRefusal(f"Round {request.round} is over: round {last} was answered already.")
         return None
 
-    def _told(self, store: TokenStore, split: str) -> SplitCounts:
-        """How much a split holds; one with fewer patients than the policy's floor is told as empty."""
+    def _told(self, store: TokenStore, split: str, private: bool) -> SplitCounts:
+        """How much a split holds, only its patients if private; below the policy's floor of patients it is empty."""
         counts = SplitCounts(**store.manifest["splits"][split])
+        if private:
+            counts = SplitCounts(counts.patients, 0, 0)
         return counts if counts.patients >= self.gate.floor else SplitCounts(0, 0, 0)
 
     def _store(self, dataset: Records, codebook: Codebook, rule: SplitRule, name: str) -> TokenStore:
@@ -299,9 +338,12 @@ def _read_codebook(data: bytes) -> Codebook:
 
 def _check_agreement(manifest: Manifest, codebook: Codebook) -> None:
     """Refuse a manifest that doesn't fit the codebook beside it, or this software."""
-    if manifest.privacy is not None or manifest.secure_aggregation is not None:
-        # Training without what was promised would be worse than not training.
-        raise SiteRefusal(f"fedcomet {software_version()} has neither private training nor secure aggregation yet.")
+    # Training without what was promised would be worse than not training.
+    if manifest.secure_aggregation is not None:
+        raise SiteRefusal(f"fedcomet {software_version()} has no secure aggregation yet.")
+    if manifest.privacy is not None and manifest.privacy.mechanism == "distributed":
+        raise SiteRefusal(f"fedcomet {software_version()} has no {manifest.privacy.mechanism!r} privacy yet.")
+    protection.check(manifest)
     if manifest.software != software_version():
         raise SiteRefusal(f"The run is for fedcomet {manifest.software}, here is {software_version()}.")
     if codebook.hash != manifest.codebook_hash:

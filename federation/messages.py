@@ -95,7 +95,8 @@ class SplitCounts:
 class PrepareReply:
     """A site's agreement to the manifest, and the size of its store.
 
-    `fallbacks` counts the events whose code has no token of its own; which codes these are stays at the site.
+    `fallbacks` counts the events whose code has no token of its own; which codes these are stays at the site. In a
+    private run only patients are counted; the other counts are 0.
     """
 
     kind: ClassVar[str] = "query.prepare.reply"
@@ -128,7 +129,8 @@ class TrainReply:
     """A site's update: local minus global weights, float32 [P], with what went into it.
 
     `tokens` counts the targets trained on, `loss` is their mean negative log-likelihood in nats, `seconds` is the
-    site's wall-clock time, for people only.
+    site's wall-clock time, for people only. Of private training they would tell of single patients: there, `tokens` is
+    the number of patients that the round draws on average (`federation.protection`), `loss` and `seconds` are 0.
     """
 
     kind: ClassVar[str] = "train.reply"

@@ -2,51 +2,66 @@
 
 Private training ("dp-sgd") takes a number of steps that follows from the manifest alone, the same at every site:
 patients are drawn with one probability, whatever their number. So what a site will have spent is known before the run
-begins.
+begins. How many patients train at a site counts as known: it is what the site's updates are weighed by.
+
+Noise on the update ("local") is one release a round: the site's whole update, cut to the norm `clip`. Two such updates
+are at most twice that apart, whatever of the records differs, so the same figure holds for one patient more or less
+and for a site that exchanges all of its records.
 """
 
 from federation.accountant import Approximate, Gaussian, Mechanisms, epsilon
-from federation.manifest import Manifest, Privacy
+from federation.manifest import LocalWork, Manifest, Privacy
 from federation.messages import ProtocolError
 
 
-def steps_of_round(manifest: Manifest) -> int:
-    """Give the private steps of every round; a pass over the patients is as many as draw each of them once on average.
+def steps_of_round(local: LocalWork, sampling_rate: float) -> int:
+    """Give the private steps of every round; a pass over the patients draws each of them once, on average."""
+    return local.steps if local.steps is not None else max(1, round((local.epochs or 1.0) / sampling_rate))
 
-    Raises:
-        ProtocolError: the run has no differential privacy.
-    """
-    local = manifest.local
-    if local.steps is not None:
-        return local.steps
-    return max(1, round((local.epochs or 1.0) / _privacy(manifest).sampling_rate))
+
+def releases_of_round(privacy: Privacy, local: LocalWork) -> int:
+    """Give how many sums are noised in every round: private steps, or one update."""
+    return steps_of_round(local, privacy.sampling_rate) if privacy.mechanism == "dp-sgd" else 1
+
+
+def expected_patients(privacy: Privacy, patients: int, steps: int) -> int:
+    """Give how many of a site's patients so many steps draw on average: the weight of its update; at least 1."""
+    return max(1, round(privacy.sampling_rate * patients * steps))
 
 
 def of_steps(privacy: Privacy, steps: int) -> Mechanisms:
-    """Give what so many private steps are to the accountant."""
-    return Mechanisms((Gaussian(privacy.noise_multiplier, privacy.sampling_rate, steps),))
+    """Give what so many private steps, or updates, are to the accountant."""
+    # Noise is stated in clips; one patient moves a sum of shares by one clip at most, and an update by two.
+    furthest = 2.0 if privacy.mechanism == "local" else 1.0
+    return Mechanisms((Gaussian(privacy.noise_multiplier / furthest, privacy.sampling_rate, steps),))
 
 
 def of_run(manifest: Manifest) -> Mechanisms:
-    """Give all that a run releases of a site under differential privacy: what its manifest says, or its steps.
+    """Give all that a run releases of a site under differential privacy: its steps, or what its manifest says.
 
     Raises:
         ProtocolError: the run has no differential privacy.
     """
-    privacy = _privacy(manifest)
-    if privacy.mechanism != "dp-sgd":
+    privacy = privacy_of(manifest)
+    if privacy.mechanism == "distributed":
         return Mechanisms((Approximate(privacy.epsilon, privacy.delta),))
-    return of_steps(privacy, steps_of_round(manifest) * manifest.rounds)
+    return of_steps(privacy, releases_of_round(privacy, manifest.local) * manifest.rounds)
 
 
 def check(manifest: Manifest) -> None:
-    """See that a run costs no more than its manifest says; a run without differential privacy says nothing.
+    """See that a run keeps the differential privacy that its manifest states; one that states none says nothing.
 
     Raises:
-        ProtocolError: it costs more.
+        ProtocolError: it costs more, or has what private steps can't have.
     """
     if (privacy := manifest.privacy) is None:
         return
+    if privacy.mechanism == "local" and privacy.sampling_rate != 1:
+        raise ProtocolError("Noise on the update knows no sampling of patients: privacy.sampling_rate must be 1.")
+    if privacy.mechanism == "dp-sgd" and (manifest.train.clip or manifest.model.dropout):
+        raise ProtocolError(
+            "A private run has train.clip = 0, as each patient's share is clipped by itself, and no dropout."
+        )
     cost = epsilon(of_run(manifest).all, privacy.delta)
     if cost > privacy.epsilon:
         raise ProtocolError(
@@ -56,7 +71,12 @@ def check(manifest: Manifest) -> None:
         )
 
 
-def _privacy(manifest: Manifest) -> Privacy:
+def privacy_of(manifest: Manifest) -> Privacy:
+    """Give the differential privacy of a run that has one.
+
+    Raises:
+        ProtocolError: it has none.
+    """
     if manifest.privacy is None:
         raise ProtocolError("The run has no differential privacy.")
     return manifest.privacy

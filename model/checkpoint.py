@@ -57,7 +57,8 @@ class Provenance:
         preset: name of the preset that the decoder is (`model.decoder.preset_of`), or None.
         round: the round after which this is the state.
         rounds: how many the run has.
-        tokens: that all sites together trained on until then; tokens of repeated passes count again.
+        tokens: that all sites together trained on until then; tokens of repeated passes count again. 0 after private
+            training, where their number stays at the sites.
         steps: of all sites' optimizers together until then.
         sites: how many sites had a part in it.
         software: version of fedcomet that wrote it.

@@ -87,7 +87,8 @@ def clipped_sum(
 
     Returns:
         The sum, which one patient changes by a vector of at most this norm (add or remove); norms and losses are of
-        single patients and must not leave the site.
+        single patients and must not leave the site. A patient whose gradient is not finite has no share: to stop there
+        would tell of the patient, as whoever chose the weights may have meant it to.
 
     Raises:
         ConfigError: two windows of one patient, dropout, or a parameter without a rule.
@@ -103,12 +104,17 @@ def clipped_sum(
     kind = "cpu" if total.device.type == "cpu" else "other"
     norms, losses = np.zeros(len(batch.lengths)), np.zeros(len(batch.lengths))
     most = max(1, (BUDGET_BYTES[kind] if budget_bytes is None else budget_bytes) // (book.size * 4))
-    for places in _groups(batch, most, _GROUP_TOKENS[kind]):
-        loss = book.fill(batch, places, autocast)
-        losses[places] = loss
+    groups = list(_groups(batch, most, _GROUP_TOKENS[kind]))
+    for places in groups:  # grows
+        losses[places] = book.fill(batch, places, autocast)
         norm = book.norms()
         norms[places] = norm.cpu().numpy()
         scale = (clip * (1.0 - _SAFETY) / norm.clamp(min=clip)).float()
+        if (wrong := ~np.isfinite(norms[places])).any():
+            # Whether it was this patient or one beside it is seen when each is alone; such a share is nothing.
+            groups += [places[[at]] for at in np.flatnonzero(wrong)] if len(places) > 1 else []
+            book.rows[torch.from_numpy(wrong)] = 0.0
+            scale[torch.from_numpy(wrong)] = 0.0
         total.addmv_(book.rows.T, scale)
     return Clipped(book.split(total), norms, losses)
 

@@ -34,7 +34,7 @@ from torch import Tensor
 from model.clipping import clipped_sum
 from model.decoder import Decoder
 from model.machine import Machine
-from model.train import StepResult, Trainer, TrainingDiverged, TrainOptions, learning_rate
+from model.train import StepResult, Trainer, TrainOptions, learning_rate
 from tokenizer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -147,9 +147,9 @@ class PrivateTrainer(Trainer):
         """Expected number of patients in a step."""
         return self._private.sampling_rate * self._patients
 
-    def batch(self, windows: "Windows") -> "Batch":
-        """The next step's patients, one window of each; empty if nobody was drawn."""
-        secret = self._secret(self.global_step, "patients")
+    def batch(self, windows: "Windows", step: int | None = None) -> "Batch":
+        """The patients of a global step, the next one if not said, and one window of each; empty if nobody is drawn."""
+        secret = self._secret(self.global_step if step is None else step, "patients")
         chosen = secret.chosen(self._patients, self._private.sampling_rate)
         return windows.draw(chosen, secret.uniform(2 * len(chosen)).reshape(-1, 2))
 
@@ -160,14 +160,13 @@ class PrivateTrainer(Trainer):
             The patients' mean loss and number of targets, which are not private and must not leave the site.
 
         Raises:
-            TrainingDiverged: when a gradient is not finite; the weights are as before the step.
+            TrainingDiverged: when the noised gradient is not finite; the weights are as before the step. What a single
+                patient's gradient is never stops the training (`model.clipping`).
         """
         lr = learning_rate(self.options, self.global_step)
         device = self.decoder.embed_tokens.weight.device
         narrow = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
         found = clipped_sum(self.decoder, batch, clip_before_rounding(self._private.clip), autocast=narrow)
-        if not np.isfinite(found.norms).all():
-            raise TrainingDiverged(self._diverged("a patient's gradient norm", float("nan"), lr))
         private = noised(found.gradients, self._private, self._secret(self.global_step, "noise"))
         for weight, gradient in zip(self.decoder.parameters(), private, strict=True):
             weight.grad = gradient.div_(self.expected).to(weight)

@@ -7,16 +7,66 @@ directory, so that a run is only ever continued with the settings it began with.
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
+from typing import Literal
 
-from federation import canonical
-from federation.manifest import LocalWork, Manifest, OuterOptions, software_version
+from federation import canonical, protection
+from federation.accountant import Gaussian, epsilon
+from federation.manifest import LocalWork, Manifest, OuterOptions, Privacy, software_version
+from federation.messages import ProtocolError
+from federation.planner import noise_for
 from federation.update import Layout
 from model.decoder import DecoderConfig, preset
 from model.train import TrainOptions
 from tokenizer.codebook import Codebook, TokenizerOptions
 from tokenizer.errors import ConfigError
 from tokenizer.split import SplitRule
+
+
+@dataclass(frozen=True)
+class PrivacyPlan:
+    """Private training at the sites: how strong, and how patients are drawn.
+
+    Attributes:
+        sampling_rate: chance of every patient to be in a step's batch; 1 with noise on the update.
+        delta: at which epsilon is told; well below 1 / patients of the smallest site.
+        epsilon: the most that the whole run may cost a patient, from which the noise follows; or
+        noise_multiplier: standard deviation of the noise, in units of `clip`, from which epsilon follows. With both,
+            epsilon must be enough.
+        clip: the largest L2 norm of one patient's share of a gradient, or of an update.
+        mechanism: "dp-sgd", noise in every step, or "local", noise on the update (docs/privacy.md says which to take).
+    """
+
+    sampling_rate: float = 1.0
+    delta: float = 1e-6
+    epsilon: float | None = None
+    noise_multiplier: float | None = None
+    clip: float = 1.0
+    mechanism: Literal["dp-sgd", "local"] = "dp-sgd"
+
+    def __post_init__(self) -> None:
+        if self.epsilon is None and self.noise_multiplier is None:
+            raise ConfigError("privacy: say what the run may cost (epsilon) or how much noise there is.")
+        # What can be out of range is checked where it is checked for sites, too.
+        self._stated(self.epsilon or 1.0, self.noise_multiplier or 1.0)
+
+    def promise(self, local: LocalWork, rounds: int) -> Privacy:
+        """Work out what the manifest states: the noise for the wanted epsilon, or the epsilon of the given noise."""
+        noise, cost = self.noise_multiplier, self.epsilon
+        releases = protection.releases_of_round(self._stated(1.0, 1.0), local) * rounds
+        if noise is None:
+            (one,) = protection.of_steps(self._stated(1.0, 1.0), 1).all
+            # What is stated in clips is, to the accountant, in units of how far one patient moves a sum.
+            furthest = 1.0 / one.noise_multiplier if isinstance(one, Gaussian) else 1.0
+            noise = furthest * noise_for(cost or 0.0, self.delta, self.sampling_rate, releases)
+        if cost is None:
+            found = epsilon(protection.of_steps(self._stated(1.0, noise), releases).all, self.delta)
+            cost = math.ceil(found * 1e4) / 1e4
+        return self._stated(cost, noise)
+
+    def _stated(self, cost: float, noise: float) -> Privacy:
+        return Privacy(self.mechanism, cost, self.delta, self.clip, noise, self.sampling_rate)
 
 
 @dataclass(frozen=True)
@@ -42,6 +92,8 @@ class FederationPlan:
         evaluate_every: rounds between two evaluations on the sites' tuning patients; 0 is never.
         max_norm: the largest L2 norm of an accepted update.
         purposes: the questions that the trained model will be asked.
+        privacy: private training. The sites' losses then stay where they are, so no round is evaluated and the last
+            one counts as the best; with private steps, the gradient as a whole is not clipped and there is no dropout.
         codebook: a fixed codebook's bytes; without, one is built from the sites' surveys.
     """
 
@@ -63,6 +115,7 @@ class FederationPlan:
     evaluate_every: int = 1
     max_norm: float | None = None
     purposes: tuple[str, ...] = ()
+    privacy: PrivacyPlan | None = None
     codebook: bytes | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -83,19 +136,23 @@ class FederationPlan:
         """Write the agreement for a codebook.
 
         Raises:
-            ConfigError: there is no such preset, or the codebook was built with other options.
+            ConfigError: there is no such preset, the codebook was built with other options, or the wanted privacy
+                costs more than it may.
         """
         if codebook.options != self.tokenizer:
             raise ConfigError(f"The codebook has the options {codebook.options}, the plan {self.tokenizer}.")
+        private_steps = self.privacy is not None and self.privacy.mechanism == "dp-sgd"
         if isinstance(self.model, str):
-            model = preset(self.model, len(codebook), self.context, self.dropout)
+            dropout = 0.0 if private_steps and self.dropout is None else self.dropout
+            model = preset(self.model, len(codebook), self.context, dropout)
         else:
             model = dataclasses.replace(self.model, vocab=len(codebook))
         if self.local.batch_tokens < model.context:
             raise ConfigError(
                 f"local.batch_tokens is {self.local.batch_tokens}; it must hold a window of {model.context} tokens."
             )
-        return Manifest(
+        privacy = None if self.privacy is None else self.privacy.promise(self.local, self.rounds)
+        manifest = Manifest(
             name=self.name,
             seed=self.seed,
             rounds=self.rounds,
@@ -103,7 +160,7 @@ class FederationPlan:
             codebook_hash=codebook.hash,
             layout_hash=Layout.of_config(model).hash,
             local=self.local,
-            train=self.train,
+            train=dataclasses.replace(self.train, clip=0.0) if private_steps else self.train,
             outer=self.outer,
             split=self.split,
             tokenizer=self.tokenizer,
@@ -111,8 +168,14 @@ class FederationPlan:
             deadline_s=self.deadline_s,
             max_norm=self.max_norm,
             purposes=self.purposes,
+            privacy=privacy,
             software=software_version(),
         )
+        try:
+            protection.check(manifest)
+        except ProtocolError as problem:
+            raise ConfigError(f"federation plan: {problem}") from None
+        return manifest
 
     def to_bytes(self) -> bytes:
         """Give canonical JSON in which a fixed codebook is named by the sha256 of its bytes."""

@@ -5,6 +5,7 @@ light or dark setting, tables have captions and pictures descriptions. `load` an
 JSON file alone.
 """
 
+import math
 from pathlib import Path
 
 from rich import box
@@ -41,7 +42,7 @@ def load(path: Path) -> Report:
 def render(report: Report) -> str:
     """Give the HTML page."""
     environment = page.environment(Path(__file__).parent / "templates")
-    environment.filters.update(number=_show_number, interval=_show_interval)
+    environment.filters.update(number=_show_number, interval=_show_interval, epsilon=show_epsilon)
     pictures = {question.name: plots.question(question) for question in report.questions}
     return environment.get_template("report.html.j2").render(
         report=report,
@@ -76,12 +77,14 @@ def terminal_tables(report: Report) -> list[Table]:
     """Give the results as tables for a terminal: one for each question, one of the sites."""
     table = Table(title="Sites", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", overflow="fold", max_width=30)
-    for heading in ("patients", "train", "tuning", "held out", "tokens", "sent"):
+    private = any(site.epsilon is not None for site in report.sites)
+    for heading in ("patients", "train", "tuning", "held out", "epsilon" if private else "tokens", "sent"):
         table.add_column(heading, justify="right", no_wrap=True)
     for site in report.sites:
         sent = sum(row.bytes_sent for row in report.outbound if row.site == site.name)
-        numbers = (show_count(n) for n in (site.patients, site.train, site.tuning, site.held_out, site.tokens))
-        table.add_row(escape(site.name + (f" ({site.note})" if site.note else "")), *numbers, show_bytes(sent))
+        numbers = (show_count(n) for n in (site.patients, site.train, site.tuning, site.held_out))
+        last = show_epsilon(site.epsilon) if private else show_count(site.tokens)
+        table.add_row(escape(site.name + (f" ({site.note})" if site.note else "")), *numbers, last, show_bytes(sent))
     return [*map(question_table, report.questions), table]
 
 
@@ -103,6 +106,11 @@ def headline(question: Question) -> str:
     if "truth" in by_kind:
         said.append(f"the true risks themselves score {show_figure(by_kind['truth'][0].auroc)}: nothing can do better")
     return "; ".join(said) + "."
+
+
+def show_epsilon(epsilon: float | None) -> str:
+    """Write what a site's patients were charged, rounded up."""
+    return "–" if epsilon is None else f"{math.ceil(epsilon * 1000) / 1000:.3f}"
 
 
 def show_figure(figure: Figure | None, *, signed: bool = False) -> str:

@@ -114,7 +114,11 @@ class Question:
 
 @dataclass(frozen=True)
 class SiteSummary:
-    """A site's data: patients by split, tokens of the training split; `note` says why a site took no part."""
+    """A site's data: patients by split, tokens of the training split; `note` says why a site took no part.
+
+    `epsilon` is what the federated run has cost its patients, by the site's own ledger; None without differential
+    privacy. In a private run, tokens are not told, and 0.
+    """
 
     name: str
     patients: int
@@ -123,6 +127,7 @@ class SiteSummary:
     held_out: int
     tokens: int
     note: str = ""
+    epsilon: float | None = None
 
 
 @dataclass(frozen=True)

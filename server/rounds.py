@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
+from federation import protection
 from federation.manifest import Manifest
 from federation.messages import (
     DeliveryError,
@@ -179,16 +180,20 @@ class Rounds:
         state = outer_step(self._state, updates, shares, self.manifest.outer)
         if not math.isfinite(_norm(state.weights)):
             raise RoundFailed(f"Round {self.number} would make the global weights infinite; set max_norm in a new run.")
-        sha256 = self._store.save(self.number, state, self._journal.work(self.number))
+        work = self._journal.work(self.number)
+        if self.manifest.privacy is not None:
+            work = work._replace(tokens=0)  # the ledger holds expected patients in their place
+        sha256 = self._store.save(self.number, state, work)
         self._state = state
         self._journal.enter(self.number, Phase.AGGREGATED, sha256)
-        tokens = sum(entry.tokens for entry in accepted)
-        loss = sum(entry.loss * entry.tokens for entry in accepted) / tokens
-        self._tell("round.aggregated", values={"sites": len(accepted), "tokens": tokens, "loss": loss})
+        self._tell("round.aggregated", values={"sites": len(accepted), **self._summary(accepted)})
 
     def evaluation(self, split: str, deadline_s: float) -> EvaluateRequest | None:
-        """Give the request that evaluates the round's new weights; none when that was done before a crash."""
-        if self.phase is not Phase.AGGREGATED:
+        """Give the request that evaluates the round's new weights; none when that was done before a crash.
+
+        None in private runs, either: sites don't tell losses that no noise protects.
+        """
+        if self.phase is not Phase.AGGREGATED or self.manifest.privacy is not None:
             return None
         return EvaluateRequest(self.manifest.hash, self.number, split, self._state.weights, deadline_s)
 
@@ -238,8 +243,15 @@ class Rounds:
             seconds=reply.seconds,
         )
         self._journal.note_reply(entry)
-        values = {"tokens": reply.tokens, "loss": reply.loss, "norm": entry.norm, "seconds": reply.seconds}
+        values = {**self._summary([entry]), "norm": entry.norm, "seconds": reply.seconds}
         self._tell("update.accepted", site, values=values)
+
+    def _summary(self, entries: list[ReplyEntry]) -> dict[str, float]:
+        """What updates were made of: tokens and their mean loss, or the patients that private steps drew on average."""
+        weight = sum(entry.tokens for entry in entries)
+        if self.manifest.privacy is not None:
+            return {"patients": weight}
+        return {"tokens": weight, "loss": sum(entry.loss * entry.tokens for entry in entries) / weight}
 
     def _objection(self, site: str, answer: Answer) -> str:
         """Say why an answer can't be used; empty when it can."""
@@ -264,6 +276,10 @@ class Rounds:
 
     def _wrong_work(self, reply: TrainReply) -> str:
         local = self.manifest.local
+        if (privacy := self.manifest.privacy) is not None:
+            agreed = protection.releases_of_round(privacy, local)
+            fits = reply.steps == agreed and 1 <= reply.tokens <= _MOST
+            return "" if fits else f"{reply.steps} steps on {reply.tokens} patients are not the agreed private work"
         if not 1 <= reply.steps <= _MOST or (local.steps is not None and reply.steps != local.steps):
             return f"{reply.steps} steps are not the agreed local work"
         if not 1 <= reply.tokens <= reply.steps * local.batch_tokens:

@@ -18,7 +18,7 @@ from client.site import SiteFiles
 from federation.manifest import LocalWork, OuterOptions
 from model.train import TrainOptions
 from server.app import Outcome
-from server.plan import FederationPlan
+from server.plan import FederationPlan, PrivacyPlan
 from server.rounds import Event
 from simulation.config import Study
 from simulation.engine import run_federation
@@ -198,5 +198,6 @@ def _plan(study: Study, name: str, **changes: object) -> FederationPlan:
         deadline_s=60 * train.round_deadline_minutes,
         evaluate_every=train.evaluate_every,
         purposes=tuple(question.question for question in study.task),
+        privacy=None if study.privacy is None else PrivacyPlan(**study.privacy.model_dump(exclude_none=True)),
     )
     return replace(plan, **changes)  # type: ignore[arg-type]

@@ -141,6 +141,30 @@ class Training(_Section):
         return self
 
 
+class Privacy(_Section):
+    """Private training at every site of every arm; see docs/privacy.md.
+
+    `mechanism`: "dp-sgd" adds noise in every step, on patients drawn by `sampling_rate`; "local" adds it to the update.
+    Give `epsilon`, from which the noise follows, or `noise_multiplier`. The sites' tuning losses then stay where they
+    are: an arm ends with its last round. `clip` here takes the place of the one in `[training]`.
+    """
+
+    mechanism: Literal["dp-sgd", "local"] = "dp-sgd"
+    sampling_rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    epsilon: Annotated[float, Field(gt=0.0, le=50.0)] | None = None
+    noise_multiplier: Annotated[float, Field(gt=0.0)] | None = None
+    delta: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-6
+    clip: Annotated[float, Field(gt=0.0)] = 1.0
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.epsilon is None) == (self.noise_multiplier is None):
+            raise ValueError("give exactly one of epsilon and noise_multiplier")
+        if (self.mechanism == "dp-sgd") == (self.sampling_rate is None):
+            raise ValueError('sampling_rate: mechanism = "dp-sgd" needs it, and "local" has none')
+        return self
+
+
 class Question(_Section):
     """A question that rollouts answer; see model/tasks.py."""
 
@@ -176,6 +200,7 @@ class Study(_Section):
     tokenizer: Tokenizer = Tokenizer()
     model: Model = Model()
     training: Training
+    privacy: Privacy | None = None
     arms: tuple[Arm, ...] = ("federated",)
     task: tuple[Question, ...]
     evaluation: Evaluation = Evaluation()
@@ -186,6 +211,8 @@ class Study(_Section):
             raise ValueError('arms: "ensemble" averages the sites\' own models, so it needs "alone" too')
         if "federated" not in self.arms:
             raise ValueError('arms: "federated" can\'t be left out; it makes the codebook that all arms share')
+        if self.privacy is not None and self.privacy.mechanism == "dp-sgd" and self.model.dropout:
+            raise ValueError("model.dropout: private steps have none; take it out, or [privacy]")
         if not self.task:
             raise ValueError("task: ask at least one question in a [[task]] table")
         names = [task.name for task in self.task]

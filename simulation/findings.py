@@ -7,7 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib import metadata
 
-from federation.manifest import software_version
+from client.budget import FILE, Budget
+from client.site import SiteFiles
+from federation import protection
+from federation.accountant import epsilon
+from federation.manifest import Manifest, software_version
+from server.app import Outcome
 from server.journal import Journal, Status
 from server.results import Codebook as CodebookSummary
 from server.results import Kind, Outbound, Question, Report, Round, SiteSummary, Training, ask
@@ -43,9 +48,7 @@ def report_of(result: Result, command: str) -> Report:
     with Journal(federated.folder / "ledger.sqlite") as journal:
         rounds, outbound = _rounds(journal), _outbound(federated, journal)
         sites = _site_summaries(result, journal)
-    outcome = federated.outcome
-    if outcome is None:
-        raise AssertionError("a federated arm that fails raises before this")
+    outcome = _outcome(federated)
     codebook = Codebook.load(outcome.codebook)
     failures = [f"{arm.name}: could not be trained ({arm.failure})" for arm in result.arms if arm.failure]
     return Report(
@@ -82,6 +85,12 @@ def report_of(result: Result, command: str) -> Report:
     )
 
 
+def _outcome(arm: Arm) -> Outcome:
+    if arm.outcome is None:
+        raise AssertionError("a federated arm that fails raises before this")
+    return arm.outcome
+
+
 def _introduction(result: Result) -> str:
     study, sites = result.study, len(result.sites)
     made = {
@@ -97,9 +106,7 @@ def _introduction(result: Result) -> str:
 
 def _settings(result: Result, federated: Arm) -> tuple[tuple[str, str], ...]:
     study, train = result.study, result.study.training
-    if federated.outcome is None:
-        raise AssertionError("a federated arm that fails raises before this")
-    manifest = federated.outcome.manifest
+    manifest = _outcome(federated).manifest
     work = f"{train.local_epochs:g} passes" if train.local_epochs is not None else f"{train.local_steps} steps"
     outer = manifest.outer
     how = "FedAvg" if outer.name == "fedavg" else f"Nesterov momentum {outer.momentum:g}, learning rate {outer.lr:g}"
@@ -120,12 +127,35 @@ def _settings(result: Result, federated: Arm) -> tuple[tuple[str, str], ...]:
             "Split",
             f"{study.split.tuning:.0%} tuning, {study.split.held_out:.0%} held out, by keyed hash of the patient",
         ),
-        ("Privacy", "no differential privacy and no secure aggregation in this run"),
+        ("Privacy", _privacy(manifest)),
     )
+
+
+def _privacy(manifest: Manifest) -> str:
+    privacy = manifest.privacy
+    if privacy is None:
+        return "no differential privacy and no secure aggregation in this run"
+    steps = protection.releases_of_round(privacy, manifest.local) * manifest.rounds
+    how = "DP-SGD" if privacy.mechanism == "dp-sgd" else "noise on the update"
+    return (
+        f"{how} at every site: epsilon {privacy.epsilon:g} at most, at delta {privacy.delta:g}, for the whole record "
+        f"of each patient (add or remove one); {steps} noised sums, sampling rate {privacy.sampling_rate:g}, noise "
+        f"{privacy.noise_multiplier:g} x clip {privacy.clip:g}; no secure aggregation"
+    )
+
+
+def _spent(site: SiteFiles, manifest: Manifest) -> float | None:
+    """What a run has cost the patients of a site, as the site's own ledger has it."""
+    if manifest.privacy is None:
+        return None
+    with Budget.open(site.budget or site.state / FILE) as budget:
+        charges = [charge for charge in budget.charges() if charge.release.run == manifest.hash]
+    return epsilon([each for charge in charges for each in charge.release.mechanisms.all], manifest.privacy.delta)
 
 
 def _site_summaries(result: Result, journal: Journal) -> tuple[SiteSummary, ...]:
     known = {entry.site: entry for entry in journal.sites()}
+    manifest = journal.manifest()
     summaries = []
     for site in result.sites:
         entry = known.get(site.name)
@@ -136,7 +166,9 @@ def _site_summaries(result: Result, journal: Journal) -> tuple[SiteSummary, ...]
         splits = json.loads(entry.counts)["splits"]
         train, tuning, held_out = (int(splits[name]["patients"]) for name in SPLITS)
         tokens = int(splits["train"]["tokens"])
-        summaries.append(SiteSummary(site.name, train + tuning + held_out, train, tuning, held_out, tokens))
+        cost = None if manifest is None else _spent(site, manifest)
+        patients = train + tuning + held_out
+        summaries.append(SiteSummary(site.name, patients, train, tuning, held_out, tokens, epsilon=cost))
     return tuple(summaries)
 
 
@@ -185,7 +217,7 @@ def _training(arm: Arm) -> Training:
             reply.tokens
             for number in range(1, journal.committed() + 1)
             for reply in journal.replies(number)
-            if reply.status is Status.ACCEPTED
+            if reply.status is Status.ACCEPTED and arm.outcome.manifest.privacy is None
         )
     best = int(arm.outcome.best_checkpoint.stem)
     return Training(arm.name, _kind(arm.name), tuple(losses), tuple(losses.values()), best, tokens)
@@ -194,6 +226,8 @@ def _training(arm: Arm) -> Training:
 def _rounds(journal: Journal) -> tuple[Round, ...]:
     rounds = []
     losses = journal.losses(TUNING)
+    manifest = journal.manifest()
+    private = manifest is not None and manifest.privacy is not None
     for number in range(1, journal.committed() + 1):
         replies = journal.replies(number)
         good = [reply for reply in replies if reply.status is Status.ACCEPTED]
@@ -203,7 +237,7 @@ def _rounds(journal: Journal) -> tuple[Round, ...]:
                 round=number,
                 accepted=len(good),
                 refused=len(bad),
-                tokens=sum(reply.tokens for reply in good),
+                tokens=0 if private else sum(reply.tokens for reply in good),
                 bytes_received=sum(reply.bytes for reply in good),
                 seconds=max((reply.seconds for reply in good), default=0.0),
                 loss=losses.get(number),
@@ -216,7 +250,7 @@ def _rounds(journal: Journal) -> tuple[Round, ...]:
 def _outbound(federated: Arm, journal: Journal) -> tuple[Outbound, ...]:
     """Count what left each site, in bytes of content without envelopes."""
     sent = []
-    numbers = range(1, journal.committed() + 1)
+    numbers, manifest = range(1, journal.committed() + 1), journal.manifest()
     replies = [reply for number in numbers for reply in journal.replies(number)]
     scores = [score for score in journal.scores() if score.round in numbers]
     for entry in journal.sites():
@@ -225,10 +259,16 @@ def _outbound(federated: Arm, journal: Journal) -> tuple[Outbound, ...]:
             sent.append(Outbound(entry.site, "survey (counts, histograms)", 1, survey.stat().st_size))
         if entry.counts:
             sent.append(Outbound(entry.site, "sizes of the splits", 1, len(entry.counts)))
+        what = (
+            "model update, with token count and loss"
+            if manifest is None or manifest.privacy is None
+            else "noised update"
+        )
         updates = [r.bytes for r in replies if r.site == entry.site and r.status is Status.ACCEPTED]
-        sent.append(Outbound(entry.site, "model update, with token count and loss", len(updates), sum(updates)))
+        sent.append(Outbound(entry.site, what, len(updates), sum(updates)))
         sums = [s for s in scores if s.site == entry.site and s.status is Status.ACCEPTED]
-        sent.append(Outbound(entry.site, "sum of losses and token count", len(sums), 16 * len(sums)))
+        if sums:
+            sent.append(Outbound(entry.site, "sum of losses and token count", len(sums), 16 * len(sums)))
     return tuple(sent)
 
 
@@ -238,6 +278,12 @@ def _reading_notes(result: Result) -> tuple[str, ...]:
         "The questions were put to held-out patients of all sites. A real server has no such patients: it asks about a "
         "public, synthetic or consented cohort.",
     ]
+    if result.study.privacy is not None:
+        notes.append(
+            "Every arm trains privately, with the same settings. The sites' losses stay where they are, so no round is "
+            "evaluated and every arm ends with its last. A site's ledger adds up the arms that it takes part in, which "
+            "a site of one real run does not have: fedcomet privacy budget shows all of it."
+        )
     if POOLED in arms:
         notes.append("The pooled arm trains on as many tokens as the federated one, with the same settings.")
     if any(arm.endswith(" alone") for arm in arms):

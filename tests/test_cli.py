@@ -263,6 +263,11 @@ def test_a_privacy_plan_compares_batch_sizes() -> None:
     rows = json.loads(done.stdout)["rows"]
     assert [row["batch"] for row in rows] == [50, 100, 200, 400, 800]
     assert all(3.9 < row["epsilon"] <= 4 for row in rows)
+    small = ("--patients", 150, "--epsilon", 8, "--delta", 1e-4, "--rounds", 1, "--steps-per-round", 2, "--batch", 10)
+    done = fedcomet("privacy", "plan", *small, "--model", "0.3m", "--measure", "--json")
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)["measured"]
+    assert 3 < measured["plain"] < measured["untrained"]
 
 
 def test_a_budget_tells_what_was_spent_on_what_and_what_is_left(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from client.policy import PolicyRefusal
 from client.site import Site, SiteFiles
 from federation.accountant import Approximate, Mechanisms
 from federation.identity import Identity
-from federation.manifest import LocalWork, Manifest, Privacy
+from federation.manifest import LocalWork, Manifest, Privacy, SecureAggregation
+from federation.masking import MaskingOptions
 from federation.messages import (
     EvaluateRequest,
     PrepareReply,
@@ -240,7 +241,7 @@ def test_a_run_that_does_not_fit_into_the_budget_is_refused_before_it_begins(unt
         budget.reserve(Release("c" * 64, 1, "training", Mechanisms((Approximate(4.0),)), "request"))
     assert refused(site, private.prepare()) == ["privacy.epsilon_total"]
     policy_of(untouched).write_text(text.replace("[privacy]\n", limit.replace("5.0", "12.0")))
-    with pytest.raises(SiteRefusal, match="neither private training"):
+    with pytest.raises(ProtocolError, match=r"train\.clip = 0"):  # so the policy has let it pass
         site.answer(private.prepare())
 
 
@@ -266,9 +267,10 @@ def test_a_private_message_that_was_not_charged_does_not_leave(files: SiteFiles,
 def test_a_run_whose_protection_this_version_lacks_is_refused_rather_than_run_without(
     files: SiteFiles, run: Run
 ) -> None:
-    privacy = Privacy("dp-sgd", epsilon=2, delta=1e-6, clip=1, noise_multiplier=1)
-    with pytest.raises(SiteRefusal, match="neither private training"):
-        Site(files).answer(run._replace(manifest=dataclasses.replace(run.manifest, privacy=privacy)).prepare())
+    masked = SecureAggregation(3, MaskingOptions(threshold=2, clip=1.0, max_weight=100))
+    for lacks in ({"privacy": Privacy("distributed", 2, 1e-6, 1, 1)}, {"secure_aggregation": masked}):
+        with pytest.raises(SiteRefusal, match=r"has no .* yet"):
+            Site(files).answer(run._replace(manifest=dataclasses.replace(run.manifest, **lacks)).prepare())  # type: ignore[arg-type]
 
 
 def test_few_patients_take_no_part_and_few_are_told_by_no_figure(files: SiteFiles, run: Run) -> None:

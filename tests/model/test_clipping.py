@@ -119,6 +119,29 @@ def test_bfloat16_is_clipped_by_the_norms_of_what_is_summed() -> None:
     assert norm_of(found.gradients) <= 0.5
 
 
+@pytest.mark.parametrize("together", [1, 100])
+def test_a_patient_whose_gradient_is_not_finite_has_no_share_and_takes_none_from_others(together: int) -> None:
+    decoder = decoder_of(replace(BASE, tied=False))
+    batch = batch_of([9, 5, 12], BASE.vocab - 1)
+    row = 4 * decoder.config.parameters() * together
+    without = Batch(
+        np.delete(batch.tokens, range(9, 14)), np.delete(batch.targets, range(9, 14)), batch.lengths[[0, 2]],
+        batch.patients[[0, 2]],
+    )  # fmt: skip
+    expected = clipped_sum(decoder, without, 1.0, budget_bytes=row)
+    batch.tokens[10] = BASE.vocab - 1  # which only the second patient has
+    with torch.no_grad():
+        decoder.embed_tokens.weight[BASE.vocab - 1] = torch.inf
+    found = clipped_sum(decoder, batch, 1.0, budget_bytes=row)
+    assert np.isfinite(found.norms).tolist() == [True, False, True]
+    for one, other in zip(found.gradients, expected.gradients, strict=True):
+        torch.testing.assert_close(one, other)
+    with torch.no_grad():
+        decoder.norm.weight.fill_(torch.nan)
+    nobody = clipped_sum(decoder, batch, 1.0, budget_bytes=row)
+    assert all((gradient == 0).all() for gradient in nobody.gradients)
+
+
 def test_what_has_no_exact_rule_is_refused() -> None:
     batch = batch_of([4, 4], BASE.vocab)
     decoder = Decoder.create(BASE, 0)

@@ -1,0 +1,110 @@
+"""Killed at any of its steps, a site never lets an uncharged answer go and never draws a second noise for a round."""
+
+import itertools
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from client.budget import FILE, Budget, State
+from client.outbound import lines as listed
+from client.outbound import read_entry, read_head
+from federation import protection
+from federation.accountant import epsilon
+from tests.client.killed_round import Place, answer_with_forgotten_keys, killed_at, lines
+
+NEVER = 10**9
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    root = Path("/dev/shm") if Path("/dev/shm").is_dir() else tmp_path_factory.getbasetemp()
+    folder = root / f"fedcomet-killed-{tmp_path_factory.getbasetemp().name}"
+    yield Place.prepared(folder)
+    shutil.rmtree(folder)
+
+
+def keys_of(place: Place) -> dict[str, set[str]]:
+    """The keys that every draw was made with."""
+    keys: dict[str, set[str]] = defaultdict(set)
+    for draw, key in lines(place.draws):
+        keys[draw].add(key)
+    return keys
+
+
+def check(place: Place, *, finished: bool) -> None:
+    assert all(len(keys) == 1 for keys in keys_of(place).values()), "a second noise was drawn for a round"
+    sent = lines(place.outbox)
+    assert len({update for _, update in sent}) <= 1, "two answers to one question"
+    with Budget.open(place.files.state / FILE) as budget:
+        charges = budget.charges()
+    folder = place.files.state / "outbound"
+    on_list = set()
+    if (folder / "head.json").exists():
+        on_list = {read_entry(line, where).message.sha256 for where, line in listed(folder, read_head(folder))}
+    for content, update in sent:
+        (charge,) = charges
+        assert (charge.state, charge.sha256) == (State.RELEASED, update), "an uncharged release"
+        assert content in on_list
+    if finished:
+        assert sent
+        (charge,) = charges
+        assert charge.key == b""
+        privacy = place.manifest.privacy
+        assert privacy is not None
+        assert charge.release.mechanisms == protection.of_steps(privacy, 2)
+        assert epsilon(charge.release.mechanisms.all, privacy.delta) > 0
+        assert set(keys_of(place)) == {
+            f"{place.manifest.hash}/1/{s}/{use}" for s in (0, 1) for use in ("patients", "noise")
+        }
+
+
+def kill_and_go_on(prepared: Place, nth: int, kind: str = "") -> str:
+    folder = prepared.files.state.with_name(f"kill-{nth}-{kind}")
+    place = prepared.copy(folder)
+    name = killed_at(place, nth, kind)
+    check(place, finished=not name)
+    assert killed_at(place, NEVER) == ""
+    check(place, finished=True)
+    shutil.rmtree(folder)
+    return name
+
+
+@pytest.mark.parametrize(
+    ("nth", "kind"),
+    [
+        (1, "sql commit"),  # the ledger is opened
+        (3, "sql commit"),  # reserved, or about to be
+        (1, "after PrivateTrainer.step"),
+        (2, "after replace"),  # in the middle of what is kept of steps and answer
+        (1, "before RunArchive.keep"),
+        (1, "after RunArchive.keep"),
+        (1, "after Budget.charge"),
+        (1, "before Outbound.note"),
+        (1, "after Outbound.note"),
+        (1, "after Budget.released"),
+        (1, "about to leave"),
+        (1, "sent"),
+    ],
+)
+def test_killed_between_any_two_of_its_duties_a_site_keeps_its_promise(prepared: Place, nth: int, kind: str) -> None:
+    assert kill_and_go_on(prepared, nth, kind) == kind
+
+
+@pytest.mark.slow
+def test_killed_at_every_step_a_site_keeps_its_promise(prepared: Place) -> None:
+    names = list(itertools.takewhile(bool, (kill_and_go_on(prepared, nth) for nth in itertools.count(1))))
+    assert {"sql commit", "after fsync", "after replace", "after PrivateTrainer.step", "sent"} <= set(names)
+    assert len(names) > 100
+
+
+def test_a_site_whose_ledger_forgets_the_key_is_found_out(prepared: Place) -> None:
+    """The negative control of the tests above."""
+    place = prepared.copy(prepared.files.state.with_name("forgetful"))
+    for _ in range(2):
+        killed_at(place, 1, "before RunArchive.keep", answer_with_forgotten_keys)
+        (place.files.state / "runs" / place.manifest.hash / "local.safetensors").unlink()
+    with pytest.raises(AssertionError, match="a second noise"):
+        check(place, finished=False)
