@@ -143,7 +143,7 @@ class TokenStore:
             found = file.stat().st_size if file.exists() else None
             if found != expected:
                 size = "is missing" if found is None else f"has {several(found, 'byte')}"
-                raise DataError(f"{file}: {size}, the manifest says {expected}. Build the store again.")
+                raise DataError(f"{file}: {size}, the manifest says {expected:,}. Build the store again.")
 
 
 def build_store(

@@ -96,7 +96,7 @@ def test_a_truncated_or_missing_file_is_named_with_both_sizes(site, name):
     file = site[2].path / "train" / name
     size = file.stat().st_size
     file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(DataError, match=rf"{name}: has {size - 4} bytes, the manifest says {size}"):
+    with pytest.raises(DataError, match=rf"{name}: has {size - 4:,} bytes, the manifest says {size:,}"):
         TokenStore.open(site[2].path)
     file.unlink()
     with pytest.raises(DataError, match=f"{name}: is missing"):
