@@ -33,14 +33,19 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_SITE, _RESEARCH = "For a site", "For a researcher"
+_SITE, _COORDINATOR, _RESEARCH = "For a site", "For a coordinator", "For a researcher"
 _SOURCE, _TOKENS, _TRAINING, _WORK = "Records", "Tokens", "Training", "Work"
 _WHOM, _FUTURES = "Whom and when", "Futures"
 
 site = typer.Typer(help="What a site does by itself.", no_args_is_help=True)
 app.add_typer(site, name="site", rich_help_panel=_SITE)
+coordinator = typer.Typer(help="What a coordinator does by itself.", no_args_is_help=True)
+app.add_typer(coordinator, name="coordinator", rich_help_panel=_COORDINATOR)
 model_app = typer.Typer(help="Look at a model, and exchange it with other software.", no_args_is_help=True)
 app.add_typer(model_app, name="model", rich_help_panel=_RESEARCH)
+
+privacy = typer.Typer(help="What private releases cost, planned and spent.", no_args_is_help=True)
+app.add_typer(privacy, name="privacy", rich_help_panel=_SITE)
 
 # What several commands take.
 Records = Annotated[
@@ -136,6 +141,9 @@ Ray = Annotated[
         rich_help_panel=_WORK,
     ),
 ]
+
+State = Annotated[Path, typer.Option(help="The site's state folder.", show_default="here")]
+StateArgument = Annotated[Path, typer.Argument(help="The site's state folder.")]
 
 
 def main() -> None:
@@ -360,6 +368,218 @@ def check(
     if out is not None:
         write_page(out, found)
         Console(stderr=True).print(f"all of it: [bold]{out}[/]")
+
+
+@site.command()
+def policy() -> None:
+    """Print a strict policy with a word on every rule: fedcomet site policy > policy.toml."""
+    from client.policy import TEMPLATE
+
+    print(TEMPLATE.read_text(encoding="utf-8"), end="")
+
+
+@site.command()
+def approve(
+    manifest: Annotated[
+        str,
+        typer.Argument(
+            help="A manifest's file, or the beginning of the hash of one that waits; none lists those that wait.",
+            show_default=False,
+        ),
+    ] = "",
+    state: State = Path(),
+    policy: Annotated[Path | None, typer.Option(help="The site's policy, which the run must keep.")] = None,
+    device: Annotated[str, typer.Option(help="Where the site would train: cpu, cuda.")] = "cpu",
+    budget: Annotated[
+        str, typer.Option(help="The SQLAlchemy URL of its privacy budget.", show_default="a file in the state folder")
+    ] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Sign without asking.")] = False,
+) -> None:
+    """See what a run would do here, and sign it.
+
+    What will run, what will leave, and what it costs a patient. A run that breaks the policy can't be signed. The
+    approval holds for this manifest and for no other, not even one that differs in a single bit.
+    """
+    from rich.console import Console
+
+    from client.approval import Approvals
+    from client.approval_page import terminal
+    from client.budget import FILE, Budget
+    from client.policy import Policy, PolicyRefusal
+
+    console, approvals = Console(), Approvals(state)
+    if not manifest:
+        for waiting in approvals.waiting():
+            console.print(f"{waiting} waits for approval", highlight=False)
+        return
+    asked = approvals.find(manifest)
+    rules = None if policy is None else Policy.read(policy)
+    broken = [] if rules is None else rules.check(asked.manifest, device=device)
+    if rules is not None and rules.limit is not None:
+        with Budget.open(budget or state / FILE, rules.limit) as ledger:
+            broken += rules.check_total(asked.manifest, ledger.mechanisms(but=asked.manifest.hash))
+    console.print(terminal(asked, rules, broken))
+    if broken:
+        raise PolicyRefusal("this site", broken)
+    if not yes and not typer.confirm("Sign it?"):
+        console.print("not signed")
+        return
+    approval = approvals.approve(asked.manifest, None if rules is None else rules.sha256)
+    console.print(f"approved: {approval.manifest_hash}", highlight=False)
+
+
+@site.command()
+def audit(
+    state: StateArgument,
+    key: Annotated[
+        str | None,
+        typer.Option(
+            help="The public key that must have signed, as it was noted elsewhere.", show_default="the site's"
+        ),
+    ] = None,
+    expect: Annotated[
+        str | None, typer.Option(help="The head of an earlier audit, which must still be in the list.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON instead of tables.")] = False,
+) -> None:
+    """Check the list of everything that left the site, and show what it says.
+
+    Names the first entry that was changed, left out or put in between. The exit code is 1 if there is one.
+    """
+    from json import dumps
+
+    from rich.console import Console
+
+    from client.audit import audit as check_list
+    from client.audit import terminal
+    from tokenizer.errors import DataError
+
+    found = check_list(state, key, expect)
+    if json:
+        print(dumps(found.to_plain(), indent=2, ensure_ascii=False))
+    else:
+        Console().print(terminal(found))
+    if found.broken is not None:
+        raise DataError(f"the list of what left the site is broken at {found.broken}.")
+
+
+@site.command("key")
+def site_key(state: StateArgument) -> None:
+    """Show the public key of a site, and make its key on first use."""
+    from client.approval import site_key as place
+    from federation.identity import Identity
+
+    print(Identity.at(place(state)).public)
+
+
+@coordinator.command("key")
+def coordinator_key(
+    runs: Annotated[Path, typer.Argument(help="The folder of all runs, which FEDCOMET_RUNS names.")],
+) -> None:
+    """Show the public key that sites list in their policies, and make the key on first use."""
+    from federation.identity import Identity
+    from server.app import coordinator_key as place
+
+    print(Identity.at(place(runs)).public)
+
+
+@privacy.command("plan")
+def plan_privacy(
+    patients: Annotated[int, typer.Option(min=2, help="Patients who train at the site; take the smallest site.")],
+    epsilon: Annotated[float, typer.Option(help="The most that the whole training may cost a patient.")],
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of the run.")],
+    delta: Annotated[float, typer.Option(help="At this delta; well below 1 / patients.")] = 1e-6,
+    steps_per_round: Annotated[int | None, typer.Option(min=1, help="Private steps in a round.")] = None,
+    passes: Annotated[
+        float | None, typer.Option(help="Or: how often each patient is seen in the whole run, on average.")
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Patients in a batch, on average; larger and smaller ones are compared."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="The preset to train.")] = "1m",
+    json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+) -> None:
+    """Tell how much noise a protection needs, and what it will probably cost.
+
+    The noise multiplier is computed: with it, all steps of all rounds are proven to cost at most epsilon. Progress per
+    step and the cost in loss are estimates, for comparing batch sizes; only training tells the truth.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from federation import canonical
+    from federation.planner import Wish, batches_around, plan
+    from model.decoder import preset
+
+    parameters = preset(model, vocab=5000).parameters()
+    wish = Wish(patients, epsilon, delta, rounds, steps_per_round, passes, parameters)
+    if batch is not None and batch > patients:
+        raise typer.BadParameter(f"the site has {patients} patients", param_hint="--batch")
+    rows = plan(wish, batches_around(patients, batch))
+    if json:
+        print(canonical.encode({"wish": wish, "rows": rows}).decode())
+        return
+    table = Table(title=f"At most epsilon {epsilon:g} at delta {delta:g} for each of {patients:,} patients")
+    for name in ("batch", "rate", "steps", "noise", "ε 1 round", "ε all"):
+        table.add_column(name, justify="right")
+    for name in ("noise/batch", "progress*", "loss*"):
+        table.add_column(name, justify="right", style="dim")
+    for row in rows:
+        table.add_row(
+            *(f"{row.batch:,}", f"{row.sampling_rate:.4g}", f"{row.steps:,}", f"{row.noise_multiplier:.4g}"),
+            *(f"{row.epsilon_of_one_round:.3f}", f"{row.epsilon:.3f}", f"{row.noise_per_patient:.2e}"),
+            *(f"{row.progress:.1%}", f"{row.loss:+.2f}"),
+            style="bold" if row.batch == batch else None,
+        )
+    Console().print(table)
+    print("rate: chance of a patient to be in a batch; noise: multiplier, standard deviation / clipping bound.")
+    print("* Progress of a step against one without noise, and what it costs in nats per token: rough estimates, for")
+    print("  comparing rows. docs/privacy.md says what they assume.")
+
+
+@privacy.command("budget")
+def show_budget(
+    state: Annotated[
+        list[Path] | None, typer.Option(help="A site's state folder; several are added up for a patient of all.")
+    ] = None,
+    database: Annotated[list[str] | None, typer.Option(help="Or the SQLAlchemy URL of a site's budget.")] = None,
+    policy: Annotated[Path | None, typer.Option(help="The site's policy, to see what its limit leaves.")] = None,
+    delta: Annotated[
+        float | None, typer.Option(help="The delta at which epsilon is told.", show_default="the limit's, or 1e-6")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+) -> None:
+    """Show what a site has spent of its privacy budget, on what, and what is left."""
+    from contextlib import ExitStack
+
+    from rich.console import Console
+
+    from client.budget import FILE, Budget
+    from client.budget_report import of_sites, report, tables
+    from client.policy import Policy
+    from federation import canonical
+
+    places: list[Path | str] = [*(folder / FILE for folder in state or ()), *(database or ())]
+    if not places:
+        raise typer.BadParameter("give a site's state folder, or its database", param_hint="--state")
+    most = None if policy is None else Policy.read(policy).limit
+    with ExitStack() as opened:
+        budgets = [opened.enter_context(Budget.open(place, most, begin=False)) for place in places]
+        found = [report(budget, delta) for budget in budgets]
+        together = of_sites(budgets, delta)
+    if json:
+        print(canonical.encode({"sites": found, "across": together}).decode())
+        return
+    console = Console()
+    for place, each in zip(places, found, strict=True):
+        if len(places) > 1:
+            console.rule(str(place))
+        for part in tables(each):
+            console.print(part)
+    if len(places) > 1:
+        console.print(f"a patient of one of these sites: epsilon {together.one_site:.3f}")
+        console.print(f"a patient of all of them: epsilon {together.all_sites:.3f}")
 
 
 @app.command(rich_help_panel=_RESEARCH)

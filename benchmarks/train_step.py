@@ -1,12 +1,15 @@
-"""Tokens per second and peak memory of a training step, beside Hugging Face's Qwen2ForCausalLM with the same weights.
+r"""Tokens per second and peak memory of a training step, beside Hugging Face's Qwen2ForCausalLM with the same weights.
 
     python -m benchmarks.train_step [--models 1m 10m] [--vocab 7105] [--rounds 5] [--device cpu]
+    python -m benchmarks.train_step --device cuda --models comet-s comet-m comet-l --context 8192 --tokens 65536 \
+        --sides compiled ours
 
-Two batches of about 4,096 tokens: windows of very different lengths, which the peer must pad, and four full windows
-of 1,024. The first losses are compared, so both compute the same. Both clip and step with fused AdamW. Seconds are the
-best of the rounds, taken in turn. Peak memory is that of a process of its own per side, over what it held before.
+Two batches of about `--tokens` tokens: windows of very different lengths, which the peer must pad, and full windows of
+`--context`. The first losses are compared, so both compute the same. Both clip and step with fused AdamW. Seconds are
+the best of the rounds, taken in turn (on a GPU, where nobody else works, one side after the other). Peak memory is that
+of a process of its own per side, over what it held before.
 
-The share is model FLOP/s by the fastest large matrix product (2048³) of the same run:
+The share is model FLOP/s by the fastest large matrix product of the same run (2048³ on CPUs, 8192³ elsewhere):
 6 × (weights of the blocks' matrices + output layer) per token, and 12 × width × layers × mean context of a token for
 attention (causal: half the window). What the padding costs the peer is no work of the model.
 """
@@ -15,7 +18,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -29,9 +32,6 @@ from model.decoder import Decoder, DecoderConfig, preset
 from model.machine import Machine
 from model.train import Trainer, TrainOptions
 from tokenizer.windows import Batch
-
-_CONTEXT = 1024
-_TOKENS = 4096
 
 
 def batch_of(lengths: list[int], vocab: int) -> Batch:
@@ -51,7 +51,11 @@ def ragged_lengths(total: int, longest: int) -> list[int]:
     return lengths
 
 
-BATCHES = {"long-tailed": ragged_lengths(_TOKENS, _CONTEXT), "full windows": [_CONTEXT] * (_TOKENS // _CONTEXT)}
+def lengths_of(batch: str, tokens: int, context: int) -> list[int]:
+    return ragged_lengths(tokens, context) if batch == "long-tailed" else [context] * (tokens // context)
+
+
+BATCHES = ("long-tailed", "full windows")
 
 
 def padded(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,7 +67,15 @@ def padded(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def our_step(decoder: Decoder, batch: Batch, device: str) -> Callable[[], float]:
-    trainer = Trainer(decoder.to(device), TrainOptions(lr=1e-5, warmup_steps=0), machine=Machine(device))
+    return _trainer_step(decoder, batch, Machine(device))
+
+
+def our_compiled_step(decoder: Decoder, batch: Batch, device: str) -> Callable[[], float]:
+    return _trainer_step(decoder, batch, Machine(device, compile=True))
+
+
+def _trainer_step(decoder: Decoder, batch: Batch, machine: Machine) -> Callable[[], float]:
+    trainer = Trainer(decoder.to(machine.device), TrainOptions(lr=1e-5, warmup_steps=0), machine=machine)
     return lambda: trainer.step(batch).loss
 
 
@@ -88,7 +100,7 @@ def peer_step(decoder: Decoder, batch: Batch, device: str) -> Callable[[], float
     return step
 
 
-STEPS = {"ours": our_step, "peer": peer_step}
+STEPS = {"ours": our_step, "compiled": our_compiled_step, "peer": peer_step}
 
 
 def best_seconds(run: Callable[[], object], rounds: int, device: str) -> float:
@@ -106,7 +118,8 @@ def matrix_rate(shape: tuple[int, int, int], device: str, rounds: int = 5) -> fl
     """FLOP/s of one product [M, K] x [K, N], float32 on CPUs and bfloat16 elsewhere."""
     m, k, n = shape
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    a, b = torch.ones(m, k, device=device, dtype=dtype), torch.ones(k, n, device=device, dtype=dtype)
+    # Random numbers: GPUs draw less power on constant ones and run faster than real work ever does.
+    a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((m, k), (k, n)))
     return 2.0 * m * k * n / best_seconds(lambda: torch.mm(a, b), rounds, device)
 
 
@@ -124,15 +137,21 @@ class Case:
     model: str
     batch: str
     vocab: int
+    context: int
+    tokens: int
     device: str
 
-    def steps(self, *sides: str) -> dict[str, Callable[[], float]]:
-        batch = batch_of(BATCHES[self.batch], self.vocab)
-        return {side: STEPS[side](Decoder.create(self.config, 0), batch, self.device) for side in sides}
+    def step(self, side: str) -> Callable[[], float]:
+        batch = batch_of(self.lengths, self.vocab)
+        return STEPS[side](Decoder.create(self.config, 0), batch, self.device)
+
+    @property
+    def lengths(self) -> list[int]:
+        return lengths_of(self.batch, self.tokens, self.context)
 
     @property
     def config(self) -> DecoderConfig:
-        return preset(self.model, self.vocab, context=_CONTEXT)
+        return preset(self.model, self.vocab, context=self.context)
 
 
 def peak_bytes(case: Case, side: str) -> int:
@@ -142,35 +161,42 @@ def peak_bytes(case: Case, side: str) -> int:
 
 
 def print_peak(case: Case, side: str) -> None:
-    (run,) = case.steps(side).values()
+    run = case.step(side)
     before = _held(case.device)
     run()
     run()
     print(_held(case.device) - before)
 
 
-def measure(case: Case, rounds: int, largest: float, memory: bool) -> None:
-    runners = case.steps("ours", "peer")
-    losses = {side: run() for side, run in runners.items()}
-    seconds = dict.fromkeys(runners, float("inf"))
-    for _ in range(rounds):
-        for side, run in runners.items():
-            seconds[side] = min(seconds[side], best_seconds(run, 1, case.device))
-    lengths = BATCHES[case.batch]
-    told = [f"{case.model:>5} {case.batch:<13} {sum(lengths):>6}"]
-    told += [f"{sum(lengths) / seconds[side]:>10,.0f}" for side in runners]
-    told += [f"{seconds['peer'] / seconds['ours']:>6.2f}"]
-    told += [f"{model_flops(case.config, lengths) / seconds[side] / largest:>7.1%}" for side in runners]
-    told += [f"{peak_bytes(case, side) / 2**20:>7,.0f}" if memory else f"{'-':>7}" for side in runners]
-    print(*told, f"  {losses['ours']:.5f} {losses['peer']:.5f}", flush=True)
+def measure(case: Case, sides: Sequence[str], rounds: int, largest: float, memory: bool) -> None:
+    losses, seconds = {}, dict.fromkeys(sides, float("inf"))
+    # A large model leaves no room for a second one beside it on a GPU.
+    for together in [sides] if case.device == "cpu" else [[side] for side in sides]:
+        runners = {side: case.step(side) for side in together}
+        losses |= {side: run() for side, run in runners.items()}
+        for _ in range(rounds):
+            for side, run in runners.items():
+                seconds[side] = min(seconds[side], best_seconds(run, 1, case.device))
+    tokens = sum(case.lengths)
+    for side in sides:
+        share = model_flops(case.config, case.lengths) / seconds[side] / largest
+        held = f"{peak_bytes(case, side) / 2**20:,.0f}" if memory else "-"
+        print(
+            f"{case.model:<8}{case.batch:<14}{tokens:>7} {side:<9}{tokens / seconds[side]:>10,.0f}"
+            f"{seconds[sides[-1]] / seconds[side]:>7.2f}{share:>11.1%}{held:>10}   {losses[side]:.5f}",
+            flush=True,
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["1m", "10m"])
     parser.add_argument("--vocab", type=int, default=7105)
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=4096, help="of a step")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--sides", nargs="+", default=["ours", "peer"], choices=STEPS, help="the last is the ratio's 1")
     parser.add_argument("--no-memory", action="store_true", help="skip the processes that measure peak memory")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -178,20 +204,22 @@ def main() -> None:
         case, side = json.loads(given.peak)
         print_peak(Case(**case), side)
         return
-    largest = matrix_rate((2048, 2048, 2048), given.device)
-    print(f"{given.device}, {torch.get_num_threads()} threads; 2048³: {largest / 1e9:,.0f} GFLOP/s")
+    cube = 2048 if given.device == "cpu" else 8192
+    largest = matrix_rate((cube, cube, cube), given.device)
+    print(f"{given.device}, {torch.get_num_threads()} threads; {cube}³: {largest / 1e9:,.0f} GFLOP/s")
     for name in given.models:
-        config = preset(name, given.vocab, context=_CONTEXT)
+        config = preset(name, given.vocab, context=given.context)
         shapes = {"projection": config.width, "feed-forward": config.ff, "output": config.vocab}
         rates = []
         for what, n in shapes.items():
-            rate = matrix_rate((_TOKENS, config.width, n), given.device)
-            rates.append(f"{what} {_TOKENS} x {config.width} x {n}: {rate / 1e9:,.0f}")
+            rate = matrix_rate((given.tokens, config.width, n), given.device)
+            rates.append(f"{what} {given.tokens} x {config.width} x {n}: {rate / 1e9:,.0f}")
         print(f"{name}: {config.parameters():,} parameters; GFLOP/s of {'; '.join(rates)}")
-    print("model batch         tokens  ours tok/s  peer tok/s  ratio   FLOP share      peak MiB       first losses")
+    print("model   batch          tokens side      tokens/s  ratio FLOP share  peak MiB   first loss")
     for name in given.models:
         for batch in BATCHES:
-            measure(Case(name, batch, given.vocab, given.device), given.rounds, largest, not given.no_memory)
+            case = Case(name, batch, given.vocab, given.context, given.tokens, given.device)
+            measure(case, given.sides, given.rounds, largest, not given.no_memory)
 
 
 def _wait(device: str) -> None:

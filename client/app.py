@@ -2,14 +2,19 @@
 
 The site's own configuration comes from the node (`flower-supernode --node-config`): `name`, `data` (the folder of its
 MEDS dataset) and `state` (a folder of its own); `settings` is the file that says what is done to the records (when not
-given: "standard"; with "none" they stay as they are). How its machine trains is its own choice: `device`, `precision`,
-`micro_tokens`, `checkpointing`, `compile`, `processes` and `shard` are those of `model.machine.Machine`, and
-`snapshot_minutes` is how much of a round's work may be lost when it is stopped. Whatever goes
+given: "standard"; with "none" they stay as they are); `policy` is the file that says what the site allows
+(`client.policy`; when not given, it answers whoever reaches it); `budget` is the SQLAlchemy URL of the privacy
+budget's database (`client.budget`; when not given, a file in `state`). How its machine trains is its own choice:
+`device`, `precision`, `micro_tokens`, `checkpointing`, `compile`, `processes` and `shard` are those of
+`model.machine.Machine`, and `snapshot_minutes` is how much of a round's work may be lost when it is stopped.
+
+This is the one place where messages leave, and each one is on the site's list first (`client.outbound`). Whatever goes
 wrong is answered by a refusal. The text of an error travels only when it is about the protocol or settings; errors
 about records travel as their mere fact, and unexpected ones as the name of their type. The full story is in
 `state/site.log`.
 """
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -70,7 +75,9 @@ def site_files(context: Context) -> SiteFiles:
     choices = {f.name: _value(context, f.name, f.default) for f in dataclasses.fields(Machine)}
     minutes = _value(context, "snapshot_minutes", SiteFiles.snapshot_minutes)
     folders = Path(values["data"]), Path(values["state"])
-    return SiteFiles(values["name"], *folders, settings, Machine(**choices), minutes)
+    policy, budget = _value(context, "policy", ""), _value(context, "budget", "")
+    rules = Path(policy) if policy else None
+    return SiteFiles(values["name"], *folders, settings, Machine(**choices), minutes, rules, budget)
 
 
 def _value(context: Context, key: str, default: Any) -> Any:
@@ -87,10 +94,35 @@ def _value(context: Context, key: str, default: Any) -> Any:
 
 def _answer(message: Message, context: Context) -> Message:
     try:
-        files = site_files(context)
+        site = Site(site_files(context))
     except ConfigError as error:
+        # Without a state folder there is no list to write on: this text, which tells of no record, is on none.
         return flower.reply(Refusal(f"node-{context.node_id}", str(error)), message)
-    return flower.reply(_ask(Site(files), message), message)
+    return _send(site, _ask(site, message), message)
+
+
+def _send(site: Site, reply: Reply, to: Message) -> Message:
+    """Write down what is about to leave, and let it go; what can't be written down, or is too much, doesn't leave."""
+    name, asked = site.files.name, to.metadata.message_type
+    try:
+        record = flower.to_record(reply)
+        sha256, size = flower.on_the_wire(record)
+        if not isinstance(reply, Refusal):
+            try:
+                site.gate.admit_bytes(size)
+            except SiteRefusal as refusal:
+                _log(site, asked, refusal)
+                reply = Refusal(name, str(refusal))
+                record = flower.to_record(reply)
+                sha256, size = flower.on_the_wire(record)
+        site.gate.note(reply, asked, sha256, size)
+        answer = flower.packed_reply(record, to)
+        site.gate.released(reply)
+    except Exception as error:
+        _log(site, asked, error)
+        # The one text that leaves without being on the list, for the list is what's broken; it is always the same.
+        return flower.reply(Refusal(name, "This site can't write down what leaves, so it gives no answer."), to)
+    return answer
 
 
 def _ask(site: Site, message: Message) -> Reply:
@@ -101,11 +133,17 @@ def _ask(site: Site, message: Message) -> Reply:
             raise ProtocolError(f"A {request.kind} is not a request that came as {message.metadata.message_type}.")
         return site.answer(request)
     except _MAY_TRAVEL as error:
-        site.archive.log(message.metadata.message_type, error)
+        _log(site, message.metadata.message_type, error)
         return Refusal(name, str(error))
     except FedcometError as error:
-        site.archive.log(message.metadata.message_type, error)
+        _log(site, message.metadata.message_type, error)
         return Refusal(name, f"{name} can't use its records or files; its own log says which and why.")
     except Exception as error:  # the site must answer, and must not tell what it stumbled over
-        site.archive.log(message.metadata.message_type, error)
+        _log(site, message.metadata.message_type, error)
         return Refusal(name, f"{name} ran into an unexpected {type(error).__name__}; its own log says more.")
+
+
+def _log(site: Site, task: str, error: BaseException) -> None:
+    """Write an error down for the site; where even that fails, its text would otherwise travel in Flower's error."""
+    with contextlib.suppress(OSError):
+        site.archive.log(task, error)

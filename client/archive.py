@@ -1,7 +1,7 @@
 """What a site must not forget, in its own state folder: token stores, and for every run the answers it has given.
 
     site.log                                    errors in full; stays at the site
-    private-survey.json                         the one survey under differential privacy, and what it cost
+    budget.sqlite                               what has been spent of the privacy budget (`client.budget`)
     stores/<id>/                                token stores, shared by runs with the same codebook and records
     runs/<manifest hash>/manifest.json          what the site agreed to
                          codebook.json
@@ -40,7 +40,6 @@ from tokenizer.codebook import Codebook
 from tokenizer.errors import DataError
 
 _KEPT_ROUNDS = 2
-_PRIVATE_SURVEY = "private-survey.json"
 _SNAPSHOT = "local.safetensors"
 
 
@@ -92,6 +91,10 @@ class Archive:
             raise ProtocolError("A manifest hash has 64 hexadecimal digits.")
         return RunArchive(self.path / "runs" / manifest_hash)
 
+    def runs(self) -> "list[RunArchive]":
+        """Give the runs that the site has agreed to."""
+        return [run for path in (self.path / "runs").glob("*") if (run := RunArchive(path)).agreement() is not None]
+
     def store_path(self, store: str) -> Path:
         """Tell where a token store is."""
         return self.path / "stores" / store
@@ -101,24 +104,6 @@ class Archive:
         """Hold the right to draw a private survey."""
         with _lock(self.path / "survey.lock"):
             yield
-
-    def private_survey(self) -> tuple[str, bytes] | None:
-        """The private survey that was drawn here, and the digest of the request that it answers; None if none was."""
-        try:
-            kept = json.loads((self.path / _PRIVATE_SURVEY).read_bytes())
-        except FileNotFoundError:
-            return None
-        except ValueError as problem:
-            raise DataError(
-                f"{self.path / _PRIVATE_SURVEY}: damaged ({problem}). A survey was drawn and may have left; "
-                "restore the file before this site answers again."
-            ) from None
-        return kept["request"], kept["survey"].encode()
-
-    def keep_private_survey(self, request: str, survey: bytes, spend: dict[str, Any]) -> None:
-        """Charge a private survey and keep its bytes, in one step, before it leaves."""
-        kept = {"request": request, "spend": spend, "survey": survey.decode()}
-        durable.write_bytes(self.path / _PRIVATE_SURVEY, json.dumps(kept, indent=2, default=str).encode())
 
     @contextmanager
     def building(self) -> Iterator[None]:

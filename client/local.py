@@ -66,13 +66,17 @@ class Task:
         request: what is asked.
         machine: how this machine computes.
         snapshot_s: seconds between snapshots; 0 takes one after every step.
-        in_time: raises when the deadline is over.
+        in_time: raises when the deadline, or the site's hours, are over.
+        share_of_time: share of the device's time that the work may take; it rests in between.
+        pause: called with a number of seconds to rest.
     """
 
     request: TrainRequest
     machine: Machine
     snapshot_s: float
     in_time: Callable[[], None]
+    share_of_time: float = 1.0
+    pause: Callable[[float], None] = time.sleep
 
 
 def choices_of(run: RunArchive, work: "Work", machine: Machine) -> Choices:
@@ -126,7 +130,7 @@ class LocalRound:
         batches = self._work.batches(self._task.request.round, len(self._results))
         for batch in ahead(batches, self._task.machine.device):
             self._task.in_time()
-            self._results.append(self.trainer.step(batch))
+            self._results.append(self._step(batch))
             now = time.monotonic()
             self._seconds = before + now - began
             if self._team.any(now - kept >= self._task.snapshot_s):
@@ -158,6 +162,16 @@ class LocalRound:
         """What the work is done with by now."""
         return Choices(self.trainer.precision, self.trainer.micro_tokens)
 
+    def _step(self, batch: Batch) -> StepResult:
+        """Take a step, and rest as long as the device's share of time asks for."""
+        share = self._task.share_of_time
+        if share == 1:
+            return self.trainer.step(batch)
+        began = time.monotonic()
+        result = self.trainer.step(batch)
+        self._task.pause((time.monotonic() - began) * (1 / share - 1))
+        return result
+
     def _keep(self) -> None:
         # All processes take part, because each may hold a part of the tensors.
         tensors = {f"{_OPTIMIZER}{name}": value for name, value in self.trainer.state_dict().items()}
@@ -179,6 +193,15 @@ class Work:
     def keeps_optimizer(self) -> bool:
         """Whether the optimizer's state passes from round to round."""
         return self._manifest.local.optimizer_state == "keep"
+
+    @property
+    def most_steps(self) -> int:
+        """Steps of the longest round."""
+        return max(after - before for before, after in itertools.pairwise(self._starts()))
+
+    def patients(self, split: str) -> int:
+        """How many patients a split has."""
+        return len(self._store.split(split))
 
     def check(self) -> None:
         """Refuse what can't be trained on."""

@@ -6,7 +6,6 @@ optimizer's state is kept beside the answer, so a site that was killed in the mi
 work again. What leaves are surveys over the floor, counts, updates and sums; never a record.
 """
 
-import dataclasses
 import hashlib
 import time
 from collections.abc import Callable
@@ -15,8 +14,10 @@ from pathlib import Path
 
 from client import torchrun
 from client.archive import Agreement, Archive, RunArchive
+from client.budget import Release, State
+from client.gate import Gate
 from client.local import LocalRound, Task, Work, agreement_of, choices_of, open_work
-from federation import canonical
+from federation import accountant, canonical
 from federation.manifest import Manifest, software_version
 from federation.messages import (
     EvaluateReply,
@@ -39,7 +40,7 @@ from model.machine import Machine
 from tokenizer.codebook import Codebook, TokenizerOptions
 from tokenizer.errors import ConfigError, DataError
 from tokenizer.events import MedsDataset, Records
-from tokenizer.noisy_survey import SurveyPrivacy, noisy_survey
+from tokenizer.noisy_survey import SurveyPrivacy, noisy_survey, price
 from tokenizer.prepare import Prepared, records_of
 from tokenizer.settings import AS_THEY_ARE, agreed
 from tokenizer.shards import AS_IT_FITS, Crew
@@ -58,6 +59,8 @@ class SiteFiles:
         settings: what is done to the records before they are surveyed or encoded: a TOML file, "standard", or "none".
         machine: how it computes.
         snapshot_minutes: how much of a round's work may be lost when it is stopped in the middle; 0 loses nothing.
+        policy: the site's rules (a TOML file, see `client.policy`); without them it answers whoever reaches it.
+        budget: SQLAlchemy URL of the privacy budget's database; a file in `state` if empty.
     """
 
     name: str
@@ -66,6 +69,8 @@ class SiteFiles:
     settings: str = AS_THEY_ARE
     machine: Machine = field(default_factory=Machine)
     snapshot_minutes: float = 10.0
+    policy: Path | None = None
+    budget: str = ""
 
     def __post_init__(self) -> None:
         if not is_site_name(self.name):
@@ -76,7 +81,10 @@ class SiteFiles:
     def node_config(self) -> dict[str, bool | float | int | str]:
         """What a Flower node is told to be this site; `client.app` reads it back."""
         folders = {"name": self.name, "data": str(self.data), "state": str(self.state)}
-        return {**folders, "settings": self.settings, "snapshot_minutes": self.snapshot_minutes, **vars(self.machine)}
+        policy = {} if self.policy is None else {"policy": str(self.policy)}
+        budget = {"budget": self.budget} if self.budget else {}
+        rest = {"settings": self.settings, "snapshot_minutes": self.snapshot_minutes, **vars(self.machine)}
+        return {**folders, **policy, **budget, **rest}
 
     def records(self, codebook: Codebook | None = None) -> MedsDataset | Prepared:
         """Open the records as they are to be read, and by this codebook.
@@ -90,25 +98,35 @@ class SiteFiles:
 class Site:
     """A hospital's site; everything it must remember is in `files.state`."""
 
-    def __init__(self, files: SiteFiles, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        files: SiteFiles,
+        clock: Callable[[], float] = time.time,
+        pause: Callable[[float], None] = time.sleep,
+    ) -> None:
         """Set up a site.
 
         Args:
             files: its name and folders.
             clock: gives seconds since the epoch; requests past their deadline are refused.
+            pause: called with a number of seconds when the device is to rest.
         """
         self.files = files
         self.archive = Archive(files.state)
-        self._clock = clock
+        self.gate = Gate(
+            files.name, files.policy, files.machine.device, self._survey_privacy, self.archive, clock, files.budget
+        )
+        self._clock, self._pause = clock, pause
 
     def answer(self, request: Request) -> Reply:
-        """Answer any request.
+        """Answer any request that the site's policy allows.
 
         Raises:
             SiteRefusal: the site does not want to, or can't.
             ProtocolError: the request makes no sense.
             FedcometError: whatever else stands in the way; its text may speak of records and must stay here.
         """
+        self.gate.admit(request)
         match request:
             case SurveyRequest():
                 return self.survey(request)
@@ -125,7 +143,8 @@ class Site:
         dataset = self.files.records()
         if dataset.subjects == 0:
             raise SiteRefusal(f"{self.files.name} has no patients.")
-        privacy = agreed(self.files.settings).survey_privacy
+        self.gate.admit_patients(dataset.subjects)
+        privacy = self._survey_privacy()
         if privacy is None:
             told = survey_bytes(dataset, request.split, request.tokenizer)
         else:
@@ -138,6 +157,7 @@ class Site:
         manifest, codebook = Manifest.from_bytes(request.manifest), _read_codebook(request.codebook)
         _check_agreement(manifest, codebook)
         dataset = self.files.records(codebook)
+        self.gate.admit_patients(dataset.subjects)
         run = self.archive.run(manifest.hash)
         with self.archive.building():
             name = _store_name(dataset.fingerprint(), codebook, manifest.split)
@@ -149,9 +169,10 @@ class Site:
             store = self._store(dataset, codebook, manifest.split, name)
             work = Work(self.files.name, manifest, codebook, store)
             work.check()
+            self.gate.admit_steps(work.most_steps)
             if run.agreement() is None:
                 run.agree(manifest, codebook, agreement)
-        counts = {split: SplitCounts(**store.manifest["splits"][split]) for split in SPLITS}
+        counts = {split: self._told(store, split) for split in SPLITS}
         fallbacks = sum(sum(codes.values()) for codes in store.manifest["fallbacks"].values())
         return PrepareReply(self.files.name, manifest.hash, counts, fallbacks)
 
@@ -166,7 +187,13 @@ class Site:
             work = open_work(self.archive, run, self.files.name)
             work.check_request(request.round, request.weights)
             machine = self.files.machine
-            task = Task(request, machine, 60 * self.files.snapshot_minutes, lambda: self._in_time(request.deadline_s))
+
+            def in_time() -> None:
+                self._in_time(request.deadline_s)
+                self.gate.admit_time()
+
+            task = Task(request, machine, 60 * self.files.snapshot_minutes, in_time)
+            task = replace(task, share_of_time=self.gate.share_of_time, pause=self._pause)
             if machine.processes > 1:
                 torchrun.advance(self.files, run, work, task)
                 # The snapshot that is left holds the whole round, so nothing more is computed here.
@@ -189,6 +216,7 @@ class Site:
         run = self.archive.run(request.manifest_hash)
         work = open_work(self.archive, run, self.files.name)
         work.check_request(request.round, request.weights)
+        self.gate.admit_figure(work.patients(request.split))
         machine = self.files.machine
         mean, tokens = work.evaluate(
             request.split, request.weights, machine.device, choices_of(run, work, machine).precision
@@ -199,20 +227,26 @@ class Site:
         )
 
     def _private_survey(self, records: Records, request: SurveyRequest, privacy: SurveyPrivacy) -> bytes:
-        """Draw the noise once for good: the same request gets the same bytes, and no other one is answered."""
+        """Charge the survey and draw its noise once for good: the same request gets the same bytes, no other any."""
         asked = {"split": request.split, "tokenizer": request.tokenizer}
+        costs = accountant.of_survey(price(privacy, request.tokenizer.min_patients))
         digest = hashlib.sha256(canonical.encode(asked)).hexdigest()
-        with self.archive.surveying():
-            if (kept := self.archive.private_survey()) is None:
-                told, spend = noisy_survey(records, request.split, request.tokenizer, privacy)
-                kept = digest, told.to_bytes()
-                self.archive.keep_private_survey(*kept, spend=dataclasses.asdict(spend))
-            if kept[0] != digest:
+        release = Release("survey", 0, "survey", costs, digest)
+        with self.archive.surveying(), self.gate.budget() as budget:
+            kept = budget.find(release.run, release.round, release.purpose)
+            if kept and kept.state != State.RESERVED and kept.release.request != digest:
                 raise SiteRefusal(
                     f"{self.files.name} has given the one private survey that its settings allow; another, with other "
                     "options, would cost its patients more. Use the options of the first."
                 )
-        return kept[1]
+            charge = budget.reserve(release)
+            if charge.answer is None:
+                told, _ = noisy_survey(records, request.split, request.tokenizer, privacy, key=charge.key)
+                charge = budget.charge(release, told.to_bytes())
+        return charge.answer or b""
+
+    def _survey_privacy(self) -> SurveyPrivacy | None:
+        return agreed(self.files.settings).survey_privacy
 
     def _in_time(self, deadline_s: float) -> None:
         if self._clock() > deadline_s:
@@ -229,6 +263,11 @@ class Site:
         if request.round < (last := max(answered, default=0)):
             raise SiteRefusal(f"Round {request.round} is over: round {last} was answered already.")
         return None
+
+    def _told(self, store: TokenStore, split: str) -> SplitCounts:
+        """How much a split holds; one with fewer patients than the policy's floor is told as empty."""
+        counts = SplitCounts(**store.manifest["splits"][split])
+        return counts if counts.patients >= self.gate.floor else SplitCounts(0, 0, 0)
 
     def _store(self, dataset: Records, codebook: Codebook, rule: SplitRule, name: str) -> TokenStore:
         path = self.archive.store_path(name)
@@ -260,6 +299,9 @@ def _read_codebook(data: bytes) -> Codebook:
 
 def _check_agreement(manifest: Manifest, codebook: Codebook) -> None:
     """Refuse a manifest that doesn't fit the codebook beside it, or this software."""
+    if manifest.privacy is not None or manifest.secure_aggregation is not None:
+        # Training without what was promised would be worse than not training.
+        raise SiteRefusal(f"fedcomet {software_version()} has neither private training nor secure aggregation yet.")
     if manifest.software != software_version():
         raise SiteRefusal(f"The run is for fedcomet {manifest.software}, here is {software_version()}.")
     if codebook.hash != manifest.codebook_hash:

@@ -28,7 +28,9 @@ import torch
 import torch.distributed as dist
 
 from client.archive import Archive, RunArchive
+from client.gate import Gate
 from client.local import LocalRound, Task, Work, choices_of, open_work
+from client.policy import PolicyRefusal
 from federation import canonical
 from federation.messages import ProtocolError, SiteRefusal, TrainRequest
 from model.machine import Machine
@@ -43,6 +45,7 @@ _OUT_OF_MEMORY = "OutOfMemoryError"
 _TOLD_AS_THEY_ARE = {
     kind.__name__: kind for kind in (SiteRefusal, ProtocolError, TrainingDiverged, ConfigError, DataError)
 }
+_TOLD_AS_THEY_ARE[PolicyRefusal.__name__] = SiteRefusal  # its rules stand in its text
 _SIGKILL_AFTER_S = 10.0
 
 
@@ -61,6 +64,8 @@ class _Job:
     deadline_s: float
     machine: Machine
     snapshot_s: float
+    policy: str | None
+    share_of_time: float
 
 
 def advance(files: "SiteFiles", run: RunArchive, work: Work, task: Task) -> None:
@@ -84,6 +89,8 @@ def advance(files: "SiteFiles", run: RunArchive, work: Work, task: Task) -> None
             request.deadline_s,
             machine,
             task.snapshot_s,
+            None if files.policy is None else str(files.policy),
+            task.share_of_time,
         )
         header = {"job": canonical.encode(job).decode()}
         safetensors.numpy.save_file({"weights": request.weights}, folder / "request.safetensors", header)
@@ -174,7 +181,14 @@ def _work(folder: Path, rank: int, size: int, local: int) -> None:
         archive = Archive(Path(job.state))
         run = archive.run(job.manifest_hash)
         request = TrainRequest(job.manifest_hash, job.round, weights, job.deadline_s)
-        task = Task(request, replace(job.machine, device=device), job.snapshot_s, lambda: _in_time(job.deadline_s))
+        policy = None if job.policy is None else Path(job.policy)
+        gate = Gate(job.site, policy, device, lambda: None, archive, time.time)
+
+        def in_time() -> None:
+            _in_time(job.deadline_s)
+            gate.admit_time()
+
+        task = Task(request, replace(job.machine, device=device), job.snapshot_s, in_time, job.share_of_time)
         team = Team(rank, size, device, job.machine.shard)
         LocalRound(open_work(archive, run, job.site), run, task, team).go(keep_end=True)
     finally:

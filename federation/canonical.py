@@ -71,6 +71,8 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def _read(hint: Any, plain: Any, where: str, error: type[FedcometError]) -> Any:
+    if hint is Any:
+        return plain
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return _read_dataclass(hint, plain, where, error)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, RecordDict
 from flwr.app import Message as FlowerMessage
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
 from flwr.supercore.task_identity import TaskIdentity
 
 from federation.messages import KINDS, DeliveryError, Message, ProtocolError, Vector, Wire, Words, from_wire, to_wire
@@ -54,12 +55,37 @@ def request(record: RecordDict, kind: str, node: int, *, group: str, ttl_s: floa
 
 def reply(message: Message, to: FlowerMessage) -> FlowerMessage:
     """Answer a Flower message."""
-    return FlowerMessage(to_record(message), reply_to=to)
+    return packed_reply(to_record(message), to)
+
+
+def packed_reply(record: RecordDict, to: FlowerMessage) -> FlowerMessage:
+    """Answer a Flower message with a packed one."""
+    return FlowerMessage(record, reply_to=to)
 
 
 def number_(message: FlowerMessage, name: str) -> None:
     """Give a message its id, as a grid does when it takes one."""
     message.metadata.__dict__["_message_id"] = name
+
+
+def on_the_wire(record: RecordDict) -> tuple[str, int]:
+    """Give the sha256 and the number of the bytes that Flower sends of a packed message, without its envelope.
+
+    Flower cuts a record into objects, sends equal ones once, and names each by the sha256 of its bytes, which hold the
+    names of its parts: the name of the whole stands for every byte.
+    """
+    # Of a twin that shares the arrays' bytes: Flower keeps views of them in a record that it has cut, and a record with
+    # views can't be handed to another process.
+    twin = RecordDict({name: _twin(part) for name, part in record.items()})
+    with no_object_id_recompute():  # Flower would hash every part again for each one that holds it
+        parts = get_all_nested_objects(twin)
+        return twin.object_id, sum(len(part.deflate()) for part in parts.values())
+
+
+def _twin(part: Any) -> Any:
+    if not isinstance(part, ArrayRecord):
+        return part
+    return ArrayRecord({name: Array(a.dtype, a.shape, a.stype, a.data) for name, a in part.items()})
 
 
 def failure(reason: str, to: FlowerMessage) -> FlowerMessage:

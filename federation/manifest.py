@@ -11,6 +11,7 @@ from importlib import metadata
 from typing import Literal
 
 from federation import canonical
+from federation.masking import MaskingOptions
 from federation.messages import ProtocolError
 from model.decoder import DecoderConfig
 from model.train import TrainOptions
@@ -84,6 +85,58 @@ class OuterOptions:
 
 
 @dataclass(frozen=True)
+class Privacy:
+    """The differential privacy that every site's part in the run has; the unit is always a patient's whole record.
+
+    Attributes:
+        mechanism: noise in every training step ("dp-sgd"), on the site's update ("local"), or shared out over the sites
+            under secure aggregation ("distributed").
+        epsilon, delta: the most that the whole run may cost a patient of a site, whatever else is set here.
+        clip: largest L2 norm of what one patient gives ("dp-sgd") or of the update.
+        noise_multiplier: standard deviation of the noise, in units of `clip`.
+        sampling_rate: chance of a patient to be in a step's batch; 1 where the mechanism doesn't sample.
+    """
+
+    mechanism: Literal["dp-sgd", "local", "distributed"]
+    epsilon: float
+    delta: float
+    clip: float
+    noise_multiplier: float
+    sampling_rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("epsilon", "delta", "clip", "noise_multiplier", "sampling_rate"):
+            # 1 and 1.0 mean the same, so they must be the same bytes.
+            object.__setattr__(self, name, float(getattr(self, name)))
+        rules = {
+            "epsilon must be above 0": self.epsilon > 0,
+            "delta must be above 0 and below 1": 0 < self.delta < 1,
+            "clip must be above 0": self.clip > 0,
+            "noise_multiplier must be above 0": self.noise_multiplier > 0,
+            "sampling_rate must be above 0, and 1 at most": 0 < self.sampling_rate <= 1,
+        }
+        if wrong := [rule for rule, holds in rules.items() if not holds]:
+            raise ConfigError(f"privacy: {'; '.join(wrong)}.")
+
+
+@dataclass(frozen=True)
+class SecureAggregation:
+    """How updates are summed so that nobody sees a single one.
+
+    Attributes:
+        min_sites: a round begins with at least so many sites.
+        masking: how their sum is masked; `masking.threshold` sites must be left to unmask it, fewer learn nothing.
+    """
+
+    min_sites: int
+    masking: MaskingOptions
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.masking.threshold <= self.min_sites:
+            raise ConfigError("secure_aggregation.masking.threshold must be at least 2, and min_sites at most.")
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The agreement of one run; its hash names the run.
 
@@ -100,6 +153,8 @@ class Manifest:
         deadline_s: the time that sites have for one answer.
         max_norm: the largest L2 norm of an accepted update, or none.
         purposes: the questions that the trained model will be asked.
+        privacy: differential privacy of what sites give; None is none.
+        secure_aggregation: how updates are summed; None leaves them in clear.
         software: the version of this software on both sides.
     """
 
@@ -118,6 +173,8 @@ class Manifest:
     deadline_s: float
     max_norm: float | None = None
     purposes: tuple[str, ...] = ()
+    privacy: Privacy | None = None
+    secure_aggregation: SecureAggregation | None = None
     software: str = ""
     version: int = VERSION
 

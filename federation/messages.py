@@ -48,13 +48,17 @@ class SiteRefusal(FedcometError):
 class SurveyRequest:
     """Asks what a site may tell about its codes.
 
-    `deadline_s` is seconds since the epoch, here and in every other request: past it nobody waits for the answer.
+    In every request, `deadline_s` is seconds since the epoch: past it nobody waits for the answer; and `signature` is
+    made over all other fields with the key whose public half is `coordinator` (`federation.identity`); or both are
+    empty.
     """
 
     kind: ClassVar[str] = "query.survey"
     split: SplitRule
     tokenizer: TokenizerOptions
     deadline_s: float
+    coordinator: str = ""
+    signature: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,8 @@ class PrepareRequest:
     manifest: bytes
     codebook: bytes
     deadline_s: float
+    coordinator: str = ""
+    signature: str = ""
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,8 @@ class TrainRequest:
     round: int
     weights: Vector
     deadline_s: float
+    coordinator: str = ""
+    signature: str = ""
 
     @property
     def digest(self) -> str:
@@ -145,6 +153,8 @@ class EvaluateRequest:
     split: str
     weights: Vector
     deadline_s: float
+    coordinator: str = ""
+    signature: str = ""
 
     @property
     def digest(self) -> str:

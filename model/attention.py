@@ -163,6 +163,10 @@ _rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = _Rotate.apply
 def _turn(x_NHK: Tensor, cos_N1k: Tensor, sin_N1k: Tensor) -> Tensor:
     half = x_NHK.shape[-1] // 2
     low, high = x_NHK[..., :half], x_NHK[..., half:]
+    if torch.compiler.is_compiling():
+        # One kernel either way; the compiler can't write into halves.
+        turned = [low * cos_N1k - high * sin_N1k, high * cos_N1k + low * sin_N1k]
+        return torch.cat(turned, -1).to(x_NHK.dtype)
     # In float32 whatever comes in, and without a copy of a half on the way.
     out = torch.empty_like(x_NHK, dtype=cos_N1k.dtype)
     torch.mul(low, cos_N1k, out=out[..., :half]).addcmul_(high, sin_N1k, value=-1)

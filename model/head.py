@@ -12,13 +12,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from model.decoder import Decoder
+from model.decoder import ALIGNED, Decoder
 from model.guide import Masks
 from model.sampling import nucleus_
 
 # Rows of scores alive at once: 7 MB each for scores and chances at a vocabulary of 7,105.
 BLOCK_ROWS = 256
-_ALIGNED = 64
 
 
 class Head:
@@ -34,7 +33,7 @@ class Head:
     def __init__(self, decoder: Decoder, temperature: float, top_p: float, rows: int) -> None:
         self._vocab = decoder.config.vocab
         # Rows of whole cache lines: on a CPU the product takes up to twice as long with 7,105 columns as with 7,168.
-        width = -(-self._vocab // _ALIGNED) * _ALIGNED
+        width = -(-self._vocab // ALIGNED) * ALIGNED
         self._weight_VD = F.pad(decoder.head_weight.detach(), (0, 0, 0, width - self._vocab))
         self._sharpness, self._top_p = 1.0 / temperature, top_p
         shape = (min(rows, BLOCK_ROWS), width)

@@ -6,7 +6,9 @@ last one stopped. Replies are pulled one at a time, checked, written to disk and
 a listener is told what happens.
 
 The Flower ServerApp reads its plan from `$FEDCOMET_RUNS/<run>/plan.json`, where `run` is its only configuration, so
-that nobody who can start runs can point the coordinator at other files.
+that nobody who can start runs can point the coordinator at other files. Its requests are signed with the key in
+`$FEDCOMET_RUNS/coordinator.key`; `fedcomet coordinator key` shows the public half, which sites' policies list. The
+manifest lies in the run directory as `manifest.json`, for sites that want to see it before.
 """
 
 import fcntl
@@ -21,6 +23,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from federation.identity import Identity
 from federation.manifest import Manifest
 from federation.messages import ProtocolError, SurveyReply, SurveyRequest, is_site_name, printable
 from federation.update import Layout
@@ -55,6 +58,7 @@ def coordinate(
     listen: Listener = lambda event: None,
     clock: Callable[[], float] = time.time,
     pause: Callable[[float], None] = time.sleep,
+    identity: Identity | None = None,
 ) -> Outcome:
     """Lead a run to its end, from wherever the run directory says it is.
 
@@ -65,6 +69,7 @@ def coordinate(
         listen: told of every step after it is durable.
         clock: gives seconds since the epoch.
         pause: called with a number of seconds when nothing has arrived; may return as soon as something does.
+        identity: the key that requests are signed with; sites whose policy lists coordinators answer no others.
 
     Raises:
         ConfigError: the directory is in use, or belongs to a run with other settings.
@@ -76,9 +81,10 @@ def coordinate(
         for left_over in run_dir.glob("*.partial"):
             left_over.unlink()
         _remember_plan(run_dir, plan)
-        post = Post(grid, plan, listen, clock, pause)
+        post = Post(grid, plan, listen, clock, pause, identity)
         codebook = _codebook(run_dir, plan, post)
         manifest = plan.manifest(codebook)
+        durable.write_bytes(run_dir / "manifest.json", manifest.to_bytes())
         with Journal(run_dir / "ledger.sqlite") as journal:
             journal.begin(manifest)
             listen(Event("run.begun", journal.committed(), text=manifest.hash))
@@ -116,7 +122,16 @@ def main(grid: Grid, context: Context) -> None:
     fixed = codebook_path.read_bytes() if codebook_path.exists() else None
     plan = FederationPlan.from_bytes(plan_path.read_bytes(), fixed)
     log = logging.getLogger("flwr")
-    coordinate(grid, run_dir, plan, listen=lambda event: log.info("%s round %d", event.kind, event.round))
+
+    def listen(event: Event) -> None:
+        log.info("%s round %d", event.kind, event.round)
+
+    coordinate(grid, run_dir, plan, listen=listen, identity=Identity.at(coordinator_key(Path(root))))
+
+
+def coordinator_key(root: Path) -> Path:
+    """Tell where the key of the coordinator with this runs' folder is; it is made on first use."""
+    return root / "coordinator.key"
 
 
 def _lead_round(rounds: Rounds, roster: Roster, post: Post, plan: FederationPlan) -> None:

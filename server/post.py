@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from flwr.serverapp import Grid
 
 from federation import canonical, flower
+from federation.identity import Identity
 from federation.manifest import Manifest
 from federation.messages import (
     DeliveryError,
@@ -39,8 +40,10 @@ class Post:
         listen: Listener,
         clock: Callable[[], float],
         pause: Callable[[float], None],
+        identity: Identity | None = None,
     ) -> None:
         self._grid, self._plan, self._clock, self._pause = grid, plan, clock, pause
+        self._identity = identity
         self.tell = listen
 
     def deadline(self) -> float:
@@ -64,7 +67,12 @@ class Post:
         return sorted(self._grid.get_node_ids())
 
     def ask(self, nodes: list[int], request: Request, group: str) -> Iterator[tuple[int, Answer]]:
-        """Send a request to nodes and give each answer as it comes; nodes that miss the deadline give none."""
+        """Send a request to nodes, signed if there is a key, and give each answer as it comes.
+
+        Nodes that miss the deadline give none.
+        """
+        if self._identity is not None:
+            request = self._identity.sign_request(request)
         self.tell(Event("asked", text=request.kind, values={"sites": len(nodes)}))
         pending: dict[str, int] = {}
         record, ttl_s = flower.to_record(request), request.deadline_s - self._clock() + _GRACE_S

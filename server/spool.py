@@ -1,6 +1,6 @@
 """The files of a run directory: accepted updates of the open round, checkpoints of the last rounds.
 
-    plan.json  codebook.json  ledger.sqlite
+    plan.json  codebook.json  manifest.json  ledger.sqlite
     rounds/0007/<site>.f32            raw little-endian float32 [P], until the next round is open
     checkpoints/0007.safetensors      decoder, outer momentum, and what they belong to
 

@@ -1,5 +1,6 @@
 """The command line: what a person types, sees, and gets back as exit codes."""
 
+import dataclasses
 import json
 import os
 import re
@@ -11,13 +12,28 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from client.budget import Budget, Release
+from federation.accountant import Approximate, Mechanisms
+from server.app import coordinate
+from server.post import TooFewSites
 from tests import tiny
 from tokenizer.codebook import Codebook
 
 REPOSITORY = Path(__file__).parents[1]
 HELP = Path(__file__).parent / "golden" / "help.txt"
-COMMANDS = ("tokenize", "site", "site check", "simulate", "report", "rollout", "evaluate", "model", "model show")
-COMMANDS = (*COMMANDS, "model export", "model import")
+SITE = ("site", "site check", "site policy", "site approve", "site audit", "site key")
+COMMANDS = ("tokenize", *SITE, "privacy", "privacy plan", "privacy budget", "coordinator", "coordinator key")
+COMMANDS = (
+    *COMMANDS,
+    "simulate",
+    "report",
+    "rollout",
+    "evaluate",
+    "model",
+    "model show",
+    "model export",
+    "model import",
+)
 STUDY = """
 name = "tiny"
 arms = ["federated", "alone", "pooled", "ensemble"]
@@ -166,6 +182,46 @@ def test_a_site_is_checked_in_the_terminal_on_a_page_and_as_json(tmp_path: Path)
     assert json.loads(done.stdout)["subjects"] == 40
 
 
+def test_a_site_approves_a_run_and_audits_what_left(tmp_path: Path) -> None:
+    files = tiny.site(tmp_path, "icu", seed=1)
+    (tmp_path / "strict.toml").write_text(fedcomet("site", "policy").stdout)
+    rules = 'version = 1\n[privacy]\ntraining = "optional"\n[secure_aggregation]\nrequired = false\n'
+    (tmp_path / "policy.toml").write_text(rules + "[statistics]\nfloor = 5\n")
+    files = dataclasses.replace(files, policy=tmp_path / "policy.toml")
+    grid = tiny.FunctionGrid({1: tiny.honest(files)})
+    plan = tiny.plan(rounds=1, min_sites=1)
+    with pytest.raises(TooFewSites, match="has not approved"):
+        coordinate(grid, tmp_path / "run", plan)
+    state = ("--state", files.state)
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_bytes())
+    (waits, _) = fedcomet("site", "approve", *state).stdout.split(" ", 1)
+    told = fedcomet("site", "approve", waits[:12], *state, "--policy", tmp_path / "strict.toml")
+    assert told.returncode == 1
+    assert "privacy.training: the run has no differential privacy" in told.stderr
+    done = fedcomet("site", "approve", tmp_path / "run" / "manifest.json", *state, "--policy", files.policy, "--yes")
+    assert done.returncode == 0, done.stderr
+    for part in ("What will run: tiny", "What will leave", "What it costs a patient", manifest["software"], waits):
+        assert part in done.stdout
+    coordinate(grid, tmp_path / "run", plan)
+    done = fedcomet("site", "audit", files.state)
+    assert done.returncode == 0, done.stderr
+    assert "whole" in done.stdout
+    found = json.loads(fedcomet("site", "audit", files.state, "--json").stdout)
+    assert (found["broken"], found["entries"], found["without_policy"]) == (None, 5, 0)
+    assert fedcomet("site", "key", files.state).stdout.strip() == found["key"]
+    path = next((files.state / "outbound").glob("*.jsonl"))
+    path.write_bytes(path.read_bytes().replace(b"train.reply", b"train.repls"))
+    done = fedcomet("site", "audit", files.state)
+    assert done.returncode == 1
+    assert "broken at entry 4" in done.stderr
+
+
+def test_keys_are_made_once_and_shown(tmp_path: Path) -> None:
+    first = fedcomet("coordinator", "key", tmp_path / "runs").stdout
+    assert first.startswith("ed25519:")
+    assert fedcomet("coordinator", "key", tmp_path / "runs").stdout == first
+
+
 def test_futures_of_a_patient_are_shown_and_written(finished: Path, tokens: Path, tmp_path: Path) -> None:
     subject = next(iter(pl.read_parquet(finished / "records/heart/records/data/**/*.parquet")["subject_id"]))
     arguments = ("--subject", subject, "--days", 30, "--trajectories", 2, "--max-tokens", 20)
@@ -195,6 +251,38 @@ def test_a_model_is_evaluated_on_a_store(root: Path, finished: Path, tokens: Pat
     risks = pl.read_parquet(tmp_path / "risks.parquet")
     assert risks.height > 50
     assert risks["model"].is_between(0, 1).all()
+
+
+def test_a_privacy_plan_compares_batch_sizes() -> None:
+    arguments = ("--patients", 2000, "--epsilon", 4, "--rounds", 5, "--steps-per-round", 4, "--batch", 200)
+    done = fedcomet("privacy", "plan", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "rough estimates" in done.stdout
+    done = fedcomet("privacy", "plan", *arguments, "--json")
+    rows = json.loads(done.stdout)["rows"]
+    assert [row["batch"] for row in rows] == [50, 100, 200, 400, 800]
+    assert all(3.9 < row["epsilon"] <= 4 for row in rows)
+
+
+def test_a_budget_tells_what_was_spent_on_what_and_what_is_left(tmp_path: Path) -> None:
+    for name, cost in (("a", 0.5), ("b", 0.25)):
+        release = Release("c" * 64, 1, "training", Mechanisms((Approximate(cost),)), "request")
+        with Budget.open(tmp_path / name / "budget.sqlite") as budget:
+            budget.charge(budget.reserve(release).release, b"answer")
+    policy = tmp_path / "policy.toml"
+    policy.write_text("version = 1\n[privacy]\nepsilon_total = 2.0\ndelta_total = 1e-6\n")
+    done = fedcomet("privacy", "budget", "--state", tmp_path / "a", "--policy", policy)
+    assert done.returncode == 0, done.stderr
+    assert "spent: epsilon 0.500 at delta 1e-06" in done.stdout
+    assert "left: at least 1.500" in done.stdout
+    assert "1 step of (0.5, 0)-DP" in done.stdout
+    done = fedcomet("privacy", "budget", "--state", tmp_path / "a", "--state", tmp_path / "b", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["sites"][0]["lines"][0]["rounds"] == 1
+    assert found["across"]["one_site"] == pytest.approx(0.5, abs=1e-3)
+    assert found["across"]["all_sites"] == pytest.approx(0.75, abs=1e-3)
+    assert "There is no privacy budget at" in refused("privacy", "budget", "--state", tmp_path / "none")
 
 
 def test_a_model_goes_out_and_comes_back(root: Path, finished: Path, tokens: Path) -> None:
@@ -293,6 +381,8 @@ def test_wrong_arguments_have_exit_code_2(finished: Path, tokens: Path, root: Pa
     for arguments in (
         ("simulate",),
         ("nonsense",),
+        ("privacy", "budget"),
+        ("privacy", "plan", "--patients", 10, "--epsilon", 1, "--rounds", 1, "--passes", 1, "--batch", 11),
         ("tokenize", root, "--out", root / "x", "--values", "odd"),
         ("rollout", finished / "model", tokens, "--subject", 1, "--at", "yesterday"),
         ("evaluate", finished / "model", tokens, root / "study.toml", "--split", "odd"),

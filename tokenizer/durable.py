@@ -33,7 +33,7 @@ def file(path: Path) -> Iterator[Path]:
         raise
     finally:
         aside.unlink(missing_ok=True)
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
 @contextmanager
@@ -53,7 +53,7 @@ def directory(path: Path) -> Iterator[Path]:
             for name in names:
                 with Path(folder, name).open("rb") as file:
                     os.fsync(file.fileno())
-            _sync_directory(Path(folder))
+            sync_directory(Path(folder))
         if path.exists():
             # A rename can't replace a directory with content: the old one steps aside first.
             old = path.with_name(f"{path.name}.old.partial")
@@ -67,7 +67,7 @@ def directory(path: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
 def _named(problem: OSError, path: Path) -> None:
@@ -76,7 +76,8 @@ def _named(problem: OSError, path: Path) -> None:
         problem.filename = str(path)
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Flush what a directory says about its files: names that came, went or changed."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

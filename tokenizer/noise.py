@@ -1,10 +1,11 @@
-"""Integer noise for differential privacy, drawn exactly and from the operating system's secure generator.
+"""Integer noise for differential privacy, drawn exactly and from a cryptographic generator.
 
 Only integers and fractions are used: floating-point samplers leak through the pattern of their last bits (Mironov, CCS
 2012). Both samplers are algorithms 1 to 3 of Canonne, Kamath, Steinke, "The Discrete Gaussian for Differential
 Privacy", NeurIPS 2020, https://arxiv.org/abs/2004.00010.
 """
 
+import hashlib
 import math
 import secrets
 from fractions import Fraction
@@ -16,9 +17,16 @@ _POOL_BYTES = 256
 
 
 class Noise:
-    """Draws from the system's generator, which is asked for many bytes at a time, as asking is slow."""
+    """Draws from the system's generator, or from a secret key: the same draws again, for whoever was interrupted."""
 
-    def __init__(self) -> None:
+    def __init__(self, key: bytes | None = None) -> None:
+        """Begin.
+
+        Args:
+            key: At least 32 secret random bytes, used for nothing else; SHAKE-256 makes the bits from them.
+        """
+        self._key = key
+        self._pools = 0
         self._bits = 0
         self._left = 0
 
@@ -27,13 +35,20 @@ class Noise:
         width = (end - 1).bit_length()
         while True:
             if self._left < width:
-                self._bits |= int.from_bytes(secrets.token_bytes(_POOL_BYTES)) << self._left
+                self._bits |= int.from_bytes(self._pool()) << self._left
                 self._left += 8 * _POOL_BYTES
             number = self._bits & ((1 << width) - 1)
             self._bits >>= width
             self._left -= width
             if number < end:
                 return number
+
+    def _pool(self) -> bytes:
+        """Many bytes at a time, as asking for them is slow."""
+        if self._key is None:
+            return secrets.token_bytes(_POOL_BYTES)
+        self._pools += 1
+        return hashlib.shake_256(self._key + self._pools.to_bytes(8)).digest(_POOL_BYTES)
 
     def laplace(self, scale: Fraction) -> int:
         """Draw x with probability proportional to exp(-|x| / scale)."""

@@ -27,6 +27,7 @@ Sources: Korolova et al., "Releasing search queries and clicks privately", WWW 2
 private SQL with bounded user contribution", PoPETs 2020 (bounding and threshold); Canonne et al. (`tokenizer.noise`).
 """
 
+import hashlib
 import math
 import secrets
 from collections.abc import Callable, Mapping
@@ -169,25 +170,34 @@ def noisy_survey(
     privacy: SurveyPrivacy,
     progress: Callable[[int, int], None] | None = None,
     crew: Crew = AS_IT_FITS,
+    key: bytes | None = None,
 ) -> tuple[Survey, Spend]:
-    """Survey the train split of a dataset, as `tokenizer.survey.survey` does, under differential privacy."""
+    """Survey the train split of a dataset, as `tokenizer.survey.survey` does, under differential privacy.
+
+    Args:
+        dataset, rule, options, progress, crew: As there.
+        privacy: How strong.
+        key: 32 secret random bytes from which all choices and noise follow; a fresh one if not given.
+    """
+    key = secrets.token_bytes(32) if key is None else key
+    choice = int.from_bytes(hashlib.blake2b(b"choice", key=key, digest_size=8).digest())
     counted = Counted()
-    jobs = [(dataset.reader, piece, rule, options, privacy) for piece in dataset.pieces]
+    jobs = [(dataset.reader, piece, rule, options, privacy, choice) for piece in dataset.pieces]
     with closing(each(_count_piece, jobs, crew, events=dataset.events, what="the survey")) as counts:
         for done, (piece, (fresh, faults)) in enumerate(zip(dataset.pieces, counts, strict=True), 1):
             counted += fresh
             dataset.count_faults(piece, faults)
             if progress:
                 progress(done, len(jobs))
-    told, spend = release(counted, options, privacy)
+    told, spend = release(counted, options, privacy, hashlib.blake2b(b"noise", key=key, digest_size=32).digest())
     return replace(told, prepared=tuple(sorted(set(dataset.prepared)))), spend
 
 
 def _count_piece(
-    read: Reader, piece: Piece, rule: SplitRule, options: TokenizerOptions, privacy: SurveyPrivacy
+    read: Reader, piece: Piece, rule: SplitRule, options: TokenizerOptions, privacy: SurveyPrivacy, choice: int
 ) -> tuple[Counted, Faults]:
     frame, faults = read(piece)
-    return count(pairs_of(frame, rule, options), privacy), faults
+    return count(pairs_of(frame, rule, options), privacy, choice), faults
 
 
 def count(pairs: Pairs, privacy: SurveyPrivacy, seed: int | None = None) -> Counted:
@@ -216,20 +226,24 @@ def count(pairs: Pairs, privacy: SurveyPrivacy, seed: int | None = None) -> Coun
     )
 
 
-def release(counted: Counted, options: TokenizerOptions, privacy: SurveyPrivacy) -> tuple[Survey, Spend]:
+def release(
+    counted: Counted, options: TokenizerOptions, privacy: SurveyPrivacy, key: bytes | None = None
+) -> tuple[Survey, Spend]:
     """Add the noise and tell what reaches the thresholds.
 
     Args:
         counted: Of all shards.
         options: The floor, which noisy counts must reach too.
         privacy: How strong.
+        key: Of the noise (`noise.Noise`).
 
     Returns:
         The survey, whose counts in sketches are of patients, not of events; and what it cost.
     """
     spend = price(privacy, options.min_patients)
     parts = {part.name: part for part in spend.releases}
-    draw = noise.Noise().gaussian if privacy.mechanism == "gaussian" else noise.Noise().laplace
+    source = noise.Noise(key)
+    draw = source.gaussian if privacy.mechanism == "gaussian" else source.laplace
     patients = counted.patients + draw(parts["patients"].scale)
     told = {name: _told(getattr(counted, name), parts[name], draw) for name in _WITH_THRESHOLD}
     codes = _flat(told["codes"])

@@ -136,7 +136,7 @@ def parse(content: Mapping[str, Any], folder: Path) -> Settings:
     try:
         file = _File.model_validate(content)
     except ValidationError as problem:
-        raise ConfigError("; ".join(dict.fromkeys(_explain(error) for error in problem.errors())) + ".") from None
+        raise ConfigError("; ".join(dict.fromkeys(explain(error, _File) for error in problem.errors())) + ".") from None
     asked = file.prepare or _Prepare()
     base = cohort.COMET if asked.cohort == "comet" else Filters()
     given = content.get("prepare", {}).get("filters", {})
@@ -152,12 +152,13 @@ def parse(content: Mapping[str, Any], folder: Path) -> Settings:
     return Settings(preparation, file.survey_privacy)
 
 
-def _explain(error: Any) -> str:
+def explain(error: Any, file: type[BaseModel]) -> str:
+    """Say what is wrong in a file, by one of pydantic's errors and the model of the whole file."""
     place = error["loc"]
     # A person counts the tables of an array from one.
     key = "".join(f"[{part + 1}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = _keys_at(place[:-1])
+        known = _keys_at(place[:-1], file)
         close = difflib.get_close_matches(str(place[-1]), known, n=1)
         return f"{key} is not a known key" + (
             f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
@@ -167,9 +168,8 @@ def _explain(error: Any) -> str:
     return f"{key} = {error['input']!r}: {error['msg']}"
 
 
-def _keys_at(place: tuple[Any, ...]) -> list[str]:
-    """The keys that the table at `place` knows."""
-    section: Any = _File
+def _keys_at(place: tuple[Any, ...], section: Any) -> list[str]:
+    """The keys that the table at `place` below a section knows."""
     for part in place:
         if isinstance(part, str):
             kind = _kinds(section)[part]

@@ -1,5 +1,4 @@
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from client.budget import BudgetExhausted, State
 from client.site import Site, SiteFiles
 from federation.manifest import LocalWork, Manifest
 from federation.messages import (
@@ -224,22 +224,42 @@ def test_a_private_survey_is_drawn_once_and_answers_one_request_only(ram_path: P
     files = dataclasses.replace(files, settings=str(settings))
     request = SurveyRequest(SplitRule("k"), TokenizerOptions(min_patients=5), FAR)
     told = Site(files).survey(request).survey
-    kept = json.loads((files.state / "private-survey.json").read_bytes())
-    assert kept["survey"].encode() == told
-    assert kept["spend"]["epsilon"] <= 20.0
+    with Site(files).gate.budget() as budget:
+        (charge,) = budget.charges()
+        assert (charge.state, charge.answer, charge.key) == (State.CHARGED, told, b"")
+        assert budget.spent(1e-4) <= 20.0
     # After a crash and a later deadline: no second draw.
     assert Site(files).survey(dataclasses.replace(request, deadline_s=FAR + 1)).survey == told
     with pytest.raises(SiteRefusal, match="one private survey"):
         Site(files).survey(dataclasses.replace(request, tokenizer=TokenizerOptions(min_patients=6)))
-    (files.state / "private-survey.json").write_bytes(b"{")
+    (files.state / "budget.sqlite").write_bytes(b"{" * 5000)
     with pytest.raises(DataError, match="may have left"):
         Site(files).survey(request)
+
+
+def test_a_private_survey_beyond_the_budget_is_refused_before_it_is_drawn(ram_path: Path) -> None:
+    files = tiny.site(ram_path, "icu", 1)
+    settings = ram_path / "site.toml"
+    settings.write_text("[survey_privacy]\nepsilon = 2.0\ndelta = 1e-4\n")
+    policy = ram_path / "policy.toml"
+    rules = "version = 1\n[statistics]\nfloor = 5\n[privacy]\nepsilon_total = {}\ndelta_total = 1e-4\n"
+    policy.write_text(rules.format(1.0))
+    files = dataclasses.replace(files, settings=str(settings), policy=policy)
+    request = SurveyRequest(SplitRule("k"), TokenizerOptions(min_patients=5), FAR)
+    with pytest.raises(BudgetExhausted, match="does not allow the survey") as refusal:
+        Site(files).survey(request)
+    assert "limit is 1" in refusal.value.__notes__[0]
+    assert "limit is 1" not in str(refusal.value)
+    with Site(files).gate.budget() as budget:
+        assert budget.charges() == []
+    policy.write_text(rules.format(2.0))
+    Site(files).survey(request)
 
 
 def test_without_privacy_settings_two_surveys_are_the_same_and_exact(site: Site) -> None:
     request = SurveyRequest(SplitRule("k"), TokenizerOptions(min_patients=5), FAR)
     assert site.survey(request).survey == site.survey(request).survey
-    assert not (site.files.state / "private-survey.json").exists()
+    assert not (site.files.state / "budget.sqlite").exists()
 
 
 def test_a_site_without_patients_to_train_on_says_so(ram_path: Path) -> None:

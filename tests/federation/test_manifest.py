@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from federation import canonical
-from federation.manifest import LocalWork, Manifest, OuterOptions
+from federation.manifest import LocalWork, Manifest, OuterOptions, Privacy, SecureAggregation
+from federation.masking import MaskingOptions
 from federation.messages import ProtocolError
 from tests import tiny
 from tokenizer.codebook import Codebook, Survey, TokenizerOptions
@@ -55,3 +56,28 @@ def test_local_work_that_makes_no_sense_is_refused(settings: dict[str, Any]) -> 
 def test_outer_options_that_make_no_sense_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         OuterOptions(**settings)
+
+
+PRIVATE = Privacy("dp-sgd", epsilon=2, delta=1e-6, clip=1, noise_multiplier=1, sampling_rate=0.01)
+MASKED = SecureAggregation(min_sites=5, masking=MaskingOptions(threshold=4, clip=1, max_weight=100))
+
+
+def test_privacy_and_secure_aggregation_are_part_of_the_agreement() -> None:
+    protected = dataclasses.replace(MANIFEST, privacy=PRIVATE, secure_aggregation=MASKED)
+    assert Manifest.from_bytes(protected.to_bytes()) == protected
+    assert protected.hash != MANIFEST.hash
+    with pytest.raises(ProtocolError, match=r"privacy has the unknown field 'budget'"):
+        Manifest.from_bytes(with_field(privacy={**dataclasses.asdict(PRIVATE), "budget": 1}))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"epsilon": 0}, {"delta": 1}, {"clip": 0}, {"noise_multiplier": 0}, {"sampling_rate": 2}]
+)
+def test_privacy_that_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        dataclasses.replace(PRIVATE, **wrong)
+
+
+def test_more_sites_to_unmask_than_must_take_part_are_refused() -> None:
+    with pytest.raises(ConfigError, match="threshold"):
+        dataclasses.replace(MASKED, min_sites=3)

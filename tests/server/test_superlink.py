@@ -1,8 +1,10 @@
 """The same apps on a real SuperLink with three SuperNodes: TLS, node authentication, real processes, on loopback.
 
-The coordinator's process is killed in the second round and the run is started again.
+The coordinator is killed in the second round and the run is started again. The sites answer only requests that bear its
+signature, and every update that its ledger holds is on its site's list of what left.
 """
 
+import dataclasses
 import datetime as dt
 import ipaddress
 import os
@@ -23,9 +25,13 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from client.audit import audit
+from client.outbound import lines, read_entry, read_head
 from client.site import SiteFiles
+from federation.identity import Identity
 from federation.manifest import OuterOptions
-from server.app import coordinate
+from federation.messages import TrainReply
+from server.app import coordinate, coordinator_key
 from server.journal import Journal, Status
 from tests import tiny
 from tokenizer.settings import STANDARD
@@ -35,6 +41,17 @@ pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 MARK = "FEDCOMET_TEST_RUN"
+POLICY = """version = 1
+[runs]
+manifests = "any"
+coordinators = ["{key}"]
+[privacy]
+training = "optional"
+[secure_aggregation]
+required = false
+[statistics]
+floor = 3
+"""
 
 
 class Machine:
@@ -222,7 +239,7 @@ def start_supernode(place: Machine, files: SiteFiles, superlink: int, port: int)
     key = place.root / f"{files.name}-key"
     write_node_key(key)
     place.call(str(BIN / "flwr"), "supernode", "register", str(key.with_suffix(".pub")), "test")
-    config = f'name="{files.name}" data="{files.data}" state="{files.state}"'
+    config = f'name="{files.name}" data="{files.data}" state="{files.state}" policy="{files.policy}"'
     link = ["--superlink", f"127.0.0.1:{superlink}", "--root-certificates", "ca.crt"]
     own = ["--auth-supernode-private-key", str(key), "--node-config", config, "--port", str(port)]
     return place.start(str(BIN / "flower-supernode"), *link, *own)
@@ -238,7 +255,9 @@ def kill_coordinator(place: Machine) -> None:
 
 
 def test_a_real_superlink_gives_what_the_engine_on_one_machine_gives(tmp_path: Path) -> None:
-    files = tiny.sites(tmp_path)
+    key = Identity.at(coordinator_key(tmp_path / "runs")).public
+    (tmp_path / "policy.toml").write_text(POLICY.format(key=key))
+    files = [dataclasses.replace(one, policy=tmp_path / "policy.toml") for one in tiny.sites(tmp_path)]
     plan = tiny.plan(outer=OuterOptions.nesterov(), expect_sites=3, join_s=120.0, deadline_s=600.0, min_sites=3)
     run_dir = tmp_path / "runs/first"
     run_dir.mkdir(parents=True)
@@ -259,6 +278,15 @@ def test_a_real_superlink_gives_what_the_engine_on_one_machine_gives(tmp_path: P
         assert journal.committed() == plan.rounds, told + "".join(superlink.lines)
         assert [entry.status for entry in journal.replies(2)] == [Status.ACCEPTED] * 3
         fingerprint = journal.fingerprint()
+        arrived = {(e.site, n): (e.update_sha256, e.bytes) for n in (1, 2) for e in journal.replies(n)}
+    for one in files:
+        found = audit(one.state)
+        assert (found.broken, found.without_policy) == (None, 0)
+        folder = one.state / "outbound"
+        left = [read_entry(line, place).message for place, line in lines(folder, read_head(folder))]
+        for number in (1, 2):
+            updates = [m.content["update"] for m in left if (m.kind, m.round) == (TrainReply.kind, number)]
+            assert {(update["sha256"], update["bytes"]) for update in updates} == {arrived[one.name, number]}
     fresh = [SiteFiles(one.name, one.data, tmp_path / "fresh" / one.name, STANDARD) for one in files]
     grid = tiny.FunctionGrid(dict(enumerate(map(tiny.honest, fresh), 1)))
     here = coordinate(grid, tmp_path / "here", plan)

@@ -104,3 +104,11 @@ def test_rho_is_the_largest_that_delta_allows():
 def test_scales_are_rounded_towards_more_noise():
     for size in (0.01, 1.0, 3.14159, 1e6 + 0.001):
         assert size <= noise.rounded_up(size) <= size + 1 / 64
+
+
+def test_a_key_gives_the_same_draws_again_and_they_have_the_distribution():
+    first, again, other = (noise.Noise(key) for key in (b"k" * 32, b"k" * 32, b"o" * 32))
+    draws = [first.gaussian(Fraction(9)) for _ in range(DRAWS)]
+    assert [again.gaussian(Fraction(9)) for _ in range(100)] == draws[:100]
+    assert [other.gaussian(Fraction(9)) for _ in range(100)] != draws[:100]
+    assert p_value(np.array(draws), *gaussian_mass(Fraction(9), 200)) > FALSE_ALARM

@@ -1,0 +1,106 @@
+"""What a person reads before approving a run: what will run, what will leave, what it costs, and what forbids it."""
+
+from collections.abc import Iterable
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from client.approval import Asked
+from client.policy import Broken, Policy
+from federation.manifest import Manifest
+from model.decoder import DecoderConfig
+
+
+def terminal(asked: Asked, policy: Policy | None, broken: Iterable[Broken]) -> RenderableType:
+    """Lay the summary out for the terminal."""
+    manifest = asked.manifest
+    parts: list[RenderableType] = [
+        _table(f"What will run: {manifest.name}", _what_runs(asked)),
+        _table("What will leave", _what_leaves(manifest)),
+        _table("What it costs a patient", _what_it_costs(manifest)),
+    ]
+    found = list(broken)
+    if policy is None:
+        parts.append(
+            "[yellow]This site has no policy: nothing but this approval stands between the run and the data.[/]"
+        )
+    elif found:
+        parts.append(
+            _table(
+                "[red]What the policy forbids[/]",
+                [(each.rule, f"{each.told} {each.figures}".strip()) for each in found],
+            )
+        )
+    else:
+        parts.append("[green]The run keeps every rule of the policy that can be checked before it begins.[/]")
+    return Group(*parts)
+
+
+def _what_runs(asked: Asked) -> list[tuple[str, str]]:
+    manifest, local, train = asked.manifest, asked.manifest.local, asked.manifest.train
+    work = f"{local.steps:,} steps" if local.steps is not None else f"{local.epochs:g} passes over the train patients"
+    return [
+        ("manifest", manifest.hash),
+        ("asked by", asked.coordinator or "not known: it is checked when the run asks"),
+        ("software", f"fedcomet {manifest.software}"),
+        ("model", _model(manifest.model)),
+        ("made for", ", ".join(manifest.purposes) or "no stated questions"),
+        ("rounds", f"{manifest.rounds:,}, each with {work} of {local.batch_tokens:,} tokens at most"),
+        ("optimizer", f"{train.optimizer}, peak learning rate {train.lr:g}"),
+        ("sites", f"a round needs {manifest.min_sites} or more"),
+        ("an answer is due in", f"{manifest.deadline_s / 3600:.3g} hours"),
+    ]
+
+
+def _what_leaves(manifest: Manifest) -> list[tuple[str, str]]:
+    rounds, size = manifest.rounds, manifest.model.parameters() * 4
+    floor = manifest.tokenizer.min_patients
+    masked = manifest.secure_aggregation
+    if masked is None:
+        shown = "in clear: the coordinator sees this site's own"
+    else:
+        enough = masked.masking.threshold
+        shown = f"masked among {masked.min_sites} sites or more; only their sum can be unmasked, by {enough}"
+    return [
+        ("a survey, before", f"counts and histograms on {floor} patients or more (fedcomet site check shows it)"),
+        ("sizes, once", "exact numbers of patients, events and tokens per split"),
+        ("an update per round", f"{rounds:,} times {_bytes(size)}, {_bytes(rounds * size)} in all; {shown}"),
+        ("figures per round", "tokens, steps, training loss, seconds; tuning loss and its tokens"),
+        ("never", "records, tokens of patients, identifiers (docs/privacy.md has the whole list)"),
+    ]
+
+
+def _what_it_costs(manifest: Manifest) -> list[tuple[str, str]]:
+    privacy = manifest.privacy
+    if privacy is None:
+        told = "none is stated: the run has no differential privacy, and its model may remember single patients"
+        return [("ε", told)]
+    return [
+        ("ε, at most", f"{privacy.epsilon:g} for the whole run"),
+        ("δ, at most", f"{privacy.delta:g}"),
+        ("by", f"{privacy.mechanism}: noise {privacy.noise_multiplier:g} × clip {privacy.clip:g},"
+         f" sampling rate {privacy.sampling_rate:g}"),
+    ]  # fmt: skip
+
+
+def _model(config: DecoderConfig) -> str:
+    return (
+        f"{config.parameters():,} parameters, {config.layers} layers of width {config.width}, {config.vocab:,} tokens"
+    )
+
+
+def _bytes(count: int) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000  # type: ignore[assignment]
+    return f"{count:.3g} GB"
+
+
+def _table(title: str, rows: list[tuple[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table

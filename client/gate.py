@@ -1,0 +1,266 @@
+"""Whether a site may answer: every request passes here before any record is touched.
+
+Without a policy everything that makes sense may be answered, as in a simulation. With one, its rules hold for what is
+asked (`client.policy`), and a run needs the site's approval where the policy says "ask" (`client.approval`). Policy and
+approval are read anew for each request: what the site changes or withdraws holds from then on, in the middle of a run
+too.
+
+Every message that leaves is written down here, with what it costs a patient; one that has differential privacy leaves
+only after the budget's ledger holds its charge, for just these bytes.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from client.approval import Approvals, site_key
+from client.archive import Archive
+from client.budget import FILE, Budget, Purpose, State
+from client.outbound import Leaving, Outbound, content_of
+from client.policy import Broken, Policy, PolicyRefusal
+from federation import accountant
+from federation.identity import Identity, signed_by
+from federation.manifest import Manifest
+from federation.messages import (
+    EvaluateRequest,
+    PrepareRequest,
+    Reply,
+    Request,
+    SiteRefusal,
+    SurveyReply,
+    SurveyRequest,
+    TrainReply,
+    TrainRequest,
+)
+from tokenizer.errors import ConfigError, DataError
+from tokenizer.noisy_survey import SurveyPrivacy
+
+_DAY = timedelta(hours=24)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A site's gate.
+
+    Attributes:
+        name: the site's.
+        policy_path: its policy; None if it has none.
+        device: the torch device that it trains on.
+        survey_privacy: gives the privacy of its survey by its settings.
+        archive: what it remembers.
+        clock: gives seconds since the epoch.
+        ledger: SQLAlchemy URL of the privacy budget; a file in the site's state folder if empty.
+    """
+
+    name: str
+    policy_path: Path | None
+    device: str
+    survey_privacy: Callable[[], SurveyPrivacy | None]
+    archive: Archive
+    clock: Callable[[], float]
+    ledger: str = ""
+
+    @property
+    def policy(self) -> Policy | None:
+        """The policy in force.
+
+        Raises:
+            SiteRefusal: it can't be used; why stays in the site's log.
+        """
+        if self.policy_path is None:
+            return None
+        try:
+            return Policy.read(self.policy_path)
+        except ConfigError as problem:
+            self.archive.log("the policy", problem)
+            raise SiteRefusal(f"The policy of {self.name} can't be used; its own log says why.") from None
+
+    def admit(self, request: Request) -> None:
+        """Let a request pass that the site may answer.
+
+        Raises:
+            PolicyRefusal: it breaks rules of the policy; all are named.
+            SiteRefusal: its run has not been approved.
+            ProtocolError: its manifest can't be read.
+        """
+        if (policy := self.policy) is None:
+            return
+        coordinator = signed_by(request)
+        broken = policy.check_request(request, coordinator, datetime.fromtimestamp(self.clock()))
+        match request:
+            case SurveyRequest():
+                broken += policy.check_survey(self.survey_privacy())
+            case PrepareRequest():
+                manifest = Manifest.from_bytes(request.manifest)
+                broken += self._too_dear(policy, manifest)
+                self._admit_run(policy, manifest, coordinator, broken)
+            case TrainRequest() | EvaluateRequest():
+                run = self.archive.run(request.manifest_hash)
+                if isinstance(request, TrainRequest):
+                    broken += self._too_much(policy, request.weights.nbytes)
+                if run.agreement() is not None:
+                    self._admit_run(policy, run.manifest(), coordinator, broken)
+        self.refuse(broken)
+
+    def admit_time(self) -> None:
+        """Let work go on while the site's hours last.
+
+        Raises:
+            PolicyRefusal: they are over.
+        """
+        if (policy := self.policy) is not None:
+            self.refuse(policy.check_time(datetime.fromtimestamp(self.clock())))
+
+    def admit_bytes(self, count: int) -> None:
+        """Let so many bytes leave.
+
+        Raises:
+            PolicyRefusal: too many left within a day, or these are too many for a round.
+        """
+        if (policy := self.policy) is not None:
+            self.refuse([*policy.check_bytes(count), *self._too_much(policy, count)])
+
+    def admit_patients(self, count: int) -> None:
+        """Let a site with records of so many patients take part."""
+        if (policy := self.policy) is not None:
+            self.refuse(policy.check_patients(count))
+
+    def admit_steps(self, count: int) -> None:
+        """Let a round have so many steps."""
+        if (policy := self.policy) is not None:
+            self.refuse(policy.check_steps(count))
+
+    def admit_figure(self, patients: int) -> None:
+        """Let a figure leave that stands for so many patients."""
+        if (policy := self.policy) is not None:
+            self.refuse(policy.check_figure(patients))
+
+    @property
+    def floor(self) -> int:
+        """The fewest patients that a count may tell of; 0 without a policy."""
+        policy = self.policy
+        return 0 if policy is None else policy.statistics.floor
+
+    @property
+    def share_of_time(self) -> float:
+        """The share of a device's time that training may take."""
+        policy = self.policy
+        return 1.0 if policy is None else policy.machine.share_of_time
+
+    def refuse(self, broken: list[Broken]) -> None:
+        """Refuse if any rule is broken."""
+        if broken:
+            raise PolicyRefusal(self.name, broken)
+
+    def note(self, reply: Reply, asked: str, sha256: str, size: int) -> None:
+        """Write a message down on the list of what leaves; when this returns, it may.
+
+        Args:
+            reply: the message.
+            asked: the kind of the request.
+            sha256, size: name and number of its bytes (`federation.flower.on_the_wire`).
+
+        Raises:
+            DataError: the list is damaged or can't be written, or what it costs was not charged; it must not leave.
+        """
+        policy = self.policy_path and self._sha256_of_policy()
+        due = self._due(reply)
+        message = Leaving(
+            kind=reply.kind,
+            bytes=size,
+            sha256=sha256,
+            answers=asked,
+            run=getattr(reply, "manifest_hash", None),
+            round=getattr(reply, "round", None),
+            epsilon=None if due is None else self._charged(due),
+            delta=None if due is None else due.delta,
+            content=content_of(reply),
+            policy=policy or None,
+        )
+        self.outbound().note(message, datetime.fromtimestamp(self.clock(), UTC))
+
+    def released(self, reply: Reply) -> None:
+        """Tell the ledger that a message is on its way, if it has differential privacy."""
+        if (due := self._due(reply)) is not None:
+            with self.budget() as budget:
+                charge = budget.find(due.run, due.round, due.purpose)
+                if charge is not None:
+                    budget.released(charge.release)
+
+    def budget(self) -> Budget:
+        """Open the site's privacy budget, whose limit the policy sets."""
+        policy = self.policy
+        return Budget.open(self.ledger or self.archive.path / FILE, None if policy is None else policy.limit)
+
+    def outbound(self) -> Outbound:
+        """Give the list of what has left."""
+        return Outbound(self.archive.path / "outbound", Identity.at(site_key(self.archive.path)))
+
+    def _sha256_of_policy(self) -> str:
+        try:
+            policy = self.policy
+        except SiteRefusal:
+            return "unusable"
+        return "" if policy is None else policy.sha256
+
+    def _admit_run(self, policy: Policy, manifest: Manifest, coordinator: str | None, broken: list[Broken]) -> None:
+        self.refuse([*broken, *policy.check(manifest, device=self.device)])
+        approvals = Approvals(self.archive.path)
+        if policy.runs.manifests == "ask" and not approvals.approved(manifest.hash):
+            approvals.wait(manifest, coordinator or "")
+            raise SiteRefusal(
+                f"{self.name} has not approved the manifest {manifest.hash}; start the run again when a person there "
+                f"has looked at it: fedcomet site approve {manifest.hash[:16]}."
+            )
+
+    def _too_dear(self, policy: Policy, manifest: Manifest) -> list[Broken]:
+        """Whether the whole run fits into what the budget has left; each round is checked again when it is charged."""
+        if policy.limit is None or manifest.privacy is None:
+            return []
+        with self.budget() as budget:
+            return policy.check_total(manifest, budget.mechanisms(but=manifest.hash))
+
+    def _due(self, reply: Reply) -> "_Due | None":
+        """Where the ledger must hold the charge of a message; None if it has no differential privacy."""
+        match reply:
+            case SurveyReply() if (privacy := self.survey_privacy()) is not None:
+                return _Due("survey", 0, "survey", privacy.delta, digest_of_answer(reply))
+            case TrainReply():
+                manifest = self.archive.run(reply.manifest_hash).manifest()
+                if manifest.privacy is not None:
+                    where = manifest.hash, reply.round
+                    return _Due(*where, "training", manifest.privacy.delta, digest_of_answer(reply))
+        return None
+
+    def _charged(self, due: "_Due") -> float:
+        """Give the epsilon that was charged for a message, at its delta."""
+        with self.budget() as budget:
+            charge = budget.find(due.run, due.round, due.purpose)
+        if charge is None or charge.state == State.RESERVED or charge.sha256 != due.sha256:
+            raise DataError(f"The privacy budget holds no charge for this {due.purpose}; it must not leave.")
+        return accountant.epsilon(charge.release.mechanisms.all, due.delta)
+
+    def _too_much(self, policy: Policy, count: int) -> list[Broken]:
+        if policy.traffic.max_bytes_per_day is None:
+            return []
+        since = datetime.fromtimestamp(self.clock(), UTC) - _DAY
+        return policy.check_day(self.outbound().bytes_since(since), count)
+
+
+@dataclass(frozen=True)
+class _Due:
+    """A message's place in the ledger, the delta at which its cost is told, and the sha256 of what was charged."""
+
+    run: str
+    round: int
+    purpose: Purpose
+    delta: float
+    sha256: str
+
+
+def digest_of_answer(reply: SurveyReply | TrainReply) -> str:
+    """The sha256 under which a private answer is charged: of the survey, or of the update."""
+    data = reply.survey if isinstance(reply, SurveyReply) else reply.update.astype("<f4", copy=False).data
+    return hashlib.sha256(data).hexdigest()

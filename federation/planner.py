@@ -1,0 +1,181 @@
+"""How much noise a wanted protection needs, and what it will probably cost in loss; no record is needed to know.
+
+The noise is computed: `noise_for` finds the least noise multiplier at which `federation.accountant` proves the wanted
+(epsilon, delta) for all steps of all rounds. The cost in loss is only estimated, by `progress`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scipy.special import erfc, erfcx  # part of what dp-accounting needs
+
+from federation.accountant import Gaussian, epsilon
+from tokenizer.errors import ConfigError
+
+_CLOSE = 0.005
+"""How far below the wanted epsilon the found noise may stay, relative."""
+_AGREEMENT = 0.25
+"""Length of the mean of clipped gradients / the clipping bound; see `progress`."""
+_NATS_PER_HALVING = 0.1
+"""What half as many useful steps cost; see `Row.loss`."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a federation wants of its private training, seen from one site.
+
+    Args:
+        patients: Who train at the site; the smallest site needs the most noise.
+        epsilon, delta: Of the whole training, for each patient.
+        rounds: Rounds of the run.
+        steps_per_round: Private steps in a round, or
+        passes: how often each patient is seen in the whole run, on average.
+        parameters: Of the model.
+    """
+
+    patients: int
+    epsilon: float
+    delta: float
+    rounds: int
+    steps_per_round: int | None = None
+    passes: float | None = None
+    parameters: int = 1_000_000
+
+    def __post_init__(self) -> None:
+        if (self.steps_per_round is None) == (self.passes is None):
+            raise ConfigError("Say either how many steps a round has or how many passes the run makes, not both.")
+        rules = {
+            "patients must be at least 2": self.patients >= 2,
+            "epsilon must be above 0 and at most 50": 0 < self.epsilon <= 50,
+            "delta must lie between 0 and 1 / patients, or one patient in full would be protection enough": (
+                0 < self.delta < 1 / self.patients
+            ),
+            "rounds must be at least 1": self.rounds >= 1,
+            "steps per round must be at least 1": self.steps_per_round is None or self.steps_per_round >= 1,
+            "passes must be above 0": self.passes is None or self.passes > 0,
+        }
+        if wrong := [rule for rule, holds in rules.items() if not holds]:
+            raise ConfigError(f"privacy plan: {'; '.join(wrong)}.")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A plan with one batch size.
+
+    Attributes:
+        batch: Patients in a batch, on average.
+        sampling_rate: The probability of each patient to be in a batch.
+        steps: Of the whole run.
+        noise_multiplier: Standard deviation of the noise / clipping bound.
+        epsilon_of_one_round, epsilon: After the first round, and at the end.
+        noise_per_patient: Noise multiplier / batch: what decides how much is learned.
+        progress: Of a step, relative to one without noise: an estimate.
+        loss: Nats per token that the noise will probably cost: a rougher one.
+    """
+
+    batch: int
+    sampling_rate: float
+    steps: int
+    noise_multiplier: float
+    epsilon_of_one_round: float
+    epsilon: float
+    noise_per_patient: float
+    progress: float
+    loss: float
+
+
+def plan(wish: Wish, batches: Sequence[int]) -> list[Row]:
+    """Give the plan for each batch size.
+
+    Raises:
+        ConfigError: A batch is larger than the site.
+    """
+    return [_row(wish, batch) for batch in batches]
+
+
+def noise_for(wanted: float, delta: float, sampling_rate: float, steps: int) -> float:
+    """The noise multiplier, rounded up to 4 digits, for which these steps cost at most `wanted`, and hardly less.
+
+    The search begins at the central limit of Bu et al., "Deep Learning with Gaussian Differential Privacy", 2019,
+    arXiv 1911.11607 (corollary 5.4), and every figure that it takes is the accountant's.
+    """
+    low, high, slope = 0.0, math.inf, -1.5  # too little noise; enough; d log(cost) / d log(noise)
+    noise, before = _rounded_up(_central_limit(wanted, delta, sampling_rate, steps)), None
+    for _ in range(40):
+        cost = epsilon([Gaussian(noise, sampling_rate, steps)], delta)
+        if cost <= wanted and (cost >= (1 - _CLOSE) * wanted or noise <= low * (1 + 2e-3)):
+            return noise
+        low, high = (low, noise) if cost <= wanted else (noise, high)
+        if before and cost > 0 and noise != before[0]:
+            slope = min(-0.3, max(-5.0, math.log(cost / before[1]) / math.log(noise / before[0])))
+        before = (noise, max(cost, 1e-9))
+        aim = math.log((1 - _CLOSE / 2) * wanted / before[1]) / slope
+        noise = _rounded_up(noise * math.exp(min(max(aim, -0.7), 0.7)))
+        if not low < noise < high:
+            noise = _rounded_up(2 * low if high == math.inf else (low + high) / 2)
+    return high
+
+
+def progress(noise_per_patient: float, batch: int, parameters: int) -> float:
+    """What a noisy step gains, relative to the step of equally large batches without noise: an estimate, from 0 to 1.
+
+    The best step along a noisy gradient lowers the loss by an amount proportional to 1 / (1 + variance / |gradient|^2)
+    (McCandlish et al., "An Empirical Model of Large-Batch Training", 2018, arXiv 1812.06162, section 2.2). To the
+    variance of sampling, privacy adds parameters x (noise multiplier x bound / batch)^2: the noise-to-batch ratio rules
+    (McKenna et al., "Scaling Laws for Differentially Private Language Models", 2025, arXiv 2501.18914). Assumed: all
+    patients' gradients are clipped, their mean has a quarter of the bound's length, and all directions curve alike,
+    which is too pessimistic for large models.
+    """
+    sampling = (1 / _AGREEMENT**2 - 1) / batch
+    privacy = parameters * (noise_per_patient / _AGREEMENT) ** 2
+    return (1 + sampling) / (1 + sampling + privacy)
+
+
+def batches_around(patients: int, batch: int | None) -> list[int]:
+    """Batch sizes to compare: a quarter of the wanted one to four times, within the site."""
+    middle = batch or max(1, patients // 16)
+    return sorted({min(max(1, middle * factor // 4), patients) for factor in (1, 2, 4, 8, 16)})
+
+
+def _row(wish: Wish, batch: int) -> Row:
+    if not 1 <= batch <= wish.patients:
+        raise ConfigError(f"A batch of {batch} patients does not fit a site with {wish.patients}.")
+    rate = batch / wish.patients
+    per_round = wish.steps_per_round or max(1, math.ceil((wish.passes or 0.0) / rate / wish.rounds))
+    noise = noise_for(wish.epsilon, wish.delta, rate, per_round * wish.rounds)
+    gain = progress(noise / batch, batch, wish.parameters)
+    return Row(
+        batch=batch,
+        sampling_rate=rate,
+        steps=per_round * wish.rounds,
+        noise_multiplier=noise,
+        epsilon_of_one_round=epsilon([Gaussian(noise, rate, per_round)], wish.delta),
+        epsilon=epsilon([Gaussian(noise, rate, per_round * wish.rounds)], wish.delta),
+        noise_per_patient=noise / batch,
+        progress=gain,
+        loss=_NATS_PER_HALVING * math.log2(1 / gain),
+    )
+
+
+def _central_limit(wanted: float, delta: float, rate: float, steps: int) -> float:
+    low, high = 1e-4, 1e4
+    while high - low > 1e-3:
+        size = math.sqrt(low * high) if low > 0.1 else (low + high) / 2
+        low, high = (low, size) if _delta_of(size, wanted) > delta else (size, high)
+    # size = rate * sqrt(steps * (e^(1 / noise^2) - 1)); without sampling it is sqrt(steps) / noise.
+    if rate == 1:
+        return math.sqrt(steps) / low
+    return 1 / math.sqrt(math.log1p((low / rate) ** 2 / steps))
+
+
+def _delta_of(size: float, at: float) -> float:
+    """Of a Gaussian with sensitivity / deviation `size`: Balle, Wang, ICML 2018, theorem 8, without overflow."""
+    near, far = (at / size - size / 2) / math.sqrt(2), (at / size + size / 2) / math.sqrt(2)
+    # e^at erfc(far) = e^(-near^2) erfcx(far), as far^2 - near^2 = at.
+    return float(0.5 * (erfc(near) - math.exp(-(near**2)) * erfcx(far)))
+
+
+def _rounded_up(noise: float) -> float:
+    step = 10.0 ** (math.floor(math.log10(noise)) - 3)
+    return round(math.ceil(noise / step * (1 - 1e-12)) * step, 12)
