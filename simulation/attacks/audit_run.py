@@ -198,7 +198,9 @@ def _facts(run: FinishedRun, plan: Plan, recipe: Recipe, site: str, patients: in
         )
     return {
         "audited site": f"{site} of {len(run.stores)}",
-        "patients in training": f"{patients:,} real, {plan.canaries:,} by a coin each, {planted:,} with a planted course",
+        "patients in training": (
+            f"{patients:,} of the site, {plan.canaries:,} canaries by a coin each, {planted:,} with planted courses"
+        ),
         "training": steps + ("" if private else ", without differential privacy"),
         "model": f"{recipe.decoder.parameters():,} parameters, context {recipe.decoder.context:,}",
         "codebook": f"{run.codebook.hash[:16]}, {len(run.codebook):,} tokens",
