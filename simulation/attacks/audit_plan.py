@@ -1,5 +1,6 @@
 """How an audit is done, and what is claimed of what it audits."""
 
+import math
 from dataclasses import dataclass
 
 from federation.accountant import Gaussian, epsilon
@@ -79,6 +80,10 @@ class Plan:
         if private is None:
             return None
         cost = epsilon([Gaussian(private.noise_multiplier, private.sampling_rate, steps)], self.delta)
+        if not math.isfinite(cost):
+            raise ConfigError(
+                f"audit: {steps} steps with this noise have no epsilon at delta {self.delta:g}; add noise"
+            )
         return Claim(
             cost,
             self.delta,

@@ -69,7 +69,7 @@ def of_membership(target: Target, attack: Separation) -> str:
     calibrated = f", less that of {target.reference}" if target.reference else ""
     how = {
         "loss": f"how well the model foretells the record{calibrated}",
-        "rollouts": f"how much of the record's second half is simulated from its first{calibrated}",
+        "rollouts": f"how much of what comes next in the record simulated futures tell{calibrated}",
     }[attack.attack]
     return f"By {attack.attack} ({how}): {said}. AUROC {area.value:.3f} ({area.low:.3f}–{area.high:.3f})."
 

@@ -4,7 +4,7 @@ Two attacks, each stronger with a reference model that was trained in the same w
 both models says nothing of membership (calibration: Watson et al., ICLR 2022, arXiv 2111.08440).
 
 - by loss (Yeom et al., CSF 2018): members have a lower one.
-- by rollouts: given the first half of a timeline, simulated futures repeat more of a member's own second half.
+- by rollouts: simulated futures tell more of what comes next in a member's timeline. This needs no weights.
 
 An average success hides the few patients who can be told with certainty, so the rate of members found at few false
 alarms stands beside the AUROC (Carlini et al., S&P 2022, arXiv 2112.03570).
@@ -198,32 +198,37 @@ def repeated(
     codebook: Codebook,
     split: TokenSplit,
     *,
-    trajectories: int = 8,
-    tokens: int = 32,
+    cuts: int = 8,
+    trajectories: int = 4,
+    tokens: int = 8,
     seed: int = 0,
 ) -> Floats:
-    """How much of its own second half a timeline gets back from its first half.
+    """How much of a timeline simulated futures tell again, from several places in it.
+
+    Needs nothing but rollouts: what somebody can do who may ask for futures and doesn't have the weights.
 
     Args:
         decoder: the model.
         codebook: of the tokens.
         split: whom to ask about.
-        trajectories: futures of each patient.
-        tokens: most tokens of a future, and of the second half that are looked at.
+        cuts: places in each timeline, from its first quarter on, where the future is asked for.
+        trajectories: futures at each.
+        tokens: of a future.
         seed: of the draws.
 
     Returns:
-        float64 [P]: share of the pairs of neighbouring tokens of the second half that a future holds, too, mean over
-        futures; nan for timelines of fewer than four tokens.
+        float64 [P]: share of the next tokens that a future tells before its first error, mean over futures and places;
+        nan for timelines of fewer than four tokens.
     """
-    long_enough = np.flatnonzero(np.diff(split.offsets) >= 4)
     scores = np.full(len(split), np.nan)
-    prompts, truths = [], []
-    for patient in long_enough:
+    prompts, truths, owner = [], [], []
+    for patient in np.flatnonzero(np.diff(split.offsets) >= 4):
         timeline = split.timeline(int(patient))[0].astype(np.int64)
-        half = len(timeline) // 2
-        prompts.append(Prompt(timeline[:half], key=int(patient)))
-        truths.append(_pairs(timeline[half - 1 : half + tokens]))
+        places = np.unique(np.linspace(max(1, len(timeline) // 4), len(timeline) - 1, cuts).astype(int))
+        for place in places:
+            prompts.append(Prompt(timeline[:place]))
+            truths.append(timeline[place : place + tokens])
+            owner.append(patient)
     if not prompts:
         return scores
     told = rollout(
@@ -233,13 +238,15 @@ def repeated(
         seed=seed,
         keep_tokens=True,
     )
-    for place, patient in enumerate(long_enough):
-        last = prompts[place].tokens[-1:]
-        futures = [_pairs(np.append(last, told.trajectory(place, number))) for number in range(trajectories)]
-        truth = truths[place]
-        scores[patient] = np.mean([len(truth & future) / len(truth) for future in futures])
-    return scores
+    shares = [
+        np.mean([_right_until_wrong(told.trajectory(place, number), truth) for number in range(trajectories)])
+        for place, truth in enumerate(truths)
+    ]
+    sums, counts = (np.bincount(owner, weights, len(split)) for weights in (np.array(shares), None))
+    return np.divide(sums, counts, out=scores, where=counts > 0)
 
 
-def _pairs(tokens: NDArray[np.int64]) -> set[tuple[int, int]]:
-    return set(zip(tokens[:-1].tolist(), tokens[1:].tolist(), strict=True))
+def _right_until_wrong(future: NDArray[np.int32], truth: NDArray[np.int64]) -> float:
+    both = min(len(future), len(truth))
+    wrong = np.flatnonzero(future[:both] != truth[:both])
+    return float(wrong[0] if len(wrong) else both) / len(truth)
