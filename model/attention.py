@@ -15,6 +15,7 @@ K head width.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -167,11 +168,20 @@ def _turn(x_NHK: Tensor, cos_N1k: Tensor, sin_N1k: Tensor) -> Tensor:
         # One kernel either way; the compiler can't write into halves.
         turned = [low * cos_N1k - high * sin_N1k, high * cos_N1k + low * sin_N1k]
         return torch.cat(turned, -1).to(x_NHK.dtype)
+    if has_kernels(x_NHK):
+        from model.fused import turned as turned_at_once
+
+        return turned_at_once(x_NHK, cos_N1k, sin_N1k)
     # In float32 whatever comes in, and without a copy of a half on the way.
     out = torch.empty_like(x_NHK, dtype=cos_N1k.dtype)
     torch.mul(low, cos_N1k, out=out[..., :half]).addcmul_(high, sin_N1k, value=-1)
     torch.mul(high, cos_N1k, out=out[..., half:]).addcmul_(low, sin_N1k)
     return out.to(x_NHK.dtype)
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether kernels in Triton run where `x` is."""
+    return x.is_cuda and find_spec("triton") is not None
 
 
 def rotate(x_NHK: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:

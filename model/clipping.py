@@ -32,18 +32,19 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from model.decoder import Decoder, RMSNorm
+from model.decoder import ALIGNED, Decoder, RMSNorm
 from tokenizer.errors import ConfigError
 
 if TYPE_CHECKING:
     from tokenizer.windows import Batch
 
-# Bytes of gradients of single patients that are alive at once.
-BUDGET_BYTES = 256 << 20
+# Bytes of gradients of single patients that are alive at once: on CPUs, and on other devices, which need more work
+# at a time to be busy.
+BUDGET_BYTES = {"cpu": 256 << 20, "other": 4 << 30}
 # Tokens that go through the decoder together, so that activations and rows don't add up to more than a plain step.
-_GROUP_TOKENS = 2048
+_GROUP_TOKENS = {"cpu": 2048, "other": 32768}
 # Numbers in a chunk of scores.
-_CHUNK_NUMBERS = 2**21
+_CHUNK_NUMBERS = {"cpu": 2**21, "other": 2**26}
 # Numbers whose squares are summed in float32: the sum's error stays below 10^-5, even at worst.
 _BLOCK = 1024
 # Shares are made smaller by this part of themselves, more than float32 rounds norms down and shares up by.
@@ -72,7 +73,7 @@ def clipped_sum(
     batch: "Batch",
     clip: float,
     *,
-    budget_bytes: int = BUDGET_BYTES,
+    budget_bytes: int | None = None,
     autocast: Autocast = nullcontext,
 ) -> Clipped:
     """Sum the gradients of each patient's mean loss, each clipped to the norm `clip`.
@@ -81,7 +82,7 @@ def clipped_sum(
         decoder: its weights are not changed, and their `grad` is not touched.
         batch: one window of each patient.
         clip: largest Euclidean norm of a patient's share, over all parameters together.
-        budget_bytes: for gradients of single patients; one at least is held.
+        budget_bytes: for gradients of single patients; one at least is held. None takes `BUDGET_BYTES`.
         autocast: makes the context in which the decoder computes.
 
     Returns:
@@ -99,8 +100,10 @@ def clipped_sum(
         raise ConfigError("clipping: dropout masks would let one patient change others' shares; set dropout to 0")
     book = _Book(decoder)
     total = torch.zeros(book.size, device=decoder.embed_tokens.weight.device)
+    kind = "cpu" if total.device.type == "cpu" else "other"
     norms, losses = np.zeros(len(batch.lengths)), np.zeros(len(batch.lengths))
-    for places in _groups(batch, book.size * 4, budget_bytes):
+    most = max(1, (BUDGET_BYTES[kind] if budget_bytes is None else budget_bytes) // (book.size * 4))
+    for places in _groups(batch, most, _GROUP_TOKENS[kind]):
         loss = book.fill(batch, places, autocast)
         losses[places] = loss
         norm = book.norms()
@@ -110,15 +113,14 @@ def clipped_sum(
     return Clipped(book.split(total), norms, losses)
 
 
-def _groups(batch: "Batch", row_bytes: int, budget: int) -> Iterator[np.ndarray]:
-    """Places of windows that go together, of similar length."""
-    most = max(1, budget // row_bytes)
+def _groups(batch: "Batch", most: int, tokens: int) -> Iterator[np.ndarray]:
+    """Places of windows that go together, of similar length: at most so many, with at most so many tokens or one."""
     order = np.argsort(-batch.lengths, kind="stable")
     ends = np.cumsum(batch.lengths[order])
     first = 0
     while first < len(order):
         before = ends[first - 1] if first else 0
-        fit = int(np.searchsorted(ends, before + _GROUP_TOKENS, side="right")) - first
+        fit = int(np.searchsorted(ends, before + tokens, side="right")) - first
         last = first + min(max(fit, 1), most)
         yield order[first:last]
         first = last
@@ -187,9 +189,14 @@ class _Book:
         w_VD = weight.detach()
         if torch.is_autocast_enabled(kind):
             w_VD = w_VD.to(torch.get_autocast_dtype(kind))
-        grad_ND, losses = torch.zeros_like(hidden_ND), np.zeros(len(self._spans))
+        vocab = len(w_VD)
+        spare = 0 if kind == "cpu" else -vocab % ALIGNED
+        if spare:
+            w_VD = F.pad(w_VD, (0, 0, 0, spare))
+        grad_ND = torch.zeros_like(hidden_ND)
+        losses = torch.zeros(len(self._spans), dtype=torch.float64, device=self._device)
         rows = self._rows_of(weight)
-        chunk = max(64, _CHUNK_NUMBERS // len(w_VD))
+        chunk = max(64, _CHUNK_NUMBERS["cpu" if kind == "cpu" else "other"] // vocab)
         with torch.autocast(kind, enabled=False):
             for row, span in enumerate(self._spans):
                 asked = (targets[span] >= 0).nonzero().squeeze(1)
@@ -198,18 +205,18 @@ class _Book:
                     continue
                 for number, some in enumerate(asked.split(chunk)):
                     h_CD, y_C1 = hidden_ND[span][some].to(w_VD.dtype), targets[span][some, None]
-                    p_CV = torch.log_softmax((h_CD @ w_VD.T).float(), dim=1)
-                    losses[row] -= p_CV.gather(1, y_C1).sum(dtype=torch.float64).item() / len(asked)
+                    p_CV = torch.log_softmax((h_CD @ w_VD.T)[:, :vocab].float(), dim=1)
+                    losses[row] -= p_CV.gather(1, y_C1).sum(dtype=torch.float64) / len(asked)
                     p_CV.exp_().scatter_add_(1, y_C1, p_CV.new_full(y_C1.shape, -1.0)).div_(len(asked))
-                    g_CV = p_CV.to(w_VD.dtype)
+                    g_CV = F.pad(p_CV.to(w_VD.dtype), (0, spare)) if spare else p_CV.to(w_VD.dtype)
                     grad_ND[span][some] = (g_CV @ w_VD).to(grad_ND.dtype)
-                    if g_CV.dtype == torch.float32:
+                    if g_CV.dtype == torch.float32 and not spare:
                         rows[row].addmm_(g_CV.T, h_CD, beta=min(number, 1))
                     elif number:
-                        rows[row] += g_CV.T @ h_CD
+                        rows[row] += (g_CV.T @ h_CD)[:vocab]
                     else:
-                        rows[row] = g_CV.T @ h_CD
-        return losses, grad_ND
+                        rows[row] = (g_CV.T @ h_CD)[:vocab]
+        return losses.cpu().numpy(), grad_ND
 
     def _embedding(self, tokens: Tensor, grad_ND: Tensor | None) -> None:
         assert grad_ND is not None

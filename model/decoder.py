@@ -18,14 +18,14 @@ V vocabulary. `x_ND` is float [N, D].
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import SegmentPlan, rotary_angles, rotate
+from model.attention import SegmentPlan, has_kernels, rotary_angles, rotate
 from tokenizer.errors import ConfigError
 
 # Rows of logits alive at once are chosen so that a chunk holds about this many numbers: 8 MB in float32, which stay in
@@ -37,7 +37,13 @@ _INIT_STD = 0.02
 ALIGNED = 64
 
 # (layer, q_NHK, k_NGK, v_NGK) -> [N, H, K]: how queries meet keys, of this batch or of a cache.
+_F = TypeVar("_F", bound=Callable[..., Any])
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+def _opaque(function: _F) -> _F:
+    """Hide a function from torch.compile."""
+    return cast("_F", torch.compiler.disable(function))
 
 
 @dataclass(frozen=True)
@@ -280,7 +286,7 @@ class Dropout:
     rows: int
     first: int = 0
 
-    @torch.compiler.disable
+    @_opaque
     def scale(self, x_ND: Tensor, rate: float, place: int) -> Tensor:
         """What to multiply by: 0 at a share `rate` of the numbers, 1 / (1 - rate) at the others; like `x_ND`."""
         # An odd factor keeps places apart; the whole mask is drawn, so that a row's share doesn't depend on the cut.
@@ -301,7 +307,7 @@ class _Walk:
 
     # The compiler sees no further: what is inside follows from the lengths of a batch, and each new plan would be
     # compiled anew, until it gave up.
-    @torch.compiler.disable
+    @_opaque
     def meet(self, layer: int, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
         return self.attend(layer, q_NHK, k_NGK, v_NGK)
 
@@ -350,7 +356,12 @@ class _FeedForward(nn.Module):
         self.down_proj = nn.Linear(config.ff, config.width, bias=False)
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_ND)) * self.up_proj(x_ND))
+        gate_NF, up_NF = self.gate_proj(x_ND), self.up_proj(x_ND)
+        if has_kernels(x_ND) and not torch.compiler.is_compiling():
+            from model.fused import swiglu
+
+            return self.down_proj(swiglu(gate_NF, up_NF))
+        return self.down_proj(F.silu(gate_NF) * up_NF)
 
 
 class _Block(nn.Module):
@@ -362,8 +373,14 @@ class _Block(nn.Module):
         self.mlp = _FeedForward(config)
 
     def forward(self, x_ND: Tensor, layer: int, walk: _Walk) -> Tensor:
-        x_ND = x_ND + walk.drop(self.self_attn(self.input_layernorm(x_ND), layer, walk), 2 * layer + 1)
-        return x_ND + walk.drop(self.mlp(self.post_attention_layernorm(x_ND)), 2 * layer + 2)
+        x_ND = x_ND + walk.drop(self.self_attn(_narrow(self.input_layernorm(x_ND)), layer, walk), 2 * layer + 1)
+        return x_ND + walk.drop(self.mlp(_narrow(self.post_attention_layernorm(x_ND))), 2 * layer + 2)
+
+
+def _narrow(x_ND: Tensor) -> Tensor:
+    """In autocast's type, once for all products that it goes into."""
+    kind = x_ND.device.type
+    return x_ND.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x_ND
 
 
 class _ChunkedNll(torch.autograd.Function):

@@ -29,15 +29,17 @@ class Masks:
 
     Args:
         never: bool [V], tokens that are forbidden in any state; mask 0 forbids no others.
+        states: how many states there can be.
         device: where scores are.
     """
 
-    def __init__(self, never: np.ndarray, device: torch.device) -> None:
+    def __init__(self, never: np.ndarray, states: int, device: torch.device) -> None:
         self._never, self._device = never, device
+        self._place = np.empty(states, dtype=np.int32)
         self._forget()
 
     def _forget(self) -> None:
-        self._place: dict[int, int] = {}
+        self._place.fill(-1)
         self._known: dict[bytes, int] = {}
         self._bias = torch.empty(0, len(self._never), device=self._device)
         self._few = np.empty((0, FEW), dtype=np.int64)
@@ -45,14 +47,16 @@ class Masks:
         self._add(~self._never[None])
 
     def places(self, states: np.ndarray, allowed: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """Place of each state's mask in the table, int64 [S]; `allowed` gives bool [S, V] for states not met before."""
-        new = np.array([state for state in states.tolist() if state not in self._place], dtype=np.int64)
-        if len(new) + len(self._bias) > _MOST_MASKS:
-            self._forget()
-            new = states
-        if len(new):
-            self._place |= dict(zip(new.tolist(), self._add(allowed(new) & ~self._never), strict=True))
-        return np.array([self._place[state] for state in states.tolist()], dtype=np.int64)
+        """Place of each state's mask in the table, int64 [B]; `allowed` gives bool [S, V] for states not met before."""
+        place = self._place[states]
+        if (place < 0).any():
+            new = np.unique(states[place < 0])
+            if len(new) + len(self._bias) > _MOST_MASKS:
+                self._forget()
+                new = np.unique(states)
+            self._place[new] = self._add(allowed(new) & ~self._never)
+            place = self._place[states]
+        return place.astype(np.int64)
 
     def _add(self, allowed: np.ndarray) -> list[int]:
         """Place of each mask (bool [S, V]) in the table; equal masks share one."""
@@ -130,14 +134,13 @@ class Guide:
         # One column per outcome: the tokens that bring it whatever came before.
         members = self._known[: len(never), None] == np.arange(len(outcomes))
         self._members = torch.from_numpy(members.astype(np.float32)).to(device)
-        self.masks = Masks(never, device)
+        self.masks = Masks(never, 1 if grammar is None else grammar.count, device)
 
     def places(self, rows: np.ndarray) -> np.ndarray:
         """Which of `masks` holds in each row: int64 [B]."""
         if self._grammar is None or not self._masked:
             return np.zeros(len(rows), dtype=np.int64)
-        distinct, where = np.unique(self._grammar.same_mask(self._state[rows]), return_inverse=True)
-        return self.masks.places(distinct, self._grammar.allowed)[where]
+        return self.masks.places(self._grammar.same_mask(self._state[rows]), self._grammar.allowed)
 
     def chances(self, rows: np.ndarray, chances_BV: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """How probable it is that the next token brings each outcome.

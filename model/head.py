@@ -16,8 +16,10 @@ from model.decoder import ALIGNED, Decoder
 from model.guide import Masks
 from model.sampling import nucleus_
 
-# Rows of scores alive at once: 7 MB each for scores and chances at a vocabulary of 7,105.
-BLOCK_ROWS = 256
+# Rows of scores alive at once: 7 MB each for scores and chances at a vocabulary of 7,105, which stay in a CPU's cache;
+# GPUs need larger products to be busy.
+_BLOCK_ROWS = 256
+_BLOCK_ROWS_ON_DEVICES = 4096
 
 
 class Head:
@@ -27,7 +29,10 @@ class Head:
         decoder: whose output layer it is.
         temperature: divides the scores.
         top_p: the nucleus that is kept (`model.sampling.nucleus_`); 1 keeps all.
-        rows: most rows of one call, at most `BLOCK_ROWS`.
+        rows: of the rollout, at most.
+
+    Attributes:
+        block: most rows of one call.
     """
 
     def __init__(self, decoder: Decoder, temperature: float, top_p: float, rows: int) -> None:
@@ -36,7 +41,9 @@ class Head:
         width = -(-self._vocab // ALIGNED) * ALIGNED
         self._weight_VD = F.pad(decoder.head_weight.detach(), (0, 0, 0, width - self._vocab))
         self._sharpness, self._top_p = 1.0 / temperature, top_p
-        shape = (min(rows, BLOCK_ROWS), width)
+        on_cpu = decoder.head_weight.device.type == "cpu"
+        self.block = min(rows, _BLOCK_ROWS if on_cpu else _BLOCK_ROWS_ON_DEVICES)
+        shape = (self.block, width)
         self._scores, self._chances = (self._weight_VD.new_empty(shape, dtype=torch.float32) for _ in range(2))
 
     def chances(

@@ -9,13 +9,88 @@ Shapes: W windows, T longest window, B rows, C columns of the suffix, L layers, 
 width. Storage is `[L, 2, W, G, T, K]` and `[L, 2, B, G, C, K]`, where the 2 are keys and values.
 """
 
+from collections import deque
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from model.cache import Boarding, filled, prefill, take_rows
+from model.decoder import Decoder
+
 # Masked scores; finite, so that a block of masked keys alone can't make 0/0 inside the fused kernel.
 _HIDDEN = -1e30
 _FIRST_COLUMNS = 32
+_MOST_LANES = 6
+_NO_ROWS = np.empty(0, dtype=np.int64)
+
+
+class Lanes:
+    """A `model.cache.Cache`: rows that boarded together share a lane, and small neighbours in age are merged.
+
+    Args:
+        decoder: whose keys and values they are.
+        most: rows under way at once.
+    """
+
+    def __init__(self, decoder: Decoder, most: int) -> None:
+        self._decoder, self._most = decoder, most
+        self._lanes: list[Lane] = []
+
+    @property
+    def rows(self) -> np.ndarray:
+        """int64 [B], the caller's numbers of the rows under way."""
+        return np.concatenate([_NO_ROWS, *(lane.rows for lane in self._lanes)])
+
+    def take(self, waiting: deque[Boarding]) -> list[Boarding]:
+        """Take from the front what should board now."""
+        return take_rows(waiting, len(self.rows), self._most)
+
+    def board(self, tasks: Sequence[Boarding]) -> Tensor:
+        """Compute windows and let their rows in: their last hidden states, float32 [sum R, D]."""
+        lengths = np.array([len(task.window) for task in tasks])
+        owner = np.repeat(np.arange(len(tasks)), [len(task.rows) for task in tasks])
+        config, weight = self._decoder.config, self._decoder.embed_tokens.weight
+        prefix = weight.new_zeros(config.layers, 2, len(tasks), config.kv_heads, int(lengths.max()), config.head_width)
+
+        def store(layer: int, window: Tensor, position: Tensor, k: Tensor, v: Tensor) -> None:
+            prefix[layer, 0][window, :, position] = k
+            prefix[layer, 1][window, :, position] = v
+
+        last_WD = prefill(self._decoder, [task.window for task in tasks], store)
+        self._lanes.append(Lane(prefix, lengths, owner, np.concatenate([task.rows for task in tasks])))
+        return last_WD.index_select(0, torch.from_numpy(owner).to(weight.device))
+
+    def advance(self, tokens: np.ndarray) -> Tensor:
+        """Run each row's newest token (int64 [B]) through the decoder: hidden states, float32 [B, D]."""
+        sizes = [len(lane) for lane in self._lanes]
+        device, positions = self._decoder.embed_tokens.weight.device, self.positions()
+        for lane in self._lanes:
+            lane.reserve()
+
+        def attend(layer: int, *qkv: Tensor) -> Tensor:
+            parts = zip(self._lanes, *(x.split(sizes) for x in qkv), strict=True)
+            return torch.cat([lane.attend(layer, q, k, v) for lane, q, k, v in parts])
+
+        token_B, position_B = (torch.from_numpy(x).to(device) for x in (tokens, positions))
+        return self._decoder.run(token_B, position_B, attend)
+
+    def drop(self, rows: np.ndarray) -> None:
+        """Forget rows by their numbers, and merge lanes while there are too many."""
+        for lane in self._lanes:
+            dead = np.isin(lane.rows, rows)
+            if dead.any():
+                lane.drop(dead)
+        lanes = [lane for lane in self._lanes if len(lane)]
+        while len(lanes) > _MOST_LANES:
+            pair = min(range(len(lanes) - 1), key=lambda place: len(lanes[place]) + len(lanes[place + 1]))
+            lanes[pair].absorb(lanes.pop(pair + 1))
+        self._lanes = lanes
+
+    def positions(self) -> np.ndarray:
+        """int64 [B], the position that each row's next token takes in its window."""
+        return np.concatenate([_NO_ROWS, *(lane.positions() for lane in self._lanes)])
 
 
 class Lane:
@@ -81,13 +156,13 @@ class Lane:
 
     def drop(self, dead: np.ndarray) -> None:
         """Remove rows (bool [B]), and windows without rows; the others change places."""
-        order = _filled(dead)
+        order = filled(dead)
         _gather_rows_(self._suffix, order)
         self.rows, self._owner, self._pad = self.rows[order], self._owner[order], self._pad[order]
         used = np.zeros(len(self._window), dtype=bool)
         used[self._owner] = True
         if not used.all():
-            windows = _filled(~used)
+            windows = filled(~used)
             _gather_rows_(self._prefix, windows)
             self._prefix = self._prefix[:, :, : len(windows)]
             self._window = self._window[windows]
@@ -199,15 +274,6 @@ def plain_attention_with_lse(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | Non
 def _join(own: Tensor, own_lse: Tensor, shared: Tensor, shared_lse: Tensor) -> Tensor:
     share = torch.sigmoid(own_lse - shared_lse)[..., None]
     return torch.lerp(shared, own, share)
-
-
-def _filled(dead: np.ndarray) -> np.ndarray:
-    """Order of the living in which only as many move as there are holes among the first places."""
-    alive = np.flatnonzero(~dead)
-    order = np.arange(len(alive))
-    holes = np.flatnonzero(dead[: len(alive)])
-    order[holes] = alive[alive >= len(alive)]
-    return order
 
 
 def _gather_rows_(storage: Tensor, order: np.ndarray) -> None:

@@ -1,8 +1,8 @@
 """Sample the future of patients: many trajectories per prompt, each until its question is answered.
 
 Notable choices:
-- A prompt is computed once and shared by its trajectories (`model.lanes`). Rows that end leave at once and the next
-  prompts move in, so a few long trajectories don't hold the others up.
+- A prompt is computed once and shared by its trajectories (`model.lanes`, on GPUs `model.pool`). Rows that end leave at
+  once and the next prompts move in, so a few long trajectories don't hold the others up.
 - Every draw is a function of (seed, prompt key, trajectory, step) (`model.sampling`). Which rows share a batch changes
   logits by rounding only (about 1e-6), so a trajectory changes only if a draw falls that close to a boundary.
 - When a window is full, its oldest tokens go, header tokens stay, and the rest is computed anew. What the decoder
@@ -20,18 +20,20 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from model.attention import SegmentPlan
+from model.attention import has_kernels
+from model.cache import Boarding, Cache
 from model.clock import Clock
 from model.decoder import Decoder
 from model.guide import Guide, states_after
-from model.head import BLOCK_ROWS, Head
-from model.lanes import Lane
+from model.head import Head
+from model.lanes import Lanes
+from model.machine import Machine, choose_precision
 from model.sampling import pick, uniforms
 from tokenizer.errors import ConfigError, DataError
 
@@ -41,11 +43,9 @@ if TYPE_CHECKING:
 
 # A full window keeps this share of the context: header tokens and the newest others.
 _KEPT_SHARE = 0.75
-# New prompts wait until this share of the rows is free, so that they move in as one lane.
-_LANE_SHARE = 0.25
-_MOST_LANES = 6
-# Tokens of prompts in one pass of the decoder.
-_PREFILL_TOKENS = 8192
+# Trajectories under way at once, unless told otherwise.
+_ROWS = 256
+_ROWS_ON_DEVICES = 4096
 ENCOUNTER_ENDS = ("ENCOUNTER_END", "HOSPITAL_DISCHARGE")
 _NO_TOKENS = np.empty(0, dtype=np.int32)
 
@@ -151,7 +151,8 @@ def rollout(
     seed: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
-    batch_rows: int = 256,
+    batch_rows: int | None = None,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
     keep_tokens: bool = False,
     grammar: bool = True,
     progress: Callable[[int, int], None] | None = None,
@@ -168,7 +169,9 @@ def rollout(
         temperature: divides the scores; 1 samples what the model believes.
         top_p: draw only from the most probable tokens that together reach this probability, among those that the
             grammar allows; 1 draws from all.
-        batch_rows: most trajectories under way at once; memory is at most that many contexts of keys and values.
+        batch_rows: most trajectories under way at once; memory is at most that many contexts of keys and values. None
+            takes 256 on a CPU, and 4,096 on a GPU as far as its memory holds them.
+        precision: of products and cache on GPUs; "auto" is bfloat16 where there are units for it. CPUs use float32.
         keep_tokens: return the sampled tokens too.
         grammar: draw only what the codebook's grammar allows.
         progress: called with (ended, all) trajectories whenever some have ended.
@@ -182,21 +185,20 @@ def rollout(
             are not finite.
     """
     clock, rules = (codebook, None) if isinstance(codebook, Clock) else (Clock.of(codebook), codebook.grammar)
-    settings = _Settings(stop, trajectories, batch_rows, seed, temperature, top_p, keep_tokens, grammar)
+    if batch_rows is None:
+        batch_rows = _ROWS if decoder.embed_tokens.weight.device.type == "cpu" else _ROWS_ON_DEVICES
+    settings = _Settings(stop, trajectories, batch_rows, seed, temperature, top_p, precision, keep_tokens, grammar)
     settings.check(decoder, clock, rules)
     _check_prompts(prompts, decoder.config.vocab)
     run = _Run(decoder, clock, rules, prompts, settings)
     waiting = deque(_tasks(prompts, clock, decoder.config.context, trajectories, batch_rows))
-    lanes: list[Lane] = []
     ended = 0
-    while waiting or lanes:
-        free = batch_rows - sum(len(lane) for lane in lanes)
-        if waiting and (not lanes or free >= max(_LANE_SHARE * batch_rows, len(waiting[0].rows))):
-            lanes.append(run.board(_take(waiting, free)))
+    while waiting or len(run.cache.rows):
+        if tasks := run.cache.take(waiting):
+            run.board(tasks)
         else:
-            run.advance(lanes)
-        waiting.extendleft(task for lane in lanes for task in run.unload_full(lane))
-        lanes = _tidied(lanes)
+            run.advance()
+        waiting.extendleft(run.unload_full())
         if progress is not None and (now := int((run.reason >= 0).sum())) > ended:
             progress(ended := now, len(run.reason))
     return run.result()
@@ -210,6 +212,7 @@ class _Settings:
     seed: int
     temperature: float
     top_p: float
+    precision: Literal["auto", "fp32", "bf16"]
     keep_tokens: bool
     grammar: bool
 
@@ -231,16 +234,10 @@ class _Settings:
             raise ConfigError(f"rollout: the temperature is {self.temperature}; it must be positive")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"rollout: top_p is {self.top_p}; it must lie in (0, 1]")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise ConfigError(f"rollout: precision is auto, fp32 or bf16, not {self.precision!r}")
         if stop.horizon_us is not None and stop.horizon_us < 0:
             raise ConfigError(f"rollout: the horizon is {stop.horizon_us} us; it must not be negative")
-
-
-@dataclass(frozen=True)
-class _Task:
-    """A window to compute and the numbers of the rows that continue it."""
-
-    window: np.ndarray
-    rows: np.ndarray
 
 
 class _Run:
@@ -269,8 +266,9 @@ class _Run:
             never=clock.never,
             device=self._device,
         )
-        most = min(settings.batch_rows, len(prompts) * trajectories)
-        self._head = Head(decoder, settings.temperature, settings.top_p, max(most, 1))
+        most = max(1, min(settings.batch_rows, len(prompts) * trajectories))
+        self._head = Head(decoder, settings.temperature, settings.top_p, most)
+        self.cache = _cache(decoder, most, settings, [len(prompt.tokens) for prompt in prompts])
         self._passing = np.flatnonzero(clock.advance_us)
         keys = [place if prompt.key is None else prompt.key for place, prompt in enumerate(prompts)]
         self._key = np.repeat(np.array(keys, dtype=np.int64), trajectories)
@@ -282,53 +280,39 @@ class _Run:
         self._event = np.full(rows, -1, dtype=np.int32)
         self._chances = np.zeros((rows, len(stop.outcomes) + 1))
         self.reason = np.full(rows, -1, dtype=np.int8)
-        # Of rows under way: the tokens drawn, the window, and how many of the drawn tokens that window already holds.
-        self._drawn: dict[int, list[int]] = {}
+        # Of rows under way: the tokens drawn, in a slot each; the window, and how many of the drawn ones it holds.
+        self._drawn = np.empty((most, stop.max_tokens), dtype=np.int32)
+        self._slot = np.full(rows, -1, dtype=np.int64)
+        self._free_slots = list(range(most))
         self._window: dict[int, tuple[np.ndarray, int]] = {}
         self._kept: list[np.ndarray] | None = [_NO_TOKENS] * rows if settings.keep_tokens else None
 
-    def board(self, tasks: Sequence[_Task]) -> Lane:
-        """Compute windows, draw the first token of every row, and give the lane of those that go on."""
-        lengths = np.array([len(task.window) for task in tasks])
-        rows = np.concatenate([task.rows for task in tasks])
-        owner = np.repeat(np.arange(len(tasks)), [len(task.rows) for task in tasks])
+    def board(self, tasks: Sequence[Boarding]) -> None:
+        """Compute windows and draw the first token of every row."""
         for task in tasks:
             for row in task.rows.tolist():
-                self._window[row] = (task.window, len(self._drawn.setdefault(row, [])))
-        config = self._decoder.config
-        shape = (config.layers, 2, len(tasks), config.kv_heads, int(lengths.max()), config.head_width)
-        prefix = torch.zeros(shape, device=self._device)
-        last_WD = torch.cat([self._prefill(prefix, tasks, part) for part in _parts(lengths)])
-        lane = Lane(prefix, lengths, owner, rows)
-        self._draw([lane], last_WD.index_select(0, self._to_device(owner)))
-        return lane
+                self._window[row] = (task.window, int(self._count[row]))
+                if self._slot[row] < 0:
+                    self._slot[row] = self._free_slots.pop()
+        hidden_BD = self.cache.board(tasks)
+        self._draw(np.concatenate([task.rows for task in tasks]), hidden_BD)
 
-    def advance(self, lanes: Sequence[Lane]) -> None:
+    def advance(self) -> None:
         """Run the newest token of every row through the decoder and draw the next."""
-        sizes = [len(lane) for lane in lanes]
-        tokens = np.concatenate([self._newest[lane.rows] for lane in lanes])
-        positions = np.concatenate([lane.positions() for lane in lanes])
-        for lane in lanes:
-            lane.reserve()
+        rows = self.cache.rows
+        self._draw(rows, self.cache.advance(self._newest[rows]))
 
-        def attend(layer: int, *qkv: Tensor) -> Tensor:
-            parts = zip(lanes, *(x.split(sizes) for x in qkv), strict=True)
-            return torch.cat([lane.attend(layer, q, k, v) for lane, q, k, v in parts])
-
-        hidden_BD = self._decoder.run(self._to_device(tokens), self._to_device(positions), attend)
-        self._draw(lanes, hidden_BD)
-
-    def unload_full(self, lane: Lane) -> list[_Task]:
-        """Take rows out of the lane whose window has no place for the newest token; their shorter windows follow."""
+    def unload_full(self) -> list[Boarding]:
+        """Take out the rows whose window has no place for the newest token; their shorter windows follow."""
         context = self._decoder.config.context
-        full = lane.positions() >= context
+        full = self.cache.rows[self.cache.positions() >= context]
         tasks = []
-        for row in lane.rows[full].tolist():
+        for row in full.tolist():
             window, held = self._window[row]
-            grown = np.concatenate([window, self._drawn[row][held:]])
-            tasks.append(_Task(self._clock.crop(grown, _kept_length(context)), np.array([row])))
+            grown = np.concatenate([window, self._drawn[self._slot[row], held : self._count[row]]])
+            tasks.append(Boarding(self._clock.crop(grown, _kept_length(context)), np.array([row])))
         if tasks:
-            lane.drop(full)
+            self.cache.drop(full)
         return tasks
 
     def result(self) -> Rollouts:
@@ -343,55 +327,39 @@ class _Run:
         offsets = np.concatenate([[0], np.cumsum(self._count)])
         return replace(result, tokens=np.concatenate([_NO_TOKENS, *self._kept]), offsets=offsets)
 
-    def _prefill(self, prefix: Tensor, tasks: Sequence[_Task], part: slice) -> Tensor:
-        """Run the windows of `part`, store their keys and values; give each window's last hidden state."""
-        windows = [task.window for task in tasks[part]]
-        lengths = np.array([len(window) for window in windows])
-        plan = SegmentPlan.of(torch.from_numpy(lengths), self._device)
-        window = self._to_device(np.repeat(np.arange(part.start, part.stop), lengths))
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            for kind, x_NGK in enumerate((k, v)):
-                prefix[layer, kind][window, :, plan.positions] = x_NGK
-            return plan.attend(q, k, v)
-
-        hidden_ND = self._decoder.run(self._to_device(np.concatenate(windows)), plan.positions, attend)
-        return hidden_ND[self._to_device(np.cumsum(lengths) - 1)]
-
-    def _draw(self, lanes: Sequence[Lane], hidden_BD: Tensor) -> None:
-        """Draw a token for every row, move the rows' clocks, and drop the rows that end from their lanes."""
-        rows = np.concatenate([lane.rows for lane in lanes])
+    def _draw(self, rows: np.ndarray, hidden_BD: Tensor) -> None:
+        """Draw a token for each of `rows`, move their clocks, and drop those that end from the cache."""
         token, end_chances = self._choose(rows, hidden_BD)
         self._chances[rows] += end_chances
         event, before = self._guide.advance(rows, token)
         # A token that only told what the one before it was is no part of the trajectory.
         self._newest[rows] = token
-        self._count[rows] += ~before
+        more = rows[~before]
+        self._drawn[self._slot[more], self._count[more]] = token[~before]
+        self._count[more] += 1
         self._now_us[rows] += np.where(before, 0, self._clock.advance_us[token])
-        for row, drawn in zip(rows[~before].tolist(), token[~before].tolist(), strict=True):
-            self._drawn[row].append(drawn)
         reason = self._reasons(rows, token, event)
         self._event[rows] = np.where(reason == Reason.EVENT, event, -1)
         self.reason[rows] = reason
         ends = reason >= 0
         if ends.any():
             self._close(rows[ends])
-            for lane, dead in zip(lanes, np.split(ends, np.cumsum([len(lane) for lane in lanes])[:-1]), strict=True):
-                if dead.any():
-                    lane.drop(dead)
+            self.cache.drop(rows[ends])
 
     def _close(self, rows: np.ndarray) -> None:
+        self._free_slots.extend(self._slot[rows].tolist())
         for row in rows.tolist():
             self._window.pop(row)
-            drawn = self._drawn.pop(row)
             if self._kept is not None:
-                self._kept[row] = np.array(drawn, dtype=np.int32)
+                self._kept[row] = self._drawn[self._slot[row], : self._count[row]].copy()
 
     def _choose(self, rows: np.ndarray, hidden_BD: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Draw the next tokens, int64 [B], and tell the chances of what may end each row, float64 [B, K + 1]."""
         uniform = uniforms(self._settings.seed, self._key[rows], self._trajectory[rows], self._count[rows])
         places = self._guide.places(rows)
-        narrow = self._guide.masks.is_narrow(places) & (self._now_us[rows] >= 0)
+        narrow = np.zeros(len(rows), dtype=bool)
+        if self._device.type == "cpu":  # on GPUs the product with all tokens costs less than sorting the rows
+            narrow = self._guide.masks.is_narrow(places) & (self._now_us[rows] >= 0)
         # Rows whose next token is one of few stand last.
         order = np.argsort(narrow, kind="stable")
         if narrow.any():
@@ -399,11 +367,12 @@ class _Run:
         token = np.empty(len(rows), dtype=np.int64)
         end_chances = np.empty((len(rows), self._chances.shape[1]))
         wide = len(rows) - int(narrow.sum())
-        for first in range(0, len(rows), BLOCK_ROWS):
-            part = order[first : first + BLOCK_ROWS]
+        block = self._head.block
+        for first in range(0, len(rows), block):
+            part = order[first : first + block]
             before = max(0, min(wide - first, len(part)))
             chances_BV = self._head.chances(
-                hidden_BD[first : first + BLOCK_ROWS],
+                hidden_BD[first : first + block],
                 self._guide.masks,
                 places[part],
                 before,
@@ -456,6 +425,19 @@ class _Run:
         return torch.from_numpy(numbers).to(self._device)
 
 
+def _cache(decoder: Decoder, most: int, settings: _Settings, lengths: Sequence[int]) -> Cache:
+    """Pages on GPUs that Triton knows, lanes elsewhere."""
+    device, config = decoder.embed_tokens.weight.device, decoder.config
+    if not has_kernels(decoder.embed_tokens.weight):
+        return Lanes(decoder, most)
+    from model.pool import Pool
+
+    precision = choose_precision(settings.precision, Machine(str(device)), config)
+    # The token that tells what the one before it was comes on top.
+    room = settings.stop.max_tokens + 1
+    return Pool(decoder, most, room, [min(length, config.context) for length in lengths], precision)
+
+
 def _check_prompts(prompts: Sequence[Prompt], vocab: int) -> None:
     for place, prompt in enumerate(prompts):
         if not len(prompt.tokens) or prompt.tokens.min() < 0 or prompt.tokens.max() >= vocab:
@@ -466,39 +448,14 @@ def _check_prompts(prompts: Sequence[Prompt], vocab: int) -> None:
 
 def _tasks(
     prompts: Sequence[Prompt], clock: Clock, context: int, trajectories: int, batch_rows: int
-) -> Iterator[_Task]:
+) -> Iterator[Boarding]:
     """The prompts' windows, longest first so that similar lengths share a lane, with at most `batch_rows` rows each."""
     for place in sorted(range(len(prompts)), key=lambda place: -len(prompts[place].tokens)):
         tokens = prompts[place].tokens.astype(np.int64)
         window = clock.crop(tokens, _kept_length(context)) if len(tokens) > context else tokens
         rows = place * trajectories + np.arange(trajectories)
         for first in range(0, trajectories, batch_rows):
-            yield _Task(window, rows[first : first + batch_rows])
-
-
-def _take(waiting: deque[_Task], free: int) -> list[_Task]:
-    taken = [waiting.popleft()]
-    while waiting and sum(len(task.rows) for task in taken) + len(waiting[0].rows) <= free:
-        taken.append(waiting.popleft())
-    return taken
-
-
-def _tidied(lanes: list[Lane]) -> list[Lane]:
-    """Lanes with rows, the two neighbours in age with the fewest rows merged while there are too many."""
-    lanes = [lane for lane in lanes if len(lane)]
-    while len(lanes) > _MOST_LANES:
-        pair = min(range(len(lanes) - 1), key=lambda place: len(lanes[place]) + len(lanes[place + 1]))
-        lanes[pair].absorb(lanes.pop(pair + 1))
-    return lanes
-
-
-def _parts(lengths: np.ndarray) -> Iterator[slice]:
-    """Runs of windows that hold at most `_PREFILL_TOKENS` tokens (or are one window)."""
-    first = 0
-    for place in range(1, len(lengths) + 1):
-        if place == len(lengths) or lengths[first : place + 1].sum() > _PREFILL_TOKENS:
-            yield slice(first, place)
-            first = place
+            yield Boarding(window, rows[first : first + batch_rows])
 
 
 def _kept_length(context: int) -> int:

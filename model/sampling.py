@@ -86,10 +86,6 @@ def pick(chances_BV: Tensor, uniform: np.ndarray) -> np.ndarray:
         sums = torch.cat([sums, chances_BV[:, whole:].sum(1, keepdim=True)], dim=1)
     cumulated = sums.cumsum(1, dtype=torch.float64)
     total = cumulated[:, -1:]
-    if not bool(torch.isfinite(total).all()):
-        raise DataError(
-            "the decoder's scores are not finite numbers; use a checkpoint from before its training diverged"
-        )
     target = torch.from_numpy(uniform).to(chances_BV.device)[:, None] * total
     block = torch.searchsorted(cumulated, _below(target, total), right=True)
     place = block * _BLOCK + torch.arange(_BLOCK, device=block.device)
@@ -97,7 +93,13 @@ def pick(chances_BV: Tensor, uniform: np.ndarray) -> np.ndarray:
     rest = target - torch.where(block > 0, cumulated.gather(1, (block - 1).clamp(min=0)), 0.0)
     steps = inside.cumsum(1, dtype=torch.float64)
     token = block * _BLOCK + torch.searchsorted(steps, _below(rest, steps[:, -1:]), right=True)
-    return token.squeeze(1).cpu().numpy()
+    # Found and fetched in one go, since each fetch waits for a GPU.
+    found = torch.where(torch.isfinite(total), token, -1).squeeze(1).cpu().numpy()
+    if (found < 0).any():
+        raise DataError(
+            "the decoder's scores are not finite numbers; use a checkpoint from before its training diverged"
+        )
+    return found
 
 
 def _below(target: Tensor, total: Tensor) -> Tensor:

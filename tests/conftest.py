@@ -11,6 +11,9 @@ import pytest
 
 # Before torch is imported: tiny models gain nothing from threads, and lose a lot when cores are shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Kernels for GPUs run in Triton's interpreter where there is none; read when Triton is imported, which torch does, too.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Machines are shared: how long an example takes says nothing about the code.
 hypothesis.settings.register_profile(

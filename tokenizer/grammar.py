@@ -53,6 +53,7 @@ class Grammar:
     Attributes:
         start: the state before the first token.
         nodes: M.
+        count: how many states there are; they are numbered from 0.
         is_piece: bool [V], tokens that go on with a code.
     """
 
@@ -62,6 +63,7 @@ class Grammar:
         self._slots = int(self._is_age.sum()) + 1
         self.start = (self.nodes + _START) * self._slots
         self._dead = (self.nodes + _DEAD) * self._slots
+        self.count = (self.nodes + _DEAD + 1) * self._slots
         # The slot of an age token is its rank, from 1; 0 stands for "none told".
         self._slot = np.where(self._is_age, np.cumsum(self._is_age), 0)
         self._first_age = int(self._is_age.argmax())

@@ -108,8 +108,12 @@ def test_rollouts_on_the_device_end_as_on_the_cpu() -> None:
     prompts = [Prompt(np.arange(3, 40)), Prompt(np.arange(5, 15))]
     stop = Stop([ends], 24 * 3_600_000_000, 64)
     found = [
-        rollout(Decoder.create(CONFIG, seed=1).to(device), clock, prompts, trajectories=200, stop=stop, seed=3)
-        for device in ("cpu", "cuda")
-    ]
+        rollout(
+            Decoder.create(CONFIG, seed=1).to(device), clock, prompts, trajectories=200, stop=stop, seed=3,
+            batch_rows=150, precision=precision,
+        )
+        for device, precision in (("cpu", "fp32"), ("cuda", "fp32"), ("cuda", "bf16"))
+    ]  # fmt: skip
     # Rounding may turn a draw that falls on a boundary; all others agree.
     assert (found[0].reason == found[1].reason).mean() > 0.97
+    np.testing.assert_allclose(found[2].chances.mean((0, 1)), found[0].chances.mean((0, 1)), atol=0.05)
