@@ -788,7 +788,11 @@ def audit_by_attack(
     ] = None,
     noise_multiplier: Annotated[
         float | None,
-        typer.Option(help="Make the training private: deviation of the noise in clips.", rich_help_panel=_PRIVACY),
+        typer.Option(
+            help="Make the training private: deviation of the noise in clips.",
+            show_default="what the run's manifest states",
+            rich_help_panel=_PRIVACY,
+        ),
     ] = None,
     sampling_rate: Annotated[
         float | None, typer.Option(help="Chance of each patient to be in a private step.", rich_help_panel=_PRIVACY)

