@@ -50,7 +50,7 @@ class Plan:
     course_tokens: int = 16
     rivals: int = 511
     tries: int = 10
-    trajectories: int = 4
+    trajectories: int = 2
     most: int = 300
     steps: int | None = None
     site: str | None = None
@@ -85,8 +85,8 @@ class Plan:
             return self
         if stated.mechanism != "dp-sgd":
             raise ConfigError(
-                f"audit: the run's privacy is noise on updates ({stated.mechanism}), and only private steps can be audited "
-                "here; state those with --noise-multiplier and --sampling-rate to audit them"
+                f"audit: the run's privacy is noise on updates ({stated.mechanism}), and only private steps can be "
+                "audited here; state those with --noise-multiplier and --sampling-rate to audit them"
             )
         private = PrivateOptions(stated.clip, stated.noise_multiplier, stated.sampling_rate)
         return replace(self, private=private, epsilon=stated.epsilon, delta=stated.delta, basis="the run's manifest")

@@ -105,7 +105,7 @@ class Effort:
     """
 
     most: int = 300
-    trajectories: int = 4
+    trajectories: int = 2
     seed: int = 0
 
 
