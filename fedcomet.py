@@ -677,6 +677,7 @@ def rollout(
         ),
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal futures.", rich_help_panel=_FUTURES)] = 0,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda.", rich_help_panel=_FUTURES)] = "cpu",
     history: Annotated[bool, typer.Option("--history", help="With --split: write what was known before, too.")] = False,
     out: Annotated[
         Path | None,
@@ -702,7 +703,7 @@ def rollout(
         sampling = Sampling(trajectories, max_tokens, seed, temperature, top_p)
         with _bars() as watch:
             written = write_trajectories(
-                Model.at(model),
+                Model.at(model, device),
                 TokenStore.open(store),
                 split,
                 asked,
@@ -726,7 +727,7 @@ def rollout(
     assert subject is not None
     with _bars() as watch:
         told = futures(
-            Model.at(model),
+            Model.at(model, device),
             TokenStore.open(store),
             subject,
             at=_time(at),

@@ -65,6 +65,23 @@ class Machine:
             raise ConfigError(f"this machine's options: {'; '.join(wrong)}")
 
 
+def usable(device: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ConfigError: when torch knows no such device, or can't use it on this machine.
+    """
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).splitlines()[0]
+        raise ConfigError(
+            f"device {device!r} can't be used on this machine ({why}); take cpu, or install a build of PyTorch for it"
+        ) from error
+    return found
+
+
 def choose_precision(asked: str, machine: Machine, config: DecoderConfig) -> Precision:
     """What to compute in: what the run asks for, else what the machine's options say, else what is measured.
 

@@ -16,6 +16,8 @@ import polars as pl
 from rich.table import Table
 
 from model import checkpoint
+from model.decoder import Decoder
+from model.machine import usable
 from model.rollout import Prompt, Reason, Stop, rollout
 from tokenizer import durable
 from tokenizer.codebook import STATIC, Codebook
@@ -36,23 +38,34 @@ _ENDS = {
 
 @dataclass(frozen=True)
 class Model:
-    """A model's folder: `checkpoint.safetensors` and `codebook.json`."""
+    """A model's folder: `checkpoint.safetensors` and `codebook.json`; and the device that it works on."""
 
     checkpoint: Path
     codebook: Path
+    device: str = "cpu"
 
     @classmethod
-    def at(cls, folder: Path) -> "Model":
+    def at(cls, folder: Path, device: str = "cpu") -> "Model":
         """Find both files.
 
         Raises:
             DataError: one is missing.
         """
-        found = cls(folder / "checkpoint.safetensors", folder / "codebook.json")
+        found = cls(folder / "checkpoint.safetensors", folder / "codebook.json", device)
         for path in (found.checkpoint, found.codebook):
             if not path.is_file():
                 raise DataError(f"{path} is missing; name a model's folder, such as runs/NAME/model")
         return found
+
+    def decoder(self, codebook_hash: str) -> Decoder:
+        """Load the decoder onto the device.
+
+        Raises:
+            ConfigError: the device can't be used.
+            DataError: a damaged checkpoint, or one of another codebook.
+        """
+        device = usable(self.device)
+        return checkpoint.load(self.checkpoint, codebook_hash).decoder.to(device)
 
     def save(self, folder: Path) -> None:
         """Copy both files to another folder, which appears whole or not at all."""
@@ -126,7 +139,7 @@ def futures(
         )
     if days is not None and days <= 0:
         raise ConfigError(f"days is {days}; it must be more than 0")
-    decoder = checkpoint.load(model.checkpoint, codebook.hash).decoder
+    decoder = model.decoder(codebook.hash)
     timeline, times = _timeline(store, subject, codebook)
     at_us = int(times[-1]) if at is None else int(at.replace(tzinfo=UTC).timestamp() * 1e6)
     known = int(np.searchsorted(times, at_us, side="right"))

@@ -20,7 +20,6 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from model import checkpoint
 from model.decoder import Decoder
 from model.estimate import summarize
 from model.rollout import Reason, Rollouts, Stop, rollout
@@ -136,7 +135,7 @@ def write_trajectories(
     total = sum(len(question.cohort) for question in questions)
     if not total:
         raise DataError(f"{store.path}, {split}: nobody to ask about ({excluded}); try another split or time")
-    decoder = checkpoint.load(model.checkpoint, codebook.hash).decoder
+    decoder = model.decoder(codebook.hash)
     run = _Run(decoder, codebook, patients, sampling, history)
 
     def finish(folder: Path) -> None:

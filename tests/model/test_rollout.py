@@ -147,7 +147,11 @@ def test_the_share_of_deaths_within_the_horizon_is_the_exact_one() -> None:
 
 
 def test_summed_chances_are_unbiased_and_vary_less_than_counts() -> None:
-    """Against the exact chance of death, at four standard errors; and every way to end adds up to one."""
+    """Against the exact chance of death, and every way to end adds up to one.
+
+    Each at four standard errors: a right estimator fails one of the two with a chance of at most 1.3e-4 by the normal
+    approximation. The seed is fixed, so the test does or doesn't for good.
+    """
     chances, horizon = random_chances(4), 30
     death = death_within(chances, horizon, 60)
     stop = Stop([DIES, np.arange(VOCAB) == EOT], horizon_us=horizon, max_tokens=200)

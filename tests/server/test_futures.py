@@ -1,6 +1,7 @@
 """Futures of one patient: the history as it was recorded, and what may follow."""
 
 import datetime as dt
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -76,3 +77,9 @@ def test_what_can_not_be_simulated_is_said(model: Model, store: TokenStore, root
         futures(model, store, SUBJECT, days=-1)
     with pytest.raises(DataError, match=r"checkpoint\.safetensors is missing"):
         Model.at(root / "nowhere")
+
+
+def test_a_device_that_is_not_there_is_named(model: Model) -> None:
+    for device in ("cuda:77", "abacus"):
+        with pytest.raises(ConfigError, match=f"device '{device}' can't be used on this machine"):
+            replace(model, device=device).decoder("any")
