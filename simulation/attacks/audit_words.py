@@ -108,7 +108,7 @@ def of_rare(found: Rare) -> str:
     )
     if (mine.low or 0.0) > (theirs.high or 1.0):
         return said + " The difference is memory of single patients."
-    return said + " That is no clear difference: what comes out can be foretold of anybody."
+    return said + " That is no clear difference."
 
 
 def of_stage(stage: Stage) -> str:
