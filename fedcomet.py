@@ -37,6 +37,7 @@ _SITE, _COORDINATOR, _RESEARCH = "For a site", "For a coordinator", "For a resea
 _SOURCE, _TOKENS, _TRAINING, _WORK = "Records", "Tokens", "Training", "Work"
 _WHOM, _FUTURES = "Whom and when", "Futures"
 _PRIVACY, _ATTACKS, _FINISHED = "Privacy that is claimed", "Attacks", "A finished model"
+_COUNTED = ("patient", "event", "token")
 
 site = typer.Typer(help="What a site does by itself.", no_args_is_help=True)
 app.add_typer(site, name="site", rich_help_panel=_SITE)
@@ -239,11 +240,12 @@ def tokenize(
     from tokenizer.prepare import records_of
     from tokenizer.settings import agreed
     from tokenizer.shards import Crew
-    from tokenizer.sources.intake import FLOW
+    from tokenizer.sources.intake import FLOW, QUARANTINE
     from tokenizer.sources.source import Source, open_source
     from tokenizer.split import SPLITS, SplitRule
     from tokenizer.store import build_store
     from tokenizer.survey import survey
+    from tokenizer.wording import several
 
     options = _options_of(values, bins, min_patients, intervals, spell)
     rule, crew = SplitRule(split_key), Crew(workers, ray)
@@ -253,32 +255,34 @@ def tokenize(
     )
     words = None if codebook is None else Codebook.load(codebook)
     asked = agreed(config, words)
-    with output(out, records), _bars() as watch:
-        dataset, flow = open_source(place, out / RECORDS, watch, crew)
+    with output(out, place.searched) as aside, _bars() as watch:
+        dataset, flow = open_source(place, aside / RECORDS, watch, crew)
         events = records_of(dataset, asked.preparation)
         if words is None:
             words = Codebook.build(merge([survey(events, rule, options, _counter(watch, "survey"), crew)]))
-        store = build_store(events, words, rule, out / STORE, _counter(watch, "encode"), crew)
-        words.save(out / CODEBOOK)
+        store = build_store(events, words, rule, aside / STORE, _counter(watch, "encode"), crew)
+        words.save(aside / CODEBOOK)
+    kept = out / RECORDS if dataset.path == aside / RECORDS else dataset.path
     console = Console()
     for note in (*(flow.notes if flow else ()), *dataset.notes):
         console.print(f"[yellow]note[/] {note}")
     if flow is not None and flow.dropped_total:
-        console.print(f"{flow.dropped_total:,} rows were left out by named filters, counted in {dataset.path / FLOW}")
+        console.print(
+            f"{several(flow.dropped_total, 'row was', 'rows were')} left out by named filters, counted in {kept / FLOW}"
+        )
     if flow is not None and flow.quarantined_total:
-        aside = dataset.path / "quarantine.csv"
-        console.print(f"[yellow]{flow.quarantined_total:,} rows were set aside[/], with the reasons in {aside}")
+        reasons = kept / QUARANTINE
+        aside_rows = several(flow.quarantined_total, "row was", "rows were")
+        console.print(f"[yellow]{aside_rows} set aside[/], with the reasons in {reasons}")
     console.print(f"{len(words)} tokens in the codebook {words.hash[:16]} ({out / CODEBOOK})")
     for name in SPLITS:
         counts = store.manifest["splits"][name]
-        console.print(
-            f"{name:>9}: {counts['patients']:,} patients, {counts['events']:,} events, {counts['tokens']:,} tokens"
-        )
+        console.print(f"{name:>9}: {', '.join(several(counts[f'{each}s'], each) for each in _COUNTED)}")
     by_ancestor, unknown = (sum(store.manifest["fallbacks"][level].values()) for level in ("ancestor", "unknown"))
     if by_ancestor or unknown:
         console.print(
-            f"{by_ancestor + unknown:,} events have codes too rare to be named: {by_ancestor:,} are told by an"
-            f" ancestor, of {unknown:,} only the code's system is told"
+            f"{several(by_ancestor + unknown, 'event has a code', 'events have codes')} too rare to be named:"
+            f" {by_ancestor:,} told by an ancestor, {unknown:,} by the code's system only"
         )
 
 

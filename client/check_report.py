@@ -17,6 +17,7 @@ from federation.page import show_bytes, show_count, show_duration, show_share
 from tokenizer import durable, sketch
 from tokenizer.check import Lengths
 from tokenizer.codebook import Survey
+from tokenizer.wording import several
 
 # Longer lists are cut: the terminal shows the first few, the page many, the JSON all.
 _FEW, _MANY = 8, 300
@@ -178,7 +179,7 @@ def _contexts(check: SiteCheck) -> Table:
 
 def _cost(check: SiteCheck) -> Table:
     facts = [
-        (name.replace("_", " "), f"{c['patients']:,} patients, {c['events']:,} events, {c['tokens']:,} tokens")
+        (name.replace("_", " "), ", ".join(several(c[f"{each}s"], each) for each in ("patient", "event", "token")))
         for name, c in check.timelines.splits.items()
     ]
     disk = f"{show_bytes(check.timelines.store_bytes)} for the tokens"

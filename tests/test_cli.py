@@ -18,6 +18,7 @@ from server.app import coordinate
 from server.post import TooFewSites
 from tests import tiny
 from tokenizer.codebook import Codebook
+from tokenizer.events import write_meds
 
 REPOSITORY = Path(__file__).parents[1]
 HELP = Path(__file__).parent / "golden" / "help.txt"
@@ -166,7 +167,7 @@ def test_tables_are_read_by_their_mapping_and_bad_rows_are_set_aside(tmp_path: P
     assert "--quarantine" in told
     done = fedcomet(*arguments, "--quarantine")
     assert done.returncode == 0, done.stderr
-    assert "1 rows were set aside" in done.stdout
+    assert "1 row was set aside" in done.stdout
     assert "3 rows were left out by named filters, counted in" in done.stdout
     assert "LAB//GLUCOSE//mg/dL" in (tmp_path / "out" / "codebook.json").read_text()
     assert (tmp_path / "out" / "records" / "quarantine.csv").exists()
@@ -386,13 +387,37 @@ def test_what_the_system_refuses_is_said_with_its_place(tmp_path: Path) -> None:
     file.touch()
     assert f"{file}: is a file" in refused("tokenize", site.data, "--out", file)
     assert f"{file}/below/it: Not a directory" in refused("tokenize", site.data, "--out", file / "below" / "it")
-    small = ["sh", "-c", 'ulimit -f 8; exec "$@"', "sh", sys.executable, str(REPOSITORY / "fedcomet.py")]
-    command = [*small, "tokenize", str(site.data), "--out", str(tmp_path / "out")]
+    told = told_by_a_full_disk(4096, "tokenize", site.data, "--out", tmp_path / "out")
+    assert f"{tmp_path}/out/store: File too large. Files there may not be so large" in told
+    assert not (tmp_path / "out").exists()
+
+
+def told_by_a_full_disk(most_bytes: int, *arguments: object) -> str:
+    """What is said where no file may be larger than `most_bytes`."""
+    small = ["sh", "-c", f'ulimit -f {most_bytes // 512}; exec "$@"', "sh", sys.executable]
+    command = [*small, str(REPOSITORY / "fedcomet.py"), *map(str, arguments)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert f"{tmp_path}/out/store: File too large. Files there may not be so large" in done.stderr
     assert "Traceback" not in done.stderr
-    assert not (tmp_path / "out").exists()
+    return done.stderr
+
+
+def test_a_rerun_that_fails_at_the_store_leaves_what_was(tmp_path: Path) -> None:
+    out, first, second = (tmp_path / name for name in ("out", "first", "second"))
+    for site, code in ((first, "A"), (second, "B")):
+        # So regular that the store, which isn't compressed, is much larger than the records.
+        events = pl.DataFrame({"subject_id": range(20)}, schema={"subject_id": pl.Int64}).select(
+            pl.col("subject_id").repeat_by(500).explode(), time=pl.datetime(2020, 1, 1), code=pl.lit(code)
+        )
+        write_meds(site, [("0", events)], name="site")
+    done = fedcomet("tokenize", first, "--quarantine", "--out", out)
+    assert done.returncode == 0, done.stderr
+    before = {file: file.read_bytes() for file in out.rglob("*.*")}
+    records, store = (max(len(before[f]) for f in before if name in f.parts) for name in ("records", "store"))
+    most = int(records * 1.2)
+    assert most < store
+    assert f"{out}/store: File too large" in told_by_a_full_disk(most, "tokenize", second, "--quarantine", "--out", out)
+    assert {file: file.read_bytes() for file in out.rglob("*.*")} == before
 
 
 def test_wrong_arguments_have_exit_code_2(finished: Path, tokens: Path, root: Path) -> None:

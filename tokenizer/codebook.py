@@ -48,6 +48,7 @@ from tokenizer.options import (
     age_texts,
     age_width,
 )
+from tokenizer.output import settle
 from tokenizer.release import Survey, canonical_json, merge, parse_json
 from tokenizer.sketch import Sketch
 from tokenizer.spelling import parents
@@ -303,6 +304,7 @@ class Codebook:
         Raises:
             DataError: The file is missing or not a codebook.
         """
+        settle(path.parent)
         try:
             return cls.from_bytes(path.read_bytes())
         except OSError as problem:

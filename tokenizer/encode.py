@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from tokenizer.codebook import BIRTH, STATIC, Codebook, Told, age_bucket, age_width
 from tokenizer.events import canonical_order
+from tokenizer.spelling import fit
 
 Ints = NDArray[np.int64]
 
@@ -224,7 +225,7 @@ class _Codes:
         counts: dict[str, dict[str, int]] = {"ancestor": {}, "unknown": {}}
         for place, way in enumerate(self.told):
             if way is not None and way.level != "itself":
-                level, name = counts[way.level], self.names[place // 2]
+                level, name = counts[way.level], fit(self.names[place // 2])
                 level[name] = level.get(name, 0) + int(rows[place])
         return counts
 

@@ -23,7 +23,9 @@ from numpy.typing import NDArray
 
 from tokenizer import durable
 from tokenizer.errors import DataError
+from tokenizer.output import settle
 from tokenizer.pieces import CHUNK_ROWS, PIECE_EVENTS, Cut, Piece, cut
+from tokenizer.wording import several
 
 _MEDS_VERSION = importlib.metadata.version("meds")
 CORE = ("subject_id", "time", "code", "numeric_value")
@@ -75,6 +77,7 @@ class MedsDataset:
             DataError: No data files, a file that isn't parquet, a missing column or one of the
                 wrong type, a null subject id, a subject in two files.
         """
+        settle(path.parent)
         shards = [file.relative_to(path).as_posix() for file in _data_files(path)]
         name, notes = _read_name(path)
         cuts = {shard: _cut(path, shard, piece_events) for shard in shards}
@@ -156,9 +159,12 @@ class Faults:
         """Say it for people."""
         said = []
         if self.not_finite:
-            said.append(f"{shard}: {self.not_finite} values were NaN or infinite; they are read as missing.")
+            said.append(
+                f"{shard}: {several(self.not_finite, 'value was', 'values were')} NaN or infinite, and read as missing."
+            )
         if self.unsorted:
-            said.append(f"{shard}: {self.unsorted} rows were not sorted by subject and time; they are sorted here.")
+            unsorted = several(self.unsorted, "row was", "rows were")
+            said.append(f"{shard}: {unsorted} not sorted by subject and time, and sorted here.")
         return said
 
 
@@ -225,7 +231,7 @@ class Chunk:
 
 
 def rows(path: Path, extra: tuple[str, ...] = ()) -> Iterator[Chunk]:
-    """Give all rows of a dataset as they stand, a million at a time, nulls and all.
+    """Give all rows of a dataset as they stand, a million at a time, nulls, subject ids of any integer type and all.
 
     Args:
         path: Its folder.
@@ -243,12 +249,16 @@ def rows(path: Path, extra: tuple[str, ...] = ()) -> Iterator[Chunk]:
         kinds = {**_CORE_TYPES, **dict.fromkeys(extra, pl.String())}
         start = 0
         while len(frame := _read(file, present, start, PIECE_EVENTS)):
-            yield Chunk(shard, start, total, _cast(frame, str(file), start, **{name: kinds[name] for name in present}))
+            types = {name: kinds[name] for name in present if name != "subject_id"}
+            yield Chunk(shard, start, total, _cast(frame, str(file), start, **types))
             start += len(frame)
 
 
 def _data_files(path: Path) -> list[Path]:
     folder = path / meds.data_subdirectory
+    for linked in folder.glob("**/*"):
+        if linked.is_symlink() and linked.is_dir():
+            raise DataError(f"{linked}: a link to a folder, which isn't followed. Put the folder itself there.")
     # Some tools write a folder of that ending, with the files in it.
     if files := sorted(file for file in folder.glob("**/*.parquet") if not file.is_dir()):
         return files
@@ -261,7 +271,7 @@ def _data_files(path: Path) -> list[Path]:
 
 def _count_rows(file: Path) -> int:
     try:
-        return pl.scan_parquet(file, hive_partitioning=False, glob=False).select(pl.len()).collect().item()
+        return _scan(file).select(pl.len()).collect().item()
     except UNREADABLE as problem:
         raise _damaged(file, problem) from None
 
@@ -352,23 +362,37 @@ def _read_name(path: Path) -> tuple[str, list[str]]:
         return path.name, [f"{meds.dataset_metadata_filepath} is missing; named after its folder."]
     try:
         about = json.loads(file.read_bytes())
+    except OSError as problem:
+        raise DataError(f"{file}: can't be read ({problem.strerror}). Ask for the right to, or remove it.") from None
+    except (ValueError, RecursionError) as problem:
+        raise DataError(f"{file}: not JSON ({problem}). Correct it, or remove it.") from None
+    if not isinstance(about, dict):
+        raise DataError(f"{file}: must be a JSON object with fields such as dataset_name. Correct it, or remove it.")
+    try:
         meds.DatasetMetadataSchema.validate(about)
     except Exception as problem:
-        raise DataError(f"{file}: not the metadata of a MEDS dataset ({problem}). Repair it, or remove it.") from None
+        # What the schema's package tells by itself is only that it doesn't fit; the cause knows the field.
+        cause = problem.__cause__ or problem
+        field, reason = getattr(cause, "json_path", "$").removeprefix("$."), getattr(cause, "message", cause)
+        raise DataError(f"{file}: {field}: {reason}, as MEDS asks for. Correct the field, or remove it.") from None
     return about.get("dataset_name") or path.name, []
+
+
+def _scan(file: Path) -> pl.LazyFrame:
+    """A file as it is: neither its name nor its folders' say anything."""
+    return pl.scan_parquet(file, hive_partitioning=False, glob=False)
 
 
 def _schema(file: Path) -> dict[str, pl.DataType]:
     try:
-        return dict(pl.read_parquet_schema(file))
+        return dict(_scan(file).collect_schema())
     except UNREADABLE as problem:
         raise _damaged(file, problem) from None
 
 
 def _read(file: Path, columns: list[str], start: int = 0, rows: int | None = None) -> pl.DataFrame:
     try:
-        frame = pl.scan_parquet(file, hive_partitioning=False, glob=False).select(columns)
-        return frame.slice(start, rows).collect()
+        return _scan(file).select(columns).slice(start, rows).collect()
     except UNREADABLE as problem:
         raise _damaged(file, problem) from None
 
@@ -445,9 +469,38 @@ def out_of_range(column: str | pl.Expr) -> pl.Expr:
     return (time < bounds[0]) | (time >= bounds[1])
 
 
+def microseconds(column: pl.Series) -> pl.Series:
+    """A column of dates or times without a zone as datetime[us]; what doesn't fit ends up far out of range."""
+    kind, most = column.dtype, np.iinfo(np.int64).max // 1000
+    if kind == pl.Date:
+        column = column.to_physical().clip(-1_000_000, 1_000_000).cast(pl.Date)
+    elif isinstance(kind, pl.Datetime) and kind.time_unit == "ms":
+        column = column.to_physical().clip(-most, most).cast(kind)
+    return column.cast(pl.Datetime("us"))
+
+
+def decoded(column: pl.Series) -> tuple[pl.Series, pl.Series]:
+    """A column of bytes as text, and which cells are no UTF-8: null in the text, true in a bool column."""
+    texts: list[str | None] = []
+    for cell in column:
+        try:
+            texts.append(None if cell is None else cell.decode())
+        except UnicodeDecodeError:
+            texts.append(None)
+    text = pl.Series(column.name, texts, dtype=pl.String)
+    return text, text.is_null() & column.is_not_null()
+
+
 def as_text(column: pl.Series) -> pl.Series:
     """A column as text, for people; dates of more than four digits of year, which polars can't write, as numbers."""
     kind = column.dtype
+    if kind == pl.Binary:
+        texts = [None if cell is None else cell.decode("utf-8", "backslashreplace") for cell in column]
+        return pl.Series(column.name, texts, dtype=pl.String)
+    if kind == pl.Duration:
+        return column.to_physical().cast(pl.String)
+    if kind.is_nested():
+        return pl.Series(column.name, [None if cell is None else str(cell) for cell in column.to_list()], pl.String)
     if not isinstance(kind, pl.Datetime | pl.Date):
         return column.cast(pl.String, strict=False)
     number = column.to_physical()
@@ -470,20 +523,22 @@ def _refuse_far_times(frame: pl.DataFrame, place: str, first_row: int) -> None:
 
 
 def _cast(frame: pl.DataFrame, place: str, first_row: int = 0, /, **types: pl.DataType) -> pl.DataFrame:
-    kind = frame.schema.get("time")
-    if isinstance(kind, pl.Datetime) and kind.time_unit == "ms":
-        # What doesn't fit microseconds ends near their limits, which are out of range too.
-        most = np.iinfo(np.int64).max // 1000
-        frame = frame.with_columns(pl.col("time").to_physical().clip(-most, most).cast(kind))
+    if isinstance(frame.schema.get("time"), pl.Datetime):
+        frame = frame.with_columns(microseconds(frame["time"]))
     for column, wanted in types.items():
+        if wanted == pl.String and (frame.schema[column].is_nested() or frame.schema[column] == pl.Binary):
+            frame = frame.with_columns(as_text(frame[column]))
         try:
             frame = frame.with_columns(pl.col(column).cast(wanted))
         except pl.exceptions.PolarsError:
             lost = frame[column].cast(wanted, strict=False).is_null() & frame[column].is_not_null()
             at = lost.arg_max() or 0
+            instead = "write the shard again"
+            if column == "subject_id":
+                instead = "read the dataset with --quarantine, which sets such rows aside"
             raise DataError(
                 f"{place}: row {first_row + at} (from 0): {column} can't be read as {wanted} ({frame[column][at]!r})."
-                " Correct it, and write the shard again."
+                f" Correct it, or {instead}."
             ) from None
     return frame
 

@@ -31,6 +31,7 @@ from tokenizer.events import CORE, Faults, MedsDataset, Reader, canonical_order,
 from tokenizer.maps import VocabularyMap
 from tokenizer.pieces import Piece
 from tokenizer.shards import AS_IT_FITS, Crew, each
+from tokenizer.spelling import fit
 
 EXTRA = ("unit", "encounter_id")
 """Columns beyond MEDS' own that the step reads where they are."""
@@ -157,7 +158,9 @@ def prepare(
     steps += filtered
     volume = _volume(frame)
     targets = {code: _targets(code, preparation) for code in volume}
-    unmapped = {code: volume[code] for code, (_, missed) in targets.items() if missed}
+    unmapped: dict[str, int] = {}
+    for code in (code for code, (_, missed) in targets.items() if missed):
+        unmapped[fit(code)] = unmapped.get(fit(code), 0) + volume[code]
     changed = {code: found for code, (found, _) in targets.items() if found != (code,)}
     filtered_frame = frame
     if changed:
@@ -295,6 +298,7 @@ def _volume(frame: pl.DataFrame) -> dict[str, int]:
 
 def _targets(code: str, preparation: Preparation) -> tuple[tuple[str, ...], bool]:
     """The codes that a code becomes, and whether a map for its vocabulary had no target."""
+    code = fit(code)
     found: tuple[str, ...] = (maps.normal(code) if preparation.names else code,)
     missed = False
     for one in preparation.maps:

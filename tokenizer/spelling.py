@@ -9,9 +9,17 @@ Notable choice: parents follow the letters, not the pieces. So what a rare code 
 tell, doesn't depend on how codes are cut into tokens.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+LONGEST = 200
+"""Most characters of a code."""
+
+_DIGITS = 16
+# With what else is blank around it, the line ends of Unicode among them.
+_CONTROL = re.compile(r"\s*[\x00-\x1f\x7f-\x9f\u2028\u2029][\s\x00-\x1f\x7f-\x9f]*")
 
 
 @dataclass(frozen=True)
@@ -93,12 +101,36 @@ def read(code: str) -> SystemCode | None:
     return SystemCode(f"{before}//", name, letters, category, system.dotted and mimic is None)
 
 
+def fit(code: str) -> str:
+    r"""A code as it may stand in a codebook, whatever source it is from; nearly all codes do as they are.
+
+    Control characters and line ends become a blank. A part that is only `*` becomes `(*)`, for `*` stands for codes too
+    rare to be named. Of more than `LONGEST` characters the first are kept, with a hash of all, so that different codes
+    stay different and one code is the same everywhere.
+
+    >>> fit("LAB//no growth\r\n(final)"), fit("RACE//*"), len(fit("x" * 100_000))
+    ('LAB//no growth (final)', 'RACE//(*)', 200)
+    """
+    if code.isprintable() and len(code) <= LONGEST and "*" not in code:
+        return code
+    bare = _CONTROL.sub(" ", code)
+    if bare != code:
+        bare = bare.strip() or "(blank)"
+    if "*" in bare:
+        bare = "//".join("(*)" if part == "*" else part for part in bare.split("//"))
+    if len(bare) <= LONGEST:
+        return bare
+    digits = hashlib.sha256(bare.encode("utf-8", "surrogatepass")).hexdigest()[:_DIGITS]
+    return f"{bare[: LONGEST - _DIGITS - 1]}~{digits}"
+
+
 def canonical(code: str) -> str:
-    """The one way of writing a code: ICD with its dot, but without one where MIMIC's way is used.
+    """The one way of writing a code: it fits, and ICD has its dot, but none where MIMIC's way is used.
 
     >>> canonical("ICD10CM//E1165"), canonical("DIAGNOSIS//ICD//10//E11.65"), canonical("LAB//1.5")
     ('ICD10CM//E11.65', 'DIAGNOSIS//ICD//10//E1165', 'LAB//1.5')
     """
+    code = fit(code)
     known = read(code)
     return code if known is None else known.text(len(known.letters))
 

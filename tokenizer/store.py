@@ -26,8 +26,10 @@ from numpy.typing import NDArray
 from tokenizer import durable
 from tokenizer.codebook import Codebook
 from tokenizer.errors import DataError
+from tokenizer.output import settle
 from tokenizer.shards import AS_IT_FITS, Crew, each
 from tokenizer.split import SPLITS, SplitRule
+from tokenizer.wording import several
 
 if TYPE_CHECKING:
     from tokenizer.encode import Encoded
@@ -95,6 +97,7 @@ class TokenStore:
         Raises:
             DataError: No store, a file of the wrong size, or tokens of another codebook.
         """
+        settle(path.parent)
         store = cls(path, _read_manifest(path))
         if codebook_hash is not None and store.codebook_hash != codebook_hash:
             raise DataError(
@@ -139,7 +142,7 @@ class TokenStore:
             expected = self._length(split, field) * np.dtype(kind).itemsize
             found = file.stat().st_size if file.exists() else None
             if found != expected:
-                size = "is missing" if found is None else f"has {found} bytes"
+                size = "is missing" if found is None else f"has {several(found, 'byte')}"
                 raise DataError(f"{file}: {size}, the manifest says {expected}. Build the store again.")
 
 

@@ -149,7 +149,7 @@ def pairs_of(events: pl.DataFrame, rule: SplitRule, options: TokenizerOptions) -
     buckets = _buckets(timed["numeric_value"], accuracy)
     cells = _canonical_names(_count(timed.select("subject_id", key="code", bucket=buckets)))
     codes = cells.with_columns(bucket=pl.lit(0, pl.Int64)).group_by("key", "bucket", "subject_id").sum()
-    statics = _count(untimed.select("subject_id", key="code", bucket=pl.lit(0, pl.Int64)))
+    statics = _canonical_names(_count(untimed.select("subject_id", key="code", bucket=pl.lit(0, pl.Int64))))
     gaps = _count(_gaps(timed, options))
     return Pairs(patients, codes, statics, cells.drop_nulls("bucket"), gaps)
 

@@ -83,7 +83,7 @@ def test_an_unsorted_shard_is_sorted_and_noted(tmp_path):
     dataset.read(dataset.shards[0])
     assert read["subject_id"].is_sorted()
     assert [note for note in dataset.notes if "not sorted" in note] == [
-        "data/train/0.parquet: 65 rows were not sorted by subject and time; they are sorted here."
+        "data/train/0.parquet: 65 rows were not sorted by subject and time, and sorted here."
     ]
 
 
@@ -177,11 +177,21 @@ def test_a_damaged_shard_is_named(tmp_path, damage):
         read_all(tmp_path)
 
 
-def test_damaged_metadata_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{", r": not JSON .*remove it"),
+        ('{"dataset_name": 5}', r": dataset_name: 5 is not of type 'string', as MEDS asks for\. Correct the field"),
+        ('{"site_id_columns": ["a", null]}', r": site_id_columns\[1\]: None is not of type 'string'"),
+        ("[1]", r": must be a JSON object with fields such as dataset_name"),
+        ("[" * 100_000, r": not JSON"),
+    ],
+)
+def test_damaged_metadata_is_refused_with_its_field(tmp_path, text, told):
     written(tmp_path, rows())
     (tmp_path / "metadata").mkdir()
-    (tmp_path / "metadata/dataset.json").write_text("{")
-    with pytest.raises(DataError, match=r"dataset\.json"):
+    (tmp_path / "metadata/dataset.json").write_text(text)
+    with pytest.raises(DataError, match=rf"dataset\.json{told}"):
         MedsDataset.open(tmp_path)
 
 

@@ -63,8 +63,8 @@ def test_odd_rows_of_all_pieces_are_counted_once(tmp_path):
         for piece in dataset.pieces:
             dataset.read(piece)
         assert dataset.notes[1:] == [
-            "data/0.parquet: 18 values were NaN or infinite; they are read as missing.",
-            "data/0.parquet: 9 rows were not sorted by subject and time; they are sorted here.",
+            "data/0.parquet: 18 values were NaN or infinite, and read as missing.",
+            "data/0.parquet: 9 rows were not sorted by subject and time, and sorted here.",
         ]
     dataset.read("data/0.parquet")
     assert len(dataset.notes) == 3

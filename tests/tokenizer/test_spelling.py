@@ -2,6 +2,7 @@
 
 import doctest
 import gzip
+import unicodedata
 
 import pytest
 from hypothesis import given
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.data import DATA
 from tokenizer import spelling
-from tokenizer.spelling import ancestors, canonical, pieces, read
+from tokenizer.spelling import LONGEST, ancestors, canonical, fit, pieces, read
 
 ALL = DATA / "icd10cm-order-Jan-2021.csv.gz"
 WIDTHS = {"ICD10CM": (3, 3), "ATC": (3, 1), "ICD10PCS": (1,) * 6}
@@ -32,6 +33,24 @@ codes = st.one_of(
 @given(codes)
 def test_writing_a_code_canonically_twice_changes_nothing(code):
     assert canonical(canonical(code)) == canonical(code)
+
+
+@given(st.text(st.sampled_from("A*/ \n\x00\x9f\u2028\xa0"), max_size=12) | st.text(min_size=195, max_size=210))
+def test_codes_that_fit_are_one_short_line_without_stars_of_their_own(code):
+    fitting = fit(code)
+    assert fit(fitting) == fitting
+    assert len(fitting) <= LONGEST
+    assert fitting.splitlines() == [fitting] or not code
+    assert "*" not in fitting.split("//")
+    assert not any(unicodedata.category(letter) == "Cc" for letter in fitting)
+
+
+def test_codes_that_are_too_long_stay_apart():
+    long = {fit("NOTE//" + "x" * 100_000 + end) for end in "abc"}
+    assert {len(code) for code in long} == {LONGEST}
+    assert len(long) == 3
+    assert fit("x" * LONGEST) == "x" * LONGEST
+    assert all(code.startswith("NOTE//xxx") for code in long)
 
 
 @given(codes)

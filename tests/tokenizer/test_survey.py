@@ -4,6 +4,7 @@ import pickle
 from collections import defaultdict
 
 import numpy as np
+import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from tests.tokenizer.hospital import DAY, MINUTE, frame, stays
 from tokenizer import sketch
 from tokenizer.codebook import Codebook, Survey, TokenizerOptions, merge, parents
+from tokenizer.encode import encode
 from tokenizer.events import MedsDataset, write_meds
 from tokenizer.prepare import Preparation, Prepared
 from tokenizer.spelling import ancestors
@@ -101,6 +103,33 @@ def test_two_ways_of_writing_a_code_are_one_code(tmp_path):
     rows = [(s, 0, "ICD10CM//E11.65" if s % 2 else "ICD10CM//E1165", None) for s in range(12)]
     rows += [(1, DAY, "ICD10CM//E1165", None)]
     assert survey_of(tmp_path / "a", frame(rows)).codes == {"ICD10CM//E11.65": 12}
+
+
+def test_a_code_that_is_a_star_is_none_of_those_too_rare_to_be_named(tmp_path):
+    """MEDS is read where it is, so here the rule for codes holds in survey and encoding."""
+    events = stays(range(60))
+    odd = {
+        "*": "(*)",
+        "RACE//*": "RACE//(*)",
+        "RACE//two\nlines": "RACE//two lines",
+        "ICD10CM//E1165": "ICD10CM//E11.65",
+    }
+    statics = [
+        events.unique("subject_id").with_columns(time=pl.lit(None, pl.Datetime("us")), code=pl.lit(code))
+        for code in odd
+    ]
+    write_meds(tmp_path, [("0", pl.concat([events, *statics]))], name="x")
+    dataset = MedsDataset.open(tmp_path)
+    told = survey(dataset, SplitRule("k"), TokenizerOptions())
+    assert {*odd.values()} <= told.statics.keys()
+    assert not {*odd} & told.statics.keys()
+    codebook = Codebook.build(told)
+    for code, written in odd.items():
+        assert codebook.tell(code, static=True).level == "itself"
+        assert codebook.tokens[codebook.tell(code, static=True).tokens[0]].text == written
+    assert codebook.tell("never seen", static=True).tokens != codebook.tell("*", static=True).tokens
+    encoded = encode(dataset.read("data/0.parquet"), codebook)
+    assert not {*odd} & {name for level in encoded.fallbacks.values() for name in level}
 
 
 def test_what_all_but_a_few_have_is_told_as_everybodys(tmp_path):

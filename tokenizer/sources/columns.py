@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import polars as pl
 
-from tokenizer.events import as_text, out_of_range
+from tokenizer.events import as_text, microseconds, out_of_range
 from tokenizer.sources.mapping import Condition, Template, Time
 
 _US = {"days": 86_400_000_000, "hours": 3_600_000_000, "minutes": 60_000_000, "seconds": 1_000_000}
@@ -178,9 +178,9 @@ class Columns:
         column = self._frame[name]
         if isinstance(column.dtype, pl.Datetime):
             # The clock on the wall counts, whatever its zone.
-            return Moments(column.dt.replace_time_zone(None).cast(pl.Datetime("us")))
+            return Moments(microseconds(column.dt.replace_time_zone(None)))
         if column.dtype == pl.Date:
-            return Moments(column.cast(pl.Datetime("us")))
+            return Moments(microseconds(column))
         text = self.text(name)
         at = _parse(text, formats or _ISO)
         wanted = " or ".join(formats) or "YYYY-MM-DD HH:MM:SS"

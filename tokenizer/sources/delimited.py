@@ -22,6 +22,7 @@ import pyarrow.parquet
 from numpy.typing import NDArray
 
 from tokenizer.errors import DataError
+from tokenizer.events import as_text, decoded
 from tokenizer.sources.folders import DAMAGED, Found, damaged
 from tokenizer.sources.mapping import Layout
 
@@ -90,7 +91,7 @@ def read_rows(files: Iterable[Found], layout: Layout, choose: Choose, refuse: Re
         name = found.unpacked_name
         with found.open() as stream:
             if name.lower().endswith((".parquet", ".pq")):
-                yield from _parquet(found.name, stream, choose)
+                yield from _parquet(found.name, stream, choose, refuse)
                 continue
             dialect = Dialect.of(layout, name)
             start = _read(found.name, stream, _SMALL + 1, 1)
@@ -127,7 +128,8 @@ class _Text:
         if dialect.encoding not in _UTF8:
             self._decoder = codecs.getincrementaldecoder(dialect.encoding)(errors="surrogateescape")
         elif start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            raise DataError(f'{name}: is UTF-16 text. Say so in the mapping: encoding = "utf-16".')
+            width = 32 if start[:4] == codecs.BOM_UTF32_LE else 16
+            raise DataError(f'{name}: is UTF-{width} text. Say so in the mapping: encoding = "utf-{width}".')
         self._buffer = self._clean(start.removeprefix(codecs.BOM_UTF8), first=True)
 
     def frames(self, choose: Choose, refuse: Refuse) -> Iterator[pl.DataFrame]:
@@ -226,7 +228,7 @@ def _fast(block: bytes, width: int, wanted: dict[str, int], dialect: Dialect) ->
         return None
     quoted = bool(dialect.quote) and dialect.quote.encode() in block
     ends = _row_ends(block, dialect) if quoted else None
-    if quoted and ends is None:
+    if (quoted and ends is None) or _has_long_row(block, ends):
         return None
     size = block.rfind(b"\n") + 1 if ends is None else (int(ends[-1]) + 1 if len(ends) else 0)
     lines = block.count(b"\n", 0, size)
@@ -239,6 +241,14 @@ def _fast(block: bytes, width: int, wanted: dict[str, int], dialect: Dialect) ->
         return _Parsed(frame, np.arange(lines), size, lines)
     numbers = _row_lines(np.frombuffer(block, np.uint8, size), ends)
     return _Parsed(frame, numbers, size, lines) if len(numbers) == frame.height else None
+
+
+def _has_long_row(block: bytes, ends: NDArray[np.int64] | None) -> bool:
+    """Whether a whole row of a block may hold a text that is too long."""
+    if ends is not None:
+        return bool(len(ends)) and int(np.diff(ends, prepend=-1).max()) > _LONGEST_FIELD
+    size, half = block.rfind(b"\n") + 1, _LONGEST_FIELD // 2
+    return any(block.find(b"\n", at, at + half) < 0 for at in range(0, size - half + 1, half))
 
 
 def _is_text(block: bytes) -> bool:
@@ -345,6 +355,7 @@ def _slow(
     return _Parsed(_texts(columns), np.array(numbers, np.int64), size, start)
 
 
+_NUL = ("a NUL character", "The file may be damaged; export it again")
 _OPEN, _UNEXPECTED_END = "a quote is opened and not closed", "unexpected end of data"
 
 
@@ -355,7 +366,7 @@ def _fault(record: list[str], width: int, dialect: Dialect) -> tuple[str, str] |
         return f"{few} columns", f"It has {len(record)} of {width}; quote texts that contain {dialect.delimiter!r}"
     text = "".join(record)
     if "\0" in text:
-        return "a NUL character", "The file may be damaged; export it again"
+        return _NUL
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         return (
             f"not {dialect.encoding} text",
@@ -366,7 +377,9 @@ def _fault(record: list[str], width: int, dialect: Dialect) -> tuple[str, str] |
 
 def _csv_fault(problem: str) -> tuple[str, str, bool]:
     """Reason, advice, and whether to go on after what was read, for an error of the csv module."""
-    if problem == _UNEXPECTED_END or problem.startswith("field larger"):
+    if problem.startswith("field larger"):
+        return "a text of more than a million characters", "Cut it, or close the quote that opens it", False
+    if problem == _UNEXPECTED_END:
         return _OPEN, 'Close it, or say quote = "" in the mapping if quotes mean nothing in this file', False
     if problem.startswith("new-line"):
         return "a carriage return inside of a row", "Quote texts with line ends", True
@@ -394,6 +407,11 @@ def _names(names: list[str], file: str) -> list[str]:
             name.encode()
         except UnicodeEncodeError:
             raise DataError(f"{file}, row 1: the header isn't UTF-8 text. Give the mapping its encoding.") from None
+        if "\0" in name:
+            raise DataError(
+                f"{file}, row 1: the header has NUL characters, as UTF-16 text has. Give the mapping its encoding, such"
+                ' as encoding = "utf-16-le", or export the file again.'
+            )
     return [name.strip() for name in names]
 
 
@@ -461,7 +479,7 @@ class _Batch:
         )
 
 
-def _parquet(name: str, stream: BinaryIO, choose: Choose) -> Iterator[pl.DataFrame]:
+def _parquet(name: str, stream: BinaryIO, choose: Choose, refuse: Refuse) -> Iterator[pl.DataFrame]:
     row = 1
     try:
         source = stream if stream.seekable() else io.BytesIO(stream.read())
@@ -473,15 +491,39 @@ def _parquet(name: str, stream: BinaryIO, choose: Choose) -> Iterator[pl.DataFra
             frame = pl.from_arrow(pyarrow.Table.from_batches([batch]))
             assert isinstance(frame, pl.DataFrame)
             numbers = pl.Series("_row", np.arange(row, row + frame.height))
-            yield frame.select(
-                *(pl.col(there).alias(column) for column, there in zip(columns, names, strict=True)),
-                numbers,
-                _file=pl.lit(name),
-            )
             row += frame.height
+            chosen = (pl.col(there).alias(column) for column, there in zip(columns, names, strict=True))
+            yield _plain(name, frame.select(*chosen, numbers, _file=pl.lit(name)), columns, refuse)
     except (pyarrow.ArrowException, OSError) as problem:
         reason = str(problem).splitlines()[0]
         raise DataError(f"{name}: not a readable parquet file ({reason}). Write it again.") from None
+
+
+def _plain(name: str, frame: pl.DataFrame, columns: Sequence[str], refuse: Refuse) -> pl.DataFrame:
+    """The rows whose texts are texts, as `_slow` has it."""
+    for column in columns:
+        kind = frame.schema[column]
+        if kind.is_nested():
+            raise DataError(f"{name}: column {column} is of type {kind}. Write a plain value in each row.")
+        if kind == pl.Binary:
+            text, wrong = decoded(frame[column])
+            frame = _without(name, frame, wrong, column, ("not utf-8 text", "Write the column as text"), refuse)
+            frame = frame.with_columns(text.filter(~wrong))
+        if frame.schema[column] in (pl.String, pl.Categorical, pl.Enum):
+            wrong = frame[column].cast(pl.String).str.contains("\0", literal=True).fill_null(value=False)
+            frame = _without(name, frame, wrong, column, _NUL, refuse)
+    return frame
+
+
+def _without(
+    name: str, frame: pl.DataFrame, wrong: pl.Series, column: str, fault: tuple[str, str], refuse: Refuse
+) -> pl.DataFrame:
+    if not wrong.any():
+        return frame
+    bad = frame.filter(wrong)
+    for row, content in zip(bad["_row"], as_text(bad[column]), strict=True):
+        refuse(name, row, fault[0], content, fault[1])
+    return frame.filter(~wrong)
 
 
 def _read(name: str, stream: BinaryIO, count: int, line: int) -> bytes:

@@ -24,6 +24,7 @@ from tokenizer.sources.fhir_index import INDEXED, Index, Seen, build
 from tokenizer.sources.fhir_pass import COMPONENT, TABLES, Result, Settings, read_piece, survey_piece
 from tokenizer.sources.fhir_resources import READ
 from tokenizer.sources.intake import Flow, Intake, intake
+from tokenizer.wording import several
 
 OLDER = "older version"
 """The filter that drops a resource of which a later version is in the source."""
@@ -78,7 +79,9 @@ def import_fhir(
     ):
         for note in notes:
             collected.note(note)
-        found = build(run(_Survey(settings), [part for part in parts if not _leaf(part)]), collected.subject_ids)
+        surveyed = [part for part in parts if not _leaf(part)]
+        seen = _right(collected, surveyed, run(_Survey(settings), surveyed))
+        found = build(seen, collected.subject_ids)
         folder = Path(temporary)
         with (folder / "index").open("wb") as file:
             pickle.dump(found, file)
@@ -106,6 +109,14 @@ def _settings(
     return Settings(
         dict(systems or {}), {**PREFER, **(prefer or {})}, told=condition_time == "recorded", stop=not quarantine
     )
+
+
+def _right(collected: Intake, parts: list[Piece], found: Iterator[Seen]) -> Iterator[Seen]:
+    """What the first pass has seen of each part; what it refuses ends the import."""
+    for part, seen in zip(parts, found, strict=True):
+        for file, table, row, column, reason, content, advice in seen.bad:
+            collected.bad(file, table, row + _FirstRows().of(part) - 1, column, reason, content, advice)
+        yield seen
 
 
 def _leaf(piece: Piece) -> bool:
@@ -205,7 +216,10 @@ def _collect(collected: Intake, results: list[tuple[Piece, Result]]) -> None:
     for short, uri in sorted({each for _, result in results for each in result.locals.items()}):
         collected.note(f"Codes of the system {uri} are named {short}//...")
     if dangling := sum(result.dangling_encounters for _, result in results):
-        collected.note(f"{dangling} references lead to encounters that aren't in the source; their events are kept.")
+        collected.note(
+            f"{several(dangling, 'reference leads', 'references lead')} to encounters that aren't in the source;"
+            " their events are kept."
+        )
 
 
 def _older(files: list[tuple[int, Path]]) -> pl.DataFrame:

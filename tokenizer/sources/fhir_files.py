@@ -8,8 +8,6 @@ import gzip
 import io
 import mmap
 import re
-import tarfile
-import zlib
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,8 @@ from tokenizer.errors import DataError
 from tokenizer.sources.fhir_codes import READ_ERRORS, fault
 from tokenizer.sources.fhir_cut import cut
 from tokenizer.sources.fhir_kinds import Block, Chunk, Lost, by_kind, entries, first_kind, is_object
+from tokenizer.sources.folders import DAMAGED, walk_tar
+from tokenizer.wording import several
 
 _LINES, _DOCUMENT, _ARCHIVES = (".ndjson", ".jsonl"), (".json",), (".tar", ".tar.gz", ".tgz")
 _BLOCK = 8 << 20
@@ -35,7 +35,7 @@ _SHOWN = 1000
 _NEWLINE = ord("\n")
 
 _RAWS = msgspec.json.Decoder(list[Raw])
-_DAMAGE = (EOFError, OSError, zlib.error, tarfile.TarError)
+_DAMAGE: tuple[type[Exception], ...] = (*DAMAGED, OSError)
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,20 @@ def pieces(source: Path) -> tuple[list[Piece], list[str]]:
     if not source.exists():
         raise DataError(f"{source}: no such file or folder; give a FHIR file, an archive, or a folder of them.")
     root = source if source.is_dir() else source.parent
-    found = sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else [source]
+    there = sorted(source.rglob("*")) if source.is_dir() else [source]
+    found = [p for p in there if p.is_file()]
+    for p in there:
+        if not (p.is_file() or p.is_dir()) and _form(p.name) and not _hidden(p.relative_to(root)):
+            raise DataError(f"{p}: not a file, or a link that leads nowhere. Mend or remove it.")
     wanted = [p for p in found if _form(p.name) and not _hidden(p.relative_to(root))]
     if not wanted:
         raise DataError(
-            f"{source}: no FHIR files among {len(found)} files. Wanted are .ndjson, .jsonl or .json, also with .gz,"
-            " and archives of them as .tar, .tar.gz or .tgz."
+            f"{source}: no FHIR files among {several(len(found), 'file')}. Wanted are .ndjson, .jsonl or .json, also"
+            " with .gz, and archives of them as .tar, .tar.gz or .tgz."
         )
     cut_up: list[Piece] = []
-    notes = []
+    linked = [p.relative_to(root).as_posix() for p in there if p.is_symlink() and p.is_dir()]
+    notes = [f"{name} is a link to a folder, which isn't followed." for name in linked]
     for path in wanted:
         name = path.relative_to(root).as_posix()
         if not path.stat().st_size:
@@ -89,7 +94,7 @@ def pieces(source: Path) -> tuple[list[Piece], list[str]]:
             end = min(start + _RANGE, size) if ranged else None
             cut_up.append(Piece(len(cut_up), path, name, start, end, kind if form == "lines" else None))
     if other := len(found) - len(wanted):
-        notes.append(f"{other} files of other kinds were not read.")
+        notes.append(f"{several(other, 'file of another kind was', 'files of other kinds were')} not read.")
     return cut_up, notes
 
 
@@ -147,15 +152,12 @@ def _hidden(path: Path) -> bool:
 def _archive(piece: Piece, whole: Container[str]) -> Iterator[Chunk | Block | Lost]:
     members = 0
     try:
-        with tarfile.open(piece.path, "r|*") as archive:
-            for member in archive:
-                form = _form(member.name)
-                if not member.isfile() or form in (None, "archive") or _hidden(Path(member.name)):
-                    continue
-                members += 1
-                file = archive.extractfile(member)
-                if file is not None:
-                    yield from _file(file, f"{piece.name}!{member.name}", form, piece, whole)
+        for name, stream in walk_tar(piece.path):
+            form = _form(name)
+            if form in (None, "archive") or _hidden(Path(name)):
+                continue
+            members += 1
+            yield from _file(stream(), f"{piece.name}!{name}", form, piece, whole)
     except _DAMAGE as problem:
         yield Lost(
             piece.name, members + 1, "archive is cut off or damaged", str(problem), advice="Copy it again", whole=True

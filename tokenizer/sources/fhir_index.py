@@ -16,7 +16,7 @@ import numpy.typing as npt
 import polars as pl
 from msgspec import Raw, Struct
 
-from tokenizer.sources.fhir_codes import NAME_LIMIT, READ_ERRORS, Coded, clean, given, raw_bytes
+from tokenizer.sources.fhir_codes import NAME_LIMIT, READ_ERRORS, Coded, clean, fault, given, raw_bytes
 from tokenizer.sources.fhir_kinds import Chunk
 from tokenizer.sources.fhir_times import times
 
@@ -25,6 +25,9 @@ INDEXED = frozenset({"Patient", "Encounter", "Medication", "Location", "Organiza
 
 NO_SUBJECT, UNKNOWN_PATIENT, NOT_A_PATIENT, AMBIGUOUS, BROKEN = -1, -2, -3, -4, -5
 """What stands for a subject that isn't one."""
+
+BadRow = tuple[str, str, int, str, str, str, str]
+"""File, table, row (from 1 in a piece), column, reason, content, advice."""
 
 _NOTHING = Raw(b"")
 _TYPED = re.compile(r"(?:^|/)([A-Z][A-Za-z]{1,63})/([^/?#|]+)(?:/_history/[^/]*)?$")
@@ -154,16 +157,18 @@ class Seen:
         others: per kind: key u64 by which a resource can also be found, own key u64.
         aliases: keys by `fullUrl`, where it tells another one.
         replaced: key of a patient record, reference to the one that replaces it.
+        bad: resources that can't be found by what refers to them, in the order of the source.
     """
 
     found: dict[str, list[pl.DataFrame]] = field(default_factory=dict)
     others: dict[str, list[pl.DataFrame]] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     replaced: dict[str, str] = field(default_factory=dict)
+    bad: list[BadRow] = field(default_factory=list)
 
 
 def note(seen: Seen, chunk: Chunk, code: Callable[[bytes], Coded]) -> None:
-    """Add a chunk of an indexed type to what was seen; resources that can't be read are left to the second pass."""
+    """Add a chunk of an indexed type to what was seen."""
     kind = chunk.kind
     decode = (_PLAIN_JSON if kind == "Encounter" else _INDEXED_JSON).decode
     keys: list[str] = []
@@ -174,9 +179,12 @@ def note(seen: Seen, chunk: Chunk, code: Callable[[bytes], Coded]) -> None:
         try:
             resource: _Indexed | _Plain = decode(raw)
             value = _value(kind, resource, code)
-        except READ_ERRORS:
+        except READ_ERRORS as problem:
+            seen.bad.append(_bad(chunk, place, "", fault(problem)))
             continue
         if (own := own_id(chunk, place, resource.id)) is None:
+            if kind == "Patient":
+                seen.bad.append(_bad(chunk, place, "id", "no subject"))
             continue
         name = f"{kind}/{own}"
         keys.append(name)
@@ -197,13 +205,22 @@ def note(seen: Seen, chunk: Chunk, code: Callable[[bytes], Coded]) -> None:
     seen.others.setdefault(kind, []).append(pl.DataFrame(pairs))
 
 
+def _bad(chunk: Chunk, place: int, column: str, reason: str) -> BadRow:
+    content = "" if column else chunk.raws[place][:2000].decode(errors="replace")
+    return chunk.file, chunk.kind, chunk.rows[place], column, reason, content, ""
+
+
 def _value(kind: str, resource: "_Indexed | _Plain", code: Callable[[bytes], Coded]) -> str | None:
     if kind == "Encounter":
         return resource.period.start if resource.period else None
     if not isinstance(resource, _Indexed) or kind == "Patient":
         return None
     if kind == "Medication":
-        return code(raw_bytes(resource.code)).code
+        named = code(raw_bytes(resource.code))
+        if named.fault is not None:
+            # As what couldn't be decoded at all is told.
+            raise msgspec.ValidationError(named.fault.removeprefix("wrong type: "))
+        return named.code
     words = clean(_NAME.decode(resource.name)).upper() if given(raw_bytes(resource.name)) else ""
     return words if words and len(words) <= NAME_LIMIT else None
 

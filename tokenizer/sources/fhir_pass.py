@@ -4,7 +4,7 @@ A piece needs nothing but the index, so that pieces can be read in any order by 
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tokenizer.errors import DataError
 from tokenizer.events import EARLIEST, LATEST
 from tokenizer.sources import fhir_index as index
 from tokenizer.sources.fhir_batch import Batch, Events
-from tokenizer.sources.fhir_codes import Namer
+from tokenizer.sources.fhir_codes import Coded, Namer
 from tokenizer.sources.fhir_events import Reader
 from tokenizer.sources.fhir_files import Piece, lines_of, read
 from tokenizer.sources.fhir_kinds import Block, Chunk, Lost
@@ -30,6 +30,8 @@ TABLES = (*READ, COMPONENT)
 """The tables of events; parts hold their places in this list."""
 
 _FLUSH_EVENTS = 300_000
+_EVENTS = {**EVENTS, "_at": pl.UInt32, "_table": pl.UInt8}
+_KEYS = {"key": pl.UInt64, "updated": pl.Int64, "_at": pl.UInt32, "kept": pl.Boolean, "_table": pl.UInt8}
 _FIRST, _LAST = (int(np.datetime64(day, "us").astype(np.int64)) for day in (EARLIEST, LATEST))
 _KEEP, _DROP, _BAD = 0, 1, 2
 _SUBJECT_FAULTS = {
@@ -38,9 +40,6 @@ _SUBJECT_FAULTS = {
     index.AMBIGUOUS: "several patients have this identifier",
     index.BROKEN: "wrong type: not a reference",
 }
-
-BadRow = tuple[str, str, int, str, str, str, str]
-"""File, table, row (from 1 in a piece), column, reason, content, advice."""
 
 
 @dataclass(frozen=True)
@@ -75,20 +74,49 @@ class Result:
 
     rows: Counter[str] = field(default_factory=Counter)
     dropped: Counter[tuple[str, str]] = field(default_factory=Counter)
-    bad: list[BadRow] = field(default_factory=list)
+    bad: list[index.BadRow] = field(default_factory=list)
     files: list[tuple[Path, Path]] = field(default_factory=list)
     locals: dict[str, str] = field(default_factory=dict)
     dangling_encounters: int = 0
 
 
 def survey_piece(piece: Piece, settings: Settings) -> index.Seen:
-    """First pass: what others refer to."""
+    """First pass: what others refer to.
+
+    Where bad rows end the import, it ends here for what can't be read: what refers to it would be blamed otherwise.
+    """
     seen = index.Seen()
-    code = Namer(settings.systems, settings.prefer).concept("Medication", "MEDICATION")
-    for chunk in read(piece):
-        if isinstance(chunk, Chunk) and chunk.kind in index.INDEXED:
-            index.note(seen, chunk, code)
+    code = _drugs(settings)
+    for part in read(piece):
+        if isinstance(part, Chunk) and part.kind in index.INDEXED:
+            index.note(seen, part, code)
+        elif isinstance(part, Lost) and not part.dropped:
+            if settings.stop:
+                _refuse_whole(part)
+            seen.bad.append(_lost(part))
+        if not settings.stop:
+            seen.bad.clear()
+        elif seen.bad:
+            break
     return seen
+
+
+def _drugs(settings: Settings) -> Callable[[bytes], Coded]:
+    return Namer(settings.systems, settings.prefer).concept("Medication", "MEDICATION")
+
+
+def _refuse_whole(part: Lost) -> None:
+    if part.whole:
+        shown = f" from row {part.row} on" if part.row > 1 else ""
+        shown += f" ({part.content[:80]!r})" if part.content else ""
+        raise DataError(
+            f"{part.file}: {part.reason}{shown}. How many resources are lost can't be told, so nothing can be set"
+            f" aside. {part.advice}, or take it away."
+        )
+
+
+def _lost(part: Lost) -> index.BadRow:
+    return part.file, part.table, part.row, "", part.reason, part.content, part.advice
 
 
 def read_piece(piece: Piece, found: index.Index, settings: Settings, folder: Path, *, indexed: bool) -> Result:
@@ -107,19 +135,13 @@ def read_piece(piece: Piece, found: index.Index, settings: Settings, folder: Pat
     """
     namer = Namer(settings.systems, settings.prefer)
     reader = Reader(found, namer, told=settings.told)
-    sink = _Sink(folder, piece.number)
+    sink, code = _Sink(folder, piece.number), _drugs(settings)
     for part in _whole_or_split(piece, sink, reader):
         if isinstance(part, Lost):
-            if part.whole and not settings.stop:
-                raise DataError(
-                    f"{part.file}: {part.reason}. How many resources are lost can't be told, so nothing is set aside."
-                    f" {part.advice}, or take it away."
-                )
+            _refuse_whole(part)
             sink.lose(part)
         elif part.kind not in READ:
-            sink.result.rows[part.kind] += len(part.raws)
-            why = "read for references only" if part.kind in index.INDEXED else "resource type not read"
-            sink.result.dropped[part.kind, why] += len(part.raws)
+            sink.pass_over(part, code)
         else:
             sink.settle(*reader.read(part))
         if isinstance(part, Chunk) and part.kind in index.INDEXED and not indexed:
@@ -167,7 +189,17 @@ class _Sink:
         if lost.dropped:
             self.result.dropped[lost.table, lost.reason] += 1
         else:
-            self.result.bad.append((lost.file, lost.table, lost.row, "", lost.reason, lost.content, lost.advice))
+            self.result.bad.append(_lost(lost))
+
+    def pass_over(self, chunk: Chunk, code: Callable[[bytes], Coded]) -> None:
+        """Count resources that give no events; those that others refer to have to be right."""
+        why, seen = "resource type not read", index.Seen()
+        if chunk.kind in index.INDEXED:
+            why = "read for references only"
+            index.note(seen, chunk, code)
+        self.result.rows[chunk.kind] += len(chunk.raws)
+        self.result.dropped[chunk.kind, why] += len(chunk.raws) - len(seen.bad)
+        self.result.bad += seen.bad
 
     def settle(self, batch: Batch, broken: list[tuple[int, str, str]]) -> None:
         """Decide on each resource of a batch, and keep the events of those that stay."""
@@ -200,8 +232,9 @@ class _Sink:
             return
         stem = f"{self._number:06d}-{len(self.result.files):05d}"
         files = self._folder / f"{stem}.events.arrow", self._folder / f"{stem}.keys.arrow"
-        for file, frames in zip(files, (self._events, self._keys), strict=True):
-            pl.concat(frames).write_ipc(file)
+        for file, kinds, frames in zip(files, (_EVENTS, _KEYS), (self._events, self._keys), strict=True):
+            # Of a piece whose resources are all bad, there is nothing in one of them.
+            pl.concat([pl.DataFrame(schema=kinds), *frames]).write_ipc(file)
         self.result.files.append(files)
         self._events, self._keys, self._waiting = [], [], 0
 

@@ -21,8 +21,9 @@ from typing import Any, BinaryIO, cast
 
 from tokenizer.errors import DataError
 
-_UNPACK: dict[str, Callable[[BinaryIO], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-_TARS = {".tar": "", ".tar.gz": ".gz", ".tgz": ".gz", ".tar.bz2": ".bz2", ".tar.xz": ".xz"}
+_TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+_MAGIC = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz"}
+_STEP = 1 << 16
 DAMAGED: tuple[type[Exception], ...] = (
     EOFError,
     gzip.BadGzipFile,
@@ -31,6 +32,59 @@ DAMAGED: tuple[type[Exception], ...] = (
     tarfile.TarError,
     zipfile.BadZipFile,
 )
+
+
+class _Unpacked(io.RawIOBase):
+    """What is in a bz2 or xz file: packed streams one after the other, with zeros allowed behind them.
+
+    Python's own readers take a second stream that is damaged for the end, and would lose it without a word.
+    """
+
+    def __init__(self, stream: BinaryIO, make: Callable[[], Any]) -> None:
+        self._stream, self._make = stream, make
+        self._inner: Any = None
+        self._rest = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._next(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _next(self, size: int) -> bytes:
+        while (self._inner is not None and not self._inner.eof) or self._begin():
+            if self._inner.needs_input and not self._rest:
+                self._rest = self._stream.read(_STEP)
+                if not self._rest:
+                    raise EOFError("its end is missing")
+            packed, self._rest = self._rest, b""
+            try:
+                data = self._inner.decompress(packed, size)
+            except OSError as problem:
+                raise EOFError(str(problem)) from None
+            if data:
+                return data
+        return b""
+
+    def _begin(self) -> bool:
+        """Go to the next stream, if there is one."""
+        behind = self._inner is not None
+        rest = self._inner.unused_data.lstrip(b"\0") if behind else b""
+        while not rest and (read := self._stream.read(_STEP)):
+            rest = read.lstrip(b"\0") if behind else read
+        if not rest and not behind:
+            raise EOFError("it is empty")
+        self._inner, self._rest = (self._make(), rest) if rest else (self._inner, b"")
+        return bool(rest)
+
+
+_UNPACK: dict[str, Callable[[BinaryIO], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": lambda stream: io.BufferedReader(_Unpacked(stream, bz2.BZ2Decompressor), _STEP),
+    ".xz": lambda stream: io.BufferedReader(_Unpacked(stream, lzma.LZMADecompressor), _STEP),
+}
 
 
 @dataclass(frozen=True)
@@ -129,6 +183,8 @@ def _find(folder: Path, pattern: str) -> Iterator[Found]:
         yield from _members(folder, "", pattern)
         return
     for path in sorted(folder.glob(pattern)):
+        if not (path.is_file() or path.is_dir()):
+            raise DataError(f"{path}: not a file, or a link that leads nowhere. Mend or remove it.")
         if path.is_file():
             yield Found(path.relative_to(folder).as_posix(), lambda path=path: path.open("rb"))  # type: ignore[misc]
     steps = pattern.split("/")
@@ -139,7 +195,7 @@ def _find(folder: Path, pattern: str) -> Iterator[Found]:
 
 
 def _is_archive(path: Path) -> bool:
-    return path.name.lower().endswith((".zip", *_TARS.keys()))
+    return path.name.lower().endswith((".zip", *_TARS))
 
 
 def _members(archive: Path, prefix: str, pattern: str) -> Iterator[Found]:
@@ -161,12 +217,19 @@ def _walk(archive: Path) -> Iterator[tuple[str, Callable[[], BinaryIO]]]:
                             lambda info=info: cast(BinaryIO, zipped.open(info)),  # type: ignore[misc]
                         )
             return
-        yield from _walk_tar(archive)
+        yield from walk_tar(archive)
 
 
-def _walk_tar(archive: Path) -> Iterator[tuple[str, Callable[[], BinaryIO]]]:
-    ending = next(packing for suffix, packing in _TARS.items() if archive.name.lower().endswith(suffix))
+def walk_tar(archive: Path) -> Iterator[tuple[str, Callable[[], BinaryIO]]]:
+    """Name and content of the files in a tar, packed or not; each must be read before the next is asked for.
+
+    Raises:
+        OSError, or one of DAMAGED: it can't be read, or is cut off, be it between two files.
+    """
     with archive.open("rb") as file:
+        start = file.read(6)
+        file.seek(0)
+        ending = next((ending for magic, ending in _MAGIC.items() if start.startswith(magic)), None)
         watched = _Watched(_UNPACK[ending](file) if ending else file)
         with tarfile.open(fileobj=cast(BinaryIO, watched), mode="r|") as packed:
             for member in packed:

@@ -17,13 +17,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from tokenizer.errors import DataError
 from tokenizer.events import as_text, write_meds
 from tokenizer.sources.quarantine import Quarantine
+from tokenizer.sources.repeats import Repeats
 from tokenizer.sources.spill import Spill, spill_folder
 from tokenizer.sources.subjects import SubjectIds
+from tokenizer.spelling import LONGEST, fit
+from tokenizer.wording import several
 
 EVENTS: dict[str, Any] = {
     "subject_id": pl.Int64,
@@ -103,6 +107,8 @@ class Intake:
         self._spill = Spill(aside)
         self._aside = Quarantine(aside / QUARANTINE, allowed=quarantine)
         self._ids = SubjectIds()
+        self._folder = aside
+        self._unfit: dict[str, int] = {}
         self.flow.quarantined = self._aside.counts
 
     def rows(self, table: str, count: int) -> None:
@@ -126,8 +132,19 @@ class Intake:
         for needed in ("subject_id", "code"):
             if full[needed].null_count():
                 raise DataError(f"{self.flow.source}: {table} gave an event without {needed}; set such rows aside.")
+        full = self._fit(table, full)
         self.flow.events[table] = self.flow.events.get(table, 0) + full.height
         self._spill.add(full)
+
+    def _fit(self, table: str, events: pl.DataFrame) -> pl.DataFrame:
+        """Write codes otherwise that can't be tokens as they are; how many, is noted in the end."""
+        if not _may_be_unfit(events["code"]):
+            return events
+        new = {code: better for code in events["code"].unique() if (better := fit(code)) != code}
+        if not new:
+            return events
+        self._unfit[table] = self._unfit.get(table, 0) + int(events["code"].is_in(list(new)).sum())
+        return events.with_columns(pl.col("code").replace(new))
 
     def drop(self, table: str, filter_name: str, count: int) -> None:
         """Count rows that a named filter left out."""
@@ -191,6 +208,10 @@ class Intake:
         """
         return self._ids.of(texts)
 
+    def repeats(self) -> Repeats:
+        """Something to count with how many rows of a table have the number of another row."""
+        return Repeats(self._folder)
+
     def note(self, note: str) -> None:
         """Keep a sentence for people."""
         if note not in self.flow.notes:
@@ -200,6 +221,12 @@ class Intake:
         """Give the shards, each with all events of its subjects; to be called once, when all events are in."""
         self._ids.check()
         self._check_sums()
+        for table, count in self._unfit.items():
+            those = several(count, "event has a code", "events have codes")
+            self.note(
+                f"{table}: {those} with control characters, of more than {LONGEST} characters or with * as a part;"
+                " they are written otherwise (docs/tokenizer.md, Tokens)."
+            )
         for name, events in self._spill.shards():
             self.flow.subjects += events["subject_id"].n_unique()
             yield name, events
@@ -219,8 +246,8 @@ class Intake:
             rows = self.flow.rows.get(table, 0)
             if kept + dropped + aside != rows:
                 raise DataError(
-                    f"{self.flow.source}: of {rows} rows of {table}, {kept} were kept, {dropped} dropped and {aside}"
-                    " set aside, which doesn't add up. This is a fault of the importer; please report it."
+                    f"{self.flow.source}: of {several(rows, 'row')} of {table}, {kept} were kept, {dropped} dropped"
+                    f" and {aside} set aside, which doesn't add up. This is a fault of the importer; please report it."
                 )
 
 
@@ -246,8 +273,19 @@ def intake(out: Path, source: str, *, name: str, quarantine: bool = False) -> It
         write_meds(out, collected.shards(), name=name, finish=collected.close)
 
 
+def _may_be_unfit(codes: pl.Series) -> bool:
+    """Whether some code may have to be written otherwise, by its bytes: distinct codes take longer to find."""
+    if not len(codes):
+        return False
+    if int(codes.str.len_bytes().max()) > LONGEST:  # type: ignore[arg-type]
+        return True
+    text = codes.to_arrow()
+    data = np.frombuffer(text.buffers()[2] or b"", np.uint8)
+    return bool(((data < ord(" ")) | (data == ord("*")) | (data > ord("~"))).any())
+
+
 def _nothing_left(flow: Flow) -> str:
-    read = ", ".join(f"{count} rows of {table}" for table, count in flow.rows.items()) or "no rows"
+    read = ", ".join(f"{several(count, 'row')} of {table}" for table, count in flow.rows.items()) or "no rows"
     why = [
         f"{count} of {table}: {reason}"
         for kind in (flow.dropped, flow.quarantined)

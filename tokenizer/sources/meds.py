@@ -7,6 +7,8 @@ large file or over several files, or rows that have to be set aside.
 from collections.abc import Callable
 from pathlib import Path
 
+import polars as pl
+
 from tokenizer.events import out_of_range, rows, without
 from tokenizer.sources.intake import EVENTS, Flow, intake
 
@@ -46,6 +48,15 @@ def import_meds(
                     reason=f"no {column}",
                     advice="Rows count from 0. Give the row its value",
                 )
+            number = pl.col("subject_id").cast(pl.Int64, strict=False)
+            frame = collected.bad_rows(
+                *(frame, number.is_null()),
+                file=chunk.shard,
+                table=chunk.shard,
+                column="subject_id",
+                reason="subject_id beyond 64 bits with a sign",
+                advice="Rows count from 0. Give the patient a smaller number",
+            ).with_columns(number)
             frame = collected.bad_rows(
                 *(frame, out_of_range("time")),
                 file=chunk.shard,

@@ -14,7 +14,7 @@ import polars as pl
 from tokenizer.errors import ConfigError
 from tokenizer.sources.intake import Flow, Intake, intake
 from tokenizer.sources.omop_codes import Choice, Codes, Concepts, clean
-from tokenizer.sources.omop_columns import Kind, Rows
+from tokenizer.sources.omop_columns import Kind, Rows, whole_numbers
 from tokenizer.sources.omop_files import FileRecords
 from tokenizer.sources.omop_people import DEATH, PERIOD, PERSON, People
 from tokenizer.sources.omop_tables import (
@@ -26,6 +26,7 @@ from tokenizer.sources.omop_tables import (
     read_table_spec,
 )
 from tokenizer.sources.omop_visits import CARE_SITE, DETAIL, PROVIDER, VISIT, Visits
+from tokenizer.wording import several
 
 LONGEST_ANSWER = 40
 """Characters of an answer in words; what is longer is free text."""
@@ -211,7 +212,8 @@ class _Import:
             self._intake.note(f"Tables that were not read: {', '.join(why)}.")
         if self._records.others:
             shown = ", ".join(sorted(self._records.others)[:20])
-            self._intake.note(f"{len(self._records.others)} files or tables are none of the CDM's: {shown}.")
+            others = several(len(self._records.others), "file or table is", "files or tables are")
+            self._intake.note(f"{others} none of the CDM's: {shown}.")
 
     def _pieces(
         self, table: str, kinds: Mapping[str, Kind], needs: list[tuple[str, ...]], *, counted: bool = True
@@ -220,15 +222,22 @@ class _Import:
         if table not in self._records.tables:
             return
         self._read.add(table)
-        done = 0
-        for place, frame in self._records.read(table, list(kinds), needs, self._intake):
+        done, key, repeats = 0, f"{table}_id", self._intake.repeats()
+        wanted = list(dict.fromkeys([*kinds, key])) if counted else list(kinds)
+        for place, frame in self._records.read(table, wanted, needs, self._intake):
             if counted:
                 self._intake.rows(table, frame.height)
+                repeats.add(whole_numbers(frame[key]).drop_nulls().to_numpy())
             rows = Rows(self._intake, table, place, counted=counted)
-            yield rows, rows.typed(frame, kinds)
+            yield rows, rows.typed(frame.select("_row", *kinds), kinds)
             done += frame.height
             if self._progress:
                 self._progress(table, done)
+        if (again := repeats.count()) and table not in ("person", "death"):
+            self._intake.note(
+                f"{table}: {several(again, 'row has', 'rows have')} the {key} of an earlier row. All are kept, for they"
+                " may be different records; duplicates = false in the settings drops events that are alike."
+            )
 
     def _timed(
         self, table: str, kinds: Mapping[str, Kind], needs: list[tuple[str, ...]], start: str

@@ -11,10 +11,10 @@ import numpy as np
 import polars as pl
 
 from tokenizer.sources.intake import Intake
+from tokenizer.wording import several
 
 Choice = Literal["standard", "source"]
 
-LONGEST_CODE = 100
 _MEANING = ["concept_id", "source_concept_id", "source_value"]
 
 # Names are kept only where one is shown as such: departments, destinations, races, visit types.
@@ -142,7 +142,7 @@ class Codes:
             else self._concepts.standard(keyed["_first"]),
             "_second": self._concepts.standard(keyed["_second"]),
         }
-        value = pl.lit(f"{kind}//") + clean(pl.col("source_value")).str.slice(0, LONGEST_CODE)
+        value = pl.lit(f"{kind}//") + clean(pl.col("source_value"))
         numbers = [_numbered("_first"), _numbered("_second")]
         rest = [*numbers, value] if self._choice == "standard" else [value, *numbers]
         joined = keyed.with_columns(self._key(found)).join(
@@ -185,7 +185,7 @@ class Codes:
                 "There is no concept table: codes are OMOP//<concept_id>, or the source's own where it has none."
             )
         for (table, what), count in sorted(self._fallbacks.items()):
-            intake.note(f"{table}: {count} rows {what}.")
+            intake.note(f"{table}: {several(count, 'row')} {what}.")
 
     def _key(self, found: dict[str, pl.DataFrame]) -> list[pl.Expr]:
         has = {by: pl.col(by).is_in(table["id"].implode()).fill_null(value=False) for by, table in found.items()}
@@ -205,9 +205,9 @@ class Codes:
         numbered = pl.col("_rest").str.starts_with("OMOP//")
         unmapped = pl.col("_rest") == f"{kind}//UNMAPPED"
         for what, which in (
-            ("have a concept that the concept table lacks (OMOP//<concept_id>)", numbered),
-            ("have neither a concept nor a code (UNMAPPED)", unmapped),
-            ("have no concept that is known, only the source's code", ~numbered & ~unmapped),
+            ("with a concept that the concept table lacks (OMOP//<concept_id>)", numbered),
+            ("with neither a concept nor a code (UNMAPPED)", unmapped),
+            ("without a concept that is known, only the source's code", ~numbered & ~unmapped),
         ):
             if count := int(rest.filter(which)["_rows"].sum()):
                 self._fallbacks[table, what] += count

@@ -8,7 +8,8 @@ from typing import Literal
 
 import polars as pl
 
-from tokenizer.events import as_text, out_of_range
+from tokenizer.errors import DataError
+from tokenizer.events import as_text, decoded, microseconds, out_of_range
 from tokenizer.sources.intake import Intake
 
 Kind = Literal["id", "number", "time", "text"]
@@ -20,6 +21,7 @@ _REASONS = {
     "id": ("not a whole number", "Write it as a 64-bit integer"),
     "number": ("not a number", "Write it with digits and a decimal point"),
     "time": ("not a date", "Write it as YYYY-MM-DD or YYYY-MM-DD HH:MM:SS"),
+    "text": ("a NUL character", "The file may be damaged; export it again"),
 }
 _ZONE = r"^(\.\d+)?\s*(Z|z|[+-]\d\d(:?\d\d)?)?$"
 
@@ -77,16 +79,35 @@ class Rows:
         """Give columns their kinds: id int64, number float32, time datetime[us], text string; blank is null.
 
         Rows with a cell that isn't of its kind are set aside.
+
+        Raises:
+            DataError: a column holds lists or the like.
         """
         for column, kind in kinds.items():
+            if frame[column].dtype.is_nested():
+                found = frame[column].dtype
+                raise DataError(
+                    f"{self._file}: {self._table}: column {column} is of type {found}. Write a plain value in each row."
+                )
+            if frame[column].dtype == pl.Binary:
+                frame = self._decoded(frame, column)
             parsed = _PARSE[kind](frame[column])
-            if kind != "text" and parsed.null_count() > frame[column].null_count():
+            wrong = None
+            if kind == "text":
+                wrong = _with_nul(frame[column])
+            elif parsed.null_count() > frame[column].null_count():
                 wrong = parsed.is_null() & ~_is_missing(frame[column])
-                if wrong.any():
-                    frame = self.without(frame, wrong, column, *_REASONS[kind])
-                    parsed = parsed.filter(~wrong)
+            if wrong is not None and wrong.any():
+                frame = self.without(frame, wrong, column, *_REASONS[kind])
+                parsed = parsed.filter(~wrong.fill_null(value=False))
             frame = frame.with_columns(parsed.alias(column))
         return frame
+
+    def _decoded(self, frame: pl.DataFrame, column: str) -> pl.DataFrame:
+        """Bytes as text; rows whose bytes are none are set aside."""
+        text, wrong = decoded(frame[column])
+        frame = self.without(frame, wrong, column, "not UTF-8", "Write the column as text")
+        return frame.with_columns(text.filter(~wrong))
 
     def timed(self, frame: pl.DataFrame, name: str, *columns: str) -> pl.DataFrame:
         """Add the column `name`: the first of the times `columns` that is known.
@@ -94,13 +115,23 @@ class Rows:
         Rows without any, and those with a time outside of what a record can hold, are set aside.
         """
         frame = frame.with_columns(pl.coalesce(columns).alias(name))
-        frame = self.without(frame, frame[name].is_null(), columns[-1], "no time", "Give the row its date")
-        return self.in_range(frame, name, columns[0])
+        unknown = frame[name].is_null()
+        if unknown.any():
+            # A file may have but one of the columns; what it lacks is null throughout.
+            there = next((c for c in reversed(columns) if frame[c].null_count() < frame.height), columns[-1])
+            frame = self.without(frame, unknown, there, "no time", "Give the row its date")
+        return self.in_range(frame, name, *columns)
 
-    def in_range(self, frame: pl.DataFrame, name: str, column: str) -> pl.DataFrame:
-        """Set aside rows whose time `name`, read from `column`, no record can hold."""
+    def in_range(self, frame: pl.DataFrame, name: str, *columns: str) -> pl.DataFrame:
+        """Set aside rows whose time `name`, read from the first of `columns` that has it, no record can hold."""
         outside = frame.select(out_of_range(name)).to_series()
-        return self.without(frame, outside, column, "time out of range", "Correct the date", shown=name)
+        if not outside.any():
+            return frame
+        for column in columns:
+            told = outside & frame[column].is_not_null()
+            frame = self.without(frame, told, column, "time out of range", "Correct the date", shown=name)
+            outside = frame.select(out_of_range(name)).to_series()
+        return frame
 
 
 def _is_missing(column: pl.Series) -> pl.Series:
@@ -111,7 +142,12 @@ def _is_missing(column: pl.Series) -> pl.Series:
     return column.is_null()
 
 
-def _whole_numbers(column: pl.Series) -> pl.Series:
+def _with_nul(column: pl.Series) -> pl.Series | None:
+    return column.str.contains("\0", literal=True) if column.dtype == pl.String else None
+
+
+def whole_numbers(column: pl.Series) -> pl.Series:
+    """A column as int64; null where it is no whole number."""
     if column.dtype == pl.String:
         parsed = column.cast(pl.Int64, strict=False)
         if parsed.null_count() > column.null_count():
@@ -123,7 +159,7 @@ def _whole_numbers(column: pl.Series) -> pl.Series:
         whole = column.is_finite() & (column == column.round())
         return column.set(~whole, None).cast(pl.Int64, strict=False)
     if column.dtype.is_decimal():
-        return _whole_numbers(column.cast(pl.String))
+        return whole_numbers(column.cast(pl.String))
     if column.dtype.is_integer() or column.dtype == pl.Null:
         return column.cast(pl.Int64, strict=False)
     return pl.repeat(None, len(column), dtype=pl.Int64, eager=True)
@@ -142,9 +178,9 @@ def _times(column: pl.Series) -> pl.Series:
     kind = column.dtype
     if isinstance(kind, pl.Datetime):
         # The wall clock counts, not the instant.
-        return column.dt.replace_time_zone(None).cast(pl.Datetime("us"))
+        return microseconds(column.dt.replace_time_zone(None))
     if kind in (pl.Date, pl.Null):
-        return column.cast(pl.Datetime("us"))
+        return microseconds(column)
     if kind.is_integer():
         column = column.cast(pl.String)
     if column.dtype != pl.String:
@@ -198,4 +234,4 @@ def _clean(column: pl.Series) -> pl.Series:
     return clean.set(clean == "", None)
 
 
-_PARSE = {"id": _whole_numbers, "number": _numbers, "time": _times, "text": _texts}
+_PARSE = {"id": whole_numbers, "number": _numbers, "time": _times, "text": _texts}

@@ -20,6 +20,7 @@ import pyarrow.csv
 from tokenizer.errors import DataError
 from tokenizer.sources.intake import Intake
 from tokenizer.sources.omop_tables import KNOWN_COLUMNS
+from tokenizer.wording import several
 
 _BLOCK_BYTES = 16 << 20
 _HEAD_BYTES = 1 << 20
@@ -91,7 +92,13 @@ def layout_of(head: bytes, label: str, table: str, order: tuple[str, ...] | None
         DataError: not UTF-8 at all, empty, or a header that can't be used.
     """
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(f"{label}: written as UTF-16. Save it as UTF-8 (iconv -f utf-16 -t utf-8 file > new).")
+        kind = "utf-32" if head.startswith(codecs.BOM_UTF32_LE) else "utf-16"
+        raise DataError(f"{label}: written as {kind.upper()}. Save it as UTF-8 (iconv -f {kind} -t utf-8 file > new).")
+    if b"\0" in head.partition(b"\n")[0]:
+        raise DataError(
+            f"{label}: NUL characters in the first row, as UTF-16 has them. Save it as UTF-8 (iconv -f utf-16le -t"
+            " utf-8 file > new), or export it again."
+        )
     text = head.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
     lines = io.StringIO(text, newline=None).readlines()
     if not text.strip():
@@ -129,8 +136,8 @@ def _ordered(fields: int, label: str, table: str, order: tuple[str, ...] | None,
         )
     if len(order) != fields:
         raise DataError(
-            f"{label}: no header, and {fields} columns where the order of {table} has {len(order)}. Choose the"
-            " version that fits, or give a table spec."
+            f"{label}: no header, and {several(fields, 'column')} where the order of {table} has {len(order)}. Choose"
+            " the version that fits, or give a table spec."
         )
     return order
 
@@ -291,7 +298,8 @@ def _set_aside(left_out: list[Any], label: str, table: str, intake: Intake) -> N
         text = row.text.replace(_MARK, "\ufffd")
         joined = "\n" in text.strip()
         reason = (
-            f"{row.actual_columns} fields where {row.expected_columns} are needed" + ", over several lines" * joined
+            f"{several(row.actual_columns, 'field')} where {row.expected_columns} are needed"
+            + ", over several lines" * joined
         )
         advice = "Close the quote that joins them" if joined else "Quote fields that hold a delimiter"
         intake.rows(table, 1)

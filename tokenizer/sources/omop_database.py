@@ -61,7 +61,10 @@ class DatabaseRecords:
         """Give a table in pieces, as `FileRecords.read` does; `_row` is the table's key, or counts from 1."""
         schema, name = self._found[table]
         label = f"{self.source}, {f'{schema}.' if schema else ''}{name}"
-        columns = {column.lower(): column for column in self._columns(schema, name)}
+        try:
+            columns = {column.lower(): column for column in self._columns(schema, name)}
+        except sa.exc.SQLAlchemyError as problem:
+            raise _failed(label, problem) from None
         for group in required:
             if not set(group) & set(columns):
                 raise missing_column(label, table, group, tuple(columns))

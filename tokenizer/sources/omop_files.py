@@ -5,6 +5,7 @@ What a file is called says which table it holds: `PERSON.csv`, `person.parquet`,
 """
 
 import gzip
+import os
 import re
 import shutil
 import tempfile
@@ -105,8 +106,16 @@ class FileRecords:
     def _find(self, path: Path) -> Iterator[_Part]:
         if path.is_dir():
             for file in sorted(path.rglob("*")):
-                if file.is_file() and not _is_hidden(file.relative_to(path).parts):
+                if _is_hidden(file.relative_to(path).parts):
+                    continue
+                if file.is_file():
                     yield from self._file(file, path)
+                elif file.is_symlink() and file.is_dir():
+                    self.others.append(f"{file.name} (a link to a folder, which isn't followed)")
+                elif not file.is_dir() and _name(PurePosixPath(file.relative_to(path).as_posix())):
+                    raise DataError(f"{file}: not a file, or a link that leads nowhere. Mend or remove it.")
+                elif _name(PurePosixPath(file.name)) and not any(map(_name, _below(file))):
+                    self.others.append(f"{file.name} (a folder without a part of the table)")
         elif path.suffix.lower() == ".zip":
             yield from self._archive(path)
         elif path.exists():
@@ -178,6 +187,11 @@ class FileRecords:
                 start += frame.height
 
 
+def _below(folder: Path) -> Iterator[PurePosixPath]:
+    """Files in a folder, from its own name on."""
+    return (PurePosixPath(file.relative_to(folder.parent).as_posix()) for file in folder.rglob("*") if file.is_file())
+
+
 def _is_hidden(parts: Sequence[str]) -> bool:
     return any(part.startswith((".", "_")) for part in parts)
 
@@ -218,7 +232,18 @@ def _opened(part: _Part) -> Iterator[Any]:
 def _on_disk(part: _Part) -> Iterator[Any]:
     file = guarded(part.label, lambda: pa.OSFile(str(part.path)))
     with file:
-        yield pa.CompressedInputStream(file, "gzip") if part.gzipped else file
+        if part.gzipped and _ends_in_zero(part.path):
+            # There may be zeros behind the end, which gzip allows and Arrow doesn't.
+            with gzip.open(part.path) as unpacked:
+                yield unpacked
+        else:
+            yield pa.CompressedInputStream(file, "gzip") if part.gzipped else file
+
+
+def _ends_in_zero(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-min(1, file.seek(0, os.SEEK_END)), os.SEEK_END)
+        return file.read() == b"\0"
 
 
 @contextmanager

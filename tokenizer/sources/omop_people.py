@@ -181,8 +181,11 @@ def _born(frame: pl.DataFrame, rows: Rows) -> pl.DataFrame:
     )
     unknown = frame.select(year.is_null() & exact.is_null()).to_series()
     frame = rows.without(frame, unknown, "year_of_birth", "no time", "Give the person a year of birth")
-    frame = rows.without(frame, frame["birth"].is_null(), "day_of_birth", "not a date", "Correct the birth", "_written")
-    return rows.in_range(frame, "birth", "year_of_birth").drop("_written")
+    for column in ("day_of_birth", "month_of_birth", "year_of_birth"):
+        wrong = frame["birth"].is_null() & frame[column].is_not_null()
+        frame = rows.without(frame, wrong, column, "not a date", "Correct the birth", "_written")
+    frame = rows.in_range(frame, "birth", "year_of_birth", "birth_datetime")
+    return frame.drop("_written")
 
 
 def _merged(periods: pl.DataFrame) -> pl.DataFrame:

@@ -5,6 +5,7 @@ import polars as pl
 from tokenizer.sources.intake import Intake
 from tokenizer.sources.omop_codes import Codes, clean
 from tokenizer.sources.omop_columns import Kind, Rows
+from tokenizer.wording import several
 
 VISIT: dict[str, Kind] = {
     "visit_occurrence_id": "id",
@@ -77,14 +78,16 @@ class Visits:
     def add_sites(self, frame: pl.DataFrame) -> None:
         """Take rows of `care_site` (the columns of `CARE_SITE`, typed)."""
         name = pl.coalesce(clean(pl.col("care_site_name")), clean(pl.col("care_site_source_value"))).str.to_uppercase()
-        self._sites = pl.concat([self._sites, frame.select("care_site_id", _site=name)]).unique("care_site_id")
+        self._sites = pl.concat([self._sites, frame.select("care_site_id", _site=name)]).unique(
+            "care_site_id", keep="first", maintain_order=True
+        )
 
     def add_providers(self, frame: pl.DataFrame) -> None:
         """Take rows of `provider` (the columns of `PROVIDER`, typed)."""
         names = self._codes.names(frame["specialty_concept_id"]).alias("_name")
         specialty = pl.coalesce("_name", clean(pl.col("specialty_source_value")).str.to_uppercase())
         few = frame.with_columns(names).select("provider_id", _specialty=specialty).drop_nulls()
-        self._providers = pl.concat([self._providers, few]).unique("provider_id")
+        self._providers = pl.concat([self._providers, few]).unique("provider_id", keep="first", maintain_order=True)
 
     def ended(self, frame: pl.DataFrame, rows: Rows) -> pl.DataFrame:
         """Add `end`, null where it isn't known; visits that end before they start are set aside.
@@ -97,11 +100,11 @@ class Visits:
         end = pl.coalesce("visit_end_datetime", pl.when(same_day).then(time).otherwise(day))
         ended = (pl.col("visit_type_concept_id") != _STILL_PATIENT).fill_null(value=True)
         frame = frame.with_columns(end=pl.when(ended).then(end))
-        frame = rows.in_range(frame, "end", "visit_end_date")
-        advice = "Correct start or end"
-        return rows.without(
-            frame, frame["end"] < frame["time"], "visit_end_date", "ends before it starts", advice, "end"
-        )
+        frame = rows.in_range(frame, "end", "visit_end_datetime", "visit_end_date")
+        for column in ("visit_end_datetime", "visit_end_date"):
+            early = (frame["end"] < frame["time"]) & frame[column].is_not_null()
+            frame = rows.without(frame, early, column, "ends before it starts", "Correct start or end", "end")
+        return frame
 
     def add(self, frame: pl.DataFrame) -> None:
         """Take visits with `time` and `end`: start, end, department, destination."""
@@ -133,7 +136,8 @@ class Visits:
     def note(self) -> None:
         """Say in the flow's notes what was odd."""
         if self._open:
-            self._intake.note(f"visit_occurrence: {self._open} visits have no end; they start and nothing ends them.")
+            visits = several(self._open, "visit has", "visits have")
+            self._intake.note(f"visit_occurrence: {visits} no end; nothing ends what started.")
 
     def _placed(self, frame: pl.DataFrame) -> pl.DataFrame:
         joined = frame.join(self._sites, on="care_site_id", how="left", maintain_order="left").join(

@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from meds import schema as meds
+
 from tokenizer.errors import ConfigError, DataError
 from tokenizer.events import MedsDataset
 from tokenizer.pieces import LARGEST_SCATTERED
@@ -67,6 +69,13 @@ class Source:
         """The dataset's name: that of the file or folder, or the database's."""
         last = self.place.split("?")[0].rstrip("/").rsplit("/", 1)[-1]
         return last.split(".")[0] or self.kind
+
+    @property
+    def searched(self) -> Path | None:
+        """The folder or file in which records are looked for; None for a database."""
+        if "://" in self.place:
+            return None
+        return Path(self.place, meds.data_subdirectory) if self.kind == "meds" else Path(self.place)
 
 
 def open_source(

@@ -509,7 +509,7 @@ def test_of_a_resource_that_comes_twice_the_last_update_counts(tmp_path: Path) -
 def test_references_to_missing_encounters_are_noted_and_their_events_kept(tmp_path: Path) -> None:
     events, flow = take(tmp_path, patient(), observation(valueInteger=1, encounter={"reference": "Encounter/none"}))
     assert events.filter(pl.col("numeric_value") == 1)["encounter_id"].to_list() == ["none"]
-    assert any("1 references lead to encounters" in note for note in flow.notes)
+    assert any("1 reference leads to encounters" in note for note in flow.notes)
 
 
 @pytest.mark.skipif(not (DATA / "pysynthea_fhir_30pts_seed1.tar.gz").exists(), reason="the Synthea bundles aren't here")

@@ -119,6 +119,78 @@ def test_a_patient_that_cannot_be_is_refused(tmp_path: Path) -> None:
             import_fhir(folder, tmp_path / "out", name="x")
 
 
+FIRST = {
+    "cut off": (b'{"resourceType": "Patient", "id": "1", "gen', r"Patient, row 2: not JSON"),
+    "no JSON": (b"1;male;1950-06-01", r"unreadable, row 2: wrong type"),
+    "another type": (b'{"resourceType": "Patient", "id": 1}', r"Patient, row 2: wrong type"),
+    "no id": (b'{"resourceType": "Patient", "gender": "male"}', r"Patient, row 2, id: no subject"),
+    "not UTF-8": (b'{"resourceType": "Patient", "id": "\xe9"}', r"Patient, row 2: not UTF-8"),
+    "UTF-16": (json.dumps(PATIENT).encode("utf-16"), r"unreadable, row 2: UTF-16 text .*Convert the file"),
+}
+
+
+@pytest.mark.parametrize("fault", FIRST)
+def test_a_bad_patient_is_blamed_and_not_what_refers_to_it(tmp_path: Path, fault: str) -> None:
+    line, message = FIRST[fault]
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "Observation.ndjson").write_bytes(changed() + b"\n")
+    (folder / "Patient.ndjson").write_bytes(json.dumps({**PATIENT, "id": "0"}).encode() + b"\n" + line + b"\n")
+    with pytest.raises(DataError, match=rf"Patient\.ndjson: {message}"):
+        import_fhir(folder, tmp_path / "out", name="x")
+    flow = import_fhir(folder, tmp_path / "out", name="x", quarantine=True)
+    assert sum(sum(flow.quarantined[table].values()) for table in {"Patient", "unreadable"} & {*flow.quarantined}) == 1
+    assert flow.quarantined["Observation"] == {"unknown patient": 1}
+
+
+@pytest.mark.parametrize("kind", ["Medication", "Location", "Organization", "Encounter"])
+def test_what_others_refer_to_has_to_be_right(tmp_path: Path, kind: str) -> None:
+    line = json.dumps({"resourceType": kind, "id": "1"}).encode()[:-1]
+    folder = source(tmp_path, changed(encounter=None), line)
+    with pytest.raises(DataError, match=rf"all\.ndjson: {kind}, row 3: not JSON"):
+        import_fhir(folder, tmp_path / "out", name="x")
+    flow = import_fhir(folder, tmp_path / "out", name="x", quarantine=True)
+    assert flow.quarantined == {kind: {"not JSON": 1}}
+    assert not flow.dropped.get(kind)
+
+
+def test_a_medication_with_a_code_of_another_type_is_blamed(tmp_path: Path) -> None:
+    drug = {"resourceType": "MedicationRequest", "id": "m", "subject": {"reference": "Patient/1"}, "authoredOn": T}
+    line = json.dumps({**drug, "medicationReference": {"reference": "Medication/d"}}).encode()
+    named = json.dumps({"resourceType": "Medication", "id": "d", "code": {"coding": [{"code": 7}]}}).encode()
+    with pytest.raises(DataError, match="Medication, row 3: wrong type"):
+        import_fhir(source(tmp_path, line, named), tmp_path / "out", name="x")
+
+
+def test_a_file_of_which_all_is_bad_is_set_aside(tmp_path: Path) -> None:
+    folder = source(tmp_path, changed())
+    (folder / "more.ndjson").write_bytes(json.dumps({**PATIENT, "id": "2", "birthDate": 1950}).encode())
+    flow = import_fhir(folder, tmp_path / "out", name="x", quarantine=True)
+    ((reason, count),) = flow.quarantined["Patient"].items()
+    assert reason.startswith("wrong type")
+    assert count == 1
+    assert flow.events["Observation"] == 1
+
+
+@pytest.mark.parametrize("quarantine", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_archive_that_is_cut_off_between_two_files_is_refused(
+    tmp_path: Path, packed: bool, quarantine: bool
+) -> None:
+    whole = io.BytesIO()
+    with tarfile.open(fileobj=whole, mode="w") as archive:
+        for name, content in (("a.ndjson", rows_of()), ("b.ndjson", changed())):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    folder = tmp_path / "in"
+    folder.mkdir()
+    cut_off = whole.getvalue()[: whole.getvalue().index(b"b.ndjson")]
+    (folder / "all.tar.gz").write_bytes(gzip.compress(cut_off) if packed else cut_off)
+    with pytest.raises(DataError, match=r"all\.tar\.gz: archive is cut off .*the end of the archive is missing"):
+        import_fhir(folder, tmp_path / "out", name="x", quarantine=quarantine)
+
+
 def test_a_medication_that_is_nowhere_is_refused(tmp_path: Path) -> None:
     for reference in ("Medication/none", "#none"):
         drug = {"resourceType": "MedicationRequest", "id": "m", "subject": {"reference": "Patient/1"}, "authoredOn": T}
@@ -144,12 +216,12 @@ def test_a_file_that_is_cut_off_is_refused_and_never_set_aside(tmp_path: Path, c
     folder.mkdir()
     (folder / "a.ndjson.gz").write_bytes(whole[: int(len(whole) * cut_at)])
     (folder / "b.ndjson").write_bytes(rows_of(changed(id="other")))
-    with pytest.raises(DataError, match=r"a\.ndjson\.gz: .*file is cut off or damaged.*Copy or export the file again"):
-        import_fhir(folder, tmp_path / "out", name="x")
-    with pytest.raises(
-        DataError, match=r"a\.ndjson\.gz: file is cut off or damaged\. How many resources are lost can't"
-    ):
-        import_fhir(folder, tmp_path / "out", name="x", quarantine=True)
+    message = (
+        r"a\.ndjson\.gz: file is cut off or damaged .*How many resources are lost can't.*Copy or export the file again"
+    )
+    for quarantine in (False, True):
+        with pytest.raises(DataError, match=message):
+            import_fhir(folder, tmp_path / "out", name="x", quarantine=quarantine)
     assert not (tmp_path / "out").exists()
 
 
@@ -189,13 +261,13 @@ def test_sources_without_fhir_are_refused(tmp_path: Path) -> None:
         import_fhir(tmp_path / "none", tmp_path / "out", name="x")
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "readme.txt").write_text("hello")
-    with pytest.raises(DataError, match="no FHIR files among 1 files"):
+    with pytest.raises(DataError, match=r"no FHIR files among 1 file\."):
         import_fhir(tmp_path / "in", tmp_path / "out", name="x")
     (tmp_path / "in" / "empty.ndjson").touch()
     with pytest.raises(DataError, match="no event is left"):
         import_fhir(tmp_path / "in", tmp_path / "out", name="x")
     (tmp_path / "in" / "broken.json").write_text('{"resourceType": "Bundle", "entry": [')
-    with pytest.raises(DataError, match=r"broken\.json: Bundle, row 1: not JSON"):
+    with pytest.raises(DataError, match=r"broken\.json: not JSON .*Export the file again"):
         import_fhir(tmp_path / "in", tmp_path / "out", name="x")
 
 

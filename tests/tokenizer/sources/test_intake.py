@@ -20,6 +20,7 @@ from tokenizer.sources.intake import EVENTS, Flow, intake
 from tokenizer.sources.quarantine import Quarantine, read_quarantine
 from tokenizer.sources.spill import Spill, spill_folder
 from tokenizer.sources.subjects import SubjectIds
+from tokenizer.spelling import fit
 
 ROW = st.tuples(
     st.one_of(st.integers(0, 30), st.integers(0, 2**63 - 1)),
@@ -130,6 +131,18 @@ def take(out, steps, **options):
         for name, *arguments in steps:
             getattr(collected, name)(*arguments)
     return collected.flow
+
+
+def test_every_source_writes_codes_by_one_rule_and_says_so(tmp_path):
+    codes = ["LAB//a\nb", "*", "RACE//*", "x" * 100_000, "LAB//fine"]
+    events = pl.DataFrame({"subject_id": [1] * 5, "time": [None] * 5, "code": codes})
+    with intake(tmp_path / "out", "s", name="x") as collected:
+        collected.rows("t", 5)
+        collected.add("t", events)
+    written = MedsDataset.open(tmp_path / "out").read("data/0000.parquet")["code"].to_list()
+    assert sorted(written) == sorted(map(fit, codes))
+    (note,) = collected.flow.notes
+    assert note.startswith("t: 4 events have codes with control characters, of more than 200 characters or with *")
 
 
 def test_sums_that_do_not_add_up_are_refused(tmp_path):

@@ -1,11 +1,13 @@
 """What OMOP's tables mean: codes, values, visits, people; and the counts of data that others have counted."""
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.data import DATA
@@ -14,6 +16,7 @@ from tokenizer.errors import ConfigError, DataError
 from tokenizer.events import MedsDataset
 from tokenizer.sources.intake import Flow
 from tokenizer.sources.omop import import_omop
+from tokenizer.sources.repeats import Repeats
 
 
 def bring(tables: cdm.Tables, path: Path, **options: object) -> Flow:
@@ -39,6 +42,83 @@ def test_every_kind_of_record_becomes_the_events_it_should(ram_path: Path) -> No
     balanced(flow)
 
 
+def test_numbers_that_stand_twice_are_counted_and_their_rows_kept(ram_path: Path) -> None:
+    """GiBleed's 4,384 drug exposures with the number of another one are different records."""
+    rows = [cdm.measurement(1, measurement_id=n) for n in (5, 7, 5, "5.0", None, None, "x")]
+    visits = [
+        {"visit_occurrence_id": 3, "person_id": 1, "visit_concept_id": 9201, "visit_start_date": f"2020-01-0{n}"}
+        for n in (1, 2)
+    ]
+    people: list[cdm.Row] = [cdm.person(1)]
+    flow = bring({"person": people, "measurement": rows, "visit_occurrence": visits}, ram_path)
+    assert flow.events["measurement"] == len(rows)
+    notes = " ".join(flow.notes)
+    assert "measurement: 2 rows have the measurement_id of an earlier row" in notes
+    assert "visit_occurrence: 1 row has the visit_occurrence_id of an earlier row" in notes
+
+
+@given(st.lists(st.lists(st.integers(-3, 30) | st.sampled_from([-(2**63), 2**63 - 1]))), st.integers(1, 9))
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_repeats_are_counted_whatever_is_held_in_memory(ram_path: Path, pieces: list[list[int]], held: int) -> None:
+    repeats = Repeats(ram_path, held=held)
+    for piece in pieces:
+        repeats.add(np.array(piece, np.int64))
+    numbers = [number for piece in pieces for number in piece]
+    assert repeats.count() == len(numbers) - len(set(numbers))
+    assert not list(ram_path.iterdir())
+
+
+TIMES = {
+    "measurement_date": ("measurement", {"measurement_date": "1066-01-01"}, "time out of range"),
+    "measurement_datetime": (
+        "measurement",
+        {"measurement_date": "2020-01-01", "measurement_datetime": "9999-12-31 00:00:00"},
+        "time out of range",
+    ),
+    "death_datetime": ("death", {"death_datetime": None}, "no time"),
+    "visit_end_date": (
+        "visit_occurrence",
+        {"visit_start_date": "2020-01-02", "visit_end_date": "2020-01-01"},
+        "ends before it starts",
+    ),
+    "visit_end_datetime": (
+        "visit_occurrence",
+        {"visit_start_date": "2020-01-02", "visit_end_datetime": "2020-01-01 00:00:00"},
+        "ends before it starts",
+    ),
+    "birth_datetime": ("person", {"birth_datetime": "1066-01-01", "year_of_birth": None}, "time out of range"),
+    "year_of_birth": ("person", {"year_of_birth": 1066}, "time out of range"),
+    "month_of_birth": ("person", {"month_of_birth": 13}, "not a date"),
+}
+
+
+@pytest.mark.parametrize("column", TIMES)
+def test_the_column_is_named_that_the_time_is_from(column: str, ram_path: Path) -> None:
+    table, cells, reason = TIMES[column]
+    fixed = {"measurement": {"measurement_concept_id": 5}, "visit_occurrence": {"visit_occurrence_id": 1}}
+    good: dict[str, object] = {**cells, "death_datetime": "2020-01-01"} if table == "death" else {}
+    rows: list[cdm.Row] = [cdm.person(2, **cells)] if table == "person" else []
+    if table == "visit_occurrence":
+        cells = {**cells, "visit_concept_id": 9201}
+    tables: cdm.Tables = {"person": [cdm.person(1), cdm.person(3), *rows]}
+    if table != "person":
+        own = {"person_id": 1, **fixed.get(table, {})}
+        tables[table] = [own | cells, *([{**own, "person_id": 3} | good] if good else [])]
+    with pytest.raises(DataError, match=rf"{table}, row \d, {column}: {reason}"):
+        bring(tables, ram_path)
+
+
+@pytest.mark.parametrize("form", [cdm.write_csv, cdm.write_parquet])
+def test_a_nul_in_a_code_is_a_bad_row(form: Callable[[cdm.Tables, Path], Path], ram_path: Path) -> None:
+    rows = [cdm.condition(1, condition_concept_id=0, condition_source_value=text) for text in ("A\0B", "AB")]
+    folder = form({"person": [cdm.person(1)], "condition_occurrence": rows}, ram_path / "cdm")
+    with pytest.raises(DataError, match=r"condition_occurrence, row [12], condition_source_value: a NUL character"):
+        import_omop(folder, ram_path / "out", name="x")
+    flow = import_omop(folder, ram_path / "out", name="x", quarantine=True)
+    assert flow.quarantined == {"condition_occurrence": {"a NUL character": 1}}
+    assert "CONDITION//AB" in cdm.codes(ram_path / "out")
+
+
 def test_what_is_imported_is_a_meds_dataset(ram_path: Path) -> None:
     flow = bring(cdm.hospital(), ram_path)
     dataset = MedsDataset.open(ram_path / "out")
@@ -50,9 +130,9 @@ def test_what_is_imported_is_a_meds_dataset(ram_path: Path) -> None:
 def test_notes_say_what_was_not_read_and_what_could_not_be_told(ram_path: Path) -> None:
     notes = " ".join(bring(cdm.hospital(), ram_path).notes)
     assert "condition_era, note (free text)" in notes
-    assert "condition_occurrence: 1 rows have a concept that the concept table lacks" in notes
-    assert "condition_occurrence: 1 rows have neither a concept nor a code" in notes
-    assert "1 visits have no end" in notes
+    assert "condition_occurrence: 1 row with a concept that the concept table lacks" in notes
+    assert "condition_occurrence: 1 row with neither a concept nor a code" in notes
+    assert "1 visit has no end" in notes
 
 
 def test_source_codes_come_first_where_the_site_wants_them(ram_path: Path) -> None:

@@ -157,6 +157,17 @@ def sqlite(file: Path, tables: cdm.Tables) -> str:
     return f"sqlite:///{file}"
 
 
+def test_a_view_of_a_table_that_is_gone_is_named(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "cdm.db") as connection:
+        connection.executescript(
+            "CREATE TABLE person (person_id, year_of_birth); INSERT INTO person VALUES (1, 1950);"
+            "CREATE VIEW condition_occurrence AS SELECT * FROM gone"
+        )
+    connection.close()
+    with pytest.raises(DataError, match=r"condition_occurrence: no such table: main\.gone"):
+        import_omop(f"sqlite:///{tmp_path}/cdm.db", tmp_path / "out", name="x", quarantine=True)
+
+
 def test_sqlite_gives_what_files_give(ram_path: Path) -> None:
     url = sqlite(ram_path / "hospital #1 %.db", cdm.hospital())
     import_omop(url, ram_path / "out", name="test")

@@ -1,5 +1,6 @@
 """One door for all kinds of records; and MEDS that has to be written anew."""
 
+import dataclasses
 import datetime as dt
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import polars as pl
 import pytest
 
 from tests.tokenizer.hospital import frame, stays
+from tests.tokenizer.sources.site import TABLE
 from tokenizer.errors import ConfigError, DataError
 from tokenizer.events import MedsDataset, canonical_order, write_meds
 from tokenizer.progress import Step
@@ -72,6 +74,74 @@ def test_bad_rows_of_meds_are_named_or_set_aside(tmp_path):
     assert everything(dataset).equals(canonical_order(good))
     aside = pl.read_csv(tmp_path / "out" / "quarantine.csv")
     assert aside["row"].to_list() == [len(good) + n for n in range(4)]
+
+
+def test_a_subject_beyond_64_bits_is_named_or_set_aside(tmp_path):
+    good = stays(range(3))
+    file = tmp_path / "meds" / "data" / "0.parquet"
+    file.parent.mkdir(parents=True)
+    large = pl.lit(2**64 - 1, pl.UInt64)
+    odd = good[:1].with_columns(subject_id=large)
+    pl.concat([good.with_columns(pl.col("subject_id").cast(pl.UInt64)), odd]).write_parquet(file)
+    source = Source(str(tmp_path / "meds"))
+    with pytest.raises(
+        DataError, match=rf"row {len(good)} \(from 0\): subject_id .*18446744073709551615.*--quarantine"
+    ):
+        open_source(source, tmp_path / "out")
+    dataset, flow = open_source(dataclasses.replace(source, quarantine=True), tmp_path / "out")
+    assert flow is not None
+    assert flow.quarantined == {"data/0.parquet": {"subject_id beyond 64 bits with a sign": 1}}
+    assert everything(dataset).equals(canonical_order(good))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("meds", "data/1.parquet"),
+        ("omop", "death.csv"),
+        ("omop", "measurement/part-0.csv"),
+        ("fhir", "Patient.ndjson"),
+        ("tables", "labs.csv"),
+    ],
+)
+def test_a_link_that_leads_nowhere_is_no_missing_file(tmp_path, kind, name):
+    records = tmp_path / "in"
+    (records / name).parent.mkdir(parents=True)
+    (records / name).symlink_to(tmp_path / "gone")
+    (records / "person.csv").write_text("person_id,year_of_birth\n1,1950\n")
+    (records / "Encounter.ndjson").write_text("")
+    (tmp_path / "map.toml").write_text(TABLE.replace("labs.csv", "l*"))
+    mapping = tmp_path / "map.toml" if kind == "tables" else None
+    with pytest.raises(DataError, match=rf"{name}: .*(leads nowhere|No such file)"):
+        open_source(Source(str(records), kind, mapping=mapping), tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["meds", "omop", "fhir"])
+def test_a_link_to_a_folder_is_told_of(tmp_path, kind):
+    records, linked = tmp_path / "in", tmp_path / "elsewhere"
+    linked.mkdir()
+    write_meds(records, [("0", stays(range(3)))], name="x")
+    (records / "data" / "more").symlink_to(linked)
+    (records / "person.csv").write_text("person_id,year_of_birth\n1,1950\n")
+    (records / "metadata" / "dataset.json").rename(records / "dataset.txt")
+    (records / "Patient.ndjson").write_text('{"resourceType": "Patient", "id": "1", "birthDate": "1950"}')
+    if kind == "meds":
+        with pytest.raises(DataError, match="more: a link to a folder, which isn't followed"):
+            open_source(Source(str(records)), tmp_path / "out")
+        return
+    _, flow = open_source(Source(str(records), kind), tmp_path / "out")
+    assert flow is not None
+    assert any("more" in note and "a link to a folder, which isn't followed" in note for note in flow.notes)
+
+
+def test_units_of_any_type_are_read_as_text_whatever_the_file_is_called(tmp_path):
+    for name, unit in (("a[1]*", pl.lit(b"mg\xff")), ("b", pl.lit(["mg"])), ("c", pl.lit(5))):
+        file = tmp_path / "meds" / "data" / f"{name}.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        stays(range(ord(name[0]), ord(name[0]) + 1)).with_columns(unit=unit).write_parquet(file)
+    dataset = MedsDataset.open(tmp_path / "meds")
+    units = {piece.shard: dataset.read(piece, ("unit",))["unit"].unique().to_list() for piece in dataset.pieces}
+    assert units == {"data/a[1]*.parquet": ["mg\\xff"], "data/b.parquet": ["['mg']"], "data/c.parquet": ["5"]}
 
 
 def test_units_and_encounters_of_meds_are_kept(tmp_path):

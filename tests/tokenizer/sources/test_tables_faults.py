@@ -1,8 +1,10 @@
 """What is wrong in a site's tables is named with file, table, row and column, or set aside and counted."""
 
+import bz2
 import csv
 import gzip
 import io
+import lzma
 from datetime import datetime
 
 import polars as pl
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from tests.tokenizer.sources.site import TABLE, run, set_aside, write
 from tokenizer.errors import DataError
 from tokenizer.sources.tables import import_tables
+from tokenizer.spelling import fit
 
 GOOD = "id,time,test,value\n1,2020-01-01,K,4.0\n"
 
@@ -59,6 +62,66 @@ def test_a_bad_row_is_named_or_set_aside(tmp_path, line, column, reason, shown):
     assert balanced(flow)
     assert events.height == 1
     assert [row[:3] for row in set_aside(tmp_path)] == [(3, column, reason)]
+
+
+@pytest.mark.parametrize("quote", ['"', ""])
+@pytest.mark.parametrize("neighbour", ["2,2020-01-02,K,4\n", '2,2020-01-02,"K\n",4\n', "2,2020-01-02,K,four\n"])
+@pytest.mark.parametrize("size", [1 << 20, (1 << 20) + 1, 3 << 20])
+def test_a_text_of_more_than_a_million_characters_is_a_bad_row_whatever_is_near(tmp_path, quote, neighbour, size):
+    long = f"3,2020-01-03,{quote}{'x' * size}{quote},5\n"
+    flow, _ = run(tmp_path, {"labs.csv": GOOD + neighbour + long + GOOD.splitlines()[1] + "\n"}, quarantine=True)
+    reasons = dict(flow.quarantined.get("labs", {}))
+    assert reasons.pop("a text of more than a million characters", 0) == (size > 1 << 20)
+    assert reasons == ({"not a number": 1} if "four" in neighbour else {})
+    assert flow.rows["labs"] == 4
+    assert balanced(flow)
+
+
+@pytest.mark.parametrize(("ending", "pack"), [("bz2", bz2.compress), ("xz", lzma.compress)])
+def test_packed_streams_are_read_to_the_last(tmp_path, ending, pack):
+    """Python's own readers take a damaged second stream for the end of the file."""
+    name, rows = f"labs.csv.{ending}", GOOD.splitlines(keepends=True)[1] * 30_000
+    mapping = TABLE.replace("labs.csv", name)
+    two = pack(GOOD.encode()) + pack(rows.encode())
+    flow, _ = run(tmp_path, {name: two + bytes(8)}, mapping=mapping)
+    assert flow.rows["labs"] == 30_001
+    first = len(pack(GOOD.encode()))
+    for broken in (two[: first + 5], two[:-5], two[:first] + b"x" + two[first + 1 :], two + b"junk", b""):
+        with pytest.raises(DataError, match=rf"{name}: damaged or cut off .*Copy or export the file again"):
+            run(tmp_path, {name: broken}, mapping=mapping, quarantine=True)
+
+
+def test_texts_of_parquet_have_to_be_texts(tmp_path):
+    mapping = TABLE.replace("labs.csv", "labs.parquet")
+
+    def packed(**more):
+        columns = {"id": [1, 2, 3], "time": ["2020-01-01"] * 3, "test": ["K", "a\0b", "L"], "value": [1.0] * 3}
+        out = io.BytesIO()
+        pl.DataFrame(columns | more).write_parquet(out)
+        return {"labs.parquet": out.getvalue()}
+
+    for kind in (pl.String, pl.Categorical):
+        content = packed(test=pl.Series(["K", "a\0b", "L"], dtype=kind))
+        with pytest.raises(DataError, match="labs, row 2: a NUL character"):
+            run(tmp_path, content, mapping=mapping)
+    flow, events = run(tmp_path, packed(test=[b"K", b"\xff", b"L\0"]), mapping=mapping, quarantine=True)
+    assert flow.quarantined == {"labs": {"not utf-8 text": 1, "a NUL character": 1}}
+    assert balanced(flow)
+    assert [row[:3] for row in set_aside(tmp_path)] == [(2, "", "not utf-8 text"), (3, "", "a NUL character")]
+    assert events["code"].to_list() == ["LAB//K"]
+    with pytest.raises(DataError, match=r"labs\.parquet: column value is of type List\(Float64\)"):
+        run(tmp_path, packed(value=[[1.0]] * 3), mapping=mapping, quarantine=True)
+    length = pl.Series([1, 2, 3]).cast(pl.Duration("us"))
+    with pytest.raises(DataError, match="labs, row 1, time: not a time"):
+        run(tmp_path, packed(time=length, test=["K"] * 3), mapping=mapping)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "told"), [("utf-32", 'encoding = "utf-32"'), ("utf-16-le", "the header has NUL characters")]
+)
+def test_other_encodings_are_known(tmp_path, encoding, told):
+    with pytest.raises(DataError, match=told):
+        run(tmp_path, {"labs.csv": GOOD.encode(encoding)})
 
 
 def test_a_missing_column_is_named_with_what_is_there(tmp_path):
@@ -233,7 +296,7 @@ def test_hostile_texts_pass_as_texts(tmp_path):
         [["id", "time", "test", "value"], *([1, "2020-01-01", text, n] for n, text in enumerate(HOSTILE))]
     )
     _, events = run(tmp_path, {"labs.csv": out.getvalue()})
-    assert events.sort("numeric_value")["code"].to_list() == [f"LAB//{text}" for text in HOSTILE]
+    assert events.sort("numeric_value")["code"].to_list() == [fit(f"LAB//{text}") for text in HOSTILE]
 
 
 def test_hostile_texts_are_harmless_in_the_quarantine_file(tmp_path):
