@@ -76,20 +76,27 @@ class Plan:
             raise ConfigError(f"audit: {'; '.join(wrong)}")
 
     def following(self, stated: Privacy | None) -> "Plan":
-        """The same with the privacy that a run's manifest states, unless this plan has some of its own.
+        """The same with the private steps that a run's manifest states, unless this plan has some of its own.
+
+        The manifest's epsilon is claimed too, unless another one is given, or another number of steps: then the
+        accountant tells what these cost.
 
         Raises:
             ConfigError: the run's noise is not that of private steps.
         """
-        if stated is None or self.private is not None or self.epsilon is not None:
+        if stated is None or self.private is not None:
             return self
         if stated.mechanism != "dp-sgd":
             raise ConfigError(
                 f"audit: the run's privacy is noise on updates ({stated.mechanism}), and only private steps can be "
                 "audited here; state those with --noise-multiplier and --sampling-rate to audit them"
             )
-        private = PrivateOptions(stated.clip, stated.noise_multiplier, stated.sampling_rate)
-        return replace(self, private=private, epsilon=stated.epsilon, delta=stated.delta, basis="the run's manifest")
+        mine = replace(self, private=PrivateOptions(stated.clip, stated.noise_multiplier, stated.sampling_rate))
+        if self.epsilon is not None:
+            return mine
+        if self.steps is not None:
+            return replace(mine, delta=stated.delta)
+        return replace(mine, epsilon=stated.epsilon, delta=stated.delta, basis="the run's manifest")
 
     def claim(self, steps: int) -> Claim | None:
         """What is claimed of so many steps; None if nothing is."""

@@ -8,7 +8,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from client.archive import Archive
-from federation.manifest import Privacy
+from federation import protection
+from federation.manifest import LocalWork, Privacy
 from model import checkpoint
 from model.decoder import Decoder, preset
 from model.private import PrivateOptions
@@ -79,9 +80,10 @@ class FinishedRun:
         training = self.study.training
         if training.local_steps is not None:
             return training.rounds * training.local_steps
-        passes = training.rounds * (training.local_epochs or 1.0)
         if recipe.private is not None:
-            return max(1, round(passes / recipe.private.sampling_rate))
+            local = LocalWork(epochs=training.local_epochs)
+            return training.rounds * protection.steps_of_round(local, recipe.private.sampling_rate)
+        passes = training.rounds * (training.local_epochs or 1.0)
         return max(1, round(passes * recipe.windows(split, self.codebook).steps(0)))
 
 

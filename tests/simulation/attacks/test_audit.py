@@ -151,15 +151,42 @@ def test_a_claim_follows_from_the_steps_that_run() -> None:
 
 def test_what_the_runs_manifest_claims_is_audited(run: FinishedRun) -> None:
     stated = Privacy("dp-sgd", epsilon=3.0, delta=1e-6, clip=0.5, noise_multiplier=1.5, sampling_rate=0.2)
-    asked = plan(private=None).following(stated)
+    asked = plan(private=None, steps=None).following(stated)
     assert asked.private == PrivateOptions(clip=0.5, noise_multiplier=1.5, sampling_rate=0.2)
     assert asked.claim(50) == Claim(3.0, 1e-6, "the run's manifest")
+    # Another number of steps costs something else; another claim is held against the run's own private steps.
+    longer = plan(private=None, steps=60).following(stated).claim(60)
+    assert longer is not None
+    assert longer.basis.startswith("accountant: 60 steps")
+    doubted = plan(private=None, epsilon=0.5, delta=1e-7).following(stated)
+    assert doubted.private == asked.private
+    assert doubted.claim(50) == Claim(0.5, 1e-7, "as given")
     # What is asked for by hand goes first.
     assert plan().following(stated) == plan()
     assert plan(private=None).following(None) == plan(private=None)
     assert run.privacy is None
     with pytest.raises(ConfigError, match="noise on updates"):
         plan(private=None).following(replace(stated, mechanism="local"))
+
+
+def test_a_private_run_is_audited_with_its_own_steps_and_claim(tmp_path: Path) -> None:
+    sites = [tiny.site(tmp_path, f"site-{n}", n + 1, 60) for n in range(2)]
+    privacy = {"sampling_rate": 0.3, "epsilon": 6.0, "delta": 1e-6}
+    training = {"rounds": 2, "local_epochs": 0.8, "batch_tokens": 512}
+    study = studies.study(sites, arms=["federated"], privacy=privacy, training=training)
+    run_study(study, tmp_path / "study", workers=1)
+    private = open_run(tmp_path / "study")
+    assert private.privacy is not None
+    asked = plan(private=None, steps=None).following(private.privacy)
+    own = private.stores["site-0"].split("train")
+    recipe = private.recipe(own, private=asked.private, steps=None, seed=0, device="cpu")
+    # Rounds of 0.8 passes at a rate of 0.3 are 3 steps each, not 2.67.
+    steps = recipe.options.total_steps
+    assert steps == 6
+    claim, counted = asked.claim(steps), replace(asked, epsilon=None).claim(steps)
+    assert claim == Claim(6.0, 1e-6, "the run's manifest")
+    assert counted is not None
+    assert 5.9 < counted.epsilon <= 6.0
 
 
 def test_without_privacy_nothing_is_claimed_and_a_claim_is_refuted(run: FinishedRun) -> None:
