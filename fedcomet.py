@@ -38,6 +38,7 @@ app = typer.Typer(
 _SITE, _COORDINATOR, _RESEARCH = "For a site", "For a coordinator", "For a researcher"
 _SOURCE, _TOKENS, _TRAINING, _WORK = "Records", "Tokens", "Training", "Work"
 _WHOM, _FUTURES = "Whom and when", "Futures"
+_PRIVACY, _ATTACKS, _FINISHED = "Privacy that is claimed", "Attacks", "A finished model"
 _COUNTED = ("patient", "event", "token")
 
 site = typer.Typer(help="What a site does by itself.", no_args_is_help=True)
@@ -152,7 +153,8 @@ StateArgument = Annotated[Path, typer.Argument(help="The site's state folder.")]
 def main() -> None:
     """Run the command line; what a person can mend is told in one message, without a traceback.
 
-    Exit codes: 0 done, 1 it could not be done (the message says why), 2 wrong arguments, 130 interrupted.
+    Exit codes: 0 done, 1 it could not be done (the message says why), 2 wrong arguments, 3 an audit contradicts what is
+    claimed, 130 interrupted.
     """
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
@@ -809,6 +811,143 @@ def evaluate(
     if out is not None:
         write(out, answers)
         console.print(f"all predictions: {out}")
+
+
+@app.command("audit", rich_help_panel=_RESEARCH)
+def audit_by_attack(
+    run: Annotated[
+        Path | None, typer.Argument(help="A finished study's folder: its training is done again, with canaries.")
+    ] = None,
+    noise_multiplier: Annotated[
+        float | None,
+        typer.Option(
+            help="Make the training private: deviation of the noise in clips.",
+            show_default="what the run's manifest states",
+            rich_help_panel=_PRIVACY,
+        ),
+    ] = None,
+    sampling_rate: Annotated[
+        float | None, typer.Option(help="Chance of each patient to be in a private step.", rich_help_panel=_PRIVACY)
+    ] = None,
+    patient_clip: Annotated[
+        float, typer.Option(help="Largest norm of a patient's share of a private step.", rich_help_panel=_PRIVACY)
+    ] = 1.0,
+    epsilon: Annotated[
+        float | None,
+        typer.Option(
+            help="The epsilon that is claimed.",
+            show_default="what the noise and the steps cost",
+            rich_help_panel=_PRIVACY,
+        ),
+    ] = None,
+    delta: Annotated[float, typer.Option(help="The delta that is claimed.", rich_help_panel=_PRIVACY)] = 1e-5,
+    site: Annotated[
+        str | None,
+        typer.Option(
+            help="Whose training.", show_default="the site with the fewest patients", rich_help_panel=_TRAINING
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many.", show_default="as many as in the study", rich_help_panel=_TRAINING),
+    ] = None,
+    canaries: Annotated[
+        int, typer.Option(min=10, help="Made-up patients, each in by a coin.", rich_help_panel=_ATTACKS)
+    ] = 200,
+    confidence: Annotated[
+        float, typer.Option(help="Of the bound; a true claim raises the alarm no more often.", rich_help_panel=_ATTACKS)
+    ] = 0.95,
+    most: Annotated[
+        int, typer.Option(min=1, help="Patients of each kind whom slow attacks ask about.", rich_help_panel=_ATTACKS)
+    ] = 300,
+    model: Annotated[
+        Path | None, typer.Option(help="Instead of a study: a finished model's folder.", rich_help_panel=_FINISHED)
+    ] = None,
+    members: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --model: the token store whose train patients it learned from.", rich_help_panel=_FINISHED
+        ),
+    ] = None,
+    nonmembers: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --model: the token store whose held_out patients it didn't.",
+            show_default="that of --members",
+            rich_help_panel=_FINISHED,
+        ),
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --model: a model of other patients, which makes attacks sharper.", rich_help_panel=_FINISHED
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of coins and choices.", show_default="drawn anew", rich_help_panel=_ATTACKS)
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda.", rich_help_panel=_TRAINING)] = "cpu",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The HTML page to write, with its JSON beside it.", show_default="audit.html in the folder"),
+    ] = None,
+) -> None:
+    """Attack what was trained, and see whether a privacy claim holds.
+
+    Bounds epsilon from below by canaries, tells members from others, asks for rare courses, and reads updates with and
+    without secure aggregation. Exit code 3: the attacks contradict the claim. A bound from below never proves privacy.
+    """
+    from rich.console import Console
+
+    from model.private import PrivateOptions
+    from simulation.attacks.audit_plan import Plan
+    from simulation.attacks.audit_report import summary, write_audit
+
+    if (run is None) == (model is None):
+        raise typer.BadParameter("give either a study's folder or --model", param_hint="--model")
+    if (noise_multiplier is None) != (sampling_rate is None):
+        raise typer.BadParameter("--noise-multiplier and --sampling-rate go together", param_hint="--noise-multiplier")
+    private = None
+    if noise_multiplier is not None and sampling_rate is not None:
+        private = PrivateOptions(patient_clip, noise_multiplier, sampling_rate)
+    plan = Plan(
+        private=private,
+        epsilon=epsilon,
+        delta=delta,
+        confidence=confidence,
+        canaries=canaries,
+        most=most,
+        steps=steps,
+        site=site,
+        seed=seed,
+        device=device,
+    )
+    command = " ".join(["fedcomet", *sys.argv[1:]])
+    with _bars() as watch:
+        if run is not None:
+            from simulation.attacks.audit_run import audit_run
+            from simulation.attacks.finished_run import open_run
+
+            found = audit_run(open_run(run), plan, command=command, watch=watch)
+        else:
+            from simulation.attacks.audit_model import audit_model, open_subject
+
+            if members is None or epsilon is not None or private is not None:
+                raise typer.BadParameter(
+                    "--model needs --members, and no claim: only a run can be audited for that", param_hint="--members"
+                )
+            assert model is not None
+            found = audit_model(
+                open_subject(model, members, nonmembers or members, reference), plan, command=command, watch=watch
+            )
+    page = out or (run or Path()) / "audit.html"
+    write_audit(page, found)
+    console = Console()
+    for line in summary(found):
+        console.print(line, highlight=False)
+    console.print(f"report: [bold]{page}[/]")
+    if found.alarm:
+        raise typer.Exit(3)
 
 
 @model_app.command("show")

@@ -7,7 +7,7 @@ input gives equal bytes.
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,9 @@ _COLOURS = {"federated": "#040404", "pooled": "#050505", "ensemble": "#060606", 
 _VARIABLES = {_INK: "ink", _SOFT: "soft", _LINE: "line"} | {
     colour: f"arm-{kind}" for kind, colour in _COLOURS.items() if kind != "truth"
 }
+INKS = {
+    "ink": _INK, "soft": _SOFT, "line": _LINE, "first": _COLOURS["federated"], "second": _COLOURS["alone"]
+}  # fmt: skip
 _MARKERS = {"federated": "o", "pooled": "s", "ensemble": "D", "alone": "v", "truth": "*"}
 _WIDTHS = {"federated": 2.4, "pooled": 1.6, "ensemble": 1.6, "alone": 1.0, "truth": 1.4}
 _SIDE = 4.1
@@ -61,6 +64,27 @@ def training(curves: Sequence["Training"]) -> str:
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
         ends = "; ".join(f"{curve.arm} {min(curve.loss):.3f} in round {curve.best}" for curve in curves)
         return _svg(canvas, "training", f"Loss on tuning patients by round. Best: {ends}.")
+
+
+def picture(
+    name: str, described: str, width: float, height: float, draw: Callable[[Axes], None], grid: str = "both"
+) -> str:
+    """Draw a picture of another page in the same style.
+
+    Args:
+        name: goes into the ids of its parts; no other picture of the page may have it.
+        described: for who can't see it.
+        width, height: in inches.
+        draw: draws it, in the colours of `INKS`.
+        grid: lines along both axes, or `x`, or `y`.
+
+    Returns:
+        An `<svg>` element whose colours are the page's variables `ink`, `soft`, `line`, `arm-federated`, `arm-alone`.
+    """
+    with _style():
+        canvas, axes = _axes(width, height, grid)
+        draw(axes)
+        return _svg(canvas, name, described)
 
 
 def _forest(arms: Sequence["ArmResult"], name: str) -> str:

@@ -21,7 +21,7 @@ from model.train import TrainOptions
 from server.app import Outcome
 from server.plan import FederationPlan, PrivacyPlan
 from server.rounds import Event
-from simulation.config import Study
+from simulation.config import Study, Training
 from simulation.engine import roster_of, run_federation
 from simulation.pool import Pool
 from tokenizer.codebook import TokenizerOptions
@@ -174,6 +174,17 @@ def _pool_records(study: Study, sites: Sequence[SiteFiles], folder: Path) -> Pat
     return path
 
 
+def train_options(training: Training) -> TrainOptions:
+    """Translate a study's settings of the optimizer; how many steps there are, a run finds out."""
+    return TrainOptions(
+        optimizer=training.optimizer,
+        lr=training.learning_rate,
+        min_lr_ratio=training.min_learning_rate_ratio,
+        weight_decay=training.weight_decay,
+        clip=training.clip,
+    )
+
+
 def _plan(study: Study, name: str, **changes: object) -> FederationPlan:
     """Translate a study's settings for one arm."""
     train = study.training
@@ -197,13 +208,7 @@ def _plan(study: Study, name: str, **changes: object) -> FederationPlan:
         model=study.model.preset,
         context=study.model.context,
         dropout=study.model.dropout,
-        train=TrainOptions(
-            optimizer=train.optimizer,
-            lr=train.learning_rate,
-            min_lr_ratio=train.min_learning_rate_ratio,
-            weight_decay=train.weight_decay,
-            clip=train.clip,
-        ),
+        train=train_options(train),
         outer=outer,
         tokenizer=TokenizerOptions(**study.tokenizer.model_dump(), named=_asked_for(study)),
         seed=study.seed,

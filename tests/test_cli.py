@@ -30,6 +30,7 @@ COMMANDS = (
     "report",
     "rollout",
     "evaluate",
+    "audit",
     "model",
     "model show",
     "model export",
@@ -358,6 +359,23 @@ def test_what_is_wrong_is_said_without_a_traceback_and_with_exit_code_1(
     assert "codebook" in told
 
 
+def test_an_audit_that_contradicts_a_claim_has_exit_code_3(finished: Path, root: Path) -> None:
+    quick = ("--canaries", 60, "--steps", 150, "--most", 4, "--seed", 1, "--confidence", 0.9)
+    done = fedcomet("audit", finished, "--epsilon", 0.001, *quick, "--out", root / "audit.html")
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "The privacy claim does not hold" in done.stdout
+    assert 'class="alarm"' in (root / "audit.html").read_text()
+    assert json.loads((root / "audit.json").read_text())["claim"]["epsilon"] == 0.001
+
+
+def test_a_finished_model_is_audited_with_a_token_store(finished: Path, tokens: Path, root: Path) -> None:
+    model = finished / "model"
+    done = fedcomet("audit", "--model", model, "--members", tokens, "--most", 5, "--out", root / "model.html")
+    assert done.returncode == 0, done.stderr
+    assert "AUROC" in done.stdout
+    assert "finished model" in (root / "model.html").read_text()
+
+
 def test_tokenize_replaces_nothing_that_it_did_not_write(tmp_path: Path) -> None:
     site = tiny.site(tmp_path, "here", seed=1)
     out = tmp_path / "out"
@@ -420,6 +438,10 @@ def test_wrong_arguments_have_exit_code_2(finished: Path, tokens: Path, root: Pa
         ("rollout", finished / "model", tokens, "--subject", 1, "--split", "train"),
         ("rollout", finished / "model", tokens, "--split", "train"),
         ("rollout", finished / "model", tokens, "--subject", 1, "--top-p", "0.5"),
+        ("audit",),
+        ("audit", finished, "--model", finished / "model"),
+        ("audit", finished, "--noise-multiplier", 1),
+        ("audit", "--model", finished / "model"),
     ):
         assert fedcomet(*arguments).returncode == 2
 

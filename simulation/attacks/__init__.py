@@ -1,0 +1,1 @@
+"""Attacks on what a run trained, and what they prove about its privacy."""
