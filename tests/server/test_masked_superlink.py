@@ -123,8 +123,8 @@ def test_a_killed_site_does_not_stop_the_sum_and_no_site_s_work_is_at_the_coordi
         min_sites=3,
         expect_sites=4,
         join_s=300.0,
-        deadline_s=150.0,
-        stage_deadline_s=30.0,
+        deadline_s=300.0,
+        stage_deadline_s=90.0,
         secure_aggregation=SecureAggregation(3, masking, roster_of(files)),
     )
     run_dir = tmp_path / "runs/first"
