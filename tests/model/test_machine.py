@@ -109,6 +109,8 @@ def test_where_the_compiler_fails_the_model_runs_without(
 
 
 @pytest.mark.slow
+# What torch's compiler imports uses what torch has deprecated.
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_compiled_blocks_train_to_the_same_weights() -> None:
     """Of several lengths, one compiled block."""
     plain, expected = trained(PLAIN)
@@ -168,3 +170,25 @@ def test_the_probe_compares_products_of_the_shapes_that_are_asked_about() -> Non
 def test_options_that_make_no_sense_are_refused(change: dict, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         Machine(**change)
+
+
+@pytest.mark.slow
+# The compiler walks over parts of torch that warn.
+@pytest.mark.filterwarnings("ignore")
+def test_batches_of_other_lengths_are_not_compiled_anew() -> None:
+    """Attention, which follows a batch's lengths, stays outside of what is compiled."""
+    from torch._dynamo.utils import counters
+
+    rng = np.random.default_rng(0)
+    decoder = Decoder.create(CONFIG, seed=1)
+    for block in decoder.layers:
+        block.compile(dynamic=True, backend="aot_eager")
+    graphs = []
+    for _ in range(10):
+        lengths = rng.integers(2, 60, rng.integers(1, 9))
+        tokens = torch.from_numpy(rng.integers(3, CONFIG.vocab, lengths.sum()))
+        hidden = decoder(tokens, torch.from_numpy(lengths))
+        torch.testing.assert_close(hidden, Decoder.create(CONFIG, seed=1)(tokens, torch.from_numpy(lengths)))
+        hidden.sum().backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[-1] == graphs[0]
