@@ -15,6 +15,7 @@ K head width.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -179,9 +180,14 @@ def _turn(x_NHK: Tensor, cos_N1k: Tensor, sin_N1k: Tensor) -> Tensor:
     return out.to(x_NHK.dtype)
 
 
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
 def has_kernels(x: Tensor) -> bool:
     """Whether kernels in Triton run where `x` is."""
-    return x.is_cuda and find_spec("triton") is not None
+    return x.is_cuda and _has_triton()
 
 
 def rotate(x_NHK: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ V vocabulary. `x_ND` is float [N, D].
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -37,13 +37,7 @@ _INIT_STD = 0.02
 ALIGNED = 64
 
 # (layer, q_NHK, k_NGK, v_NGK) -> [N, H, K]: how queries meet keys, of this batch or of a cache.
-_F = TypeVar("_F", bound=Callable[..., Any])
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-
-
-def _opaque(function: _F) -> _F:
-    """Hide a function from torch.compile."""
-    return cast("_F", torch.compiler.disable(function))
 
 
 @dataclass(frozen=True)
@@ -286,7 +280,6 @@ class Dropout:
     rows: int
     first: int = 0
 
-    @_opaque
     def scale(self, x_ND: Tensor, rate: float, place: int) -> Tensor:
         """What to multiply by: 0 at a share `rate` of the numbers, 1 / (1 - rate) at the others; like `x_ND`."""
         # An odd factor keeps places apart; the whole mask is drawn, so that a row's share doesn't depend on the cut.
@@ -305,9 +298,6 @@ class _Walk:
     rate: float
     dropout: Dropout | None
 
-    # The compiler sees no further: what is inside follows from the lengths of a batch, and each new plan would be
-    # compiled anew, until it gave up.
-    @_opaque
     def meet(self, layer: int, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
         return self.attend(layer, q_NHK, k_NGK, v_NGK)
 
@@ -315,6 +305,18 @@ class _Walk:
         if self.dropout is None or self.rate == 0.0:
             return x_ND
         return x_ND * self.dropout.scale(x_ND, self.rate, place)
+
+
+def hide_from_compiler() -> None:
+    """Let torch.compile see neither attention nor dropout.
+
+    What is inside of them follows from the lengths of a batch; each new plan would be compiled anew, until the compiler
+    gave up. Called where something is compiled, not when this is imported: the compiler takes seconds to load.
+    """
+    for owner, name in ((_Walk, "meet"), (Dropout, "scale")):
+        function = getattr(owner, name)
+        if not hasattr(function, "_torchdynamo_disable"):
+            setattr(owner, name, torch.compiler.disable(function))
 
 
 class RMSNorm(nn.Module):

@@ -95,6 +95,7 @@ class Pool:
             self._window_table[slot, : len(pages)] = pages
             self._window_length[slot] = len(task.window)
             self._rows_of_window[slot] = len(task.rows)
+        self._on_device.windows(self._window_length, self._window_table)
         table = torch.from_numpy(self._window_table[slots]).to(self._device)
 
         def store(layer: int, window: Tensor, position: Tensor, *kv: Tensor) -> None:
@@ -122,7 +123,7 @@ class Pool:
         """Run each row's newest token (int64 [B]) through the decoder: float32 [B, D], until the next call."""
         size, numbers = _graph_size(len(tokens), self._most), self._on_device
         if self._moved:
-            self._tiles = numbers.place(self._window, self._table, self._window_length, self._window_table)
+            self._tiles = numbers.place(self._window, self._table)
             self._moved = False
         numbers.next(tokens, self.positions(), self._own)
         programs = self._tiles * self._config.kv_heads
@@ -240,23 +241,28 @@ class _Numbers:
         host[:, : len(tokens)] = tokens, positions, own_tokens
         self._steps.send()
 
-    def place(self, window: np.ndarray, table: np.ndarray, lengths: np.ndarray, window_table: np.ndarray) -> int:
-        """Bring the tables to the device and sort the rows into tiles; gives the number of tiles."""
+    def windows(self, lengths: np.ndarray, table: np.ndarray) -> None:
+        """Bring the windows' lengths and pages to the device; no row meets a window that is gone."""
+        self._lengths.host[:] = lengths
+        self._windows.host[:] = table
+        self._lengths.send()
+        self._windows.send()
+
+    def place(self, window: np.ndarray, table: np.ndarray) -> int:
+        """Bring the rows' pages to the device and sort the rows into tiles; gives the number of tiles."""
         order = np.argsort(window, kind="stable")
         slots, counts = np.unique(window, return_counts=True)
         rank = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
         tiles_each = -(-counts // self._tile_rows)
         first_tile = np.cumsum(tiles_each) - tiles_each
         tile = np.repeat(first_tile, counts) + rank // self._tile_rows
-        self._members.host[:] = _NOWHERE
-        self._members.host[tile, rank % self._tile_rows] = order
         count = int(tiles_each.sum())
+        self._members.host[:count] = _NOWHERE
+        self._members.host[tile, rank % self._tile_rows] = order
         self._tile_window.host[:count] = np.repeat(slots, tiles_each)
         self._count.host[0] = count
         self._rows.host[: len(table)] = table
-        self._windows.host[:] = window_table
-        self._lengths.host[:] = lengths
-        for mirror in (self._members, self._tile_window, self._count, self._rows, self._windows, self._lengths):
+        for mirror in (self._members, self._tile_window, self._count, self._rows):
             mirror.send()
         return count
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from model import parallel
-from model.decoder import Decoder, Dropout
+from model.decoder import Decoder, Dropout, hide_from_compiler
 from model.machine import Machine, Precision, choose_precision
 from model.muon import Muon
 from model.parallel import ALONE, Team, shares
@@ -335,14 +335,15 @@ class _Loss(nn.Module):
             return self.decoder.nll(hidden, targets)[0]
 
 
-def compile_blocks_(decoder: Decoder, precision: Precision) -> None:
+def compile_blocks_(decoder: Decoder, precision: Precision, backend: str = "inductor") -> None:
     """Run the decoder's blocks through torch.compile; where that fails they stay as they are, and the log says why.
 
     All lengths share one compiled block, and torch's own limit bounds how often it is compiled again. The
     first compilation happens here, on a few tokens, not in the middle of a round.
     """
+    hide_from_compiler()
     for block in decoder.layers:
-        block.compile(dynamic=True)
+        block.compile(dynamic=True, backend=backend)
     device = decoder.embed_tokens.weight.device
     begin = time.monotonic()
     try:

@@ -1,5 +1,8 @@
 """The decoder: against a slow reference, by count, and by its isolation of patients."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -251,3 +254,15 @@ def test_lengths_that_do_not_fit_are_refused(lengths: list[int]) -> None:
         shaken(SMALL)(
             torch.zeros(min(sum(lengths), 200) - (len(lengths) > 1), dtype=torch.int64), torch.tensor(lengths)
         )
+
+
+def test_training_does_not_load_the_compiler() -> None:
+    """It takes seconds to import, which every worker and every command would pay."""
+    script = (
+        "import sys, torch\n"
+        "from model.decoder import Decoder, preset\n"
+        "from model.train import Trainer\n"
+        "Decoder.create(preset('0.3m', 50), 0)(torch.arange(9), torch.tensor([9])).sum().backward()\n"
+        "sys.exit('torch._dynamo' in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -11,7 +11,7 @@ from model import machine as machine_module
 from model.decoder import Decoder, DecoderConfig
 from model.machine import Machine, choose_precision, measured_precision
 from model.parallel import Team, shares
-from model.train import StepResult, Trainer, TrainOptions
+from model.train import StepResult, Trainer, TrainOptions, compile_blocks_
 from tests.model.test_train import CONFIG, OPTIONS, counting_batch, same_weights
 from tokenizer.errors import ConfigError
 
@@ -181,8 +181,7 @@ def test_batches_of_other_lengths_are_not_compiled_anew() -> None:
 
     rng = np.random.default_rng(0)
     decoder = Decoder.create(CONFIG, seed=1)
-    for block in decoder.layers:
-        block.compile(dynamic=True, backend="aot_eager")
+    compile_blocks_(decoder, "fp32", backend="aot_eager")
     graphs = []
     for _ in range(10):
         lengths = rng.integers(2, 60, rng.integers(1, 9))
