@@ -615,6 +615,53 @@ def show_budget(
         console.print(f"a patient of all of them: epsilon {together.all_sites:.3f}")
 
 
+@privacy.command("free")
+def free_reservations(
+    run: Annotated[
+        str,
+        typer.Argument(
+            help="The beginning of the hash of a run that is abandoned; none shows what all runs have reserved.",
+            show_default=False,
+        ),
+    ] = "",
+    state: Annotated[Path | None, typer.Option(help="The site's state folder.", show_default="here")] = None,
+    database: Annotated[str | None, typer.Option(help="Or the SQLAlchemy URL of the site's budget.")] = None,
+    delta: Annotated[float, typer.Option(help="The delta at which epsilon is told.")] = 1e-6,
+    yes: Annotated[bool, typer.Option("--yes", help="Free it; without, it is only shown.")] = False,
+) -> None:
+    """Give back what an abandoned run has reserved of a site's privacy budget and never charged.
+
+    Shows it first. What is freed has its key destroyed: the site refuses these rounds from then on, as no noise can be
+    drawn for them any more. The ledger keeps a record of it. What was charged stays spent.
+    """
+    from rich.console import Console
+
+    from client.budget import FILE, Budget
+    from client.budget_report import reservations, table_of_reservations
+    from tokenizer.errors import ConfigError
+
+    if yes and not run:
+        raise typer.BadParameter("name the run whose reservations are freed", param_hint="RUN")
+    if state is not None and database is not None:
+        raise typer.BadParameter("give the state folder or the database, not both", param_hint="--database")
+    console = Console()
+    with Budget.open(database or (state or Path()) / FILE, begin=False) as budget:
+        found = reservations(budget.charges(), run)
+        if not found:
+            console.print("nothing is reserved that was not charged")
+            return
+        if run and len({each.release.run for each in found}) > 1:
+            raise ConfigError(f"{run!r} begins the hashes of several runs; write more of the one that is meant.")
+        console.print(table_of_reservations(found, delta))
+        if not yes:
+            console.print("nothing was freed; --yes with a RUN frees it for good", highlight=False)
+            return
+        before = budget.spent(delta)
+        freed = budget.free([each.release for each in found])
+        after = budget.spent(delta)
+    console.print(f"{len(freed)} freed; spent or reserved: epsilon {after:.3f} at delta {delta:g}, before {before:.3f}")
+
+
 @app.command(rich_help_panel=_RESEARCH)
 def simulate(
     study: Annotated[Path, typer.Argument(help="A study file (TOML), such as those in examples/.")],

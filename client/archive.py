@@ -210,6 +210,11 @@ class RunArchive:
         (self.path / _SNAPSHOT).unlink(missing_ok=True)
         self._sweep(number - _KEPT_ROUNDS)
 
+    def forget(self, number: int) -> None:
+        """Drop a round's answer, and the optimizer's state after it."""
+        for folder in ("rounds", "optimizer"):
+            (self.path / folder / f"{number:04d}.safetensors").unlink(missing_ok=True)
+
     def held(self, purpose: str) -> bytes | None:
         """Give what the site holds of the last masked sum for a purpose."""
         path = self._held(purpose)

@@ -1,13 +1,17 @@
 """A site's privacy budget: every private release is written down before it leaves, and none leaves twice.
 
     reserved ──charge──▶ charged ──released──▶ released
-        └──cancel──▶ (free again)
+        ├──cancel──▶ (free again)
+        └──free────▶ freed
 
 1. `reserve` checks the limit, notes what is planned and draws the key from which all noise of the release follows.
    A process that is killed from here on does the same work with the same noise again.
 2. `charge` notes what really ran and the sha256 of the answer, and forgets the key. Only now may the answer leave; of
    two answers to one question the first that was charged is the only one that ever does.
 3. `released` notes that the answer was handed over.
+
+`cancel` is for rounds that a run is past. `free` is a person's word that a run is abandoned: the key is forgotten, the
+cost is given back, and because nothing can be drawn with that key any more, the release is refused for good.
 
 Reserved releases count as spent, so what two processes plan at the same time can't exceed the limit together. Every
 method is one transaction that is on the disk when it returns. SQLite keeps one file with a rollback journal and
@@ -21,7 +25,7 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -55,11 +59,17 @@ class BudgetExhausted(SiteRefusal):
 
 
 class State(StrEnum):
-    """How far a release is; from `CHARGED` on it may have left."""
+    """How far a release is; `CHARGED` and `RELEASED` ones may have left, `FREED` ones never do."""
 
     RESERVED = "reserved"
     CHARGED = "charged"
     RELEASED = "released"
+    FREED = "freed"
+
+    @property
+    def spent(self) -> bool:
+        """Whether an answer may have left, and its cost stays."""
+        return self in (State.CHARGED, State.RELEASED)
 
 
 @dataclass(frozen=True)
@@ -201,7 +211,7 @@ class Budget:
 
         Raises:
             BudgetExhausted: It would exceed the limit.
-            SiteRefusal: Another request was charged under this run, round and purpose.
+            SiteRefusal: Another request was charged under this run, round and purpose, or it was freed.
         """
         with self._transaction() as session:
             row = session.get(_Row, (release.run, release.round, release.purpose))
@@ -210,7 +220,7 @@ class Budget:
                 row.request, row.sha256, row.answer, row.reserved_at = "", "", None, time.time()
                 session.add(row)
             elif row.state != State.RESERVED:
-                return _charge_of(_same(row, release))
+                return _charge_of(_same(_not_freed(row, release), release))
             if (
                 row.request != release.request
             ):  # nothing has left; whoever works on the old one can't charge it any more
@@ -251,7 +261,7 @@ class Budget:
         """Note that a charged answer was handed over."""
         with self._transaction() as session:
             row = _find(session, release)
-            if row is None or row.state == State.RESERVED:
+            if row is None or not State(row.state).spent:
                 raise SiteRefusal(f"{release.name[0].upper()}{release.name[1:]} was not charged; it must not leave.")
             if row.state == State.CHARGED:
                 row.state, row.changed_at = State.RELEASED, time.time()
@@ -267,6 +277,25 @@ class Budget:
         same = (_Row.run == release.run, _Row.round < release.round, _Row.purpose == release.purpose)
         with self._transaction() as session:
             session.execute(delete(_Row).where(*same, _Row.state == State.RESERVED))
+
+    def free(self, releases: Sequence[Release]) -> list[Charge]:
+        """Give up reservations of an abandoned run: their keys are forgotten, and they are refused from now on.
+
+        All of them or, killed or refused, none.
+
+        Raises:
+            DataError: One is not reserved any more: it was charged, or given back, in the meantime.
+        """
+        with self._transaction() as session:
+            rows = [session.get(_Row, (each.run, each.round, each.purpose)) for each in releases]
+            for release, row in zip(releases, rows, strict=True):
+                if row is None or row.state != State.RESERVED or row.request != release.request:
+                    raise DataError(
+                        f"What is reserved for {release.name} has changed in the meantime, so nothing was freed. "
+                        "Look again."
+                    )
+                row.state, row.key, row.changed_at = State.FREED, b"", time.time()
+            return [_charge_of(row) for row in rows if row is not None]
 
     def find(self, run: str, number: int, purpose: Purpose) -> Charge | None:
         """Give what the ledger holds of a release."""
@@ -289,10 +318,9 @@ class Budget:
         return accountant.epsilon(self.mechanisms(), self.delta(delta))
 
     def mechanisms(self, but: str = "") -> list[Mechanism]:
-        """Give all mechanisms of all releases, but for those of one run."""
-        return [
-            each for charge in self.charges() if charge.release.run != but for each in charge.release.mechanisms.all
-        ]
+        """Give all mechanisms of all releases, but for those that were freed and those of one run."""
+        counted = [each for each in self.charges() if each.state != State.FREED and each.release.run != but]
+        return [each for charge in counted for each in charge.release.mechanisms.all]
 
     def delta(self, delta: float | None = None) -> float:
         """Give the delta at which figures are told: the one asked for, the limit's, or 1e-6."""
@@ -302,7 +330,7 @@ class Budget:
         if self.limit is None:
             return
         other = (_Row.run != release.run) | (_Row.round != release.round) | (_Row.purpose != release.purpose)
-        rows = session.scalars(select(_Row.mechanisms).where(other))
+        rows = session.scalars(select(_Row.mechanisms).where(other, _Row.state != State.FREED))
         before = [each for row in rows for each in _mechanisms(row).all]
         after = [*before, *release.mechanisms.all]
         limit = self.limit
@@ -332,7 +360,13 @@ class Budget:
 
 def _find(session: Session, release: Release) -> _Row | None:
     row = session.get(_Row, (release.run, release.round, release.purpose))
-    return None if row is None else _same(row, release)
+    return None if row is None else _same(_not_freed(row, release), release)
+
+
+def _not_freed(row: _Row, release: Release) -> _Row:
+    if row.state == State.FREED:
+        raise SiteRefusal(f"The site has given up {release.name}: its budget is free again, and it is never made.")
+    return row
 
 
 def _same(row: _Row, release: Release) -> _Row:

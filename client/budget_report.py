@@ -34,6 +34,7 @@ class Line:
     Attributes:
         rounds: How many releases.
         waiting: Of these, how many are reserved only.
+        freed: How many reservations were given up besides, and cost nothing.
         first, last: When they were charged, UTC, ISO 8601.
         mechanisms: What ran, in words.
         epsilon: Of these releases alone.
@@ -43,6 +44,7 @@ class Line:
     run: str
     rounds: int
     waiting: int
+    freed: int
     first: str
     last: str
     mechanisms: tuple[str, ...]
@@ -93,6 +95,29 @@ def of_sites(budgets: Sequence[Budget], delta: float | None = None) -> Across:
     return across([budget.mechanisms() for budget in budgets], budgets[0].delta(delta))
 
 
+def reservations(charges: Iterable[Charge], run: str = "") -> list[Charge]:
+    """Those of runs that are reserved and were never charged; of one run, by the beginning of its hash, or of all."""
+    return [
+        each
+        for each in charges
+        if each.state == State.RESERVED and each.release.purpose != "survey" and each.release.run.startswith(run)
+    ]
+
+
+def table_of_reservations(found: Sequence[Charge], delta: float) -> "RenderableType":
+    """What is reserved, since when, and what it would give back, for a terminal."""
+    from rich.table import Table
+
+    table = Table(title=f"Reserved and never charged; epsilon alone, at delta {delta:g}")
+    for name in ("what", "run", "round", "last asked for (UTC)"):
+        table.add_column(name)
+    table.add_column("epsilon", justify="right")
+    for charge in found:
+        release, cost = charge.release, epsilon(charge.release.mechanisms.all, delta)
+        table.add_row(release.purpose, release.run[:16], str(release.round), _when(charge.at)[:16], f"{cost:.3f}")
+    return table
+
+
 def describe(mechanism: Mechanism) -> str:
     """A mechanism in words.
 
@@ -122,7 +147,8 @@ def tables(found: BudgetReport) -> "list[RenderableType]":
         table.add_column(name)
     table.add_column("epsilon alone", justify="right")
     for line in found.lines:
-        waiting = f" ({line.waiting} reserved)" if line.waiting else ""
+        also = [f"{number} {how}" for number, how in ((line.waiting, "reserved"), (line.freed, "freed")) if number]
+        waiting = f" ({', '.join(also)})" if also else ""
         when = line.first[:16] if line.first[:16] == line.last[:16] else f"{line.first[:16]} to {line.last[:16]}"
         table.add_row(line.purpose, line.run[:16], f"{line.rounds}{waiting}", when, f"{line.epsilon:.3f}")
         for words in line.mechanisms:
@@ -147,8 +173,9 @@ def _line(charges: list[Charge], delta: float) -> Line:
     return Line(
         purpose=release.purpose,
         run=release.run,
-        rounds=len(charges),
+        rounds=sum(charge.state != State.FREED for charge in charges),
         waiting=sum(charge.state == State.RESERVED for charge in charges),
+        freed=sum(charge.state == State.FREED for charge in charges),
         first=_when(min(times)),
         last=_when(max(times)),
         mechanisms=tuple(describe(each) for each in merged(mechanisms)),
@@ -157,7 +184,8 @@ def _line(charges: list[Charge], delta: float) -> Line:
 
 
 def _mechanisms(charges: Iterable[Charge]) -> list[Mechanism]:
-    return [each for charge in charges for each in charge.release.mechanisms.all]
+    counted = (charge for charge in charges if charge.state != State.FREED)
+    return [each for charge in counted for each in charge.release.mechanisms.all]
 
 
 def _when(seconds: float) -> str:

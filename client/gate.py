@@ -17,7 +17,7 @@ from pathlib import Path
 
 from client.approval import Approvals, site_key
 from client.archive import Archive, RunArchive
-from client.budget import FILE, Budget, Purpose, State
+from client.budget import FILE, Budget, Purpose
 from client.outbound import Leaving, Outbound, content_of
 from client.policy import Broken, Policy, PolicyRefusal
 from federation import accountant, masking
@@ -273,7 +273,7 @@ class Gate:
         """Give the epsilon that was charged for a message, at its delta."""
         with self.budget() as budget:
             charge = budget.find(due.run, due.round, due.purpose)
-        if charge is None or charge.state == State.RESERVED or charge.sha256 != due.sha256:
+        if charge is None or not charge.state.spent or charge.sha256 != due.sha256:
             raise DataError(f"The privacy budget holds no charge for this {due.purpose}; it must not leave.")
         return accountant.epsilon(charge.release.mechanisms.all, due.delta)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from client import torchrun
 from client.approval import site_key
 from client.archive import Agreement, Archive, RunArchive
-from client.budget import Release, State
+from client.budget import Budget, Release, State
 from client.gate import Gate, digest_of_answer
 from client.local import LocalRound, Task, Work, agreement_of, choices_of, open_work
 from client.summing import Summing
@@ -242,6 +242,8 @@ class Site:
         release = Release(request.manifest_hash, request.round, "training", costs, request.digest)
         with self.gate.budget() as budget:
             charge = budget.reserve(release)
+            if known is None:
+                self._forget_uncharged(run, budget)
         if known is None:
             if charge.state != State.RESERVED:
                 raise SiteRefusal(f"{release.name} was answered already; its answer is no longer kept.")
@@ -257,6 +259,14 @@ class Site:
             budget.charge(ran, sha256=digest_of_answer(known))
             budget.cancel_before(ran)
         return known
+
+    @staticmethod
+    def _forget_uncharged(run: RunArchive, budget: Budget) -> None:
+        """Drop answers that were kept and never charged: a later round must not go on from what they did."""
+        for number in run.answered():
+            charge = budget.find(run.manifest().hash, number, "training")
+            if charge is None or not charge.state.spent:
+                run.forget(number)
 
     def _work(self, run: RunArchive, request: TrainRequest, machine: Machine, key: bytes = b"") -> TrainReply:
         """Do a round's work, and keep what it came to."""

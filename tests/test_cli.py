@@ -23,7 +23,16 @@ from tokenizer.events import write_meds
 REPOSITORY = Path(__file__).parents[1]
 HELP = Path(__file__).parent / "golden" / "help.txt"
 SITE = ("site", "site check", "site policy", "site approve", "site audit", "site key")
-COMMANDS = ("tokenize", *SITE, "privacy", "privacy plan", "privacy budget", "coordinator", "coordinator key")
+COMMANDS = (
+    "tokenize",
+    *SITE,
+    "privacy",
+    "privacy plan",
+    "privacy budget",
+    "privacy free",
+    "coordinator",
+    "coordinator key",
+)
 COMMANDS = (
     *COMMANDS,
     "simulate",
@@ -292,6 +301,32 @@ def test_a_budget_tells_what_was_spent_on_what_and_what_is_left(tmp_path: Path) 
     assert "There is no privacy budget at" in refused("privacy", "budget", "--state", tmp_path / "none")
 
 
+def test_what_an_abandoned_run_reserved_is_shown_and_then_freed(tmp_path: Path) -> None:
+    releases = [
+        Release("c" * 64, 1, "training", Mechanisms((Approximate(0.5),)), "request"),
+        Release("c" * 64, 2, "training", Mechanisms((Approximate(0.25),)), "request"),
+        Release("cd" * 32, 1, "training", Mechanisms((Approximate(0.125),)), "request"),
+        Release("survey", 0, "survey", Mechanisms((Approximate(0.5),)), "request"),
+    ]
+    with Budget.open(tmp_path / "budget.sqlite") as budget:
+        for release in releases:
+            budget.reserve(release)
+        budget.charge(releases[0], b"answer")
+    shown = fedcomet("privacy", "free", "--state", tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert [line for line in ("cccccccccccccccc", "cdcdcdcdcdcdcdcd") if line not in shown.stdout] == []
+    assert "nothing was freed" in shown.stdout
+    assert "several runs" in refused("privacy", "free", "c", "--state", tmp_path, "--yes")
+    assert "nothing was freed" in fedcomet("privacy", "free", "cc", "--state", tmp_path).stdout
+    done = fedcomet("privacy", "free", "cc", "--state", tmp_path, "--yes")
+    assert "1 freed; spent or reserved: epsilon 1.125 at delta 1e-06, before 1.375" in done.stdout, done.stderr
+    assert "nothing is reserved" in fedcomet("privacy", "free", "cc", "--state", tmp_path, "--yes").stdout
+    told = fedcomet("privacy", "budget", "--state", tmp_path, "--json")
+    lines = {line["run"]: line for line in json.loads(told.stdout)["sites"][0]["lines"]}
+    assert [lines["c" * 64][name] for name in ("rounds", "waiting", "freed")] == [1, 0, 1]
+    assert lines["cd" * 32]["waiting"] == 1
+
+
 def test_a_model_goes_out_and_comes_back(root: Path, finished: Path, tokens: Path) -> None:
     shown = fedcomet("model", "show", finished / "model")
     assert shown.returncode == 0, shown.stderr
@@ -430,6 +465,7 @@ def test_wrong_arguments_have_exit_code_2(finished: Path, tokens: Path, root: Pa
         ("simulate",),
         ("nonsense",),
         ("privacy", "budget"),
+        ("privacy", "free", "--yes"),
         ("privacy", "plan", "--patients", 10, "--epsilon", 1, "--rounds", 1, "--passes", 1, "--batch", 11),
         ("tokenize", root, "--out", root / "x", "--values", "odd"),
         ("rollout", finished / "model", tokens, "--subject", 1, "--at", "yesterday"),

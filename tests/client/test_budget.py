@@ -123,6 +123,58 @@ def test_nothing_is_released_or_charged_before_its_time(budget: Budget) -> None:
         budget.released(PLANNED)
 
 
+def test_what_is_freed_costs_nothing_and_is_never_drawn_charged_or_released(ram_path: Path, budget: Budget) -> None:
+    key = budget.reserve(PLANNED).key
+    (freed,) = budget.free([PLANNED])
+    assert (freed.state, freed.key, freed.release) == (State.FREED, b"", PLANNED)
+    assert key not in (ram_path / "budget.sqlite").read_bytes()
+    assert budget.spent() == 0
+    assert budget.mechanisms() == []
+    for later in (budget.reserve, budget.released, lambda release: budget.charge(release, b"of a process at work")):
+        for release in (PLANNED, replace(PLANNED, request="another")):
+            with pytest.raises(SiteRefusal, match="given up the training of round 3"):
+                later(release)
+    budget.cancel(PLANNED)
+    budget.cancel_before(replace(PLANNED, round=9))
+    assert budget.charges() == [freed]
+    for number in (1, 2, 4):  # each costs a third of the limit
+        budget.charge(budget.reserve(round_of(number)).release, b"answer")
+
+
+def test_all_or_nothing_is_freed_and_never_what_was_charged(budget: Budget) -> None:
+    budget.reserve(round_of(1))
+    budget.charge(budget.reserve(round_of(2)).release, b"answer")
+    for wrong in (round_of(2), round_of(3), round_of(1, request="of before")):
+        with pytest.raises(DataError, match="has changed in the meantime"):
+            budget.free([round_of(1), wrong])
+    assert [charge.state for charge in budget.charges()] == [State.RESERVED, State.CHARGED]
+
+
+def test_killed_while_it_frees_a_ledger_has_freed_all_or_nothing(ram_path: Path) -> None:
+    reserved = [round_of(number) for number in (1, 2, 3)]
+    states = []
+    for nth in range(1, 100):
+        (ram_path / str(nth)).mkdir()
+        place = Place.below(ram_path / str(nth))
+        with Budget.open(place.ledger, LIMIT) as budget:
+            keys = [budget.reserve(each).key for each in reserved]
+
+        def free(place: Place, _: object) -> None:
+            with Budget.open(place.ledger, LIMIT) as budget:
+                budget.free(reserved)
+
+        killed = killed_at(place, nth, free)
+        with Budget.open(place.ledger, LIMIT) as budget:
+            (state,) = {charge.state for charge in budget.charges()}
+            states.append(state)
+            assert [charge.key for charge in budget.charges()] == (keys if state == State.RESERVED else [b""] * 3)
+        if not killed:
+            break
+    assert len(states) > 10
+    assert states[-1] == State.FREED
+    assert sorted(states, key=list(State).index) == states
+
+
 def test_without_a_limit_all_is_written_down(ram_path: Path) -> None:
     with Budget.open(ram_path / "b.sqlite") as budget:
         for number in range(5):
@@ -245,6 +297,7 @@ class Ledger(RuleBasedStateMachine):
         self.folder = Path(f"/dev/shm/fedcomet-{os.urandom(8).hex()}" if Path("/dev/shm").is_dir() else os.devnull)
         self.folder.mkdir()
         self.charged: dict[int, bytes] = {}
+        self.freed: set[int] = set()
         self.budget = Budget.open(self.folder / "budget.sqlite", LIMIT)
 
     def teardown(self) -> None:
@@ -276,6 +329,12 @@ class Ledger(RuleBasedStateMachine):
     def cancel(self, number: int) -> None:
         self.budget.cancel(round_of(number))
 
+    @rule(number=numbers)
+    def free(self, number: int) -> None:
+        reserved = [c for c in self.budget.charges() if c.release.round == number and c.state == State.RESERVED]
+        self.budget.free([charge.release for charge in reserved])
+        self.freed |= {charge.release.round for charge in reserved}
+
     @rule()
     def reopen(self) -> None:
         self.budget.close()
@@ -286,7 +345,8 @@ class Ledger(RuleBasedStateMachine):
         if not hasattr(self, "budget"):
             return
         charges = {charge.release.round: charge for charge in self.budget.charges()}
-        assert {n: c.answer for n, c in charges.items() if c.state != State.RESERVED} == self.charged
+        assert {n: c.answer for n, c in charges.items() if c.state.spent} == self.charged
+        assert {n for n, c in charges.items() if c.state == State.FREED} == self.freed
         assert all((len(c.key) == 32) == (c.state == State.RESERVED) for c in charges.values())
         assert self.budget.spent() <= LIMIT.epsilon
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from client import local
 from client.budget import BudgetExhausted, State
 from client.gate import digest_of_answer
 from client.site import Site
@@ -163,6 +164,41 @@ def test_a_round_that_was_given_up_costs_nothing_once_the_run_is_past_it(
         assert [(charge.release.round, charge.state) for charge in budget.charges()] == [(2, State.CHARGED)]
     with pytest.raises(SiteRefusal, match="Round 1 is over"):
         site.train(ask(manifest, 1))
+
+
+def test_a_round_whose_reservation_was_freed_is_refused_and_the_run_may_go_on(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = private(site)
+    with monkeypatch.context() as patch:
+        patch.setattr("client.budget.Budget.charge", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            site.train(ask(manifest))
+    with site.gate.budget() as budget:
+        budget.free([charge.release for charge in budget.charges()])
+    with pytest.raises(SiteRefusal, match="given up the training of round 1"):
+        site.train(ask(manifest))
+    assert site.train(ask(manifest, 2)).steps == 3
+
+
+@pytest.mark.parametrize("freed", [False, True])
+def test_a_later_round_builds_on_nothing_that_was_not_charged(
+    site: Site, ram_path: Path, monkeypatch: pytest.MonkeyPatch, freed: bool
+) -> None:
+    manifest = private(site)
+    with monkeypatch.context() as patch:
+        patch.setattr("client.budget.Budget.charge", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            site.train(ask(manifest))
+    assert site.archive.run(manifest.hash).optimizer_before(2) is not None
+    if freed:
+        with site.gate.budget() as budget:
+            budget.free([charge.release for charge in budget.charges()])
+    begun: list[object] = []
+    trainer = local.Work.trainer
+    monkeypatch.setattr(local.Work, "trainer", lambda *given: begun.append(given[4]) or trainer(*given))  # type: ignore[func-returns-value]
+    site.train(ask(manifest, 2))
+    assert begun == [None]
 
 
 def test_a_manifest_that_costs_more_than_it_says_is_refused_on_both_sides(site: Site) -> None:
