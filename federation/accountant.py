@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 UNIT = "patient: all records that one site holds under one subject id"
 NEIGHBOURS = "add or remove one patient"
+NAME = "privacy loss distributions, discretized pessimistically, or Rényi divergences where these tell less"
+"""How `epsilon` is found, for whoever is shown a figure."""
 
 _HOPELESS = 50.0
 """Above this epsilon nothing is protected, and distributions become too long to compose: the Rényi bound is enough."""

@@ -42,10 +42,19 @@ def of_run(manifest: Manifest) -> Mechanisms:
     Raises:
         ProtocolError: the run has no differential privacy.
     """
+    return up_to(manifest, manifest.rounds)
+
+
+def up_to(manifest: Manifest, number: int) -> Mechanisms:
+    """Give what a run has released of a site when a round of it is over.
+
+    Raises:
+        ProtocolError: the run has no differential privacy.
+    """
     privacy = privacy_of(manifest)
     if privacy.mechanism == "distributed":
         return Mechanisms((Approximate(privacy.epsilon, privacy.delta),))
-    return of_steps(privacy, releases_of_round(privacy, manifest.local) * manifest.rounds)
+    return of_steps(privacy, releases_of_round(privacy, manifest.local) * number)
 
 
 def check(manifest: Manifest) -> None:

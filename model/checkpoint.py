@@ -46,6 +46,29 @@ class Checkpoint(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Protection:
+    """The differential privacy that each patient of a site has against whoever holds the weights.
+
+    Attributes:
+        mechanism: what the noise was added to, as the manifest calls it.
+        unit: whom it protects.
+        neighbours: what differs between the two sets of records that are held against each other.
+        epsilon, delta: of everything that was released until these weights, as the coordinator's plan computes it from
+            the manifest; a site's own ledger holds what really ran there.
+        epsilon_of_run: the most that the whole run may cost, at the same delta.
+        accountant: how epsilon was found.
+    """
+
+    mechanism: str
+    unit: str
+    neighbours: str
+    epsilon: float
+    delta: float
+    epsilon_of_run: float
+    accountant: str
+
+
+@dataclass(frozen=True)
 class Provenance:
     """Where trained weights come from: the facts that a coordinator puts into every checkpoint.
 
@@ -63,6 +86,7 @@ class Provenance:
         sites: how many sites had a part in it.
         software: version of fedcomet that wrote it.
         torch: version of torch that wrote it.
+        privacy: of training under differential privacy; None if there was none.
     """
 
     codebook_hash: str
@@ -75,6 +99,7 @@ class Provenance:
     sites: int
     software: str
     torch: str
+    privacy: Protection | None = None
 
 
 def save(
@@ -185,6 +210,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, str]:
         "manifest": told("{}", "manifest_hash"),
         "round": told("{} of {}", "round", "rounds"),
         "trained on": told("{} tokens in {} steps at {} sites", "tokens", "steps", "sites"),
+        "privacy": _protection(facts),
         "written by": told("fedcomet {}, torch {}", "software", "torch"),
     }
     if "imported" in facts:
@@ -194,9 +220,24 @@ def describe(checkpoint: Checkpoint) -> dict[str, str]:
     return words
 
 
-def _printable(value: object) -> str:
+def _protection(facts: dict[str, Any]) -> str:
+    """The differential privacy that a checkpoint says it has."""
+    if "privacy" not in facts:
+        return "unknown"
+    if facts["privacy"] is None:
+        return "none: the training had no differential privacy"
+    try:
+        told = Protection(**facts["privacy"])
+        cost = f"epsilon {told.epsilon:.4g} at delta {told.delta:g} until here, {told.epsilon_of_run:.4g} for the run"
+    except (TypeError, ValueError):
+        return "unknown"
+    claim = f"{cost}; per {told.unit}; neighbours: {told.neighbours}"
+    return _printable(f"{claim}; by {told.mechanism}; accountant: {told.accountant}", most=500)
+
+
+def _printable(value: object, most: int = 200) -> str:
     """A fact on one line of a terminal, whatever a foreign file says."""
-    return "".join(letter if letter.isprintable() else "�" for letter in str(value)[:200])
+    return "".join(letter if letter.isprintable() else "�" for letter in str(value)[:most])
 
 
 def grow(decoder: Decoder, old: Codebook, new: Codebook) -> Decoder:

@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from federation import canonical
+from federation import accountant, canonical, protection
 from federation.manifest import Manifest, software_version
 from federation.messages import Vector
 from federation.update import to_decoder, to_vector
@@ -98,6 +98,7 @@ class Spool:
             **work._asdict(),
             software=software_version(),
             torch=str(torch.__version__),
+            privacy=self._protection(number),
         )
         path = self.checkpoint_path(number)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,6 +132,21 @@ class Spool:
                 _remove(path)
         for path in (self._dir / "rounds").glob("*/*.partial"):
             _remove(path)
+
+    def _protection(self, number: int) -> checkpoint.Protection | None:
+        """What a round's weights cost a patient, as the manifest alone says."""
+        if (privacy := self._manifest.privacy) is None:
+            return None
+        spent = accountant.epsilon(protection.up_to(self._manifest, number).all, privacy.delta)
+        return checkpoint.Protection(
+            mechanism=privacy.mechanism,
+            unit=accountant.UNIT,
+            neighbours=accountant.NEIGHBOURS,
+            epsilon=spent,
+            delta=privacy.delta,
+            epsilon_of_run=privacy.epsilon,
+            accountant=accountant.NAME,
+        )
 
     def _sum_path(self, number: int, purpose: str) -> Path:
         return self._dir / "rounds" / f"{number:04d}" / f"{purpose.replace(' ', '-')}.sum"

@@ -136,13 +136,34 @@ def test_a_checkpoint_is_described_by_what_it_holds(tmp_path: Path) -> None:
     assert told["trained on"] == "12,345 tokens in 60 steps at 4 sites"
     assert (told["round"], told["written by"]) == ("3 of 9", "fedcomet 0.1.0, torch 2.13.0")
     assert told["also holds"] == "moment, none, step"
+    assert told["privacy"] == "none: the training had no differential privacy"
     bare = checkpoint.Checkpoint(Decoder.create(preset("0.3m", 40), 1), {"codebook_hash": "c0de"}, {})
     told = checkpoint.describe(bare)
     assert told["preset"] == "0.3m"
-    assert {told[name] for name in ("manifest", "round", "trained on", "written by")} == {"unknown"}
+    assert {told[name] for name in ("manifest", "round", "trained on", "privacy", "written by")} == {"unknown"}
     told = checkpoint.describe(bare._replace(extra={"codebook_hash": "\x1b[2J[red]\n", "manifest_hash": "x" * 10**6}))
     assert told["codebook"] == "�[2J[red]�"
     assert len(told["manifest"]) == 200
+
+
+def test_the_privacy_of_a_checkpoint_is_told_in_full(tmp_path: Path) -> None:
+    privacy = checkpoint.Protection("dp-sgd", "patient", "one more or less", 2.5, 1e-5, 6.0, "the one")
+    facts = checkpoint.Provenance("c0de", "a9" * 32, "0.3m", 3, 9, 0, 60, 4, "0.1.0", "2.13.0", privacy)
+    checkpoint.save(tmp_path / "x", Decoder.create(preset("0.3m", 40), 1), extra=asdict(facts))
+    found = checkpoint.load(tmp_path / "x")
+    assert checkpoint.Protection(**found.extra["privacy"]) == privacy
+    assert checkpoint.describe(found)["privacy"] == (
+        "epsilon 2.5 at delta 1e-05 until here, 6 for the run; per patient; neighbours: one more or less; by dp-sgd; "
+        "accountant: the one"
+    )
+    for foreign in ("2", {"epsilon": 2}, {**asdict(privacy), "epsilon": "0"}):
+        assert checkpoint.describe(found._replace(extra={"codebook_hash": "c0de", "privacy": foreign}))["privacy"] == (
+            "unknown"
+        )
+    odd = {**asdict(privacy), "unit": "\x1b[2J" + "x" * 10**6}
+    told = checkpoint.describe(found._replace(extra={"codebook_hash": "c0de", "privacy": odd}))["privacy"]
+    assert len(told) == 500
+    assert "\x1b" not in told
 
 
 def test_a_checkpoint_without_a_codebook_is_not_written(tmp_path: Path) -> None:

@@ -63,6 +63,25 @@ def test_every_site_spends_what_the_accountant_says_and_no_more_than_was_wanted(
         assert costs, "the list of what left tells what each round cost"
 
 
+def test_every_checkpoint_says_what_its_weights_cost_a_patient(result: Result) -> None:
+    for arm in result.arms:
+        assert arm.outcome is not None
+        manifest = arm.outcome.manifest
+        found = checkpoint.load(arm.outcome.checkpoint)
+        privacy = found.extra["privacy"]
+        assert (privacy["mechanism"], privacy["delta"], privacy["epsilon_of_run"]) == ("dp-sgd", 1e-5, 6.0)
+        assert privacy["epsilon"] == epsilon(protection.of_run(manifest).all, 1e-5)
+        (first,) = set(arm.folder.glob("checkpoints/0001.safetensors"))
+        half = checkpoint.load(first)
+        with Budget.open(arm.sites[0].state / FILE, begin=False) as budget:
+            (one,) = [c for c in budget.charges() if c.release.run == manifest.hash and c.release.round == 1]
+        assert half.extra["privacy"]["epsilon"] == epsilon(one.release.mechanisms.all, 1e-5) < privacy["epsilon"]
+        assert (
+            "epsilon 5.9" in checkpoint.describe(found)["privacy"]
+            or "epsilon 6" in checkpoint.describe(found)["privacy"]
+        )
+
+
 def test_no_loss_and_no_count_of_tokens_reaches_the_coordinator(result: Result) -> None:
     for arm in result.arms:
         with Journal(arm.folder / "ledger.sqlite") as journal:
