@@ -75,13 +75,26 @@ def _what_leaves(manifest: Manifest) -> list[tuple[str, str]]:
 def _sizes_and_figures(manifest: Manifest) -> list[tuple[str, str]]:
     if manifest.secure_aggregation is not None:
         what = "tokens, steps and losses" if manifest.privacy is None else "steps and drawn patients"
-        return [("sizes and figures", f"none of this site by itself: {what} go into the sums")]
+        return [("sizes and figures", f"none of this site by itself: {what} go into the sums"), *_losses(manifest)]
     if manifest.privacy is not None:
-        return [("sizes, once", "exact numbers of patients per split; no loss and no count of tokens or events")]
+        told = "exact numbers of patients per split; no count of tokens or events"
+        return [("sizes, once", told), *(_losses(manifest) or [("losses", "none")])]
     return [
         ("sizes, once", "exact numbers of patients, events and tokens per split"),
         ("figures per round", "tokens, steps, training loss, seconds; tuning loss and its tokens"),
     ]
+
+
+def _losses(manifest: Manifest) -> list[tuple[str, str]]:
+    """What a private run tells of tuning losses."""
+    if manifest.privacy is None or (told := manifest.privacy.evaluation) is None:
+        return []
+    times = sum(protection.evaluated(manifest, number) for number in range(1, manifest.rounds + 1))
+    text = (
+        f"{times:,} times the sum over the tuning patients of their mean loss per token, cut at {told.bound:g} nats, "
+        f"with noise {told.noise_multiplier:g} × {told.bound:g}; and how many patients they are"
+    )
+    return [("losses", text)]
 
 
 def _what_it_costs(manifest: Manifest) -> list[tuple[str, str]]:

@@ -20,7 +20,7 @@ from client.archive import Archive, RunArchive
 from client.budget import FILE, Budget, Purpose
 from client.outbound import Leaving, Outbound, content_of
 from client.policy import Broken, Policy, PolicyRefusal
-from federation import accountant, masking
+from federation import accountant, canonical, masking
 from federation.identity import Identity, signed_by
 from federation.manifest import Manifest
 from federation.messages import (
@@ -261,13 +261,31 @@ class Gate:
                 if manifest.privacy is not None:
                     where = manifest.hash, reply.round
                     return _Due(*where, "training", manifest.privacy.delta, digest_of_answer(reply))
-            case masking.Masked() if place is not None and place.purpose == "train":
-                # What was charged is the update under the masks, which the site keeps.
-                run = self.archive.run(place.manifest_hash)
-                if (agreed := run.manifest().privacy) is not None and (kept := run.reply(place.round)) is not None:
-                    where = place.manifest_hash, place.round
-                    return _Due(*where, "training", agreed.delta, digest_of_answer(kept))
+            case EvaluateReply():
+                return self._due_evaluation(reply)
+            case masking.Masked() if place is not None:
+                return self._due_masked(place)
         return None
+
+    def _due_evaluation(self, reply: EvaluateReply) -> "_Due | None":
+        manifest = self.archive.run(reply.manifest_hash).manifest()
+        if manifest.privacy is None:
+            return None
+        return _Due(manifest.hash, reply.round, "evaluation", manifest.privacy.delta, digest_of_answer(reply))
+
+    def _due_masked(self, place: masking.Place) -> "_Due | None":
+        """What was charged is what stands under the masks, which the site keeps."""
+        run = self.archive.run(place.manifest_hash)
+        if (privacy := run.manifest().privacy) is None:
+            return None
+        kept: TrainReply | EvaluateReply | None = run.reply(place.round)
+        if place.purpose != "train":
+            kept = run.score(place.round, place.purpose.removeprefix("evaluate "))
+        if kept is None:
+            raise DataError(f"What is masked for round {place.round} ({place.purpose}) is not kept; it must not leave.")
+        if isinstance(kept, EvaluateReply):
+            return self._due_evaluation(kept)
+        return _Due(place.manifest_hash, place.round, "training", privacy.delta, digest_of_answer(kept))
 
     def _charged(self, due: "_Due") -> float:
         """Give the epsilon that was charged for a message, at its delta."""
@@ -295,7 +313,13 @@ class _Due:
     sha256: str
 
 
-def digest_of_answer(reply: SurveyReply | TrainReply) -> str:
-    """The sha256 under which a private answer is charged: of the survey, or of the update."""
-    data = reply.survey if isinstance(reply, SurveyReply) else reply.update.astype("<f4", copy=False).data
+def digest_of_answer(reply: SurveyReply | TrainReply | EvaluateReply) -> str:
+    """The sha256 under which a private answer is charged: of the survey, of the update, or of the sum of losses."""
+    match reply:
+        case SurveyReply():
+            data: bytes | memoryview = reply.survey
+        case TrainReply():
+            data = reply.update.astype("<f4", copy=False).data
+        case EvaluateReply():
+            data = canonical.encode({"nll": reply.nll, "tokens": reply.tokens})
     return hashlib.sha256(data).hexdigest()

@@ -16,6 +16,7 @@ from functools import cached_property, partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from client.archive import Agreement, Archive, Choices, RunArchive, Snapshot
@@ -24,6 +25,7 @@ from federation.manifest import Manifest
 from federation.messages import ProtocolError, SiteRefusal, TrainReply, TrainRequest, Vector
 from federation.update import to_decoder, to_vector
 from model.feed import ahead
+from model.losses import patient_losses
 from model.machine import Machine, Precision, choose_precision
 from model.parallel import ALONE, Team
 from model.private import PrivateOptions, PrivateTrainer, Secret, clip_before_rounding, noised
@@ -211,6 +213,11 @@ class Work:
         self._site, self._manifest, self._codebook, self._store = site, manifest, codebook, store
 
     @property
+    def manifest(self) -> Manifest:
+        """What was agreed."""
+        return self._manifest
+
+    @property
     def keeps_optimizer(self) -> bool:
         """Whether the optimizer's state passes from round to round."""
         return self._manifest.local.optimizer_state == "keep"
@@ -334,6 +341,11 @@ class Work:
         """Give the mean nll in nats and the number of targets."""
         decoder = to_decoder(self._manifest.model, weights, device)
         return evaluate(decoder, ahead(self._split_windows(split).epoch(0), device), precision)
+
+    def patient_losses(self, split: str, weights: Vector, device: str, precision: Precision) -> "NDArray[np.float64]":
+        """Give each patient's mean loss per target, float64 [P] in nats; nan where there is nothing to predict."""
+        decoder = to_decoder(self._manifest.model, weights, device)
+        return patient_losses(decoder, self._split_windows(split).epoch(0), self.patients(split), precision)
 
     @cached_property
     def _windows(self) -> Windows:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from client import torchrun
+from client import evaluation, torchrun
 from client.approval import site_key
 from client.archive import Agreement, Archive, RunArchive
 from client.budget import Budget, Release, State
@@ -217,8 +217,10 @@ class Site:
             if wrong := summed.objection(run.manifest(), reply):
                 raise SiteRefusal(f"{name} keeps its update of round {request.round} out of the sum: {wrong}.")
         else:
-            with run.working():
-                run.keep_score(self.evaluate(request))
+            score = self.evaluate(request)
+            if run.manifest().privacy is None:  # else it is kept, and charged, already
+                with run.working():
+                    run.keep_score(score)
         return Kept(name, request.manifest_hash, request.round, request.digest)
 
     def _masked(self, request: TrainRequest | EvaluateRequest) -> bool:
@@ -292,7 +294,7 @@ class Site:
         return reply
 
     def evaluate(self, request: EvaluateRequest) -> EvaluateReply:
-        """Sum the loss of the weights over a split that doesn't train."""
+        """Sum the loss of the weights over a split that doesn't train; in a private run only with noise."""
         self._in_time(request.deadline_s)
         if request.split not in SPLITS[1:]:
             raise ProtocolError(
@@ -300,18 +302,22 @@ class Site:
             )
         run = self.archive.run(request.manifest_hash)
         work = open_work(self.archive, run, self.files.name)
-        if run.manifest().privacy is not None:
-            raise SiteRefusal("The run is private: losses and token counts have no noise, and stay at the site.")
+        private = run.manifest().privacy is not None
+        if private:
+            evaluation.check_request(work, request)
         work.check_request(request.round, request.weights)
         self.gate.admit_figure(work.patients(request.split))
-        machine = self.files.machine
-        mean, tokens = work.evaluate(
-            request.split, request.weights, machine.device, choices_of(run, work, machine).precision
-        )
+        device = self.files.machine.device
+        asked = (request.split, request.weights, device, choices_of(run, work, self.files.machine).precision)
+        if private:
+            with run.working():
+                return evaluation.evaluate(
+                    self.files.name, run, request, self.gate, work, lambda: work.patient_losses(*asked)
+                )
+        mean, tokens = work.evaluate(*asked)
         nll = mean * tokens if tokens else 0.0
-        return EvaluateReply(
-            self.files.name, request.manifest_hash, request.round, request.split, request.digest, nll, tokens
-        )
+        about = (self.files.name, request.manifest_hash, request.round, request.split, request.digest)
+        return EvaluateReply(*about, nll, tokens)
 
     def _private_survey(self, records: Records, request: SurveyRequest, privacy: SurveyPrivacy) -> bytes:
         """Charge the survey and draw its noise once for good: the same request gets the same bytes, no other any."""

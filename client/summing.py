@@ -86,7 +86,7 @@ class Summing:
         if place.purpose != "train":
             score = self._score(place)
             if score is not None:
-                return score_of(score)
+                return score_of(self._manifest, score)
         elif (reply := self._run.reply(place.round)) is not None:
             return update_of(self._manifest, reply)
         raise SiteRefusal(f"{self._site} does not keep its answer of round {place.round} any more.")

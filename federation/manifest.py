@@ -5,6 +5,7 @@ agreed to refuses. A field or a version that this software doesn't know is refus
 """
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,6 +87,32 @@ class OuterOptions:
 
 
 @dataclass(frozen=True)
+class PrivateEvaluation:
+    """What sites tell of a private run's tuning losses, with noise; its cost is part of the run's.
+
+    Attributes:
+        every: rounds between two evaluations; the last round is evaluated, too.
+        bound: a patient's mean loss per token, in nats, counts as at most this.
+        noise_multiplier: standard deviation of the noise on a site's sum over its patients, in units of `bound`.
+    """
+
+    every: int
+    bound: float
+    noise_multiplier: float
+
+    def __post_init__(self) -> None:
+        for name in ("bound", "noise_multiplier"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+        rules = {
+            "every must be at least 1": self.every >= 1,
+            "bound must be above 0": 0 < self.bound < math.inf,
+            "noise_multiplier must be above 0": 0 < self.noise_multiplier < math.inf,
+        }
+        if wrong := [rule for rule, holds in rules.items() if not holds]:
+            raise ConfigError(f"privacy.evaluation: {'; '.join(wrong)}.")
+
+
+@dataclass(frozen=True)
 class Privacy:
     """The differential privacy that every site's part in the run has; the unit is always a patient's whole record.
 
@@ -96,6 +123,7 @@ class Privacy:
         clip: largest L2 norm of what one patient gives ("dp-sgd") or of the update.
         noise_multiplier: standard deviation of the noise, in units of `clip`.
         sampling_rate: chance of a patient to be in a step's batch; 1 where the mechanism doesn't sample.
+        evaluation: what is told of tuning losses; None is nothing.
     """
 
     mechanism: Literal["dp-sgd", "local", "distributed"]
@@ -104,6 +132,7 @@ class Privacy:
     clip: float
     noise_multiplier: float
     sampling_rate: float = 1.0
+    evaluation: PrivateEvaluation | None = None
 
     def __post_init__(self) -> None:
         for name in ("epsilon", "delta", "clip", "noise_multiplier", "sampling_rate"):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from scipy.special import erfc, erfcx  # part of what dp-accounting needs
 
-from federation.accountant import Gaussian, epsilon
+from federation.accountant import Gaussian, Mechanism, epsilon
 from tokenizer.errors import ConfigError
 
 _CLOSE = 0.005
@@ -94,16 +94,23 @@ def plan(wish: Wish, batches: Sequence[int]) -> list[Row]:
     return [_row(wish, batch) for batch in batches]
 
 
-def noise_for(wanted: float, delta: float, sampling_rate: float, steps: int) -> float:
+def noise_for(wanted: float, delta: float, sampling_rate: float, steps: int, beside: Sequence[Mechanism] = ()) -> float:
     """The noise multiplier, rounded up to 4 digits, for which these steps cost at most `wanted`, and hardly less.
+
+    What is told `beside` the steps is paid from the same `wanted`.
 
     The search begins at the central limit of Bu et al., "Deep Learning with Gaussian Differential Privacy", 2019,
     arXiv 1911.11607 (corollary 5.4), and every figure that it takes is the accountant's.
     """
+    if beside and (alone := epsilon(beside, delta)) >= wanted:
+        raise ConfigError(
+            f"What is told beside the training costs epsilon {alone:.4f} at delta {delta:g} already, of {wanted:g}: "
+            "give it more noise, tell it less often, or allow more."
+        )
     low, high, slope = 0.0, math.inf, -1.5  # too little noise; enough; d log(cost) / d log(noise)
     noise, before = _rounded_up(_central_limit(wanted, delta, sampling_rate, steps)), None
     for _ in range(40):
-        cost = epsilon([Gaussian(noise, sampling_rate, steps)], delta)
+        cost = epsilon([Gaussian(noise, sampling_rate, steps), *beside], delta)
         if cost <= wanted and (cost >= (1 - _CLOSE) * wanted or noise <= low * (1 + 2e-3)):
             return noise
         low, high = (low, noise) if cost <= wanted else (noise, high)

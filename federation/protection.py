@@ -7,10 +7,13 @@ begins. How many patients train at a site counts as known: it is what the site's
 Noise on the update ("local") is one release a round: the site's whole update, cut to the norm `clip`. Two such updates
 are at most twice that apart, whatever of the records differs, so the same figure holds for one patient more or less
 and for a site that exchanges all of its records.
+
+Losses of tuning patients are told only where the manifest asks for them, as noised sums whose cost is added to that of
+the training. A patient either trains or tunes, so what one of them pays is less: the sum is claimed.
 """
 
 from federation.accountant import Approximate, Gaussian, Mechanisms, epsilon
-from federation.manifest import LocalWork, Manifest, Privacy
+from federation.manifest import LocalWork, Manifest, Privacy, PrivateEvaluation
 from federation.messages import ProtocolError
 
 
@@ -54,7 +57,30 @@ def up_to(manifest: Manifest, number: int) -> Mechanisms:
     privacy = privacy_of(manifest)
     if privacy.mechanism == "distributed":
         return Mechanisms((Approximate(privacy.epsilon, privacy.delta),))
-    return of_steps(privacy, releases_of_round(privacy, manifest.local) * number)
+    training = of_steps(privacy, releases_of_round(privacy, manifest.local) * number)
+    told = sum(evaluated(manifest, each) for each in range(1, number + 1))
+    return Mechanisms((*training.all, *(of_evaluations(privacy, told).all if told else ())))
+
+
+def evaluated(manifest: Manifest, number: int) -> bool:
+    """Tell whether a private run's tuning losses are told, with noise, after a round."""
+    return is_due(privacy_of(manifest).evaluation, number, manifest.rounds)
+
+
+def is_due(evaluation: PrivateEvaluation | None, number: int, rounds: int) -> bool:
+    """Tell whether a round of so many is evaluated: every so often, and the last."""
+    return evaluation is not None and (number % evaluation.every == 0 or number == rounds)
+
+
+def of_evaluations(privacy: Privacy, times: int) -> Mechanisms:
+    """Give what so many evaluations are to the accountant; one patient changes the sum by the bound at most.
+
+    Raises:
+        ProtocolError: the run tells no losses.
+    """
+    if privacy.evaluation is None:
+        raise ProtocolError("The run tells no losses: its manifest has no privacy.evaluation.")
+    return Mechanisms((Gaussian(privacy.evaluation.noise_multiplier, 1.0, times),))
 
 
 def check(manifest: Manifest) -> None:

@@ -79,9 +79,10 @@ def update_of(manifest: Manifest, reply: TrainReply) -> Summand:
     return Summand(reply.update, weight, {TOKENS: reply.tokens, STEPS: reply.steps, LOSS: loss})
 
 
-def score_of(reply: EvaluateReply) -> Summand:
-    """Give what an evaluation adds to the sum."""
-    loss = min(reply.nll, _MOST_LOSS * reply.tokens)
+def score_of(manifest: Manifest, reply: EvaluateReply) -> Summand:
+    """Give what an evaluation adds to the sum; in a private run, a noised loss over patients in the place of tokens."""
+    most = _MOST_LOSS * reply.tokens if manifest.privacy is None else _MOST_LOSS * _MOST_EVALUATED
+    loss = max(-most, min(reply.nll, most))
     return Summand(np.zeros(1, np.float32), 1, {TOKENS: reply.tokens, LOSS: loss})
 
 

@@ -57,6 +57,8 @@ class Protection:
             the manifest; a site's own ledger holds what really ran there.
         epsilon_of_run: the most that the whole run may cost, at the same delta.
         accountant: how epsilon was found.
+        compared: whether rounds are compared by noised losses. Then the choice of these weights may rest on later
+            rounds, and `epsilon_of_run` is what counts.
     """
 
     mechanism: str
@@ -66,6 +68,7 @@ class Protection:
     delta: float
     epsilon_of_run: float
     accountant: str
+    compared: bool = False
 
 
 @dataclass(frozen=True)
@@ -231,6 +234,8 @@ def _protection(facts: dict[str, Any]) -> str:
         cost = f"epsilon {told.epsilon:.4g} at delta {told.delta:g} until here, {told.epsilon_of_run:.4g} for the run"
     except (TypeError, ValueError):
         return "unknown"
+    if told.compared:
+        cost += ", which counts where the round was chosen by its loss"
     claim = f"{cost}; per {told.unit}; neighbours: {told.neighbours}"
     return _printable(f"{claim}; by {told.mechanism}; accountant: {told.accountant}", most=500)
 

@@ -156,9 +156,7 @@ def _lead_round(rounds: Rounds, roster: Roster, post: Post, plan: FederationPlan
         except MaskingError as problem:
             raise rounds.fail(str(problem)) from None
     rounds.aggregate(opening)
-    every = plan.evaluate_every
-    due = every > 0 and (rounds.number % every == 0 or rounds.number == plan.rounds)
-    evaluation = rounds.evaluation(TUNING, post.deadline()) if due else None
+    evaluation = rounds.evaluation(TUNING, post.deadline()) if plan.evaluates(rounds.number) else None
     answers: dict[str, Answer | None] = {}
     if evaluation is not None:
         answers = dict.fromkeys(nodes)

@@ -13,7 +13,15 @@ from typing import Literal
 
 from federation import canonical, protection
 from federation.accountant import Gaussian, epsilon
-from federation.manifest import LocalWork, Manifest, OuterOptions, Privacy, SecureAggregation, software_version
+from federation.manifest import (
+    LocalWork,
+    Manifest,
+    OuterOptions,
+    Privacy,
+    PrivateEvaluation,
+    SecureAggregation,
+    software_version,
+)
 from federation.messages import ProtocolError
 from federation.planner import noise_for
 from federation.update import Layout
@@ -36,6 +44,8 @@ class PrivacyPlan:
             epsilon must be enough.
         clip: the largest L2 norm of one patient's share of a gradient, or of an update.
         mechanism: "dp-sgd", noise in every step, or "local", noise on the update (docs/privacy.md says which to take).
+        evaluation: noised losses of the sites' tuning patients, from which the best round is chosen; `epsilon` pays for
+            them, too. None: no losses are told, and the last round counts as the best.
     """
 
     sampling_rate: float = 1.0
@@ -44,6 +54,7 @@ class PrivacyPlan:
     noise_multiplier: float | None = None
     clip: float = 1.0
     mechanism: Literal["dp-sgd", "local"] = "dp-sgd"
+    evaluation: PrivateEvaluation | None = None
 
     def __post_init__(self) -> None:
         if self.epsilon is None and self.noise_multiplier is None:
@@ -55,18 +66,21 @@ class PrivacyPlan:
         """Work out what the manifest states: the noise for the wanted epsilon, or the epsilon of the given noise."""
         noise, cost = self.noise_multiplier, self.epsilon
         releases = protection.releases_of_round(self._stated(1.0, 1.0), local) * rounds
+        told = sum(protection.is_due(self.evaluation, number, rounds) for number in range(1, rounds + 1))
+        beside = protection.of_evaluations(self._stated(1.0, 1.0), told).all if told else ()
         if noise is None:
             (one,) = protection.of_steps(self._stated(1.0, 1.0), 1).all
             # What is stated in clips is, to the accountant, in units of how far one patient moves a sum.
             furthest = 1.0 / one.noise_multiplier if isinstance(one, Gaussian) else 1.0
-            noise = furthest * noise_for(cost or 0.0, self.delta, self.sampling_rate, releases)
+            noise = furthest * noise_for(cost or 0.0, self.delta, self.sampling_rate, releases, beside)
         if cost is None:
-            found = epsilon(protection.of_steps(self._stated(1.0, noise), releases).all, self.delta)
+            steps = protection.of_steps(self._stated(1.0, noise), releases).all
+            found = epsilon([*steps, *beside], self.delta)
             cost = math.ceil(found * 1e4) / 1e4
         return self._stated(cost, noise)
 
     def _stated(self, cost: float, noise: float) -> Privacy:
-        return Privacy(self.mechanism, cost, self.delta, self.clip, noise, self.sampling_rate)
+        return Privacy(self.mechanism, cost, self.delta, self.clip, noise, self.sampling_rate, self.evaluation)
 
 
 @dataclass(frozen=True)
@@ -89,11 +103,12 @@ class FederationPlan:
         expect_sites: how many sites to wait for before the run begins, at most `join_s` seconds; 0 is `min_sites`.
         join_s: see `expect_sites`.
         deadline_s: how long sites have for an answer.
-        evaluate_every: rounds between two evaluations on the sites' tuning patients; 0 is never.
+        evaluate_every: rounds between two evaluations on the sites' tuning patients; 0 is never. In a private run,
+            `privacy.evaluation` says instead which rounds are evaluated.
         max_norm: the largest L2 norm of an accepted update.
         purposes: the questions that the trained model will be asked.
-        privacy: private training. The sites' losses then stay where they are, so no round is evaluated and the last
-            one counts as the best; with private steps, the gradient as a whole is not clipped and there is no dropout.
+        privacy: private training. The sites' losses then stay where they are unless `privacy.evaluation` is given; with
+            private steps, the gradient as a whole is not clipped and there is no dropout.
         secure_aggregation: how updates and losses are summed under masks, and among whom; without, they are told in
             clear.
         stage_deadline_s: how long sites have for an answer in a masked sum, which needs no training; such a sum asks
@@ -138,6 +153,13 @@ class FederationPlan:
         }
         if wrong := [rule for rule, holds in rules.items() if not holds]:
             raise ConfigError(f"federation plan: {'; '.join(wrong)}.")
+
+    def evaluates(self, number: int) -> bool:
+        """Tell whether a round is evaluated on the sites' tuning patients."""
+        if self.privacy is not None:
+            return protection.is_due(self.privacy.evaluation, number, self.rounds)
+        every = self.evaluate_every
+        return every > 0 and (number % every == 0 or number == self.rounds)
 
     def manifest(self, codebook: Codebook) -> Manifest:
         """Write the agreement for a codebook.

@@ -241,9 +241,10 @@ class Rounds:
     def evaluation(self, split: str, deadline_s: float) -> EvaluateRequest | None:
         """Give the request that evaluates the round's new weights; none when that was done before a crash.
 
-        None in private runs, either: sites don't tell losses that no noise protects.
+        None in private runs, either, unless their manifest asks for it: then a "loss" is a noised sum over patients.
         """
-        if self.phase is not Phase.AGGREGATED or self.manifest.privacy is not None:
+        told = self.manifest.privacy is None or protection.evaluated(self.manifest, self.number)
+        if self.phase is not Phase.AGGREGATED or not told:
             return None
         return EvaluateRequest(self.manifest.hash, self.number, split, self._state.weights, deadline_s)
 
@@ -259,7 +260,7 @@ class Rounds:
         if entries:
             tokens = sum(entry.tokens for entry in entries)
             loss = sum(entry.nll for entry in entries) / tokens if tokens else math.nan
-            self._tell("round.evaluated", values={"tokens": tokens, "loss": loss})
+            self._tell("round.evaluated", values={self._counted: tokens, "loss": loss})
 
     def score_sum(self, entry: SumEntry) -> None:
         """Note that the round is evaluated, by a masked sum; one that could not be opened tells no loss."""
@@ -267,7 +268,7 @@ class Rounds:
             return
         self._journal.note_scores([], self.number)
         loss = entry.nll / entry.tokens if entry.tokens else math.nan
-        self._tell("round.evaluated", text=entry.reason, values={"tokens": entry.tokens, "loss": loss})
+        self._tell("round.evaluated", text=entry.reason, values={self._counted: entry.tokens, "loss": loss})
 
     def fail(self, reason: str) -> RoundFailed:
         """Tell that the open round can't be summed, and give the error that says so."""
@@ -321,7 +322,14 @@ class Rounds:
         return self._told(sum(entry.tokens for entry in entries), sum(entry.loss * entry.tokens for entry in entries))
 
     def _told(self, weight: int, nll: float) -> dict[str, float]:
-        return {"patients": weight} if self.manifest.privacy is not None else {"tokens": weight, "loss": nll / weight}
+        return (
+            {self._counted: weight} if self.manifest.privacy is not None else {"tokens": weight, "loss": nll / weight}
+        )
+
+    @property
+    def _counted(self) -> str:
+        """What sites' answers are weighed by."""
+        return "tokens" if self.manifest.privacy is None else "patients"
 
     def _objection(self, site: str, answer: Answer) -> str:
         """Say why an answer can't be used; empty when it can."""
@@ -378,7 +386,10 @@ class Rounds:
         if isinstance(answer, (ProtocolError, Refusal)):
             return ScoreEntry(*head, _bad(answer), printable(str(getattr(answer, "reason", answer))))
         fits = isinstance(answer, EvaluateReply) and (answer.site, answer.request_digest) == (site, digest)
-        if not fits or not isinstance(answer, EvaluateReply) or not 0 <= answer.tokens <= _MOST or answer.nll < 0:
+        # Noise can make a sum of losses negative.
+        least = 0.0 if self.manifest.privacy is None else -math.inf
+        sound = fits and isinstance(answer, EvaluateReply) and 0 <= answer.tokens <= _MOST and answer.nll >= least
+        if not sound or not isinstance(answer, EvaluateReply):
             return ScoreEntry(*head, Status.MALFORMED, "it does not answer this evaluation")
         return ScoreEntry(*head, Status.ACCEPTED, "", answer.nll, answer.tokens)
 

@@ -146,6 +146,7 @@ class Spool:
             delta=privacy.delta,
             epsilon_of_run=privacy.epsilon,
             accountant=accountant.NAME,
+            compared=privacy.evaluation is not None,
         )
 
     def _sum_path(self, number: int, purpose: str) -> Path:

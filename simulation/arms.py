@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from client.site import SiteFiles
-from federation.manifest import LocalWork, OuterOptions, SecureAggregation
+from federation.manifest import LocalWork, OuterOptions, PrivateEvaluation, SecureAggregation
 from federation.masking import MaskingOptions
 from model.train import TrainOptions
 from server.app import Outcome
@@ -216,6 +216,15 @@ def _plan(study: Study, name: str, **changes: object) -> FederationPlan:
         deadline_s=60 * train.round_deadline_minutes,
         evaluate_every=train.evaluate_every,
         purposes=tuple(question.question for question in study.task),
-        privacy=None if study.privacy is None else PrivacyPlan(**study.privacy.model_dump(exclude_none=True)),
+        privacy=_privacy(study),
     )
     return replace(plan, **changes)  # type: ignore[arg-type]
+
+
+def _privacy(study: Study) -> PrivacyPlan | None:
+    """Translate a study's settings of private training."""
+    if (chosen := study.privacy) is None:
+        return None
+    settings = chosen.model_dump(exclude_none=True, exclude={"evaluation"})
+    told = chosen.evaluation
+    return PrivacyPlan(**settings, evaluation=None if told is None else PrivateEvaluation(**told.model_dump()))

@@ -141,12 +141,25 @@ class Training(_Section):
         return self
 
 
+class PrivateEvaluation(_Section):
+    """Noised tuning losses of a private study, from which every arm's best round is chosen; see docs/privacy.md.
+
+    `every` so many rounds, and after the last, each site tells the sum over its tuning patients of their mean loss per
+    token, cut at `bound` nats, with noise of `noise_multiplier` times `bound`.
+    """
+
+    every: _Positive = 1
+    bound: Annotated[float, Field(gt=0.0, le=64.0)] = 8.0
+    noise_multiplier: Annotated[float, Field(gt=0.0)]
+
+
 class Privacy(_Section):
     """Private training at every site of every arm; see docs/privacy.md.
 
     `mechanism`: "dp-sgd" adds noise in every step, on patients drawn by `sampling_rate`; "local" adds it to the update.
     Give `epsilon`, from which the noise follows, or `noise_multiplier`. The sites' tuning losses then stay where they
-    are: an arm ends with its last round. `clip` here takes the place of the one in `[training]`.
+    are, and an arm ends with its last round, unless a table `[privacy.evaluation]` asks for them; `epsilon` pays for
+    these, too. `clip` and `evaluation.every` take the place of `clip` and `evaluate_every` in `[training]`.
     """
 
     mechanism: Literal["dp-sgd", "local"] = "dp-sgd"
@@ -155,6 +168,7 @@ class Privacy(_Section):
     noise_multiplier: Annotated[float, Field(gt=0.0)] | None = None
     delta: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-6
     clip: Annotated[float, Field(gt=0.0)] = 1.0
+    evaluation: PrivateEvaluation | None = None
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:

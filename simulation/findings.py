@@ -1,6 +1,7 @@
 """From a finished study to its report: ledgers, answers and codebook become the figures that people read."""
 
 import json
+import math
 import platform
 from collections import Counter
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from importlib import metadata
 from typing import Any
 
 from client.archive import Archive
-from client.budget import FILE, Budget
+from client.budget import FILE, Budget, State
 from client.site import SiteFiles
 from federation import protection
 from federation.accountant import epsilon
@@ -132,7 +133,30 @@ def _settings(result: Result, federated: Arm) -> tuple[tuple[str, str], ...]:
             f"{study.split.tuning:.0%} tuning, {study.split.held_out:.0%} held out, by keyed hash of the patient",
         ),
         ("Privacy", _privacy(manifest)),
+        *_tuning(federated, manifest),
     )
+
+
+def _tuning(federated: Arm, manifest: Manifest) -> tuple[tuple[str, str], ...]:
+    """How large the noise of a private run's tuning losses is."""
+    if manifest.privacy is None or (told := manifest.privacy.evaluation) is None:
+        return ()
+    with Journal(federated.folder / "ledger.sqlite") as journal:
+        good = [score for score in journal.scores() if score.status is Status.ACCEPTED]
+        sizes = [(len(sum_.sites.split(",")), sum_.tokens) for sum_ in journal.sums(f"evaluate {TUNING}") if sum_.sites]
+        for number in sorted({score.round for score in good}):
+            of_round = [score.tokens for score in good if score.round == number]
+            sizes.append((len(of_round), sum(of_round)))
+    if not sizes or not sizes[-1][1]:
+        return (("Tuning loss", "none could be summed"),)
+    sites, patients = sizes[-1]
+    deviation = told.noise_multiplier * told.bound * math.sqrt(sites) / patients
+    text = (
+        f"mean over {patients:,} patients of {sites} sites of their mean loss per token, cut at {told.bound:g} nats, "
+        f"with noise of standard deviation {deviation:.3g} nats ({told.noise_multiplier:g} x {told.bound:g} on each "
+        "site's sum): rounds that differ by less can't be told apart by it"
+    )
+    return (("Tuning loss", text),)
 
 
 def _privacy(manifest: Manifest) -> str:
@@ -141,10 +165,11 @@ def _privacy(manifest: Manifest) -> str:
         return f"no differential privacy; {_summing(manifest)}"
     steps = protection.releases_of_round(privacy, manifest.local) * manifest.rounds
     how = "DP-SGD" if privacy.mechanism == "dp-sgd" else "noise on the update"
+    losses = "" if privacy.evaluation is None else ", and noised tuning losses"
     return (
         f"{how} at every site: epsilon {privacy.epsilon:g} at most, at delta {privacy.delta:g}, for the whole record "
         f"of each patient (add or remove one); {steps} noised sums, sampling rate {privacy.sampling_rate:g}, noise "
-        f"{privacy.noise_multiplier:g} x clip {privacy.clip:g}; {_summing(manifest)}"
+        f"{privacy.noise_multiplier:g} x clip {privacy.clip:g}{losses}; {_summing(manifest)}"
     )
 
 
@@ -163,7 +188,8 @@ def _spent(site: SiteFiles, manifest: Manifest) -> float | None:
         return None
     with Budget.open(site.budget or site.state / FILE) as budget:
         charges = [charge for charge in budget.charges() if charge.release.run == manifest.hash]
-    return epsilon([each for charge in charges for each in charge.release.mechanisms.all], manifest.privacy.delta)
+    counted = [charge for charge in charges if charge.state != State.FREED]
+    return epsilon([each for charge in counted for each in charge.release.mechanisms.all], manifest.privacy.delta)
 
 
 def _site_summaries(result: Result, journal: Journal) -> tuple[SiteSummary, ...]:
@@ -278,6 +304,7 @@ def _outbound(federated: Arm, journal: Journal) -> tuple[Outbound, ...]:
     """Count what left each site, in bytes of content without envelopes."""
     sent = []
     numbers, manifest = range(1, journal.committed() + 1), journal.manifest()
+    private = None if manifest is None else manifest.privacy
     replies = [reply for number in numbers for reply in journal.replies(number)]
     scores = [score for score in journal.scores() if score.round in numbers]
     for entry in journal.sites():
@@ -298,7 +325,8 @@ def _outbound(federated: Arm, journal: Journal) -> tuple[Outbound, ...]:
         sent.append(Outbound(entry.site, what, len(updates), sum(updates)))
         sums = [s for s in scores if s.site == entry.site and s.status is Status.ACCEPTED]
         if sums:
-            sent.append(Outbound(entry.site, "sum of losses and token count", len(sums), 16 * len(sums)))
+            told = "sum of losses and token count" if private is None else "noised sum of losses, and patients"
+            sent.append(Outbound(entry.site, told, len(sums), 16 * len(sums)))
     return tuple(sent)
 
 
@@ -308,11 +336,13 @@ def _reading_notes(result: Result) -> tuple[str, ...]:
         "The questions were put to held-out patients of all sites. A real server has no such patients: it asks about a "
         "public, synthetic or consented cohort.",
     ]
-    if result.study.privacy is not None:
+    if (privacy := result.study.privacy) is not None:
+        ends = "The sites' losses stay where they are, so no round is evaluated and every arm ends with its last."
+        if privacy.evaluation is not None:
+            ends = "Every arm ends with its best round by noised tuning losses; fewer patients mean more noise."
         notes.append(
-            "Every arm trains privately, with the same settings. The sites' losses stay where they are, so no round is "
-            "evaluated and every arm ends with its last. A site's ledger adds up the arms that it takes part in, which "
-            "a site of one real run does not have: fedcomet privacy budget shows all of it."
+            f"Every arm trains privately, with the same settings. {ends} A site's ledger adds up the arms that it "
+            "takes part in, which a site of one real run does not have: fedcomet privacy budget shows all of it."
         )
     if POOLED in arms:
         notes.append("The pooled arm trains on as many tokens as the federated one, with the same settings.")

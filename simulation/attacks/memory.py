@@ -18,11 +18,11 @@ import torch
 from numpy.typing import NDArray
 
 from model.decoder import Decoder
+from model.losses import target_losses
 from model.rollout import Prompt, Stop, rollout
 from server.results import Figure
 from simulation.attacks import canaries
 from simulation.attacks.membership import share_interval
-from simulation.attacks.training import target_losses
 from tokenizer.codebook import Codebook
 from tokenizer.store import TokenSplit
 from tokenizer.windows import NO_TARGET, Batch

@@ -14,13 +14,14 @@ import torch
 
 from model.decoder import Decoder, DecoderConfig
 from model.feed import ahead
+from model.losses import patient_losses
 from model.machine import Machine
 from model.private import PrivateOptions, PrivateTrainer, Secret
 from model.train import Trainer, TrainOptions
 from tokenizer.codebook import Codebook
 from tokenizer.errors import ConfigError, DataError
 from tokenizer.store import TokenSplit
-from tokenizer.windows import Batch, Windows
+from tokenizer.windows import Windows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -126,29 +127,9 @@ def all_windows(decoder: Decoder, codebook: Codebook, split: TokenSplit) -> Wind
     return Windows(split, codebook, context=context, batch_tokens=max(_BATCH_TOKENS, context), seed=0)
 
 
-@torch.no_grad()
 def losses(decoder: Decoder, codebook: Codebook, split: TokenSplit) -> "NDArray[np.float64]":
     """Each patient's mean loss over all that can be predicted in the timeline: float64 [P] in nats, nan without any."""
-    sums, counts = np.zeros(len(split)), np.zeros(len(split))
-    for batch in all_windows(decoder, codebook, split).epoch(0):
-        per_target, places = target_losses(decoder, batch)
-        owner = np.repeat(batch.patients, batch.lengths)[places]
-        np.add.at(sums, owner, per_target)
-        np.add.at(counts, owner, 1)
-    return np.divide(sums, counts, out=np.full(len(split), np.nan), where=counts > 0)
-
-
-def target_losses(decoder: Decoder, batch: Batch) -> "tuple[NDArray[np.float64], NDArray[np.int64]]":
-    """The loss of every target of a batch, float64 [K], and its place, int64 [K]."""
-    device = decoder.embed_tokens.weight.device
-    rows = np.flatnonzero(batch.targets >= 0)
-    hidden = decoder(torch.from_numpy(batch.tokens).to(device), torch.from_numpy(batch.lengths))
-    parts = []
-    for part in torch.from_numpy(rows).split(1024):
-        scores = torch.log_softmax(decoder.logits(hidden[part.to(device)]), dim=1)
-        wanted = torch.from_numpy(batch.targets)[part].to(device)
-        parts.append(-scores.gather(1, wanted[:, None]).squeeze(1).double().cpu().numpy())
-    return np.concatenate(parts) if parts else np.empty(0), rows
+    return patient_losses(decoder, all_windows(decoder, codebook, split).epoch(0), len(split))
 
 
 def _copied(decoder: Decoder) -> Decoder:

@@ -16,14 +16,15 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Engine, event
 
-from client import local
+from client import evaluation, local
 from client.archive import RunArchive
 from client.budget import Budget, Charge, Release
+from client.gate import digest_of_answer
 from client.outbound import Outbound
 from client.site import Site, SiteFiles
 from federation import flower
-from federation.manifest import LocalWork, Manifest
-from federation.messages import PrepareRequest, SurveyRequest, TrainReply, TrainRequest
+from federation.manifest import LocalWork, Manifest, PrivateEvaluation
+from federation.messages import EvaluateReply, EvaluateRequest, PrepareRequest, SurveyRequest, TrainReply, TrainRequest
 from federation.update import to_vector
 from model.decoder import Decoder
 from model.private import PrivateTrainer, Secret
@@ -34,7 +35,9 @@ from tokenizer.codebook import Codebook, Survey
 FAR = 1e12
 PLAN = tiny.plan(
     local=LocalWork(steps=2, batch_tokens=512),
-    privacy=PrivacyPlan(sampling_rate=0.25, noise_multiplier=2.0, delta=1e-5),
+    privacy=PrivacyPlan(
+        sampling_rate=0.25, noise_multiplier=2.0, delta=1e-5, evaluation=PrivateEvaluation(1, 8.0, 5.0)
+    ),
 )
 Step = Callable[..., None]
 
@@ -85,6 +88,22 @@ def answer(place: Place, step: Step) -> None:
     step("sent")
 
 
+def answer_evaluation(place: Place, step: Step) -> None:
+    """Answer the evaluation of the first round, and let the answer go."""
+    manifest = place.manifest
+    request = EvaluateRequest(manifest.hash, 1, "tuning", to_vector(Decoder.create(manifest.model, 1)), FAR)
+    flower.assume_identity()
+    message = flower.request(flower.to_record(request), request.kind, 1, group="1", ttl_s=60.0)
+    flower.number_(message, "1")
+    sent = tiny.honest(place.files)(message)
+    assert sent is not None
+    reply = flower.read(sent)
+    step("about to leave")
+    assert isinstance(reply, EvaluateReply), reply
+    _append(place.outbox, f"{sent.content.object_id} {digest_of_answer(reply)}")
+    step("sent")
+
+
 def answer_with_forgotten_keys(place: Place, step: Step) -> None:
     """The negative control: a site whose ledger does not keep the key, so that an interrupted round draws again."""
     reserve = Budget.reserve
@@ -130,10 +149,18 @@ def _work_until(place: Place, nth: int, kind: str, how: Callable[[Place, Step], 
 
     for name in ("before_cursor_execute", "after_cursor_execute", "begin", "commit"):
         event.listen(Engine, name, lambda *_, name=name: step(f"sql {name}"))
-    for owner, name in ((os, "fsync"), (os, "replace"), (PrivateTrainer, "step"), (RunArchive, "keep")):
+    kept = ((RunArchive, "keep"), (RunArchive, "keep_score"))
+    for owner, name in ((os, "fsync"), (os, "replace"), (PrivateTrainer, "step"), *kept):
         _watch(owner, name, step)
     for owner, name in ((Budget, "charge"), (Budget, "released"), (Outbound, "note")):
         _watch(owner, name, step)
+    drawn = evaluation.Secret
+
+    def noted_evaluation(key: bytes, purpose: str) -> Secret:
+        _append(place.draws, f"{purpose} {hashlib.sha256(key).hexdigest()}")
+        return drawn(key, purpose)
+
+    evaluation.Secret = noted_evaluation  # type: ignore[assignment, misc]
     secret = local._secret
 
     def noted(key: bytes, where: str, number: int, use: str) -> Secret:

@@ -13,7 +13,7 @@ from client.outbound import lines as listed
 from client.outbound import read_entry, read_head
 from federation import protection
 from federation.accountant import epsilon
-from tests.client.killed_round import Place, answer_with_forgotten_keys, killed_at, lines
+from tests.client.killed_round import Place, answer, answer_evaluation, answer_with_forgotten_keys, killed_at, lines
 
 NEVER = 10**9
 
@@ -34,7 +34,7 @@ def keys_of(place: Place) -> dict[str, set[str]]:
     return keys
 
 
-def check(place: Place, *, finished: bool) -> None:
+def check(place: Place, *, finished: bool, purpose: str = "training") -> None:
     assert all(len(keys) == 1 for keys in keys_of(place).values()), "a second noise was drawn for a round"
     sent = lines(place.outbox)
     assert len({update for _, update in sent}) <= 1, "two answers to one question"
@@ -54,6 +54,11 @@ def check(place: Place, *, finished: bool) -> None:
         assert charge.key == b""
         privacy = place.manifest.privacy
         assert privacy is not None
+        assert charge.release.purpose == purpose
+        if purpose == "evaluation":
+            assert charge.release.mechanisms == protection.of_evaluations(privacy, 1)
+            assert set(keys_of(place)) == {f"{place.manifest.hash}/1/evaluation"}
+            return
         assert charge.release.mechanisms == protection.of_steps(privacy, 2)
         assert epsilon(charge.release.mechanisms.all, privacy.delta) > 0
         assert set(keys_of(place)) == {
@@ -61,13 +66,14 @@ def check(place: Place, *, finished: bool) -> None:
         }
 
 
-def kill_and_go_on(prepared: Place, nth: int, kind: str = "") -> str:
+def kill_and_go_on(prepared: Place, nth: int, kind: str = "", purpose: str = "training") -> str:
+    how = answer if purpose == "training" else answer_evaluation
     folder = prepared.files.state.with_name(f"kill-{nth}-{kind}")
     place = prepared.copy(folder)
-    name = killed_at(place, nth, kind)
-    check(place, finished=not name)
-    assert killed_at(place, NEVER) == ""
-    check(place, finished=True)
+    name = killed_at(place, nth, kind, how)
+    check(place, finished=not name, purpose=purpose)
+    assert killed_at(place, NEVER, how=how) == ""
+    check(place, finished=True, purpose=purpose)
     shutil.rmtree(folder)
     return name
 
@@ -91,6 +97,22 @@ def kill_and_go_on(prepared: Place, nth: int, kind: str = "") -> str:
 )
 def test_killed_between_any_two_of_its_duties_a_site_keeps_its_promise(prepared: Place, nth: int, kind: str) -> None:
     assert kill_and_go_on(prepared, nth, kind) == kind
+
+
+@pytest.mark.parametrize(
+    ("nth", "kind"),
+    [
+        (3, "sql commit"),
+        (1, "before RunArchive.keep_score"),
+        (1, "after RunArchive.keep_score"),
+        (1, "after Budget.charge"),
+        (1, "after Outbound.note"),
+        (1, "after Budget.released"),
+        (1, "sent"),
+    ],
+)
+def test_killed_while_it_evaluates_a_site_keeps_its_promise(prepared: Place, nth: int, kind: str) -> None:
+    assert kill_and_go_on(prepared, nth, kind, "evaluation") == kind
 
 
 @pytest.mark.slow

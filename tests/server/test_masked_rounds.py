@@ -13,10 +13,11 @@ from client.archive import Archive
 from client.budget import FILE, Budget, State
 from client.outbound import lines, read_entry, read_head
 from client.site import SiteFiles
-from federation import flower
-from federation.manifest import LocalWork, OuterOptions
+from federation import flower, protection
+from federation.accountant import epsilon
+from federation.manifest import LocalWork, Manifest, OuterOptions, PrivateEvaluation
 from federation.masking import Masked
-from federation.messages import Kept, TrainReply, TrainRequest
+from federation.messages import EvaluateReply, Kept, TrainReply, TrainRequest
 from federation.update import to_vector
 from model import checkpoint
 from server.app import Outcome, coordinate
@@ -324,3 +325,46 @@ def test_a_private_run_can_be_masked_too_and_what_was_charged_is_what_is_masked(
         assert {message.round for message in left if message.kind.startswith("query.mask")} == {1}
     told = [event.values for event in played.events if event.kind == "round.aggregated"]
     assert told == [{"sites": 3, "patients": entry.tokens}]
+
+
+def test_noised_losses_of_a_masked_private_run_are_summed_and_charged(ram_path: Path) -> None:
+    told = PrivateEvaluation(every=2, bound=4.0, noise_multiplier=0.01)
+    privacy = PrivacyPlan(sampling_rate=0.5, noise_multiplier=1.0, evaluation=told)
+    played = Federation(ram_path, count=3, rounds=3, privacy=privacy)
+    kept: list[EvaluateReply] = []
+
+    def collect(event: Event) -> None:
+        if event.kind == "round.evaluated":
+            for files in played.files:
+                run = Archive(files.state).run(event_manifest(played))
+                score = run.score(event.round, "tuning")
+                kept.extend([] if score is None or score.round != event.round else [score])
+
+    outcome = played.lead(collect)
+    with Journal(ram_path / "run/ledger.sqlite") as journal:
+        losses, sums = journal.losses("tuning"), journal.sums("evaluate tuning")
+    assert [entry.round for entry in sums] == [2, 3]
+    assert len(kept) == 6
+    for entry in sums:
+        parts = [score for score in kept if score.round == entry.round]
+        assert entry.tokens == sum(score.tokens for score in parts)
+        assert entry.nll == pytest.approx(sum(score.nll for score in parts), abs=1e-2)
+    assert int(outcome.best_checkpoint.stem) == min(losses, key=lambda number: losses[number])
+    for files in played.files:
+        with Budget.open(files.state / FILE) as budget:
+            charges = budget.charges()
+            assert budget.spent(1e-6) == epsilon(protection.of_run(outcome.manifest).all, 1e-6)
+        assert {charge.state for charge in charges} == {State.RELEASED}
+        assert sorted((c.release.purpose, c.release.round) for c in charges) == [
+            *(("evaluation", number) for number in (2, 3)),
+            *(("training", number) for number in (1, 2, 3)),
+        ]
+        folder = files.state / "outbound"
+        left = [read_entry(line, place).message for place, line in lines(folder, read_head(folder))]
+        assert [message.kind for message in left if message.epsilon is not None] == [Masked.kind] * 5
+    (row,) = {event.values.keys() >= {"patients", "loss"} for event in played.events if event.kind == "round.evaluated"}
+    assert row
+
+
+def event_manifest(played: Federation) -> str:
+    return Manifest.from_bytes((played.root / "run" / "manifest.json").read_bytes()).hash

@@ -107,6 +107,32 @@ def test_the_report_tells_what_every_site_has_spent(result: Result, tmp_path: Pa
     assert [column.header for column in terminal_tables(report)[-1].columns][-2] == "epsilon"
 
 
+def test_by_choice_noised_losses_choose_the_best_round_and_the_report_tells_their_noise(tmp_path: Path) -> None:
+    told = {"every": 1, "bound": 4.0, "noise_multiplier": 12.0}
+    study = studies.study(tiny.sites(tmp_path, 2), privacy={**PRIVACY, "evaluation": told}, arms=["federated"])
+    result = run_study(study, tmp_path / "study", workers=1)
+    outcome = result.arms[0].outcome
+    assert outcome is not None
+    with Journal(result.arms[0].folder / "ledger.sqlite") as journal:
+        scores, losses = journal.scores(), journal.losses("tuning")
+    assert [(score.round, score.status) for score in scores] == [(n, Status.ACCEPTED) for n in (1, 1, 2, 2)]
+    assert int(outcome.best_checkpoint.stem) == min(losses, key=lambda number: losses[number])
+    for site in result.sites:
+        with Budget.open(site.state / FILE, begin=False) as budget:
+            assert budget.spent(1e-5) == epsilon(protection.of_run(outcome.manifest).all, 1e-5)
+            assert 5.8 < budget.spent(1e-5) <= 6.0
+    assert "6 for the run, which counts where" in checkpoint.describe(checkpoint.load(outcome.checkpoint))["privacy"]
+    report = report_of(result, "fedcomet simulate")
+    patients = sum(score.tokens for score in scores if score.round == 2)
+    deviation = 48 * 2**0.5 / patients
+    assert f"noise of standard deviation {deviation:.3g} nats (12 x 4" in dict(report.settings)["Tuning loss"]
+    assert any("noised tuning losses" in note for note in report.notes)
+    assert [part.bytes_sent for part in report.outbound if part.what == "noised sum of losses, and patients"] == [
+        32,
+        32,
+    ]
+
+
 def test_two_equal_studies_end_with_other_noise(result: Result, tmp_path: Path) -> None:
     study = studies.study(tiny.sites(tmp_path, 2), privacy=PRIVACY, arms=["federated"])
     again = run_study(study, tmp_path / "study", workers=1)
