@@ -28,7 +28,7 @@ from model.feed import ahead
 from model.losses import patient_losses
 from model.machine import Machine, Precision, choose_precision
 from model.parallel import ALONE, Team
-from model.private import PrivateOptions, PrivateTrainer, Secret, clip_before_rounding, noised
+from model.private import PrivateOptions, PrivateTrainer, Secret, noised_update
 from model.train import StepResult, Trainer, TrainingDiverged, TrainOptions, evaluate
 from tokenizer.codebook import Codebook
 from tokenizer.errors import ConfigError
@@ -301,13 +301,7 @@ class Work:
         """Cut a round's update, float32 [P], to the agreed norm and add its noise, which follows from the key."""
         privacy = protection.privacy_of(self._manifest)
         options = PrivateOptions(privacy.clip, privacy.noise_multiplier, privacy.sampling_rate)
-        exact = torch.from_numpy(update).double()
-        norm = float(exact.norm())
-        exact = (
-            exact * min(1.0, clip_before_rounding(privacy.clip) / norm) if math.isfinite(norm) and norm else exact * 0
-        )
-        (noisy,) = noised([exact.nan_to_num(0.0, 0.0, 0.0)], options, _secret(key, self._where(number), 0, "update"))
-        return noisy.float().numpy()
+        return noised_update(update, options, _secret(key, self._where(number), 0, "update"))
 
     def releases(self, steps: int) -> int:
         """How many noised sums a round of so many steps tells; without differential privacy, the steps."""

@@ -18,6 +18,7 @@ Notable choices:
 - The noise itself is a float64 Box-Muller draw: its distance from a true Gaussian is not part of any claim.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -203,3 +204,12 @@ def noised(gradients: list[Tensor], options: PrivateOptions, secret: Secret) -> 
         noise = secret.gaussian(gradient.numel()).mul_(deviation).round_()
         made.append(steps.add_(noise.view(gradient.shape)).mul_(grid))
     return made
+
+
+def noised_update(update: NDArray[np.float32], options: PrivateOptions, secret: Secret) -> NDArray[np.float32]:
+    """Cut an update, float32 [P], to the norm `options.clip` and add noise; one that isn't finite counts as zeros."""
+    exact = torch.from_numpy(update).double()
+    norm = float(exact.norm())
+    exact = exact * min(1.0, clip_before_rounding(options.clip) / norm) if math.isfinite(norm) and norm else exact * 0
+    (noisy,) = noised([exact.nan_to_num(0.0, 0.0, 0.0)], options, secret)
+    return noisy.float().numpy()

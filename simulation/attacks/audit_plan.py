@@ -16,6 +16,7 @@ class Plan:
 
     Attributes:
         private: how steps are made private; None audits a training without privacy.
+        update: how updates are made private, by noise of their own; steps then are not.
         epsilon: what is claimed; computed from `private` and the steps if None.
         delta: of the claim.
         basis: where `epsilon` comes from, in words.
@@ -56,6 +57,7 @@ class Plan:
     site: str | None = None
     seed: int | None = None
     device: str = "cpu"
+    update: PrivateOptions | None = None
 
     def __post_init__(self) -> None:
         checks = {
@@ -76,25 +78,26 @@ class Plan:
             raise ConfigError(f"audit: {'; '.join(wrong)}")
 
     def following(self, stated: Privacy | None) -> "Plan":
-        """The same with the private steps that a run's manifest states, unless this plan has some of its own.
+        """The same with the private steps, or updates, that a run's manifest states, unless this plan has its own.
 
         The manifest's epsilon is claimed too, unless another one is given, or another number of steps: then the
         accountant tells what these cost.
 
         Raises:
-            ConfigError: the run's noise is not that of private steps.
+            ConfigError: the run's noise is shared out over the sites.
         """
         if stated is None or self.private is not None:
             return self
-        if stated.mechanism != "dp-sgd":
+        if stated.mechanism == "distributed":
             raise ConfigError(
-                f"audit: the run's privacy is noise on updates ({stated.mechanism}), and only private steps can be "
-                "audited here; state those with --noise-multiplier and --sampling-rate to audit them"
+                "audit: the run's noise is shared out over the sites, and only private steps and noise on a site's own "
+                "update can be audited here; state steps with --noise-multiplier and --sampling-rate to audit them"
             )
-        mine = replace(self, private=PrivateOptions(stated.clip, stated.noise_multiplier, stated.sampling_rate))
+        noise = PrivateOptions(stated.clip, stated.noise_multiplier, stated.sampling_rate)
+        mine = replace(self, update=noise) if stated.mechanism == "local" else replace(self, private=noise)
         if self.epsilon is not None:
             return mine
-        if self.steps is not None:
+        if self.steps is not None and mine.private is not None:
             return replace(mine, delta=stated.delta)
         return replace(mine, epsilon=stated.epsilon, delta=stated.delta, basis="the run's manifest")
 

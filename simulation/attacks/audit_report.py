@@ -28,6 +28,8 @@ def summary(audit: Audit) -> list[Text]:
     said = [Text(audit_words.headline(audit), "bold red" if audit.alarm else "bold")]
     if audit.canaries is not None:
         said.append(Text(" ".join(audit_words.of_canaries(audit.canaries, audit.claim))))
+    if audit.releases is not None:
+        said.append(Text(" ".join(audit_words.of_releases(audit.releases, audit.claim))))
     for target in audit.targets:
         said += [Text(f"{target.name}. {audit_words.of_membership(target, attack)}") for attack in target.attacks]
     said += [Text(words) for words in [audit_words.of_courses(audit.planted)] if words]
@@ -42,8 +44,10 @@ def render(audit: Audit) -> str:
     environment.filters.update(figure=_figure, share_figure=_share)
     pictures = {}
     if audit.canaries is not None:
-        pictures["epsilon"] = _epsilon(audit.canaries, audit.claim)
+        pictures["epsilon"] = _epsilon(audit.canaries.bound.epsilon, audit.canaries.provable, audit.claim)
         pictures["scores"] = _scores(audit.canaries)
+    if (told := audit.releases) is not None:
+        pictures["epsilon"] = _epsilon(told.epsilon, told.provable, audit.claim)
     if audit.planted:
         pictures["courses"] = _courses(audit.planted)
     return environment.get_template("audit.html.j2").render(
@@ -55,21 +59,20 @@ def render(audit: Audit) -> str:
     )
 
 
-def _epsilon(found: Canaries, claim: Claim | None) -> str:
+def _epsilon(shown: float, provable: float, claim: Claim | None) -> str:
     """What is claimed and what is proved, on one line of epsilon."""
-    bound = found.bound
 
     def draw(axes: Axes) -> None:
-        top = 1.1 * max(found.provable, claim.epsilon if claim else 0.0, 1.0)
-        axes.plot([bound.epsilon, top], [0, 0], color=INKS["line"], lw=10, solid_capstyle="butt")
-        axes.plot([0, bound.epsilon], [0, 0], color=INKS["second"], lw=10, solid_capstyle="butt")
+        top = 1.1 * max(provable, claim.epsilon if claim else 0.0, 1.0)
+        axes.plot([shown, top], [0, 0], color=INKS["line"], lw=10, solid_capstyle="butt")
+        axes.plot([0, shown], [0, 0], color=INKS["second"], lw=10, solid_capstyle="butt")
         axes.annotate(
-            f"shown: at least {bound.epsilon:.2f}", (bound.epsilon, 0), (0, -20), textcoords="offset points",
-            ha="left" if bound.epsilon < top / 2 else "right", color=INKS["second"],
+            f"shown: at least {shown:.2f}", (shown, 0), (0, -20), textcoords="offset points",
+            ha="left" if shown < top / 2 else "right", color=INKS["second"],
         )  # fmt: skip
-        axes.axvline(found.provable, color=INKS["soft"], lw=1, ls=(0, (2, 3)))
+        axes.axvline(provable, color=INKS["soft"], lw=1, ls=(0, (2, 3)))
         axes.annotate(
-            "most that could be shown", (found.provable, 0.9), (-4, 0), textcoords="offset points", ha="right",
+            "most that could be shown", (provable, 0.9), (-4, 0), textcoords="offset points", ha="right",
             va="top", color=INKS["soft"],
         )  # fmt: skip
         if claim is not None:
@@ -86,7 +89,7 @@ def _epsilon(found: Canaries, claim: Claim | None) -> str:
         axes.set_xlabel("epsilon")
 
     claimed = f", claimed {claim.epsilon:.2f}" if claim else ", nothing claimed"
-    return plots.picture("epsilon", f"Epsilon: shown at least {bound.epsilon:.2f}{claimed}.", 6.4, 1.7, draw, grid="x")
+    return plots.picture("epsilon", f"Epsilon: shown at least {shown:.2f}{claimed}.", 6.4, 1.7, draw, grid="x")
 
 
 def _scores(found: Canaries) -> str:

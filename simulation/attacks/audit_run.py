@@ -14,12 +14,13 @@ import numpy as np
 
 from federation.update import to_vector
 from model.decoder import Decoder
-from model.private import KEY_BYTES
-from simulation.attacks import leakage, membership, memory
+from model.private import KEY_BYTES, PrivateOptions, Secret, noised_update
+from simulation.attacks import leakage, membership, memory, releases
 from simulation.attacks.audit_plan import Plan
 from simulation.attacks.bound import GUESSED_SHARES, largest_disproved, lower_bound
 from simulation.attacks.canaries import Ints, alone, nobody, plant, scattered
 from simulation.attacks.finished_run import FinishedRun
+from simulation.attacks.releases import Told
 from simulation.attacks.training import Recipe, losses, train
 from simulation.attacks.verdict import Audit, Canaries, Stage, Target
 from tokenizer.errors import ConfigError
@@ -51,20 +52,32 @@ def audit_run(run: FinishedRun, plan: Plan, *, command: str = "", watch: Watch =
     own, others = run.stores[site].split("train"), run.stores[site].split("held_out")
     recipe = run.recipe(own, private=plan.private, steps=plan.steps, seed=seed, device=plan.device)
     work = _Work(run, plan, recipe, watch)
-    model, cast = work.train_with_canaries(own)
     reference = work.reference(own)
-    steps = recipe.options.total_steps
     everybody = [run.together(split) for split in ("train", "held_out")]
+    released = work.target("the released model", run.model.to(plan.device), reference, *everybody)
     name = run.study.title or run.study.name
+    if plan.update is not None:
+        return Audit(
+            f"{name}: noise on the updates of {site}",
+            _facts(run, plan, recipe, site, len(own)),
+            claim=plan.claim(recipe.options.total_steps),
+            releases=work.releases(plan.update),
+            targets=(released,),
+            stages=work.stages(),
+            notes=(
+                "Audited is what a site does with its updates: the code that cuts and noises them is run many times on "
+                "two updates that are as far apart as any. Its training needs no privacy of its own.",
+            ),
+            software=version("fedcomet"),
+            command=command,
+        )
+    model, cast = work.train_with_canaries(own)
     return Audit(
         f"{name}: training at {site}",
         _facts(run, plan, recipe, site, len(own)),
-        claim=plan.claim(steps),
+        claim=plan.claim(recipe.options.total_steps),
         canaries=work.judge(model, cast),
-        targets=(
-            work.target("the audited training", model, reference, own, others),
-            work.target("the released model", run.model.to(plan.device), reference, *everybody),
-        ),
+        targets=(work.target("the audited training", model, reference, own, others), released),
         planted=work.remembered(model, cast),
         stages=work.stages(),
         notes=(
@@ -119,6 +132,19 @@ class _Work:
         inside, outside = (tuple(np.sort(scores[coins]).tolist()) for coins in (cast.included, ~cast.included))
         m = plan.canaries
         return Canaries(bound, largest_disproved(m, m, m, plan.delta, level), inside, outside)
+
+    def releases(self, noise: PrivateOptions) -> Told:
+        """Tell apart two updates by what is released of them in all rounds."""
+        plan, claim = self._plan, self._plan.claim(1)
+        return releases.attack(
+            noise,
+            self._run.study.training.rounds,
+            releases.repetitions_for(None if claim is None else claim.epsilon),
+            delta=plan.delta,
+            confidence=plan.confidence,
+            seed=self._recipe.seed,
+            watch=self._counter("noised updates"),
+        )
 
     def reference(self, own: TokenSplit) -> Decoder | None:
         """A model trained in the same way, without privacy, on patients of no other part of the audit; None if few."""
@@ -176,7 +202,10 @@ class _Work:
             steps = max(1, recipe.options.total_steps // run.study.training.rounds)
             first = 0 if name == "the first round" else recipe.options.total_steps - steps
             after = train(recipe, members, run.codebook, self._key, start=start, steps=steps, first=first)
-            sites.append(leakage.Site(site, members, others, to_vector(after) - before, float(members.tokens_total)))
+            update = to_vector(after) - before
+            if plan.update is not None:
+                update = noised_update(update, plan.update, Secret(secrets.token_bytes(KEY_BYTES), f"{name}/{site}"))
+            sites.append(leakage.Site(site, members, others, update, float(members.tokens_total)))
             self._watch(Step(f"updates, {name}", done, len(run.stores)))
         leaks = leakage.attack(start, run.codebook, sites, most=plan.most, seed=self._recipe.seed)
         return Stage(name, steps, leaks)
@@ -197,12 +226,16 @@ def _facts(run: FinishedRun, plan: Plan, recipe: Recipe, site: str, patients: in
             f" of private training: clip {private.clip:g}, noise multiplier {private.noise_multiplier:g}, sampling "
             f"rate {private.sampling_rate:g}"
         )
+    who = f"{patients:,} of the site"
+    if (noise := plan.update) is None:
+        who += f", {plan.canaries:,} canaries by a coin each, {planted:,} with planted courses"
+    else:
+        steps += f"; noise on the update of each of {run.study.training.rounds:,} rounds: clip {noise.clip:g}, noise "
+        steps += f"multiplier {noise.noise_multiplier:g}"
     return {
         "audited site": f"{site} of {len(run.stores)}",
-        "patients in training": (
-            f"{patients:,} of the site, {plan.canaries:,} canaries by a coin each, {planted:,} with planted courses"
-        ),
-        "training": steps + ("" if private else ", without differential privacy"),
+        "patients in training": who,
+        "training": steps + ("" if private or plan.update else ", without differential privacy"),
         "model": f"{recipe.decoder.parameters():,} parameters, context {recipe.decoder.context:,}",
         "codebook": f"{run.codebook.hash[:16]}, {len(run.codebook):,} tokens",
         "seed of coins and choices": str(recipe.seed),

@@ -3,6 +3,7 @@
 from simulation.attacks.leakage import Leak
 from simulation.attacks.membership import Separation
 from simulation.attacks.memory import Rare, Repetition
+from simulation.attacks.releases import Told
 from simulation.attacks.verdict import Audit, Canaries, Claim, Stage, Target
 
 # What anybody should know who reads the page.
@@ -21,7 +22,7 @@ def headline(audit: Audit) -> str:
     """The outcome in a sentence."""
     if audit.alarm:
         return audit.alarm
-    if audit.canaries is not None and audit.claim is not None:
+    if audit.bound is not None and audit.claim is not None:
         return (
             "The attacks do not contradict the privacy that is claimed. That is no proof of privacy: below stands how "
             "much they could have seen."
@@ -52,6 +53,28 @@ def of_canaries(found: Canaries, claim: Claim | None) -> list[str]:
         )
     else:
         said.append(f"With every guess right, it could have shown epsilon {found.provable:.2f} at most.")
+    return said
+
+
+def of_releases(found: Told, claim: Claim | None) -> list[str]:
+    """What telling two noised updates apart proves about epsilon."""
+    right = found.above_plus + found.minus - found.above_minus
+    said = [
+        f"{found.plus + found.minus:,} times a coin chose one of two opposite updates, which was cut and noised as in "
+        f"the {found.rounds:,} rounds of the run. Called by a threshold of {found.threshold:g} clips, {right:,} were "
+        "right; blind guessing gets about half."
+    ]
+    if found.epsilon > 0:
+        said.append(
+            f"With {found.confidence:.1%} confidence, epsilon of these rounds is at least {found.epsilon:.2f} (delta "
+            f"{found.delta:g})."
+        )
+    else:
+        said.append("That is too few to show any epsilon above 0.")
+    if claim is not None:
+        said.append(f"Claimed is epsilon {claim.epsilon:.2f} at delta {claim.delta:g} ({claim.basis}).")
+        if claim.epsilon >= found.provable:
+            said.append(f"This audit could not have contradicted that: it shows {found.provable:.2f} at most.")
     return said
 
 

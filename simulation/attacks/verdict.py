@@ -11,6 +11,7 @@ from simulation.attacks.bound import Bound
 from simulation.attacks.leakage import Leak
 from simulation.attacks.membership import Separation
 from simulation.attacks.memory import Rare, Repetition
+from simulation.attacks.releases import Told
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Audit:
         facts: about it and about how the audit was done, by name.
         claim: the privacy that is claimed; None if none is.
         canaries: None where no training was audited.
+        releases: of noise on updates; None where the noise is in the steps, or there is none.
         targets: models under membership inference.
         planted: what became of planted courses.
         rare: what came out of a finished model.
@@ -99,6 +101,7 @@ class Audit:
     facts: Mapping[str, str]
     claim: Claim | None = None
     canaries: Canaries | None = None
+    releases: Told | None = None
     targets: tuple[Target, ...] = ()
     planted: tuple[Repetition, ...] = ()
     rare: Rare | None = None
@@ -109,14 +112,18 @@ class Audit:
     alarm: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "alarm", _alarm(self.claim, self.canaries))
+        object.__setattr__(self, "alarm", _alarm(self.claim, self.bound))
+
+    @property
+    def bound(self) -> Bound | Told | None:
+        """What is proved of epsilon; None if nothing was tried."""
+        return self.releases if self.canaries is None else self.canaries.bound
 
 
-def _alarm(claim: Claim | None, canaries: Canaries | None) -> str:
+def _alarm(claim: Claim | None, bound: Bound | Told | None) -> str:
     """Say what contradicts the claim; empty if nothing does."""
-    if claim is None or canaries is None or canaries.bound.epsilon <= claim.epsilon:
+    if claim is None or bound is None or bound.epsilon <= claim.epsilon:
         return ""
-    bound = canaries.bound
     return (
         f"The privacy claim does not hold: epsilon is at least {bound.epsilon:.2f} with {bound.confidence:.1%} "
         f"confidence, and {claim.epsilon:.2f} is claimed (delta {claim.delta:g}). Do not release this model under that "

@@ -262,7 +262,7 @@ def test_noise_on_the_update_is_one_release_a_round_of_a_clipped_update(site: Si
 
 def test_the_update_under_the_noise_has_the_agreed_norm_at_most(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     before: list[float] = []
-    monkeypatch.setattr("client.local.noised", lambda g, *_: before.append(float(g[0].norm())) or g)  # type: ignore[func-returns-value]
+    monkeypatch.setattr("model.private.noised", lambda g, *_: before.append(float(g[0].norm())) or g)  # type: ignore[func-returns-value]
     manifest = private(site, privacy=dataclasses.replace(LOCAL, clip=0.01))
     reply = site.train(ask(manifest))
     assert before == [pytest.approx(0.01, rel=1e-4)]

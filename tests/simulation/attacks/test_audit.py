@@ -165,8 +165,8 @@ def test_what_the_runs_manifest_claims_is_audited(run: FinishedRun) -> None:
     assert plan().following(stated) == plan()
     assert plan(private=None).following(None) == plan(private=None)
     assert run.privacy is None
-    with pytest.raises(ConfigError, match="noise on updates"):
-        plan(private=None).following(replace(stated, mechanism="local"))
+    noised = plan(private=None).following(replace(stated, mechanism="local"))
+    assert (noised.private, noised.update) == (None, PrivateOptions(0.5, 1.5, 0.2))
 
 
 def test_a_private_run_is_audited_with_its_own_steps_and_claim(tmp_path: Path) -> None:
