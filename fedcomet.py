@@ -154,7 +154,7 @@ def main() -> None:
     """Run the command line; what a person can mend is told in one message, without a traceback.
 
     Exit codes: 0 done, 1 it could not be done (the message says why), 2 wrong arguments, 3 an audit contradicts what is
-    claimed, 130 interrupted.
+    claimed, 4 a run waits for sites that have signed a sum, 130 interrupted.
     """
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
@@ -164,7 +164,7 @@ def main() -> None:
         if debug:
             raise
         print(f"fedcomet: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(error.exit_code)
     except OSError as problem:
         if debug:
             raise
@@ -491,6 +491,24 @@ def coordinator_key(
     from server.app import coordinator_key as place
 
     print(Identity.at(place(runs)).public)
+
+
+@coordinator.command("give-up")
+def give_up(
+    run: Annotated[Path, typer.Argument(help="The folder of a run whose round waits for sites that have signed.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Give the round up; without, what it waits for is shown.")] = False,
+) -> None:
+    """Give up a round whose sum can't be opened, as too many of the sites that signed it have left.
+
+    Its updates are lost: the round ends with the weights that it began with, and the next start of the run goes on with
+    the round after. What sites have spent on it stays spent. Nothing of it is opened later, either.
+    """
+    from server.app import give_up_sum
+
+    number, reason = give_up_sum(run, really=yes)
+    print(f"round {number} {'is given up' if yes else 'waits'}: {reason}")
+    if not yes:
+        print("nothing was changed; --yes gives the round up for good")
 
 
 @privacy.command("plan")

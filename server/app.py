@@ -18,7 +18,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flwr.app import Context
@@ -27,14 +27,15 @@ from flwr.serverapp import Grid, ServerApp
 from federation.identity import Identity
 from federation.manifest import Manifest
 from federation.masking import MaskingError
-from federation.messages import Kept, ProtocolError, SurveyReply, SurveyRequest, is_site_name, printable
+from federation.messages import Kept, ProtocolError, SurveyReply, SurveyRequest, TrainRequest, is_site_name, printable
 from federation.update import Layout
-from server.journal import Journal, Phase
+from server.journal import GIVEN_UP, Journal, Phase
 from server.opening import open_sum
 from server.plan import FederationPlan
 from server.post import Post, Roster, TooFewSites, reason, site_name
 from server.rounds import TUNING, Answer, Event, Listener, Rounds
 from server.spool import Spool
+from server.unmask import Opening
 from tokenizer import durable
 from tokenizer.codebook import Codebook, Survey, merge
 from tokenizer.errors import ConfigError, FedcometError
@@ -77,7 +78,7 @@ def coordinate(
     Raises:
         ConfigError: the directory is in use, or belongs to a run with other settings.
         TooFewSites: not enough sites came or take part.
-        RoundFailed: not enough usable updates in a round.
+        RoundFailed: not enough usable updates in a round; `SumWaits` where the sites that signed a sum have left.
         DataError: files of the run directory are damaged.
     """
     with _locked(run_dir):
@@ -139,7 +140,42 @@ def coordinator_key(root: Path) -> Path:
     return root / "coordinator.key"
 
 
+def give_up_sum(run_dir: Path, *, really: bool) -> tuple[int, str]:
+    """Give up the sum that a run waits for: a set of sites has signed it, and too few of them are left to open it.
+
+    One note in the ledger, which holds from the run's next start on. What sites were promised stays true: they sign one
+    set in a round, and the sum of this one is never opened.
+
+    Args:
+        run_dir: the run's directory; no coordinator may be at work on it.
+        really: whether to note it, or only to tell what would be.
+
+    Returns:
+        The round, and what it waits for.
+
+    Raises:
+        ConfigError: the directory is in use, holds no run, or its run waits for no such sum.
+    """
+    path = run_dir / "ledger.sqlite"
+    if not path.exists():
+        raise ConfigError(f"{run_dir} holds no run that has begun: there is no ledger.sqlite.")
+    with _locked(run_dir), Journal(path) as journal:
+        number = journal.committed() + 1
+        entry, state = journal.sum(number, "train"), journal.round(number)
+        signed = entry is not None and entry.collected_sha256 and not entry.sites
+        if entry is None or not signed or state is None or state.phase is not Phase.UNMASKING:
+            raise ConfigError(f"Round {number} of {run_dir} waits for no sum that was signed: start the run again.")
+        if really:
+            journal.note_sum(replace(entry, stage=GIVEN_UP))
+        return number, entry.reason or "no site has been asked to open it yet"
+
+
 def _lead_round(rounds: Rounds, roster: Roster, post: Post, plan: FederationPlan) -> None:
+    if rounds.given_up:
+        rounds.open()
+        rounds.pass_over()
+        rounds.commit()
+        return
     rounds.open()
     nodes = roster.sites()
     request = rounds.request(post.deadline())
@@ -151,10 +187,7 @@ def _lead_round(rounds: Rounds, roster: Roster, post: Post, plan: FederationPlan
             rounds.late(site)
     opening = None
     if rounds.masked and rounds.phase in (Phase.COLLECTING, Phase.TRAINING, Phase.UNMASKING):
-        try:
-            opening = open_sum(rounds.sum_of(request), nodes, rounds.ready(), post, rounds.unmask)
-        except MaskingError as problem:
-            raise rounds.fail(str(problem)) from None
+        opening = _opened(rounds, request, roster, post, plan.signed_wait_s)
     rounds.aggregate(opening)
     evaluation = rounds.evaluation(TUNING, post.deadline()) if plan.evaluates(rounds.number) else None
     answers: dict[str, Answer | None] = {}
@@ -172,6 +205,20 @@ def _lead_round(rounds: Rounds, roster: Roster, post: Post, plan: FederationPlan
     else:
         rounds.score(evaluation, answers)
     rounds.commit()
+
+
+def _opened(rounds: Rounds, request: TrainRequest, roster: Roster, post: Post, wait_s: float) -> Opening:
+    """Open the round's sum; once a set of sites is signed, wait so many seconds for those of them that have left."""
+    until: float | None = None
+    while True:
+        masked = rounds.sum_of(request)
+        try:
+            return open_sum(masked, roster.sites(), rounds.ready(), post, rounds.unmask)
+        except MaskingError as problem:
+            until = post.now() + wait_s if until is None else until
+            if not masked.signing or post.now() >= until:
+                raise rounds.fail(str(problem)) from None
+            post.rest()
 
 
 def _codebook(run_dir: Path, plan: FederationPlan, post: Post) -> Codebook:

@@ -90,6 +90,10 @@ class ScoreEntry:
     tokens: int = 0
 
 
+GIVEN_UP = "given up"
+"""The stage of a sum that the coordinator will not open any more."""
+
+
 @dataclass(frozen=True)
 class SumEntry:
     """A masked sum of a round: updates ("train") or losses ("evaluate tuning"); nothing in it is of a single site.
@@ -97,7 +101,7 @@ class SumEntry:
     Attributes:
         round, purpose: which sum.
         attempt: the last try, counted from 1.
-        stage: what sites are asked for, or "done".
+        stage: what sites are asked for, "done", or "given up".
         collected_sha256: of the file with the masked sum; empty before it is whole.
         sites: whose updates are in the sum, with commas between them; empty before it is open.
         dropped: who dropped out of the last attempt, at which stage, and why.

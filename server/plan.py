@@ -113,6 +113,8 @@ class FederationPlan:
             clear.
         stage_deadline_s: how long sites have for an answer in a masked sum, which needs no training; such a sum asks
             five times. At most `deadline_s`.
+        signed_wait_s: how long to wait, before the run ends, for sites that have signed a sum and then left: nobody can
+            take their place.
         codebook: a fixed codebook's bytes; without, one is built from the sites' surveys.
     """
 
@@ -137,6 +139,7 @@ class FederationPlan:
     privacy: PrivacyPlan | None = None
     secure_aggregation: SecureAggregation | None = None
     stage_deadline_s: float = 600.0
+    signed_wait_s: float = 0.0
     codebook: bytes | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -148,6 +151,7 @@ class FederationPlan:
             "join_s must not be negative": self.join_s >= 0,
             "deadline_s must be above 0": self.deadline_s > 0,
             "stage_deadline_s must be above 0": self.stage_deadline_s > 0,
+            "signed_wait_s must not be negative": self.signed_wait_s >= 0,
             "evaluate_every must not be negative": self.evaluate_every >= 0,
             "max_norm must be above 0": self.max_norm is None or self.max_norm > 0,
         }

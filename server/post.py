@@ -47,6 +47,14 @@ class Post:
         self._identity = identity
         self.tell = listen
 
+    def now(self) -> float:
+        """Give the time, in seconds since the epoch."""
+        return self._clock()
+
+    def rest(self) -> None:
+        """Wait a little."""
+        self._pause(_POLL_S)
+
     def deadline(self) -> float:
         """Give the time, in seconds since the epoch, until which a question that is asked now may be answered."""
         return self._clock() + self._plan.deadline_s

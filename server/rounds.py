@@ -30,7 +30,7 @@ from federation.messages import (
 )
 from federation.update import norm
 from server.aggregate import GlobalState, outer_step
-from server.journal import Journal, Phase, ReplyEntry, ScoreEntry, Status, SumEntry, Work
+from server.journal import GIVEN_UP, Journal, Phase, ReplyEntry, ScoreEntry, Status, SumEntry, Work
 from server.sums import MaskedSum, SumStore
 from server.unmask import Opening
 from tokenizer.errors import FedcometError
@@ -44,6 +44,12 @@ _MOST = 2**40  # of steps or tokens: far above what can be, far below what a led
 
 class RoundFailed(FedcometError):
     """A round in which too few sites gave a usable update; the run can be continued when they do."""
+
+
+class SumWaits(RoundFailed):
+    """A signed sum that too few of its sites are left to open; no other set can take its place."""
+
+    exit_code = 4
 
 
 @dataclass(frozen=True)
@@ -270,8 +276,29 @@ class Rounds:
         loss = entry.nll / entry.tokens if entry.tokens else math.nan
         self._tell("round.evaluated", text=entry.reason, values={self._counted: entry.tokens, "loss": loss})
 
+    @property
+    def given_up(self) -> bool:
+        """Tell whether the coordinator has given up the open round's sum."""
+        entry = self._journal.sum(self.number, "train") if self.masked else None
+        return entry is not None and entry.stage == GIVEN_UP
+
+    def pass_over(self) -> None:
+        """End a round whose sum was given up, with the weights that it began with."""
+        if self.phase is Phase.UNMASKING:
+            self._keep(self._state, {"sites": 0})
+        if self.phase is Phase.AGGREGATED:
+            self._journal.note_scores([], self.number)
+
     def fail(self, reason: str) -> RoundFailed:
         """Tell that the open round can't be summed, and give the error that says so."""
+        entry = self._journal.sum(self.number, "train")
+        if entry is not None and entry.collected_sha256:
+            self._tell("sum.waits", text=reason)
+            return SumWaits(
+                f"Round {self.number} waits for sites that have signed its sum, as no other sum can take its place: "
+                f"{reason} Once they can answer, start the same run again: it continues with this round. If they never "
+                "come back, give the round up: fedcomet coordinator give-up."
+            )
         self._tell("sum.failed", text=reason)
         return RoundFailed(
             f"Round {self.number} could not be summed: {reason} Once the sites can answer, start the same run again: "

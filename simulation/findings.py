@@ -17,7 +17,7 @@ from federation.accountant import epsilon
 from federation.manifest import Manifest, software_version
 from federation.summed import update_bytes
 from server.app import Outcome
-from server.journal import Journal, Status
+from server.journal import GIVEN_UP, Journal, Status
 from server.results import Codebook as CodebookSummary
 from server.results import Kind, Outbound, Question, Report, Round, SiteSummary, Training, ask
 from server.rounds import TUNING
@@ -282,9 +282,10 @@ def _rounds(journal: Journal) -> tuple[Round, ...]:
         tokens, received = sum(reply.tokens for reply in good), sum(reply.bytes for reply in good)
         accepted = len(good)
         if manifest is not None and (masked := journal.sum(number, "train")) is not None:
-            accepted, tokens = len(masked.sites.split(",")), masked.tokens
+            accepted, tokens = len(masked.sites.split(",")) if masked.sites else 0, masked.tokens
             received = accepted * update_bytes(manifest)
             bad += [masked.dropped] if masked.dropped else []
+            bad += [f"given up: {masked.reason}"] if masked.stage == GIVEN_UP else []
         rounds.append(
             Round(
                 round=number,

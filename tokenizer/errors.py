@@ -4,9 +4,17 @@ A message names the thing, the place and the next step; the command line prints 
 belongs to a later room (a refused manifest, a malformed reply) is defined in that room, as a child of `FedcometError`.
 """
 
+from typing import ClassVar
+
 
 class FedcometError(Exception):
-    """Base of every error that fedcomet raises on purpose."""
+    """Base of every error that fedcomet raises on purpose.
+
+    Attributes:
+        exit_code: of the command that ends with it.
+    """
+
+    exit_code: ClassVar[int] = 1
 
 
 class DataError(FedcometError):

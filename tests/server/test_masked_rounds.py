@@ -20,13 +20,14 @@ from federation.masking import Masked
 from federation.messages import EvaluateReply, Kept, TrainReply, TrainRequest
 from federation.update import to_vector
 from model import checkpoint
-from server.app import Outcome, coordinate
-from server.journal import Journal, Status, SumEntry
+from model.decoder import Decoder
+from server.app import Outcome, coordinate, give_up_sum
+from server.journal import GIVEN_UP, Journal, Status, SumEntry
 from server.plan import PrivacyPlan
-from server.rounds import Event, RoundFailed
+from server.rounds import Event, RoundFailed, SumWaits
 from tests import tiny
 from tests.masked import Federation, dumped, needles, wire_bytes
-from tokenizer.errors import DataError
+from tokenizer.errors import ConfigError, DataError
 
 
 def weights(outcome: Outcome) -> np.ndarray:
@@ -146,6 +147,91 @@ def test_too_few_sites_fail_the_round_with_the_reason_and_it_goes_on_when_they_a
     after = entry_of(ram_path)
     assert (after.sites, after.reason) == ("site-0,site-1,site-2,site-3", "")
     assert after.attempt == (2 if signed else 5)
+
+
+def left_after_signing(
+    ram_path: Path, trained: Federation, **changes: object
+) -> tuple[Federation, dict[int, tiny.Node]]:
+    """A run whose only round is signed, and that two of its four sites then leave."""
+    played = trained.copy(ram_path)
+    if changes:
+        (ram_path / "run/plan.json").unlink()
+        played.plan = dataclasses.replace(played.plan, **changes)  # type: ignore[arg-type]
+    undisturbed = dict(played.grid.nodes)
+    for number in (2, 4):
+        played.silence(number, "query.mask_open")
+    return played, undisturbed
+
+
+def test_a_signed_sum_that_too_many_sites_left_ends_the_run_with_a_status_of_its_own(
+    ram_path: Path, trained: Federation
+) -> None:
+    played, undisturbed = left_after_signing(ram_path, trained)
+    with pytest.raises(SumWaits, match=r"Round 1 waits for sites that have signed.*site-1, site-3.*give-up") as waits:
+        played.lead()
+    assert waits.value.exit_code == 4
+    assert "sum.waits" in {event.kind for event in played.events}
+    assert "Missing: site-1, site-3" in entry_of(ram_path).reason
+    number, reason = give_up_sum(ram_path / "run", really=False)
+    assert (number, reason) == (1, entry_of(ram_path).reason)
+    played.grid.nodes = undisturbed
+    played.lead()
+    assert entry_of(ram_path).sites == "site-0,site-1,site-2,site-3"
+    with pytest.raises(ConfigError, match="waits for no sum"):
+        give_up_sum(ram_path / "run", really=True)
+
+
+def test_sites_that_come_back_within_the_wait_are_not_too_late(ram_path: Path, trained: Federation) -> None:
+    played, undisturbed = left_after_signing(ram_path, trained, signed_wait_s=10_000.0)
+
+    def come_back(event: Event) -> None:
+        if len([each for each in played.events if each.text == "query.mask_open"]) == 5:
+            played.grid.nodes = undisturbed
+
+    played.lead(come_back)
+    assert entry_of(ram_path).sites == "site-0,site-1,site-2,site-3"
+    assert "sum.waits" not in {event.kind for event in played.events}
+
+
+@pytest.mark.parametrize("dies", ["round.aggregated", "round.committed", ""])
+def test_a_round_that_is_given_up_ends_with_the_weights_before_it_and_the_run_goes_on(
+    ram_path: Path, dies: str
+) -> None:
+    played = Federation(ram_path, rounds=2, deadline_s=500.0, evaluate_every=2)
+    undisturbed = dict(played.grid.nodes)
+    for number in (2, 4):
+        played.silence(number, "query.mask_open")
+    with pytest.raises(SumWaits):
+        played.lead()
+    give_up_sum(ram_path / "run", really=True)
+    assert entry_of(ram_path).stage == GIVEN_UP
+    asked = len(played.grid.asked)
+    if dies:
+        with pytest.raises(Killed):
+            played.lead(killing(dies))
+        assert len(played.grid.asked) == asked
+    played.grid.nodes = {**undisturbed}
+    outcome = played.lead()
+    with Journal(ram_path / "run/ledger.sqlite") as journal:
+        assert journal.committed() == 2
+        given_up, summed = journal.sums("train")
+        assert journal.work(2).steps == summed.steps
+    assert (given_up.stage, given_up.sites) == (GIVEN_UP, "")
+    assert summed.sites == "site-0,site-1,site-2,site-3"
+    first = checkpoint.load(ram_path / "run/checkpoints/0001.safetensors").decoder
+    assert np.array_equal(to_vector(first), to_vector(Decoder.create(outcome.manifest.model, outcome.manifest.seed)))
+    assert not np.array_equal(weights(outcome), to_vector(first))
+    # What the first round's sum was is not opened by anybody: its messages are answered no more.
+    kinds = [kind for _, kind in played.grid.asked[asked:]]
+    assert kinds.count("query.mask_open") == 8  # of the second round, and of its evaluation
+
+
+def test_only_a_sum_that_was_signed_can_be_given_up(ram_path: Path, trained: Federation) -> None:
+    with pytest.raises(ConfigError, match="holds no run"):
+        give_up_sum(ram_path, really=True)
+    played = trained.copy(ram_path)
+    with pytest.raises(ConfigError, match="waits for no sum that was signed"):
+        give_up_sum(played.root / "run", really=True)
 
 
 def test_fewer_sites_than_the_minimum_are_not_summed_though_the_threshold_is_reached(ram_path: Path) -> None:
