@@ -177,7 +177,7 @@ def _lead_round(rounds: Rounds, roster: Roster, post: Post, plan: FederationPlan
         rounds.commit()
         return
     rounds.open()
-    nodes = roster.sites()
+    nodes = rounds.drawn(roster.sites())
     request = rounds.request(post.deadline())
     if rounds.collecting:
         missing = rounds.missing(nodes)
@@ -213,7 +213,7 @@ def _opened(rounds: Rounds, request: TrainRequest, roster: Roster, post: Post, w
     while True:
         masked = rounds.sum_of(request)
         try:
-            return open_sum(masked, roster.sites(), rounds.ready(), post, rounds.unmask)
+            return open_sum(masked, rounds.drawn(roster.sites()), rounds.ready(), post, rounds.unmask)
         except MaskingError as problem:
             until = post.now() + wait_s if until is None else until
             if not masked.signing or post.now() >= until:

@@ -20,6 +20,7 @@ from federation.manifest import (
     Privacy,
     PrivateEvaluation,
     SecureAggregation,
+    Transport,
     software_version,
 )
 from federation.messages import ProtocolError
@@ -106,6 +107,7 @@ class FederationPlan:
         evaluate_every: rounds between two evaluations on the sites' tuning patients; 0 is never. In a private run,
             `privacy.evaluation` says instead which rounds are evaluated.
         max_norm: the largest L2 norm of an accepted update.
+        sites_per_round, transport: as in `federation.manifest`.
         purposes: the questions that the trained model will be asked.
         privacy: private training. The sites' losses then stay where they are unless `privacy.evaluation` is given; with
             private steps, the gradient as a whole is not clipped and there is no dropout.
@@ -135,6 +137,8 @@ class FederationPlan:
     deadline_s: float = 86_400.0
     evaluate_every: int = 1
     max_norm: float | None = None
+    sites_per_round: int | None = None
+    transport: Transport = field(default_factory=Transport)
     purposes: tuple[str, ...] = ()
     privacy: PrivacyPlan | None = None
     secure_aggregation: SecureAggregation | None = None
@@ -200,6 +204,8 @@ class FederationPlan:
             min_sites=self.min_sites,
             deadline_s=self.deadline_s,
             max_norm=self.max_norm,
+            sites_per_round=self.sites_per_round,
+            transport=self.transport,
             purposes=self.purposes,
             privacy=privacy,
             secure_aggregation=self.secure_aggregation,
