@@ -46,7 +46,7 @@ def forms(number: int) -> dict[str, bytes]:
         "float64": struct.pack("<d", number),
         "float64 from the top": struct.pack(">d", number),
         "Python's digits": struct.pack("<II", number & (2**30 - 1), number >> 30),
-        "varint": varint,
+        **({"varint": varint} if len(varint) > 6 else {}),  # five bytes are too few to be no chance
     }
     patterns = {name: re.escape(data) for name, data in encoded.items()}
     return {**patterns, "text": rb"(?<![0-9a-f.])%d(?![0-9a-f.])" % number}
