@@ -22,7 +22,7 @@ from client.archive import Agreement, Archive, Choices, RunArchive, Snapshot
 from federation import protection
 from federation.manifest import Manifest
 from federation.messages import ProtocolError, SiteRefusal, TrainReply, TrainRequest, Vector
-from federation.update import to_decoder, to_vector
+from federation.update import cut_, to_decoder, to_vector
 from model.feed import ahead
 from model.machine import Machine, Precision, choose_precision
 from model.parallel import ALONE, Team
@@ -159,7 +159,7 @@ class LocalRound:
         if self._work.noises_update:
             if self._lost:
                 update[:] = 0.0
-            update = self._work.noised_update(update, request.round, self._task.key)
+            update = self._work.protected_update(update, request.round, self._task.key)
         steps = self._work.releases(len(self._results))
         weight, loss, seconds = self._work.expected_patients(steps), 0.0, 0.0
         if weight is None:
@@ -287,12 +287,19 @@ class Work:
 
     @property
     def noises_update(self) -> bool:
-        """Whether the noise is added to the update rather than in every step."""
-        return self._manifest.privacy is not None and self._manifest.privacy.mechanism == "local"
+        """Whether the noise is added to the update, here or under masks, rather than in every step."""
+        return self._manifest.privacy is not None and self._manifest.privacy.mechanism != "dp-sgd"
 
-    def noised_update(self, update: Vector, number: int, key: bytes) -> Vector:
-        """Cut a round's update, float32 [P], to the agreed norm and add its noise, which follows from the key."""
+    def protected_update(self, update: Vector, number: int, key: bytes) -> Vector:
+        """Cut a round's update, float32 [P], to the agreed norm, and add its noise, which follows from the key.
+
+        Where noise is shared out, the update is cut in place, and noise is added to the integers that are summed
+        (`client.masked`).
+        """
         privacy = protection.privacy_of(self._manifest)
+        if privacy.mechanism == "distributed":
+            cut_(update, protection.clip_before_rounding(self._manifest))
+            return update
         options = PrivateOptions(privacy.clip, privacy.noise_multiplier, privacy.sampling_rate)
         exact = torch.from_numpy(update).double()
         norm = float(exact.norm())

@@ -5,12 +5,12 @@ The noise is computed: `noise_for` finds the least noise multiplier at which `fe
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from scipy.special import erfc, erfcx  # part of what dp-accounting needs
 
-from federation.accountant import Gaussian, epsilon
+from federation.accountant import Gaussian, Mechanism, epsilon
 from tokenizer.errors import ConfigError
 
 _CLOSE = 0.005
@@ -94,16 +94,28 @@ def plan(wish: Wish, batches: Sequence[int]) -> list[Row]:
     return [_row(wish, batch) for batch in batches]
 
 
-def noise_for(wanted: float, delta: float, sampling_rate: float, steps: int) -> float:
+def noise_for(
+    wanted: float,
+    delta: float,
+    sampling_rate: float,
+    steps: int,
+    released: Callable[[float], Iterable[Mechanism]] | None = None,
+) -> float:
     """The noise multiplier, rounded up to 4 digits, for which these steps cost at most `wanted`, and hardly less.
+
+    Args:
+        wanted, delta: the most that all steps may cost.
+        sampling_rate, steps: of sums with Gaussian noise.
+        released: gives what is released by a noise multiplier, if it is something else than such sums.
 
     The search begins at the central limit of Bu et al., "Deep Learning with Gaussian Differential Privacy", 2019,
     arXiv 1911.11607 (corollary 5.4), and every figure that it takes is the accountant's.
     """
     low, high, slope = 0.0, math.inf, -1.5  # too little noise; enough; d log(cost) / d log(noise)
+    released = released or (lambda noise: [Gaussian(noise, sampling_rate, steps)])
     noise, before = _rounded_up(_central_limit(wanted, delta, sampling_rate, steps)), None
     for _ in range(40):
-        cost = epsilon([Gaussian(noise, sampling_rate, steps)], delta)
+        cost = epsilon(released(noise), delta)
         if cost <= wanted and (cost >= (1 - _CLOSE) * wanted or noise <= low * (1 + 2e-3)):
             return noise
         low, high = (low, noise) if cost <= wanted else (noise, high)

@@ -144,12 +144,15 @@ class Training(_Section):
 class Privacy(_Section):
     """Private training at every site of every arm; see docs/privacy.md.
 
-    `mechanism`: "dp-sgd" adds noise in every step, on patients drawn by `sampling_rate`; "local" adds it to the update.
+    `mechanism`: "dp-sgd" adds noise in every step, on patients drawn by `sampling_rate`; "local" adds it to each site's
+    update; "distributed" to their sum, of which every site adds a share, under [secure_aggregation]: `honest_sites` of
+    those in a sum are relied on for theirs. All updates count the same then; an arm of one site has "local" instead.
     Give `epsilon`, from which the noise follows, or `noise_multiplier`. The sites' tuning losses then stay where they
     are: an arm ends with its last round. `clip` here takes the place of the one in `[training]`.
     """
 
-    mechanism: Literal["dp-sgd", "local"] = "dp-sgd"
+    mechanism: Literal["dp-sgd", "local", "distributed"] = "dp-sgd"
+    honest_sites: Annotated[int, Field(ge=2)] | None = None
     sampling_rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     epsilon: Annotated[float, Field(gt=0.0, le=50.0)] | None = None
     noise_multiplier: Annotated[float, Field(gt=0.0)] | None = None
@@ -161,7 +164,9 @@ class Privacy(_Section):
         if (self.epsilon is None) == (self.noise_multiplier is None):
             raise ValueError("give exactly one of epsilon and noise_multiplier")
         if (self.mechanism == "dp-sgd") == (self.sampling_rate is None):
-            raise ValueError('sampling_rate: mechanism = "dp-sgd" needs it, and "local" has none')
+            raise ValueError('sampling_rate: mechanism = "dp-sgd" needs it, and no other has one')
+        if (self.mechanism == "distributed") == (self.honest_sites is None):
+            raise ValueError('honest_sites: mechanism = "distributed" needs it, and no other has them')
         return self
 
 
@@ -229,7 +234,10 @@ class Study(_Section):
             raise ValueError('arms: "federated" can\'t be left out; it makes the codebook that all arms share')
         if self.privacy is not None and self.privacy.mechanism == "dp-sgd" and self.model.dropout:
             raise ValueError("model.dropout: private steps have none; take it out, or [privacy]")
-        follows = self.training.local_steps is not None and self.privacy is None
+        shared = self.privacy is not None and self.privacy.mechanism == "distributed"
+        if shared and self.secure_aggregation is None:
+            raise ValueError('privacy.mechanism = "distributed" needs [secure_aggregation]')
+        follows = shared or (self.training.local_steps is not None and self.privacy is None)
         if self.secure_aggregation is not None and self.secure_aggregation.max_weight is None and not follows:
             raise ValueError(
                 "secure_aggregation.max_weight is missing: the most tokens (in private runs: patients) of a site in a "
