@@ -1,7 +1,8 @@
 """A site that answers a private round through its ClientApp and is killed at any of its steps, in a process of its own.
 
-In a round with shared noise it also masks its update, in a new attempt of the sum each time that it is asked. Steps are all SQL statements (before and after) and commits, every flush and rename of a file, every optimizer step, and
-the moment before the answer leaves. What leaves is appended to a file, and so is the key of every draw.
+In a round with shared noise it also masks its update, in a new attempt of the sum each time that it is asked. Steps
+are all SQL statements (before and after) and commits, every flush and rename of a file, every optimizer step, and the
+moment before the answer leaves. What leaves is appended to a file, and so is the key of every draw.
 """
 
 import hashlib
