@@ -186,7 +186,11 @@ class Summing(_Section):
 
 
 class Question(_Section):
-    """A question that rollouts answer; see model/tasks.py."""
+    """A question that rollouts answer; see model/tasks.py.
+
+    `trajectories` are as many as the question needs, where the evaluation's number doesn't suit it: short futures are
+    cheap, and risks that differ little between patients need many.
+    """
 
     name: str
     question: str
@@ -196,6 +200,7 @@ class Question(_Section):
     competing: tuple[str, ...] = ()
     horizon_days: Annotated[float, Field(gt=0.0)] | None = None
     occurrence: Literal["first", "last", "each"] = "first"
+    trajectories: _Positive | None = None
 
 
 class Evaluation(_Section):
@@ -249,6 +254,11 @@ class Study(_Section):
         if len(set(names)) != len(names):
             raise ValueError(f"task: every name may stand once, found {', '.join(names)}")
         return self
+
+    def trajectories(self, question: str) -> int:
+        """Tell how many trajectories a prediction of a question gets."""
+        own = next(task.trajectories for task in self.task if task.name == question)
+        return own or self.evaluation.trajectories
 
     def digest(self) -> str:
         """SHA-256 of the canonical form: two files that mean the same give the same digest."""

@@ -113,6 +113,8 @@ def _settings(result: Result, federated: Arm) -> tuple[tuple[str, str], ...]:
     manifest = _outcome(federated).manifest
     work = f"{train.local_epochs:g} passes" if train.local_epochs is not None else f"{train.local_steps} steps"
     outer = manifest.outer
+    optimizer = {"adamw": "AdamW", "muon": "Muon"}[train.optimizer]
+    futures = "; ".join(f"{study.trajectories(task.name)} for {task.name}" for task in study.task)
     how = "FedAvg" if outer.name == "fedavg" else f"Nesterov momentum {outer.momentum:g}, learning rate {outer.lr:g}"
     return (
         (
@@ -123,10 +125,10 @@ def _settings(result: Result, federated: Arm) -> tuple[tuple[str, str], ...]:
         ("Rounds", f"{train.rounds}, each with {work} over a site's own patients"),
         (
             "Inner optimizer",
-            f"AdamW, peak learning rate {train.learning_rate:g}, batches of {train.batch_tokens:,} tokens",
+            f"{optimizer}, peak learning rate {train.learning_rate:g}, batches of {train.batch_tokens:,} tokens",
         ),
         ("Outer optimizer", how),
-        ("Rollouts", f"{study.evaluation.trajectories} trajectories for each prediction"),
+        ("Rollouts", f"trajectories for each prediction: {futures}"),
         (
             "Split",
             f"{study.split.tuning:.0%} tuning, {study.split.held_out:.0%} held out, by keyed hash of the patient",

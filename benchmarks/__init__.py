@@ -1,0 +1,1 @@
+"""Side-by-side comparisons, each run by `python -m benchmarks.NAME`."""
