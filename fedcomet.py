@@ -564,8 +564,9 @@ def plan_privacy(
     for update in updates:
         whose = f"shared by {update.honest_sites} honest ones" if update.honest_sites else "each one's own"
         print(
-            f"Noise on the updates of {sites} sites, {whose} ({update.mechanism}): multiplier {update.noise_multiplier:.4g},"
-            f" ε {update.epsilon:.3f}; its length in the mean is {update.length:,.0f} clips."
+            f"Noise on the updates of {sites} sites, {whose} ({update.mechanism}): multiplier "
+            f"{update.noise_multiplier:.4g}, ε {update.epsilon:.3f}; its length in the mean is {update.length:,.0f} "
+            "clips."
         )
     if cost is not None:
         print(

@@ -29,6 +29,7 @@ _ALL = 1 << 128
 _TAIL = Decimal(2) ** -129  # relative to the height at zero
 # Absolute: the exponent is at most 1.7 with five roundings of 2^-53 each, exp has one more, a uniform number 2^-53.
 _SLACK = 2.0**-48
+_AT_ONCE = 1 << 14  # what they are drawn from fits into a core's cache
 _MOST_DEVIATION = 2.0**48  # places of 13.4 deviations are whole numbers of float64
 
 
@@ -59,7 +60,8 @@ class DiscreteGaussianNoise:
         """Draw the next numbers, int64 [count]."""
         drawn, done = np.empty(count, np.int64), 0
         while done < count:
-            fresh = self._propose(count - done + (count - done) // 16 + 8)[: count - done]
+            wanted = min(count - done, _AT_ONCE)
+            fresh = self._propose(wanted + wanted // 16 + 8)[:wanted]
             drawn[done : done + fresh.size] = fresh
             done += fresh.size
         return drawn

@@ -30,6 +30,7 @@ BASE = tiny.plan(tokenizer=TokenizerOptions(min_patients=10)).manifest(
 PRIVATE = Privacy("dp-sgd", epsilon=2, delta=1e-6, clip=1, noise_multiplier=1, sampling_rate=0.01)
 MASKED = SecureAggregation(5, MaskingOptions(threshold=4, clip=1, max_weight=100), agreement(5, 4).roster)
 GOOD = dataclasses.replace(BASE, privacy=PRIVATE, secure_aggregation=MASKED)
+SHARED = dataclasses.replace(GOOD, privacy=Privacy("distributed", 2, 1e-6, 1, 1, honest_sites=4))
 NOON = datetime(2026, 3, 4, 12)  # a Wednesday
 OPEN: dict[str, Any] = {
     "version": 1,
@@ -83,6 +84,7 @@ BROKEN: list[tuple[str, dict[str, Any], Manifest, str]] = [
     ("privacy.training", {"privacy": {"training": "required"}}, BASE, "no differential privacy"),
     ("privacy.epsilon_per_run", {"privacy": {"epsilon_per_run": 1.9}}, GOOD, "would be 2, 1.9"),
     ("privacy.delta_per_run", {"privacy": {"delta_per_run": 1e-7}}, GOOD, "1e-06, 1e-07"),
+    ("privacy.colluding_sites", {"privacy": {"colluding_sites": 2}}, SHARED, "would be 1, at least 2"),
     ("secure_aggregation.required", {"secure_aggregation": {"required": True}}, BASE, "in clear"),
     ("secure_aggregation.min_sites", {"secure_aggregation": {"min_sites": 6}}, GOOD, "would be 5, at least 6"),
     (
