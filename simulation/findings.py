@@ -13,7 +13,7 @@ from client.budget import FILE, Budget
 from client.site import SiteFiles
 from federation import protection
 from federation.accountant import epsilon
-from federation.manifest import Manifest, software_version
+from federation.manifest import Manifest, OuterOptions, software_version
 from federation.summed import update_bytes
 from server.app import Outcome
 from server.journal import Journal, Status
@@ -127,7 +127,8 @@ def _settings(result: Result, federated: Arm) -> tuple[tuple[str, str], ...]:
             "Inner optimizer",
             f"{optimizer}, peak learning rate {train.learning_rate:g}, batches of {train.batch_tokens:,} tokens",
         ),
-        ("Outer optimizer", how),
+        ("Outer optimizer", f"{how}, on the {_rule(outer)} of the updates"),
+        ("Transport", f"updates as {manifest.transport.update}, weights as {manifest.transport.weights}"),
         ("Rollouts", f"trajectories for each prediction: {futures}"),
         (
             "Split",
@@ -135,6 +136,14 @@ def _settings(result: Result, federated: Arm) -> tuple[tuple[str, str], ...]:
         ),
         ("Privacy", _privacy(manifest)),
     )
+
+
+def _rule(outer: OuterOptions) -> str:
+    rule = {"mean": "weighted mean", "median": "median", "trimmed_mean": "trimmed mean", "krum": "Multi-Krum mean"}
+    bears = f" (bears {outer.byzantine} hostile)" if outer.byzantine else ""
+    cut = f", each cut to norm {outer.clip_norm:g}" if outer.clip_norm else ""
+    share = f", none more than {outer.max_share:.0%}" if outer.max_share < 1 else ""
+    return rule[outer.rule] + bears + share + cut
 
 
 def _privacy(manifest: Manifest) -> str:
