@@ -192,7 +192,7 @@ class RunArchive:
 
     def reply(self, number: int) -> TrainReply | None:
         """Give the answer of a round, while it is kept."""
-        path = self.path / "rounds" / f"{number:04d}.safetensors"
+        path = self._round(number)
         if not path.exists():
             return None
         arrays = safetensors.numpy.load_file(path)
@@ -201,8 +201,22 @@ class RunArchive:
             raise DataError(f"{path} is not the answer of a round; remove it.")
         return reply
 
-    def keep(self, reply: TrainReply, optimizer: dict[str, Tensor] | None, residual: Vector | None = None) -> None:
-        """Keep a round's answer and, before it, optimizer's state and update's residual; then drop what is too old."""
+    def noise_key(self, number: int) -> bytes:
+        """Give the secret key of the noise that a round's kept answer gets under masks; empty where it gets none."""
+        path = self._round(number)
+        return bytes.fromhex(self._metadata(path).get("noise_key", "")) if path.exists() else b""
+
+    def keep(
+        self,
+        reply: TrainReply,
+        optimizer: dict[str, Tensor] | None,
+        residual: Vector | None = None,
+        noise_key: bytes = b"",
+    ) -> None:
+        """Keep a round's answer with the key of its noise; before it, optimizer's state and update's residual.
+
+        Then drop what is too old.
+        """
         number = reply.round
         if residual is not None:
             data = safetensors.numpy.save({"residual": residual})
@@ -211,8 +225,8 @@ class RunArchive:
             data = safetensors.torch.save(optimizer)
             durable.write_bytes(self.path / "optimizer" / f"{number:04d}.safetensors", data)
         wire = to_wire(reply)
-        data = safetensors.numpy.save(dict(wire.payloads), {"header": wire.header.decode()})  # type: ignore[arg-type]
-        durable.write_bytes(self.path / "rounds" / f"{number:04d}.safetensors", data)
+        told = {"header": wire.header.decode(), **({"noise_key": noise_key.hex()} if noise_key else {})}
+        durable.write_bytes(self._round(number), safetensors.numpy.save(dict(wire.payloads), told))  # type: ignore[arg-type]
         (self.path / _SNAPSHOT).unlink(missing_ok=True)
         self._sweep(number - _KEPT_ROUNDS)
 
@@ -271,6 +285,9 @@ class RunArchive:
         answered = [n for n in self.answered() if n < number]
         return self.path / kind / f"{max(answered, default=0):04d}.safetensors"
 
+    def _round(self, number: int) -> Path:
+        return self.path / "rounds" / f"{number:04d}.safetensors"
+
     def _held(self, purpose: str) -> Path:
         return self.path / "held" / f"{purpose.replace(' ', '-')}.json"
 
@@ -289,11 +306,16 @@ class RunArchive:
                 if int(path.stem) <= last:
                     path.unlink()
 
-    @staticmethod
-    def _header(path: Path) -> dict[str, Any]:
-        with safetensors.safe_open(path, "np") as file:
-            header: dict[str, Any] = json.loads(file.metadata()["header"])
+    @classmethod
+    def _header(cls, path: Path) -> dict[str, Any]:
+        header: dict[str, Any] = json.loads(cls._metadata(path)["header"])
         return header
+
+    @staticmethod
+    def _metadata(path: Path) -> dict[str, str]:
+        with safetensors.safe_open(path, "np") as file:
+            metadata: dict[str, str] = file.metadata()
+        return metadata
 
 
 @contextmanager

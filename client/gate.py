@@ -285,7 +285,8 @@ class Gate:
             raise DataError(f"What is masked for round {place.round} ({place.purpose}) is not kept; it must not leave.")
         if isinstance(kept, EvaluateReply):
             return self._due_evaluation(kept)
-        return _Due(place.manifest_hash, place.round, "training", privacy.delta, digest_of_answer(kept))
+        digest = digest_of_answer(kept, run.noise_key(place.round))
+        return _Due(place.manifest_hash, place.round, "training", privacy.delta, digest)
 
     def _charged(self, due: "_Due") -> float:
         """Give the epsilon that was charged for a message, at its delta."""
@@ -313,8 +314,11 @@ class _Due:
     sha256: str
 
 
-def digest_of_answer(reply: SurveyReply | TrainReply | EvaluateReply) -> str:
-    """The sha256 under which a private answer is charged: of the survey, of the update, or of the sum of losses."""
+def digest_of_answer(reply: SurveyReply | TrainReply | EvaluateReply, noise_key: bytes = b"") -> str:
+    """The sha256 under which a private answer is charged: of the survey, of the sum of losses, or of the update.
+
+    With the update's goes the key of the noise that is added to it later, if there is one.
+    """
     match reply:
         case SurveyReply():
             data: bytes | memoryview = reply.survey
@@ -322,4 +326,6 @@ def digest_of_answer(reply: SurveyReply | TrainReply | EvaluateReply) -> str:
             data = reply.update.astype("<f4", copy=False).data
         case EvaluateReply():
             data = canonical.encode({"nll": reply.nll, "tokens": reply.tokens})
-    return hashlib.sha256(data).hexdigest()
+    digest = hashlib.sha256(data)
+    digest.update(noise_key)
+    return digest.hexdigest()

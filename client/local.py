@@ -24,7 +24,7 @@ from federation import protection
 from federation.coding import Coding, round_
 from federation.manifest import Manifest
 from federation.messages import ProtocolError, SiteRefusal, TrainReply, TrainRequest, Vector
-from federation.update import to_decoder, to_vector
+from federation.update import cut_, to_decoder, to_vector
 from model.feed import ahead
 from model.losses import patient_losses
 from model.machine import Machine, Precision, choose_precision
@@ -163,7 +163,7 @@ class LocalRound:
         if self._work.noises_update:
             if self._lost:
                 update[:] = 0.0
-            update = self._work.noised_update(update, request.round, self._task.key)
+            update = self._work.protected_update(update, request.round, self._task.key)
         coding = self._work.coding
         if coding != "float32":
             if not np.isfinite(update).all():
@@ -309,12 +309,19 @@ class Work:
 
     @property
     def noises_update(self) -> bool:
-        """Whether the noise is added to the update rather than in every step."""
-        return self._manifest.privacy is not None and self._manifest.privacy.mechanism == "local"
+        """Whether the noise is added to the update, here or under masks, rather than in every step."""
+        return self._manifest.privacy is not None and self._manifest.privacy.mechanism != "dp-sgd"
 
-    def noised_update(self, update: Vector, number: int, key: bytes) -> Vector:
-        """Cut a round's update, float32 [P], to the agreed norm and add its noise, which follows from the key."""
+    def protected_update(self, update: Vector, number: int, key: bytes) -> Vector:
+        """Cut a round's update, float32 [P], to the agreed norm, and add its noise, which follows from the key.
+
+        Where noise is shared out, the update is cut in place, and noise is added to the integers that are summed
+        (`client.masked`).
+        """
         privacy = protection.privacy_of(self._manifest)
+        if privacy.mechanism == "distributed":
+            cut_(update, protection.clip_before_rounding(self._manifest))
+            return update
         options = PrivateOptions(privacy.clip, privacy.noise_multiplier, privacy.sampling_rate)
         return noised_update(update, options, _secret(key, self._where(number), 0, "update"))
 

@@ -259,8 +259,8 @@ class Site:
 
         Each is durable before the next. Killed anywhere, the same request gets the same noise again or the same answer.
         """
-        agreed = protection.releases_of_round(privacy, run.manifest().local)
-        costs = protection.of_steps(privacy, agreed)
+        manifest = run.manifest()
+        costs = protection.of_releases(manifest, protection.releases_of_round(privacy, manifest.local))
         release = Release(request.manifest_hash, request.round, "training", costs, request.digest)
         with self.gate.budget() as budget:
             charge = budget.reserve(release)
@@ -276,9 +276,9 @@ class Site:
             except TrainingDiverged as problem:
                 self.archive.log("private training", problem)
                 raise SiteRefusal("Private training did not end well; the site's own log says why.") from None
-        ran = replace(release, mechanisms=protection.of_steps(privacy, known.steps))
+        ran = replace(release, mechanisms=protection.of_releases(manifest, known.steps))
         with self.gate.budget() as budget:
-            budget.charge(ran, sha256=digest_of_answer(known))
+            budget.charge(ran, sha256=digest_of_answer(known, run.noise_key(request.round)))
             budget.cancel_before(ran)
         return known
 
@@ -308,7 +308,9 @@ class Site:
         local = LocalRound(work, run, task)
         local.go()
         reply = local.reply(self.files.name)
-        run.keep(reply, local.trainer.state_dict() if work.keeps_optimizer else None, local.residual)
+        # The ledger forgets the key with the charge; noise that is added under masks needs it until then.
+        noise_key = key if summed.shares_noise(run.manifest()) else b""
+        run.keep(reply, local.trainer.state_dict() if work.keeps_optimizer else None, local.residual, noise_key)
         if local.choices != run.choices():
             run.choose(local.choices)
         return reply
@@ -423,9 +425,6 @@ def _read_codebook(data: bytes) -> Codebook:
 
 def _check_agreement(manifest: Manifest, codebook: Codebook) -> None:
     """Refuse a manifest that doesn't fit the codebook beside it, or this software."""
-    # Training without what was promised would be worse than not training.
-    if manifest.privacy is not None and manifest.privacy.mechanism == "distributed":
-        raise SiteRefusal(f"fedcomet {software_version()} has no {manifest.privacy.mechanism!r} privacy yet.")
     protection.check(manifest)
     if manifest.software != software_version():
         raise SiteRefusal(f"The run is for fedcomet {manifest.software}, here is {software_version()}.")

@@ -155,6 +155,9 @@ class Privacy:
         clip: largest L2 norm of what one patient gives ("dp-sgd") or of the update.
         noise_multiplier: standard deviation of the noise, in units of `clip`.
         sampling_rate: chance of a patient to be in a step's batch; 1 where the mechanism doesn't sample.
+        honest_sites: of "distributed" only: how many sites of every sum are relied on to add their noise and to tell
+            nobody; theirs together is `noise_multiplier` x `clip`. The rest of `secure_aggregation.min_sites` may work
+            together with the coordinator.
         evaluation: what is told of tuning losses; None is nothing.
     """
 
@@ -164,6 +167,7 @@ class Privacy:
     clip: float
     noise_multiplier: float
     sampling_rate: float = 1.0
+    honest_sites: int | None = None
     evaluation: PrivateEvaluation | None = None
 
     def __post_init__(self) -> None:
@@ -176,9 +180,20 @@ class Privacy:
             "clip must be above 0": self.clip > 0,
             "noise_multiplier must be above 0": self.noise_multiplier > 0,
             "sampling_rate must be above 0, and 1 at most": 0 < self.sampling_rate <= 1,
+            'honest_sites must be given with mechanism "distributed", and with no other': (
+                (self.honest_sites is not None) == (self.mechanism == "distributed")
+            ),
+            "honest_sites must be at least 2": self.honest_sites is None or self.honest_sites >= 2,
         }
         if wrong := [rule for rule, holds in rules.items() if not holds]:
             raise ConfigError(f"privacy: {'; '.join(wrong)}.")
+
+    @property
+    def share(self) -> float:
+        """Standard deviation of the noise that one site adds to a sum; 0 where noise is not shared out."""
+        if self.honest_sites is None:
+            return 0.0
+        return self.noise_multiplier * self.clip / math.sqrt(self.honest_sites)
 
 
 @dataclass(frozen=True)
@@ -204,8 +219,8 @@ class SecureAggregation:
             raise ConfigError(
                 f"secure_aggregation.min_sites is {self.min_sites}, but the roster has {len(self.roster)} sites."
             )
-        if self.masking.totals:
-            raise ConfigError("secure_aggregation.masking.totals must be left out: they follow from the run.")
+        if self.masking.totals or self.masking.noise:
+            raise ConfigError("secure_aggregation.masking.totals and noise must be left out: they follow from the run.")
         try:
             check_roster(self.roster, self.masking.threshold)
         except TooFewSites as problem:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from federation import canonical, protection
-from federation.accountant import Gaussian, epsilon
+from federation.accountant import Mechanism, epsilon
 from federation.manifest import (
     LocalWork,
     Manifest,
@@ -44,7 +44,9 @@ class PrivacyPlan:
         noise_multiplier: standard deviation of the noise, in units of `clip`, from which epsilon follows. With both,
             epsilon must be enough.
         clip: the largest L2 norm of one patient's share of a gradient, or of an update.
-        mechanism: "dp-sgd", noise in every step, or "local", noise on the update (docs/privacy.md says which to take).
+        mechanism: "dp-sgd", noise in every step, "local", noise on each site's update, or "distributed", noise on their
+            sum, of which each site adds a share under secure aggregation (docs/privacy.md says which to take).
+        honest_sites: of "distributed": how many sites of every sum are relied on for their share, at least 2.
         evaluation: noised losses of the sites' tuning patients, from which the best round is chosen; `epsilon` pays for
             them, too. None: no losses are told, and the last round counts as the best.
     """
@@ -54,7 +56,8 @@ class PrivacyPlan:
     epsilon: float | None = None
     noise_multiplier: float | None = None
     clip: float = 1.0
-    mechanism: Literal["dp-sgd", "local"] = "dp-sgd"
+    mechanism: Literal["dp-sgd", "local", "distributed"] = "dp-sgd"
+    honest_sites: int | None = None
     evaluation: PrivateEvaluation | None = None
 
     def __post_init__(self) -> None:
@@ -70,18 +73,33 @@ class PrivacyPlan:
         told = sum(protection.is_due(self.evaluation, number, rounds) for number in range(1, rounds + 1))
         beside = protection.of_evaluations(self._stated(1.0, 1.0), told).all if told else ()
         if noise is None:
-            (one,) = protection.of_steps(self._stated(1.0, 1.0), 1).all
-            # What is stated in clips is, to the accountant, in units of how far one patient moves a sum.
-            furthest = 1.0 / one.noise_multiplier if isinstance(one, Gaussian) else 1.0
-            noise = furthest * noise_for(cost or 0.0, self.delta, self.sampling_rate, releases, beside)
+            noise = noise_for(
+                cost or 0.0,
+                self.delta,
+                self.sampling_rate,
+                releases,
+                lambda noise: self._released(noise, releases),
+                beside,
+            )
         if cost is None:
-            steps = protection.of_steps(self._stated(1.0, noise), releases).all
-            found = epsilon([*steps, *beside], self.delta)
+            found = epsilon([*self._released(noise, releases), *beside], self.delta)
             cost = math.ceil(found * 1e4) / 1e4
         return self._stated(cost, noise)
 
+    def _released(self, noise: float, releases: int) -> tuple[Mechanism, ...]:
+        return protection.of_steps(self._stated(1.0, noise), releases).all
+
     def _stated(self, cost: float, noise: float) -> Privacy:
-        return Privacy(self.mechanism, cost, self.delta, self.clip, noise, self.sampling_rate, self.evaluation)
+        return Privacy(
+            self.mechanism,
+            cost,
+            self.delta,
+            self.clip,
+            noise,
+            self.sampling_rate,
+            self.honest_sites,
+            self.evaluation,
+        )
 
 
 @dataclass(frozen=True)

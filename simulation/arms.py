@@ -121,6 +121,9 @@ def _train_federated(
 def _train_single(study: Study, arm: Arm, codebook: bytes, share: int, pool: Pool, watch: Watch) -> Arm:
     """Train one site by itself; `share` times the local steps, where steps are the measure, for equal tokens."""
     plan = _plan(study, arm.name, codebook=codebook, outer=OuterOptions(), min_sites=1)
+    if plan.privacy is not None and plan.privacy.mechanism == "distributed":
+        # There is nobody to share the noise with.
+        plan = replace(plan, privacy=replace(plan.privacy, mechanism="local", honest_sites=None))
     if plan.local.steps is not None:
         plan = replace(plan, local=replace(plan.local, steps=plan.local.steps * share))
     progress = _Progress(arm.name, study.training.rounds, 1, watch)
@@ -139,7 +142,8 @@ def _summing(study: Study, sites: Sequence[SiteFiles]) -> SecureAggregation | No
         return None
     threshold = chosen.threshold or 2 * len(sites) // 3 + 1
     train = study.training
-    most = chosen.max_weight or (train.local_steps or 0) * train.batch_tokens
+    # With shared noise all weights are 1.
+    most = chosen.max_weight or (train.local_steps or 0) * train.batch_tokens or 1
     masking = MaskingOptions(threshold, chosen.clip, most, chosen.precision_bits)
     return SecureAggregation(chosen.min_sites or threshold, masking, roster_of(sites))
 
@@ -203,6 +207,8 @@ def _plan(study: Study, name: str, **changes: object) -> FederationPlan:
         outer = OuterOptions.nesterov(train.outer_learning_rate or 0.7, train.outer_momentum)
     elif train.outer_learning_rate is not None:
         outer = OuterOptions(lr=train.outer_learning_rate)
+    if study.privacy is not None and study.privacy.mechanism == "distributed":
+        outer = replace(outer, weights="uniform")
     plan = FederationPlan(
         name=f"{study.name}/{name}",
         rounds=train.rounds,

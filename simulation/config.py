@@ -172,13 +172,16 @@ class Transport(_Section):
 class Privacy(_Section):
     """Private training at every site of every arm; see docs/privacy.md.
 
-    `mechanism`: "dp-sgd" adds noise in every step, on patients drawn by `sampling_rate`; "local" adds it to the update.
+    `mechanism`: "dp-sgd" adds noise in every step, on patients drawn by `sampling_rate`; "local" adds it to each site's
+    update; "distributed" to their sum, of which every site adds a share, under [secure_aggregation]: `honest_sites` of
+    those in a sum are relied on for theirs. All updates count the same then; an arm of one site has "local" instead.
     Give `epsilon`, from which the noise follows, or `noise_multiplier`. The sites' tuning losses then stay where they
     are, and an arm ends with its last round, unless a table `[privacy.evaluation]` asks for them; `epsilon` pays for
     these, too. `clip` and `evaluation.every` take the place of `clip` and `evaluate_every` in `[training]`.
     """
 
-    mechanism: Literal["dp-sgd", "local"] = "dp-sgd"
+    mechanism: Literal["dp-sgd", "local", "distributed"] = "dp-sgd"
+    honest_sites: Annotated[int, Field(ge=2)] | None = None
     sampling_rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     epsilon: Annotated[float, Field(gt=0.0, le=50.0)] | None = None
     noise_multiplier: Annotated[float, Field(gt=0.0)] | None = None
@@ -191,7 +194,9 @@ class Privacy(_Section):
         if (self.epsilon is None) == (self.noise_multiplier is None):
             raise ValueError("give exactly one of epsilon and noise_multiplier")
         if (self.mechanism == "dp-sgd") == (self.sampling_rate is None):
-            raise ValueError('sampling_rate: mechanism = "dp-sgd" needs it, and "local" has none')
+            raise ValueError('sampling_rate: mechanism = "dp-sgd" needs it, and no other has one')
+        if (self.mechanism == "distributed") == (self.honest_sites is None):
+            raise ValueError('honest_sites: mechanism = "distributed" needs it, and no other has them')
         return self
 
 
@@ -265,13 +270,16 @@ class Study(_Section):
             raise ValueError('arms: "federated" can\'t be left out; it makes the codebook that all arms share')
         if self.privacy is not None and self.privacy.mechanism == "dp-sgd" and self.model.dropout:
             raise ValueError("model.dropout: private steps have none; take it out, or [privacy]")
+        shared = self.privacy is not None and self.privacy.mechanism == "distributed"
+        if shared and self.secure_aggregation is None:
+            raise ValueError('privacy.mechanism = "distributed" needs [secure_aggregation]')
         clear = self.transport.update == "float32" and self.training.outer_rule == "mean"
         if self.secure_aggregation is not None and not (clear and self.training.clip_norm is None):
             raise ValueError(
                 "secure_aggregation: nobody sees a single update, so training.outer_rule stays mean, "
                 "training.clip_norm is left out and transport.update stays float32"
             )
-        follows = self.training.local_steps is not None and self.privacy is None
+        follows = shared or (self.training.local_steps is not None and self.privacy is None)
         if self.secure_aggregation is not None and self.secure_aggregation.max_weight is None and not follows:
             raise ValueError(
                 "secure_aggregation.max_weight is missing: the most tokens (in private runs: patients) of a site in a "

@@ -175,7 +175,9 @@ def _privacy(manifest: Manifest) -> str:
     if privacy is None:
         return f"no differential privacy; {_summing(manifest)}"
     steps = protection.releases_of_round(privacy, manifest.local) * manifest.rounds
-    how = "DP-SGD" if privacy.mechanism == "dp-sgd" else "noise on the update"
+    how = {"dp-sgd": "DP-SGD", "local": "noise on the update"}.get(
+        privacy.mechanism, f"noise shared out over {privacy.honest_sites} honest sites, a share of it"
+    )
     losses = "" if privacy.evaluation is None else ", and noised tuning losses"
     return (
         f"{how} at every site: epsilon {privacy.epsilon:g} at most, at delta {privacy.delta:g}, for the whole record "

@@ -140,7 +140,7 @@ def test_a_plan_pays_for_evaluations_from_the_same_epsilon() -> None:
     everything = [Gaussian(with_.noise_multiplier, 0.25, 40), Gaussian(3.0, 1.0, 10)]
     assert 0.98 * 6.0 < epsilon(everything, 1e-5) <= 6.0
     with pytest.raises(ConfigError, match="beside the training costs epsilon"):
-        noise_for(1.0, 1e-5, 0.25, 40, [Gaussian(1.0, 1.0, 10)])
+        noise_for(1.0, 1e-5, 0.25, 40, beside=[Gaussian(1.0, 1.0, 10)])
     for wrong in ({"every": 0}, {"bound": 0.0}, {"noise_multiplier": math.inf}):
         with pytest.raises(ConfigError, match=r"privacy\.evaluation"):
             dataclasses.replace(TOLD, **wrong)
