@@ -32,7 +32,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from model.decoder import ALIGNED, Decoder, RMSNorm
+from model.decoder import Decoder, RMSNorm
+from model.loss import OutputLayer, products_of
 from tokenizer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -43,10 +44,6 @@ if TYPE_CHECKING:
 BUDGET_BYTES = {"cpu": 256 << 20, "other": 4 << 30}
 # Tokens that go through the decoder together, so that activations and rows don't add up to more than a plain step.
 _GROUP_TOKENS = {"cpu": 2048, "other": 32768}
-# Numbers in a chunk of scores.
-_CHUNK_NUMBERS = {"cpu": 2**21, "other": 2**26}
-# Numbers whose squares are summed in float32: the sum's error stays below 10^-5, even at worst.
-_BLOCK = 1024
 # Shares are made smaller by this part of themselves, more than float32 rounds norms down and shares up by.
 _SAFETY = 2.0**-16
 
@@ -132,6 +129,21 @@ def _groups(batch: "Batch", most: int, tokens: int) -> Iterator[np.ndarray]:
         first = last
 
 
+def _chunks(counts: np.ndarray, most: int) -> Iterator[slice]:
+    """Cut runs of so many positions each into chunks of at most so many, where a run ends if that is possible."""
+    start, end = 0, 0
+    for count in counts.tolist():
+        if end > start and end + count - start > most:
+            yield slice(start, end)
+            start = end
+        end += count
+        while end - start > most:
+            yield slice(start, start + most)
+            start += most
+    if end > start:
+        yield slice(start, end)
+
+
 class _Book:
     """The gradients of some patients, one row each, and the rules that fill them.
 
@@ -153,17 +165,13 @@ class _Book:
         self.rows = self._buffer
         self._spans: list[slice] = []
         self._written: list[int] = []
+        self._squares = torch.zeros(0)
+        # Norms of the rows of the output layer's or embedding's gradient, of each window.
+        self._lengths_SV = torch.zeros(0)
 
     def norms(self) -> Tensor:
         """Euclidean norms of the rows, float64 [S]."""
-        # Float32 sums are exact enough over a thousand numbers, not over millions; float64 costs twenty times as much.
-        whole = self.size // _BLOCK * _BLOCK
-        blocks = self.rows[:, :whole].unflatten(1, (-1, _BLOCK))
-        parts = [
-            torch.linalg.vector_norm(blocks, dim=2),
-            torch.linalg.vector_norm(self.rows[:, whole:], dim=1)[:, None],
-        ]
-        return torch.linalg.vector_norm(torch.cat(parts, 1).double(), dim=1)
+        return self._squares.sqrt()
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """A vector [P] as tensors in the shapes of the parameters."""
@@ -179,6 +187,8 @@ class _Book:
         if len(self._buffer) < len(places):
             self._buffer = torch.empty(len(places), self.size, device=self._device)
         self.rows = self._buffer[: len(places)]
+        self._squares = torch.zeros(len(places), dtype=torch.float64, device=self._device)
+        self._lengths_SV = torch.empty(len(places), self._decoder.config.vocab, device=self._device)
         tokens = torch.from_numpy(part.tokens).to(self._device)
         with _frozen(self._decoder), self._watching() as leaves, autocast():
             hidden = self._decoder(tokens, torch.from_numpy(part.lengths))
@@ -191,38 +201,36 @@ class _Book:
 
     def _head(self, hidden_ND: Tensor, targets: Tensor) -> tuple[np.ndarray, Tensor]:
         """Each window's mean loss, and the gradient of their sum; the output layer's own gradients go to `rows`."""
-        weight, kind = self._decoder.head_weight, self._device.type
-        w_VD = weight.detach()
-        if torch.is_autocast_enabled(kind):
-            w_VD = w_VD.to(torch.get_autocast_dtype(kind))
-        vocab = len(w_VD)
-        spare = 0 if kind == "cpu" else -vocab % ALIGNED
-        if spare:
-            w_VD = F.pad(w_VD, (0, 0, 0, spare))
+        weight = self._decoder.head_weight
+        layer = OutputLayer(weight, products_of(weight))
+        asked = (targets >= 0).nonzero().squeeze(1)
+        counts = np.add.reduceat((targets >= 0).cpu().numpy(), [span.start for span in self._spans], dtype=np.int64)
+        ends = np.cumsum(counts)
+        part_A1 = torch.from_numpy(np.repeat(1.0 / np.maximum(counts, 1), counts)).to(hidden_ND)[:, None]
+        nll_A = torch.empty(len(asked), device=self._device)
         grad_ND = torch.zeros_like(hidden_ND)
-        losses = torch.zeros(len(self._spans), dtype=torch.float64, device=self._device)
         rows = self._rows_of(weight)
-        chunk = max(64, _CHUNK_NUMBERS["cpu" if kind == "cpu" else "other"] // vocab)
-        with torch.autocast(kind, enabled=False):
-            for row, span in enumerate(self._spans):
-                asked = (targets[span] >= 0).nonzero().squeeze(1)
-                if not len(asked):
-                    rows[row].zero_()
-                    continue
-                for number, some in enumerate(asked.split(chunk)):
-                    h_CD, y_C1 = hidden_ND[span][some].to(w_VD.dtype), targets[span][some, None]
-                    p_CV = torch.log_softmax((h_CD @ w_VD.T)[:, :vocab].float(), dim=1)
-                    losses[row] -= p_CV.gather(1, y_C1).sum(dtype=torch.float64) / len(asked)
-                    p_CV.exp_().scatter_add_(1, y_C1, p_CV.new_full(y_C1.shape, -1.0)).div_(len(asked))
-                    g_CV = F.pad(p_CV.to(w_VD.dtype), (0, spare)) if spare else p_CV.to(w_VD.dtype)
-                    grad_ND[span][some] = (g_CV @ w_VD).to(grad_ND.dtype)
-                    if g_CV.dtype == torch.float32 and not spare:
-                        rows[row].addmm_(g_CV.T, h_CD, beta=min(number, 1))
-                    elif number:
-                        rows[row] += (g_CV.T @ h_CD)[:vocab]
-                    else:
-                        rows[row] = (g_CV.T @ h_CD)[:vocab]
-        return losses.cpu().numpy(), grad_ND
+        with torch.autocast(self._device.type, enabled=False):
+            for chunk in _chunks(counts, layer.rows):
+                some = asked[chunk]
+                h_CD = hidden_ND[some]
+                nll_A[chunk], g_CW = layer.surprise(h_CD, targets[some])
+                grad_ND[some] = layer.back(g_CW).mul_(part_A1[chunk]).to(grad_ND.dtype)
+                h_CD *= part_A1[chunk]
+                first, last = np.searchsorted(ends, [chunk.start, chunk.stop - 1], side="right")
+                for row in range(first, last + 1):
+                    begin = ends[row] - counts[row]
+                    if not counts[row]:
+                        continue
+                    mine = slice(max(0, begin - chunk.start), ends[row] - chunk.start)
+                    layer.add_(rows[row], g_CW[mine], h_CD[mine], first=begin >= chunk.start)
+                    if ends[row] <= chunk.stop:
+                        self._lengths_SV[row] = torch.linalg.vector_norm(rows[row], dim=1)
+        for row in np.flatnonzero(counts == 0):
+            rows[row].zero_()
+            self._lengths_SV[row] = 0.0
+        losses = [float(part.sum(dtype=torch.float64)) for part in (nll_A * part_A1[:, 0]).split(counts.tolist())]
+        return np.array(losses), grad_ND
 
     def _embedding(self, tokens: Tensor, grad_ND: Tensor | None) -> None:
         assert grad_ND is not None
@@ -232,9 +240,14 @@ class _Book:
             self._written.remove(id(weight))
             rows = self._rows_of(weight)
         else:
+            self._squares += self._lengths_SV.double().square().sum(1)
+            self._lengths_SV.zero_()
             rows = self._rows_of(weight).zero_()
         for row, span in enumerate(self._spans):
-            rows[row].index_add_(0, tokens[span], grad_ND[span].float())
+            mine = tokens[span]
+            rows[row].index_add_(0, mine, grad_ND[span].float())
+            self._lengths_SV[row, mine] = torch.linalg.vector_norm(rows[row][mine], dim=1)
+        self._squares += self._lengths_SV.double().square().sum(1)
 
     @contextmanager
     def _watching(self) -> Iterator[list[Tensor]]:
@@ -267,10 +280,12 @@ class _Book:
                     torch.mm(g_NO[span].T, x_NI[span], out=weights[row])
                 else:
                     weights[row] = g_NO[span].T @ x_NI[span].to(g_NO.dtype)
+            self._measure(weights)
             if module.bias is not None:
                 biases = self._rows_of(module.bias)
                 for row, span in enumerate(self._spans):
                     biases[row] = g_NO[span].sum(0, dtype=torch.float32)
+                self._measure(biases)
 
         out.register_hook(arrived)
 
@@ -283,8 +298,14 @@ class _Book:
             weights = self._rows_of(module.weight)
             for row, span in enumerate(self._spans):
                 weights[row] = unit_ND[span].sum(0)
+            self._measure(weights)
 
         out.register_hook(arrived)
+
+    def _measure(self, rows: Tensor) -> None:
+        """Add to the squares of all norms, while what was written is still in the caches."""
+        # Float32 sums are exact enough over a thousand numbers, not over millions; float64 costs twenty times as much.
+        self._squares += torch.linalg.vector_norm(rows, dim=-1).double().square().reshape(len(rows), -1).sum(1)
 
     def _rows_of(self, weight: Tensor) -> Tensor:
         """Every patient's gradient of a parameter, to be written: a view [S, *shape]."""

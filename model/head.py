@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from model.decoder import ALIGNED, Decoder
+from model.decoder import Decoder
+from model.loss import ALIGNED
 from model.guide import Masks
 from model.sampling import nucleus_
 

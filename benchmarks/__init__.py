@@ -1,0 +1,1 @@
+"""Scripts that measure; a package, because others also install one of this name (opacus does)."""
