@@ -32,8 +32,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from model.attention import has_kernels
 from model.decoder import Decoder, RMSNorm
 from model.loss import OutputLayer, products_of
+from model.shares import Factored, Pass, Places, Rows, chunks
 from tokenizer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -71,6 +73,7 @@ def clipped_sum(
     clip: float,
     *,
     budget_bytes: int | None = None,
+    factored: bool | None = None,
     autocast: Autocast = nullcontext,
 ) -> Clipped:
     """Sum the gradients of each patient's mean loss, each clipped to the norm `clip`.
@@ -80,6 +83,8 @@ def clipped_sum(
         batch: one window of each patient.
         clip: largest Euclidean norm of a patient's share, over all parameters together.
         budget_bytes: for gradients of single patients; one at least is held. None takes `BUDGET_BYTES`.
+        factored: whether gradients are kept as products (`model.shares`), for which there is no budget; None decides by
+            the device.
         autocast: makes the context in which the decoder computes.
 
     Returns:
@@ -96,24 +101,24 @@ def clipped_sum(
         raise ConfigError(f"clipping: the norm must be positive, not {clip}")
     if decoder.config.dropout:
         raise ConfigError("clipping: dropout masks would let one patient change others' shares; set dropout to 0")
-    book = _Book(decoder)
-    total = torch.zeros(book.size, device=decoder.embed_tokens.weight.device)
+    book = _Book(decoder, has_kernels(decoder.embed_tokens.weight) if factored is None else factored)
+    total = torch.zeros(book.places.size, device=decoder.embed_tokens.weight.device)
     kind = "cpu" if total.device.type == "cpu" else "other"
     norms, losses = np.zeros(len(batch.lengths)), np.zeros(len(batch.lengths))
-    most = max(1, (BUDGET_BYTES[kind] if budget_bytes is None else budget_bytes) // (book.size * 4))
+    held = BUDGET_BYTES[kind] if budget_bytes is None else budget_bytes
+    most = max(1, held // (book.places.size * 4)) if isinstance(book.kept, Rows) else len(norms)
     groups = list(_groups(batch, most, _GROUP_TOKENS[kind]))
     for places in groups:  # grows
         losses[places] = book.fill(batch, places, autocast)
-        norm = book.norms()
+        norm = book.kept.squares().sqrt()
         norms[places] = norm.cpu().numpy()
         scale = (clip * (1.0 - _SAFETY) / norm.clamp(min=clip)).float()
         if (wrong := ~np.isfinite(norms[places])).any():
             # Whether it was this patient or one beside it is seen when each is alone; such a share is nothing.
             groups += [places[[at]] for at in np.flatnonzero(wrong)] if len(places) > 1 else []
-            book.rows[torch.from_numpy(wrong)] = 0.0
             scale[torch.from_numpy(wrong)] = 0.0
-        total.addmv_(book.rows.T, scale)
-    return Clipped(book.split(total), norms, losses)
+        book.kept.add_(total, scale)
+    return Clipped(book.places.split(total), norms, losses)
 
 
 def _groups(batch: "Batch", most: int, tokens: int) -> Iterator[np.ndarray]:
@@ -129,125 +134,61 @@ def _groups(batch: "Batch", most: int, tokens: int) -> Iterator[np.ndarray]:
         first = last
 
 
-def _chunks(counts: np.ndarray, most: int) -> Iterator[slice]:
-    """Cut runs of so many positions each into chunks of at most so many, where a run ends if that is possible."""
-    start, end = 0, 0
-    for count in counts.tolist():
-        if end > start and end + count - start > most:
-            yield slice(start, end)
-            start = end
-        end += count
-        while end - start > most:
-            yield slice(start, start + most)
-            start += most
-    if end > start:
-        yield slice(start, end)
-
-
 class _Book:
-    """The gradients of some patients, one row each, and the rules that fill them.
+    """The rules that give each patient's gradient, layer by layer, to what keeps them."""
 
-    Attributes:
-        size: P.
-        rows: float32 [S, P], the gradients of the windows that `fill` took last.
-    """
-
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, factored: bool) -> None:
         self._decoder = decoder
         self._device = decoder.embed_tokens.weight.device
         weights = dict(decoder.named_parameters())
         _refuse_strangers(decoder, weights)
-        self._shapes = [weight.shape for weight in weights.values()]
-        starts = np.cumsum([0, *(shape.numel() for shape in self._shapes)]).tolist()
-        self.size = starts[-1]
-        self._places = {id(weight): start for weight, start in zip(weights.values(), starts, strict=False)}
-        self._buffer = torch.empty(0, self.size, device=self._device)
-        self.rows = self._buffer
-        self._spans: list[slice] = []
+        self.places = Places(list(weights.values()))
+        self.kept: Rows | Factored = Factored(self.places) if factored else Rows(self.places)
         self._written: list[int] = []
-        self._squares = torch.zeros(0)
-        # Norms of the rows of the output layer's or embedding's gradient, of each window.
-        self._lengths_SV = torch.zeros(0)
-
-    def norms(self) -> Tensor:
-        """Euclidean norms of the rows, float64 [S]."""
-        return self._squares.sqrt()
-
-    def split(self, flat: Tensor) -> list[Tensor]:
-        """A vector [P] as tensors in the shapes of the parameters."""
-        parts = flat.split([shape.numel() for shape in self._shapes])
-        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        self._members_SN = torch.zeros(0, 0)
 
     def fill(self, batch: "Batch", places: np.ndarray, autocast: Autocast) -> np.ndarray:
-        """Put the gradients of some windows' mean losses into `rows`; gives these losses, float64 [S]."""
+        """Keep the gradients of some windows' mean losses; gives these losses, float64 [S]."""
         part = _picked(batch, places)
-        ends = np.cumsum(part.lengths)
-        self._spans = [slice(*span) for span in np.stack([ends - part.lengths, ends], 1).tolist()]
-        self._written = []
-        if len(self._buffer) < len(places):
-            self._buffer = torch.empty(len(places), self.size, device=self._device)
-        self.rows = self._buffer[: len(places)]
-        self._squares = torch.zeros(len(places), dtype=torch.float64, device=self._device)
-        self._lengths_SV = torch.empty(len(places), self._decoder.config.vocab, device=self._device)
+        starts = np.cumsum(part.lengths) - part.lengths
+        windows = Pass(part.lengths, np.add.reduceat(part.targets >= 0, starts, dtype=np.int64), self._device)
+        self._written, self._members_SN = [], windows.members()
+        self.kept.open(windows)
         tokens = torch.from_numpy(part.tokens).to(self._device)
         with _frozen(self._decoder), self._watching() as leaves, autocast():
             hidden = self._decoder(tokens, torch.from_numpy(part.lengths))
-            losses, grad = self._head(hidden.detach(), torch.from_numpy(part.targets).to(self._device))
+            losses, grad = self._head(hidden.detach(), torch.from_numpy(part.targets).to(self._device), windows.asked)
         hidden.backward(grad)
         self._embedding(tokens, leaves[0].grad)
-        if sorted(self._written) != sorted(self._places):
+        if sorted(self._written) != sorted(self.places.starts):
             raise ConfigError("clipping: a layer took no part in the step, or took part twice; its norm is unknown")
         return losses
 
-    def _head(self, hidden_ND: Tensor, targets: Tensor) -> tuple[np.ndarray, Tensor]:
-        """Each window's mean loss, and the gradient of their sum; the output layer's own gradients go to `rows`."""
-        weight = self._decoder.head_weight
+    def _head(self, hidden_ND: Tensor, targets: Tensor, counts: np.ndarray) -> tuple[np.ndarray, Tensor]:
+        """Each window's mean loss, and the gradient of their sum; the output layer's own gradients are kept."""
+        weight = self._wrote(self._decoder.head_weight)
         layer = OutputLayer(weight, products_of(weight))
+        self.kept.begin_head(weight, layer)
         asked = (targets >= 0).nonzero().squeeze(1)
-        counts = np.add.reduceat((targets >= 0).cpu().numpy(), [span.start for span in self._spans], dtype=np.int64)
-        ends = np.cumsum(counts)
         part_A1 = torch.from_numpy(np.repeat(1.0 / np.maximum(counts, 1), counts)).to(hidden_ND)[:, None]
         nll_A = torch.empty(len(asked), device=self._device)
         grad_ND = torch.zeros_like(hidden_ND)
-        rows = self._rows_of(weight)
         with torch.autocast(self._device.type, enabled=False):
-            for chunk in _chunks(counts, layer.rows):
+            for chunk in chunks(counts, layer.rows):
                 some = asked[chunk]
                 h_CD = hidden_ND[some]
                 nll_A[chunk], g_CW = layer.surprise(h_CD, targets[some])
                 grad_ND[some] = layer.back(g_CW).mul_(part_A1[chunk]).to(grad_ND.dtype)
-                h_CD *= part_A1[chunk]
-                first, last = np.searchsorted(ends, [chunk.start, chunk.stop - 1], side="right")
-                for row in range(first, last + 1):
-                    begin = ends[row] - counts[row]
-                    if not counts[row]:
-                        continue
-                    mine = slice(max(0, begin - chunk.start), ends[row] - chunk.start)
-                    layer.add_(rows[row], g_CW[mine], h_CD[mine], first=begin >= chunk.start)
-                    if ends[row] <= chunk.stop:
-                        self._lengths_SV[row] = torch.linalg.vector_norm(rows[row], dim=1)
-        for row in np.flatnonzero(counts == 0):
-            rows[row].zero_()
-            self._lengths_SV[row] = 0.0
-        losses = [float(part.sum(dtype=torch.float64)) for part in (nll_A * part_A1[:, 0]).split(counts.tolist())]
-        return np.array(losses), grad_ND
+                self.kept.head(chunk, g_CW, h_CD.mul_(part_A1[chunk]))
+        shares = (nll_A * part_A1[:, 0]).double().cpu().split(counts.tolist())
+        return np.array([float(share.sum()) for share in shares]), grad_ND
 
     def _embedding(self, tokens: Tensor, grad_ND: Tensor | None) -> None:
         assert grad_ND is not None
-        weight = self._decoder.embed_tokens.weight
-        if self._decoder.lm_head is None:
-            # The other use of the same weight has written its part already.
-            self._written.remove(id(weight))
-            rows = self._rows_of(weight)
-        else:
-            self._squares += self._lengths_SV.double().square().sum(1)
-            self._lengths_SV.zero_()
-            rows = self._rows_of(weight).zero_()
-        for row, span in enumerate(self._spans):
-            mine = tokens[span]
-            rows[row].index_add_(0, mine, grad_ND[span].float())
-            self._lengths_SV[row, mine] = torch.linalg.vector_norm(rows[row][mine], dim=1)
-        self._squares += self._lengths_SV.double().square().sum(1)
+        weight, tied = self._decoder.embed_tokens.weight, self._decoder.lm_head is None
+        if not tied:
+            self._wrote(weight)
+        self.kept.embedding(weight, tokens, grad_ND, tied)
 
     @contextmanager
     def _watching(self) -> Iterator[list[Tensor]]:
@@ -274,18 +215,9 @@ class _Book:
         x_NI = inputs[0].detach()
 
         def arrived(g_NO: Tensor) -> None:
-            weights = self._rows_of(module.weight)
-            for row, span in enumerate(self._spans):
-                if g_NO.dtype == x_NI.dtype == torch.float32:
-                    torch.mm(g_NO[span].T, x_NI[span], out=weights[row])
-                else:
-                    weights[row] = g_NO[span].T @ x_NI[span].to(g_NO.dtype)
-            self._measure(weights)
+            self.kept.linear(self._wrote(module.weight), g_NO, x_NI)
             if module.bias is not None:
-                biases = self._rows_of(module.bias)
-                for row, span in enumerate(self._spans):
-                    biases[row] = g_NO[span].sum(0, dtype=torch.float32)
-                self._measure(biases)
+                self.kept.summed(self._wrote(module.bias), self._members_SN @ g_NO.float())
 
         out.register_hook(arrived)
 
@@ -294,24 +226,13 @@ class _Book:
 
         def arrived(g_ND: Tensor) -> None:
             unit_ND = F.rms_norm(x_ND.float(), (x_ND.shape[-1],), eps=module.eps)
-            unit_ND *= g_ND
-            weights = self._rows_of(module.weight)
-            for row, span in enumerate(self._spans):
-                weights[row] = unit_ND[span].sum(0)
-            self._measure(weights)
+            self.kept.summed(self._wrote(module.weight), self._members_SN @ unit_ND.mul_(g_ND))
 
         out.register_hook(arrived)
 
-    def _measure(self, rows: Tensor) -> None:
-        """Add to the squares of all norms, while what was written is still in the caches."""
-        # Float32 sums are exact enough over a thousand numbers, not over millions; float64 costs twenty times as much.
-        self._squares += torch.linalg.vector_norm(rows, dim=-1).double().square().reshape(len(rows), -1).sum(1)
-
-    def _rows_of(self, weight: Tensor) -> Tensor:
-        """Every patient's gradient of a parameter, to be written: a view [S, *shape]."""
-        start = self._places[id(weight)]
+    def _wrote(self, weight: Tensor) -> Tensor:
         self._written.append(id(weight))
-        return self.rows[:, start : start + weight.numel()].unflatten(1, weight.shape)
+        return weight
 
 
 def _refuse_strangers(decoder: Decoder, weights: dict[str, nn.Parameter]) -> None:

@@ -17,7 +17,6 @@ V vocabulary. `x_ND` is float [N, D].
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812

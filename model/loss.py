@@ -37,12 +37,15 @@ class OutputLayer:
 
     Attributes:
         rows: most positions that go in together.
+        columns: W.
+        dtype: of the products.
     """
 
     def __init__(self, weight_VD: Tensor, dtype: torch.dtype) -> None:
         kind = "cpu" if weight_VD.device.type == "cpu" else "other"
         self._vocab = len(weight_VD)
-        columns = self._vocab + -self._vocab % ALIGNED
+        self.columns = columns = self._vocab + -self._vocab % ALIGNED
+        self.dtype = dtype
         self.rows = max(64, _CHUNK_NUMBERS[kind] // self._vocab)
         self._weight = weight_VD.detach().to(dtype)
         if kind != "cpu":
@@ -108,4 +111,4 @@ class _ChunkedNll(torch.autograd.Function):
 
 
 chunked_nll: Callable[[Tensor, Tensor, Tensor, bool], Tensor] = _ChunkedNll.apply
-"""(hidden float32 [N, D], weight float32 [V, D], targets int64 [N], whether gradients are wanted) -> their loss's sum."""
+"""(hidden [N, D], weight float32 [V, D], targets int64 [N], whether gradients are wanted) -> sum of their losses."""
