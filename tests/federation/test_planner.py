@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from federation.accountant import Gaussian, epsilon
-from federation.planner import Wish, _central_limit, batches_around, noise_for, plan, progress
+from federation.planner import Wish, _central_limit, batches_around, loss, noise_for, plan, progress
 from tokenizer.errors import ConfigError
 
 
@@ -41,7 +41,9 @@ def test_passes_are_turned_into_steps() -> None:
 
 def test_progress_is_all_without_noise_and_none_with_too_much() -> None:
     assert progress(0.0, 64, 10**6) == 1
-    assert progress(1.0, 64, 10**6) < 1e-6
+    assert progress(1.0, 64, 10**6) < 0.02
+    assert loss(0.0, 64, 100, 10**6) == 0
+    assert loss(1.0, 64, 100, 10**6) > 2
 
 
 def test_batches_are_around_the_wanted_one_and_within_the_site() -> None:
