@@ -2,7 +2,7 @@
 
 Every patient's gradient is made in full, a few patients at a time. Their windows go through the decoder together, and
 when the gradient of a layer's output arrives, the layer's weight gradient is computed for each window apart, straight
-into that patient's row of one buffer. That is the arithmetic of a plain step in another order: no norms by inner
+into that patient's row of one buffer (`model.shares`; kernels on GPUs don't write it out). That is the arithmetic of a plain step in another order: no norms by inner
 products of activations ("ghost" norms), so no rule that could be wrong where a weight is used twice. A tied embedding
 gets what both of its uses give, added up before the norm is taken.
 
