@@ -1,1 +1,1 @@
-"""Scripts that measure; a package, because others also install one of this name (opacus does)."""
+"""Side-by-side comparisons, each run by `python -m benchmarks.NAME`."""

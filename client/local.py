@@ -20,6 +20,7 @@ from torch import Tensor
 
 from client.archive import Agreement, Archive, Choices, RunArchive, Snapshot
 from federation import protection
+from federation.coding import Coding, round_
 from federation.manifest import Manifest
 from federation.messages import ProtocolError, SiteRefusal, TrainReply, TrainRequest, Vector
 from federation.update import to_decoder, to_vector
@@ -112,6 +113,7 @@ class LocalRound:
         self._results: list[StepResult] = []
         self._seconds = kept.seconds if kept else 0.0
         self._lost = False
+        self.residual: Vector | None = None
         if kept is None:
             optimizer = run.optimizer_before(request.round) if work.keeps_optimizer else None
             self.trainer = work.trainer(request.round, request.weights, machine, optimizer, team, task.key)
@@ -152,7 +154,7 @@ class LocalRound:
             self._keep()
 
     def reply(self, site: str) -> TrainReply:
-        """What the round came to."""
+        """What the round came to; what rounding took from the update is in `residual` then."""
         request = self._task.request
         update = to_vector(self.trainer.decoder)
         update -= request.weights
@@ -160,6 +162,13 @@ class LocalRound:
             if self._lost:
                 update[:] = 0.0
             update = self._work.noised_update(update, request.round, self._task.key)
+        coding = self._work.coding
+        if coding != "float32":
+            if not np.isfinite(update).all():
+                raise TrainingDiverged("The update holds values that are not finite; a lower learning rate may help.")
+            # Of private training, all that enters here has its noise already.
+            before = self._run.residual_before(request.round)
+            self.residual = round_(update, coding, f"{request.manifest_hash}/{request.round}/{site}", before)
         steps = self._work.releases(len(self._results))
         weight, loss, seconds = self._work.expected_patients(steps), 0.0, 0.0
         if weight is None:
@@ -176,6 +185,7 @@ class LocalRound:
             steps=steps,
             loss=loss,
             seconds=seconds,
+            coding=coding,
         )
 
     @property
@@ -214,6 +224,11 @@ class Work:
     def keeps_optimizer(self) -> bool:
         """Whether the optimizer's state passes from round to round."""
         return self._manifest.local.optimizer_state == "keep"
+
+    @property
+    def coding(self) -> Coding:
+        """How updates travel."""
+        return self._manifest.transport.update
 
     @property
     def most_steps(self) -> int:

@@ -26,6 +26,7 @@ from federation.messages import (
     EvaluateReply,
     EvaluateRequest,
     Kept,
+    Lacking,
     PrepareReply,
     PrepareRequest,
     ProtocolError,
@@ -134,6 +135,11 @@ class Site:
             FedcometError: whatever else stands in the way; its text may speak of records and must stay here.
         """
         self.gate.admit(request)
+        if isinstance(request, TrainRequest | EvaluateRequest):
+            whole = self._whole(request)
+            if whole is None:
+                return Lacking(self.files.name, request.manifest_hash, request.digest)
+            request = whole
         match request:
             case SurveyRequest():
                 return self.survey(request)
@@ -209,6 +215,20 @@ class Site:
         with run.working():
             return Summing(self.files.name, run, self._identity, self.gate.least_summed).answer(request)
 
+    def _whole(self, request: TrainRequest | EvaluateRequest) -> TrainRequest | EvaluateRequest | None:
+        """Give a request with its weights, if need be from what the site keeps; None if it doesn't have them."""
+        run = self.archive.run(request.manifest_hash)
+        agreement_of(run, self.files.name)
+        manifest = run.manifest()
+        if request.coding != manifest.transport.weights:
+            raise ProtocolError(f"The weights travel as {request.coding}; {manifest.transport.weights} was agreed on.")
+        if request.known:
+            weights = run.weights(request.known)
+            return None if weights is None else replace(request, weights=weights)
+        if isinstance(request, EvaluateRequest) and request.round < manifest.rounds:
+            run.keep_weights(request.weights)
+        return request
+
     def _kept(self, request: TrainRequest | EvaluateRequest) -> Kept:
         """Do the work that is asked for, keep what it came to, and tell only that."""
         run, name = self.archive.run(request.manifest_hash), self.files.name
@@ -276,7 +296,7 @@ class Site:
         local = LocalRound(work, run, task)
         local.go()
         reply = local.reply(self.files.name)
-        run.keep(reply, local.trainer.state_dict() if work.keeps_optimizer else None)
+        run.keep(reply, local.trainer.state_dict() if work.keeps_optimizer else None, local.residual)
         if local.choices != run.choices():
             run.choose(local.choices)
         return reply

@@ -73,7 +73,9 @@ def _hints(kind: type) -> dict[str, Any]:
 def _read(hint: Any, plain: Any, where: str, error: type[FedcometError]) -> Any:
     if hint is Any:
         return plain
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    # From NumPy 2.5 on, NDArray is an alias by a `type` statement; what counts is what it stands for.
+    origin = typing.get_origin(getattr(typing.get_origin(hint), "__value__", hint))
+    arguments = typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return _read_dataclass(hint, plain, where, error)
     if origin in _GENERIC:

@@ -12,6 +12,7 @@ from importlib import metadata
 from typing import Literal
 
 from federation import canonical
+from federation.coding import Coding
 from federation.masking import MaskingOptions, TooFewSites, check_roster
 from federation.messages import ProtocolError
 from model.decoder import DecoderConfig
@@ -61,19 +62,37 @@ class LocalWork:
 
 @dataclass(frozen=True)
 class OuterOptions:
-    """How the coordinator applies the mean update; see `server.aggregate` for the formulas.
+    """How the coordinator makes one update of the sites' and applies it; see `server.aggregate` for the formulas.
 
-    `weights` tells whether sites count by the tokens they trained on or all the same.
+    Attributes:
+        name, lr, momentum: the optimizer.
+        weights: whether sites count by the tokens they trained on or all the same; the median and the trimmed mean
+            take all the same.
+        max_share: the most that one site's weight may be of all weights; where that can't be, all count the same.
+        rule: how updates become one; all but "mean" bear some hostile or broken sites, and need to see single updates.
+        byzantine: how many such sites "trimmed_mean" (cut off at both ends) and "krum" bear.
+        clip_norm: an update with a larger L2 norm is cut to it; None cuts none.
     """
 
     name: Literal["fedavg", "nesterov"] = "fedavg"
     lr: float = 1.0
     momentum: float = 0.0
     weights: Literal["tokens", "uniform"] = "tokens"
+    max_share: float = 1.0
+    rule: Literal["mean", "median", "trimmed_mean", "krum"] = "mean"
+    byzantine: int = 0
+    clip_norm: float | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "max_share", float(self.max_share))
         if self.lr <= 0:
             raise ConfigError("outer.lr must be above 0.")
+        if not 0 < self.max_share <= 1:
+            raise ConfigError("outer.max_share must be above 0, and 1 at most.")
+        if self.byzantine < 0 or (self.byzantine > 0) != (self.rule in ("trimmed_mean", "krum")):
+            raise ConfigError("outer.byzantine belongs to the rules trimmed_mean and krum, which need at least 1.")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ConfigError("outer.clip_norm must be above 0, or absent.")
         if not 0 <= self.momentum < 1:
             raise ConfigError("outer.momentum must be at least 0 and below 1.")
         if self.name == "fedavg" and self.momentum != 0:
@@ -83,6 +102,19 @@ class OuterOptions:
     def nesterov(cls, lr: float = 0.7, momentum: float = 0.9) -> "OuterOptions":
         """The outer optimizer of DiLoCo with the values of its paper (arXiv 2311.08105, section 3.1)."""
         return cls("nesterov", lr, momentum)
+
+
+@dataclass(frozen=True)
+class Transport:
+    """How vectors travel (`federation.coding`).
+
+    Attributes:
+        update: sites' updates. What rounding takes away from one, a site adds to its next.
+        weights: the global weights. Sites train and evaluate from the rounded ones; the coordinator keeps all digits.
+    """
+
+    update: Coding = "float32"
+    weights: Literal["float32", "bfloat16"] = "float32"
 
 
 @dataclass(frozen=True)
@@ -167,6 +199,9 @@ class Manifest:
         min_sites: a round with fewer accepted updates fails.
         deadline_s: the time that sites have for one answer.
         max_norm: the largest L2 norm of an accepted update, or none.
+        sites_per_round: how many sites are asked in a round, drawn anew for each; None asks all. Drawing sites is no
+            part of any claim of privacy.
+        transport: how vectors travel.
         purposes: the questions that the trained model will be asked.
         privacy: differential privacy of what sites give; None is none.
         secure_aggregation: how updates are summed; None leaves them in clear.
@@ -187,11 +222,30 @@ class Manifest:
     min_sites: int
     deadline_s: float
     max_norm: float | None = None
+    sites_per_round: int | None = None
+    transport: Transport = Transport()
     purposes: tuple[str, ...] = ()
     privacy: Privacy | None = None
     secure_aggregation: SecureAggregation | None = None
     software: str = ""
     version: int = VERSION
+
+    def __post_init__(self) -> None:
+        if self.sites_per_round is not None and self.sites_per_round < max(1, self.min_sites):
+            raise ConfigError("sites_per_round must be at least min_sites, or absent.")
+        if self.secure_aggregation is None:
+            return
+        if self.transport.update != "float32":
+            raise ConfigError(
+                "transport.update must be float32 with secure aggregation, whose sums have words instead."
+            )
+        if self.outer.rule != "mean" or self.outer.clip_norm is not None:
+            raise ConfigError(
+                "outer.rule must be mean and outer.clip_norm absent with secure aggregation, where nobody sees a "
+                "single update; each site keeps to max_norm."
+            )
+        if self.sites_per_round is not None and self.sites_per_round < self.secure_aggregation.min_sites:
+            raise ConfigError("sites_per_round must be at least secure_aggregation.min_sites, or absent.")
 
     def to_bytes(self) -> bytes:
         """Give the canonical bytes."""

@@ -1,13 +1,14 @@
 """Per-patient gradients of the decoder, clipped one by one and summed: what differential privacy needs of a step.
 
-Every patient's gradient is made in full, a few patients at a time. Their windows go through the decoder together, and
-when the gradient of a layer's output arrives, the layer's weight gradient is computed for each window apart, straight
-into that patient's row of one buffer (`model.shares`; kernels on GPUs don't write it out). That is the arithmetic of a plain step in another order: no norms by inner
-products of activations ("ghost" norms), so no rule that could be wrong where a weight is used twice. A tied embedding
-gets what both of its uses give, added up before the norm is taken.
+Every patient's gradient is made in full. Windows of some patients go through the decoder together, and when the
+gradient of a layer's output arrives, the layer's weight gradient is made for each window apart (`model.shares`):
+written into that patient's row of a buffer, or, on GPUs, made by kernels a tile at a time. That is the arithmetic of a
+plain step in another order: no norms by inner products of activations ("ghost" norms), so no rule that
+could be wrong where a weight is used twice. A tied embedding gets what both of its uses give, added up before the norm
+is taken.
 
 Notable choices:
-- How many patients are under way at once follows from a budget of bytes; large models have one at a time.
+- How many rows there are at once follows from a budget of bytes; large models have one at a time.
 - Only layers that are known here get a gradient, and every parameter must belong to one: anything else is refused,
   because a parameter that is passed over would make the bound on a patient's share void without a sign.
 - A patient's share is scaled by its own norm, and made smaller by more than rounding can make it larger.

@@ -13,7 +13,15 @@ from typing import Literal
 
 from federation import canonical, protection
 from federation.accountant import Gaussian, epsilon
-from federation.manifest import LocalWork, Manifest, OuterOptions, Privacy, SecureAggregation, software_version
+from federation.manifest import (
+    LocalWork,
+    Manifest,
+    OuterOptions,
+    Privacy,
+    SecureAggregation,
+    Transport,
+    software_version,
+)
 from federation.messages import ProtocolError
 from federation.planner import noise_for
 from federation.update import Layout
@@ -91,6 +99,7 @@ class FederationPlan:
         deadline_s: how long sites have for an answer.
         evaluate_every: rounds between two evaluations on the sites' tuning patients; 0 is never.
         max_norm: the largest L2 norm of an accepted update.
+        sites_per_round, transport: as in `federation.manifest`.
         purposes: the questions that the trained model will be asked.
         privacy: private training. The sites' losses then stay where they are, so no round is evaluated and the last
             one counts as the best; with private steps, the gradient as a whole is not clipped and there is no dropout.
@@ -118,6 +127,8 @@ class FederationPlan:
     deadline_s: float = 86_400.0
     evaluate_every: int = 1
     max_norm: float | None = None
+    sites_per_round: int | None = None
+    transport: Transport = field(default_factory=Transport)
     purposes: tuple[str, ...] = ()
     privacy: PrivacyPlan | None = None
     secure_aggregation: SecureAggregation | None = None
@@ -174,6 +185,8 @@ class FederationPlan:
             min_sites=self.min_sites,
             deadline_s=self.deadline_s,
             max_norm=self.max_norm,
+            sites_per_round=self.sites_per_round,
+            transport=self.transport,
             purposes=self.purposes,
             privacy=privacy,
             secure_aggregation=self.secure_aggregation,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from client.site import SiteFiles
-from federation.manifest import LocalWork, OuterOptions, SecureAggregation
+from federation.manifest import LocalWork, OuterOptions, SecureAggregation, Transport
 from federation.masking import MaskingOptions
 from model.train import TrainOptions
 from server.app import Outcome
@@ -97,7 +97,17 @@ def _train_federated(
 
     progress = _Progress(FEDERATED, study.training.rounds, len(sites), watch)
     try:
+        train = study.training
         plan = _plan(study, FEDERATED, secure_aggregation=_summing(study, sites))
+        outer = replace(
+            plan.outer,
+            max_share=train.max_share,
+            rule=train.outer_rule,
+            byzantine=train.byzantine,
+            clip_norm=train.clip_norm,
+        )
+        transport = Transport(**study.transport.model_dump())
+        plan = replace(plan, outer=outer, sites_per_round=train.sites_per_round, transport=transport)
         outcome = run_federation(plan, sites, folder, pool, listen)
         if not ready.done():  # every round was committed before
             ready.set_result((folder / "codebook.json").read_bytes())

@@ -111,6 +111,10 @@ class Model(_Section):
 class Training(_Section):
     """Rounds and the local work in each: either `local_epochs` (0.25: a quarter of a pass) or `local_steps`.
 
+    In the federated arm, `sites_per_round` sites are drawn for each round (all if left out), no site's weight is more
+    than `max_share` of all, and updates, cut to `clip_norm`, become one by `outer_rule`, which bears `byzantine`
+    hostile or broken sites; see docs/rounds.md.
+
     Every `evaluate_every` rounds, and after the last, the loss of the tuning patients is measured; an arm ends with the
     best of these rounds.
     """
@@ -130,7 +134,12 @@ class Training(_Section):
     outer: Literal["fedavg", "nesterov"] = "fedavg"
     outer_learning_rate: Annotated[float, Field(gt=0.0)] | None = None
     outer_momentum: _Share = 0.9
+    outer_rule: Literal["mean", "median", "trimmed_mean", "krum"] = "mean"
+    byzantine: Annotated[int, Field(ge=0)] = 0
+    clip_norm: Annotated[float, Field(gt=0.0)] | None = None
+    max_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     min_sites: _Positive = 1
+    sites_per_round: _Positive | None = None
     evaluate_every: _Positive = 1
     round_deadline_minutes: Annotated[float, Field(gt=0.0)] = 120.0
 
@@ -139,6 +148,13 @@ class Training(_Section):
         if (self.local_epochs is None) == (self.local_steps is None):
             raise ValueError("give exactly one of local_epochs and local_steps")
         return self
+
+
+class Transport(_Section):
+    """How the federated arm's vectors travel; see docs/rounds.md."""
+
+    update: Literal["float32", "bfloat16", "int8"] = "float32"
+    weights: Literal["float32", "bfloat16"] = "float32"
 
 
 class Privacy(_Section):
@@ -181,7 +197,11 @@ class Summing(_Section):
 
 
 class Question(_Section):
-    """A question that rollouts answer; see model/tasks.py."""
+    """A question that rollouts answer; see model/tasks.py.
+
+    `trajectories` are as many as the question needs, where the evaluation's number doesn't suit it: short futures are
+    cheap, and risks that differ little between patients need many.
+    """
 
     name: str
     question: str
@@ -191,6 +211,7 @@ class Question(_Section):
     competing: tuple[str, ...] = ()
     horizon_days: Annotated[float, Field(gt=0.0)] | None = None
     occurrence: Literal["first", "last", "each"] = "first"
+    trajectories: _Positive | None = None
 
 
 class Evaluation(_Section):
@@ -215,6 +236,7 @@ class Study(_Section):
     tokenizer: Tokenizer = Tokenizer()
     model: Model = Model()
     training: Training
+    transport: Transport = Transport()
     privacy: Privacy | None = None
     secure_aggregation: Summing | None = None
     arms: tuple[Arm, ...] = ("federated",)
@@ -229,6 +251,12 @@ class Study(_Section):
             raise ValueError('arms: "federated" can\'t be left out; it makes the codebook that all arms share')
         if self.privacy is not None and self.privacy.mechanism == "dp-sgd" and self.model.dropout:
             raise ValueError("model.dropout: private steps have none; take it out, or [privacy]")
+        clear = self.transport.update == "float32" and self.training.outer_rule == "mean"
+        if self.secure_aggregation is not None and not (clear and self.training.clip_norm is None):
+            raise ValueError(
+                "secure_aggregation: nobody sees a single update, so training.outer_rule stays mean, "
+                "training.clip_norm is left out and transport.update stays float32"
+            )
         follows = self.training.local_steps is not None and self.privacy is None
         if self.secure_aggregation is not None and self.secure_aggregation.max_weight is None and not follows:
             raise ValueError(
@@ -241,6 +269,11 @@ class Study(_Section):
         if len(set(names)) != len(names):
             raise ValueError(f"task: every name may stand once, found {', '.join(names)}")
         return self
+
+    def trajectories(self, question: str) -> int:
+        """Tell how many trajectories a prediction of a question gets."""
+        own = next(task.trajectories for task in self.task if task.name == question)
+        return own or self.evaluation.trajectories
 
     def digest(self) -> str:
         """SHA-256 of the canonical form: two files that mean the same give the same digest."""

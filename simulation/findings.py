@@ -13,7 +13,7 @@ from client.budget import FILE, Budget
 from client.site import SiteFiles
 from federation import protection
 from federation.accountant import epsilon
-from federation.manifest import Manifest, software_version
+from federation.manifest import Manifest, OuterOptions, software_version
 from federation.summed import update_bytes
 from server.app import Outcome
 from server.journal import Journal, Status
@@ -113,6 +113,8 @@ def _settings(result: Result, federated: Arm) -> tuple[tuple[str, str], ...]:
     manifest = _outcome(federated).manifest
     work = f"{train.local_epochs:g} passes" if train.local_epochs is not None else f"{train.local_steps} steps"
     outer = manifest.outer
+    optimizer = {"adamw": "AdamW", "muon": "Muon"}[train.optimizer]
+    futures = "; ".join(f"{study.trajectories(task.name)} for {task.name}" for task in study.task)
     how = "FedAvg" if outer.name == "fedavg" else f"Nesterov momentum {outer.momentum:g}, learning rate {outer.lr:g}"
     return (
         (
@@ -123,16 +125,25 @@ def _settings(result: Result, federated: Arm) -> tuple[tuple[str, str], ...]:
         ("Rounds", f"{train.rounds}, each with {work} over a site's own patients"),
         (
             "Inner optimizer",
-            f"AdamW, peak learning rate {train.learning_rate:g}, batches of {train.batch_tokens:,} tokens",
+            f"{optimizer}, peak learning rate {train.learning_rate:g}, batches of {train.batch_tokens:,} tokens",
         ),
-        ("Outer optimizer", how),
-        ("Rollouts", f"{study.evaluation.trajectories} trajectories for each prediction"),
+        ("Outer optimizer", f"{how}, on the {_rule(outer)} of the updates"),
+        ("Transport", f"updates as {manifest.transport.update}, weights as {manifest.transport.weights}"),
+        ("Rollouts", f"trajectories for each prediction: {futures}"),
         (
             "Split",
             f"{study.split.tuning:.0%} tuning, {study.split.held_out:.0%} held out, by keyed hash of the patient",
         ),
         ("Privacy", _privacy(manifest)),
     )
+
+
+def _rule(outer: OuterOptions) -> str:
+    rule = {"mean": "weighted mean", "median": "median", "trimmed_mean": "trimmed mean", "krum": "Multi-Krum mean"}
+    bears = f" (bears {outer.byzantine} hostile)" if outer.byzantine else ""
+    cut = f", each cut to norm {outer.clip_norm:g}" if outer.clip_norm else ""
+    share = f", none more than {outer.max_share:.0%}" if outer.max_share < 1 else ""
+    return rule[outer.rule] + bears + share + cut
 
 
 def _privacy(manifest: Manifest) -> str:
