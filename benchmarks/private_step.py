@@ -34,7 +34,7 @@ from model.private import PrivateOptions, PrivateTrainer, Secret
 from model.train import Trainer, TrainOptions
 from tokenizer.windows import Batch
 
-SIDES = ("plain", "private", "one at a time")
+SIDES = ("plain", "private", "as products", "one at a time")
 OPTIONS = TrainOptions(lr=1e-5, warmup_steps=0)
 
 
@@ -87,7 +87,8 @@ def measure(side: str, given: argparse.Namespace) -> None:
     work: dict[str, Callable[[], object]] = {
         "plain": lambda: plain(decoder, batch),
         "private": lambda: clipped_sum(decoder, batch, 1.0, autocast=autocast),
-        "one at a time": lambda: clipped_sum(decoder, batch, 1.0, budget_bytes=1, factored=False, autocast=autocast),
+        "as products": lambda: clipped_sum(decoder, batch, 1.0, factored=True, autocast=autocast),
+        "one at a time": lambda: clipped_sum(decoder, batch, 1.0, budget_bytes=1, autocast=autocast),
     }
     if given.step:
         whole = Trainer(decoder, OPTIONS)
@@ -125,7 +126,10 @@ def main() -> None:
         return
     arguments = ["--model", given.model, "--vocab", str(given.vocab), "--lengths", given.lengths]
     arguments += ["--tokens", str(given.tokens), "--device", given.device, *(["--step"] if given.step else [])]
-    sides = ["plain", *(given.sides or (SIDES[1:] if given.device == "cpu" and not given.step else ["private"]))]
+    sides = [
+        "plain",
+        *(given.sides or (["private", "one at a time"] if given.device == "cpu" and not given.step else ["private"])),
+    ]
     processes = {
         side: subprocess.Popen(
             [sys.executable, "-m", "benchmarks.private_step", "--side", side, *arguments],

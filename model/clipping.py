@@ -33,7 +33,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from model.attention import has_kernels
 from model.decoder import Decoder, RMSNorm
 from model.loss import OutputLayer, products_of
 from model.shares import Factored, Pass, Places, Rows, chunks
@@ -74,7 +73,7 @@ def clipped_sum(
     clip: float,
     *,
     budget_bytes: int | None = None,
-    factored: bool | None = None,
+    factored: bool = False,
     autocast: Autocast = nullcontext,
 ) -> Clipped:
     """Sum the gradients of each patient's mean loss, each clipped to the norm `clip`.
@@ -84,8 +83,8 @@ def clipped_sum(
         batch: one window of each patient.
         clip: largest Euclidean norm of a patient's share, over all parameters together.
         budget_bytes: for gradients of single patients; one at least is held. None takes `BUDGET_BYTES`.
-        factored: whether gradients are kept as products (`model.shares`), for which there is no budget; None decides by
-            the device.
+        factored: whether gradients are kept as products (`model.shares`), for which there is no budget and which need
+            Triton. Meant for many short windows on a GPU; off unless asked for, as it has run in Triton's interpreter only.
         autocast: makes the context in which the decoder computes.
 
     Returns:
@@ -102,7 +101,7 @@ def clipped_sum(
         raise ConfigError(f"clipping: the norm must be positive, not {clip}")
     if decoder.config.dropout:
         raise ConfigError("clipping: dropout masks would let one patient change others' shares; set dropout to 0")
-    book = _Book(decoder, has_kernels(decoder.embed_tokens.weight) if factored is None else factored)
+    book = _Book(decoder, factored)
     total = torch.zeros(book.places.size, device=decoder.embed_tokens.weight.device)
     kind = "cpu" if total.device.type == "cpu" else "other"
     norms, losses = np.zeros(len(batch.lengths)), np.zeros(len(batch.lengths))
