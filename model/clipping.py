@@ -84,7 +84,7 @@ def clipped_sum(
         clip: largest Euclidean norm of a patient's share, over all parameters together.
         budget_bytes: for gradients of single patients; one at least is held. None takes `BUDGET_BYTES`.
         factored: whether gradients are kept as products (`model.shares`), for which there is no budget and which need
-            Triton. Meant for many short windows on a GPU; off unless asked for, as it has run in Triton's interpreter only.
+            Triton. Meant for many short windows on a GPU; off unless asked for, as it has run in the interpreter only.
         autocast: makes the context in which the decoder computes.
 
     Returns:
