@@ -1,13 +1,16 @@
 """Seconds and memory of the gradient of a private step, beside that of a plain step on the same windows.
 
     python -m benchmarks.private_step [--model 1m] [--vocab 7105] [--lengths ragged | 1024] [--rounds 5]
-    python -m benchmarks.private_step --device cuda --model comet-s --lengths 8192 --tokens 65536
+    python -m benchmarks.private_step --step                  # with noise and optimizer
+    python -m benchmarks.private_step --device cuda --model comet-s --tokens 65536 --rounds 3
 
 One window of each patient. "plain" is the gradient of the batch's mean loss, as training without privacy makes it;
 "private" the sum of per-patient gradients, each clipped (`model.clipping`); "one at a time" the same with a single
 patient under way, as a loop over patients does it. Before timing, the norms are compared with those of plain backward
 passes of each patient. Each side runs in a process of its own, in turn; memory is the process's peak over that of one
-that has loaded the model only. On a GPU both compute in bfloat16.
+that has loaded the model only. On a GPU both compute in bfloat16, and "one at a time" is left out unless `--sides`
+names it. With `--step` both take the whole step, noise, AdamW and all; noise is drawn once a step, however many
+patients it has. Every round is printed to stderr, so a run that is cut off still tells something.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from time import perf_counter
 
@@ -26,9 +30,12 @@ import torch
 from benchmarks.train_step import batch_of, ragged_lengths
 from model.clipping import BUDGET_BYTES, clipped_sum
 from model.decoder import Decoder, preset
+from model.private import PrivateOptions, PrivateTrainer, Secret
+from model.train import Trainer, TrainOptions
 from tokenizer.windows import Batch
 
-SIDES = ("plain", "private", "one at a time")
+SIDES = ("plain", "private", "as products", "one at a time")
+OPTIONS = TrainOptions(lr=1e-5, warmup_steps=0)
 
 
 def loss_of(decoder: Decoder, batch: Batch) -> torch.Tensor:
@@ -80,8 +87,16 @@ def measure(side: str, given: argparse.Namespace) -> None:
     work: dict[str, Callable[[], object]] = {
         "plain": lambda: plain(decoder, batch),
         "private": lambda: clipped_sum(decoder, batch, 1.0, autocast=autocast),
+        "as products": lambda: clipped_sum(decoder, batch, 1.0, factored=True, autocast=autocast),
         "one at a time": lambda: clipped_sum(decoder, batch, 1.0, budget_bytes=1, autocast=autocast),
     }
+    if given.step:
+        whole = Trainer(decoder, OPTIONS)
+        noisy = PrivateTrainer(
+            decoder, replace(OPTIONS, clip=0.0), PrivateOptions(1.0, 1.0, 1.0), len(counts),
+            lambda step, use: Secret(bytes(32), f"{step} {use}"),
+        )  # fmt: skip
+        work = {"plain": lambda: whole.step(batch), "private": lambda: noisy.step(batch)}
     for _ in sys.stdin:
         start = perf_counter()
         work[side]()
@@ -102,37 +117,44 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="of the batch")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--step", action="store_true", help="measure whole steps, with noise and optimizer")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, help="beside plain")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.side:
         measure(given.side, given)
         return
     arguments = ["--model", given.model, "--vocab", str(given.vocab), "--lengths", given.lengths]
-    arguments += ["--tokens", str(given.tokens), "--device", given.device]
+    arguments += ["--tokens", str(given.tokens), "--device", given.device, *(["--step"] if given.step else [])]
+    sides = [
+        "plain",
+        *(given.sides or (["private", "one at a time"] if given.device == "cpu" and not given.step else ["private"])),
+    ]
     processes = {
         side: subprocess.Popen(
             [sys.executable, "-m", "benchmarks.private_step", "--side", side, *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )
-        for side in SIDES
+        for side in sides
     }  # fmt: skip
-    seconds = dict.fromkeys(SIDES, float("inf"))
+    seconds = dict.fromkeys(sides, float("inf"))
     for turn in range(given.rounds + 1):
         for side, process in processes.items():
             assert process.stdin is not None
             assert process.stdout is not None
             print(file=process.stdin, flush=True)
             took = float(process.stdout.readline())
+            print(f"round {turn} of {given.rounds}, {side}: {took:.3f} s", file=sys.stderr, flush=True)
             # The first turn warms up.
             seconds[side] = min(seconds[side], took) if turn else seconds[side]
     found = {side: json.loads(process.communicate()[0]) for side, process in processes.items()}
     told, budget = found["plain"], BUDGET_BYTES["cpu" if given.device == "cpu" else "other"]
     print(
         f"{given.model}, vocabulary {given.vocab:,}, {torch.get_num_threads()} threads: {told['patients']} patients, "
-        f"{told['tokens']:,} tokens, up to {budget >> 20} MiB of single patients' gradients"
+        f"{told['tokens']:,} tokens, up to {budget >> 20} MiB of gradients where they are written out"
     )
     print(f"{'':16}{'seconds':>9}{'x plain':>9}{'peak MiB over the model':>25}{'x plain':>9}")
-    for side in SIDES:
+    for side in sides:
         ratio, over = seconds[side] / seconds["plain"], found[side]["over"]
         print(f"{side:16}{seconds[side]:>9.3f}{ratio:>9.2f}{over:>25,.0f}{over / told['over']:>9.2f}")
 

@@ -1,13 +1,14 @@
 """Per-patient gradients of the decoder, clipped one by one and summed: what differential privacy needs of a step.
 
-Every patient's gradient is made in full, a few patients at a time. Their windows go through the decoder together, and
-when the gradient of a layer's output arrives, the layer's weight gradient is computed for each window apart, straight
-into that patient's row of one buffer. That is the arithmetic of a plain step in another order: no norms by inner
-products of activations ("ghost" norms), so no rule that could be wrong where a weight is used twice. A tied embedding
-gets what both of its uses give, added up before the norm is taken.
+Every patient's gradient is made in full. Windows of some patients go through the decoder together, and when the
+gradient of a layer's output arrives, the layer's weight gradient is made for each window apart (`model.shares`):
+written into that patient's row of a buffer, or, on GPUs, made by kernels a tile at a time. That is the arithmetic of a
+plain step in another order: no norms by inner products of activations ("ghost" norms), so no rule that
+could be wrong where a weight is used twice. A tied embedding gets what both of its uses give, added up before the norm
+is taken.
 
 Notable choices:
-- How many patients are under way at once follows from a budget of bytes; large models have one at a time.
+- How many rows there are at once follows from a budget of bytes; large models have one at a time.
 - Only layers that are known here get a gradient, and every parameter must belong to one: anything else is refused,
   because a parameter that is passed over would make the bound on a patient's share void without a sign.
 - A patient's share is scaled by its own norm, and made smaller by more than rounding can make it larger.
@@ -32,7 +33,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from model.decoder import ALIGNED, Decoder, RMSNorm
+from model.decoder import Decoder, RMSNorm
+from model.loss import OutputLayer, products_of
+from model.shares import Factored, Pass, Places, Rows, chunks
 from tokenizer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -43,10 +46,6 @@ if TYPE_CHECKING:
 BUDGET_BYTES = {"cpu": 256 << 20, "other": 4 << 30}
 # Tokens that go through the decoder together, so that activations and rows don't add up to more than a plain step.
 _GROUP_TOKENS = {"cpu": 2048, "other": 32768}
-# Numbers in a chunk of scores.
-_CHUNK_NUMBERS = {"cpu": 2**21, "other": 2**26}
-# Numbers whose squares are summed in float32: the sum's error stays below 10^-5, even at worst.
-_BLOCK = 1024
 # Shares are made smaller by this part of themselves, more than float32 rounds norms down and shares up by.
 _SAFETY = 2.0**-16
 
@@ -74,6 +73,7 @@ def clipped_sum(
     clip: float,
     *,
     budget_bytes: int | None = None,
+    factored: bool = False,
     autocast: Autocast = nullcontext,
 ) -> Clipped:
     """Sum the gradients of each patient's mean loss, each clipped to the norm `clip`.
@@ -83,6 +83,8 @@ def clipped_sum(
         batch: one window of each patient.
         clip: largest Euclidean norm of a patient's share, over all parameters together.
         budget_bytes: for gradients of single patients; one at least is held. None takes `BUDGET_BYTES`.
+        factored: whether gradients are kept as products (`model.shares`), for which there is no budget and which need
+            Triton. Meant for many short windows on a GPU; off unless asked for, as it has run in the interpreter only.
         autocast: makes the context in which the decoder computes.
 
     Returns:
@@ -99,24 +101,24 @@ def clipped_sum(
         raise ConfigError(f"clipping: the norm must be positive, not {clip}")
     if decoder.config.dropout:
         raise ConfigError("clipping: dropout masks would let one patient change others' shares; set dropout to 0")
-    book = _Book(decoder)
-    total = torch.zeros(book.size, device=decoder.embed_tokens.weight.device)
+    book = _Book(decoder, factored)
+    total = torch.zeros(book.places.size, device=decoder.embed_tokens.weight.device)
     kind = "cpu" if total.device.type == "cpu" else "other"
     norms, losses = np.zeros(len(batch.lengths)), np.zeros(len(batch.lengths))
-    most = max(1, (BUDGET_BYTES[kind] if budget_bytes is None else budget_bytes) // (book.size * 4))
+    held = BUDGET_BYTES[kind] if budget_bytes is None else budget_bytes
+    most = max(1, held // (book.places.size * 4)) if isinstance(book.kept, Rows) else len(norms)
     groups = list(_groups(batch, most, _GROUP_TOKENS[kind]))
     for places in groups:  # grows
         losses[places] = book.fill(batch, places, autocast)
-        norm = book.norms()
+        norm = book.kept.squares().sqrt()
         norms[places] = norm.cpu().numpy()
         scale = (clip * (1.0 - _SAFETY) / norm.clamp(min=clip)).float()
         if (wrong := ~np.isfinite(norms[places])).any():
             # Whether it was this patient or one beside it is seen when each is alone; such a share is nothing.
             groups += [places[[at]] for at in np.flatnonzero(wrong)] if len(places) > 1 else []
-            book.rows[torch.from_numpy(wrong)] = 0.0
             scale[torch.from_numpy(wrong)] = 0.0
-        total.addmv_(book.rows.T, scale)
-    return Clipped(book.split(total), norms, losses)
+        book.kept.add_(total, scale)
+    return Clipped(book.places.split(total), norms, losses)
 
 
 def _groups(batch: "Batch", most: int, tokens: int) -> Iterator[np.ndarray]:
@@ -133,108 +135,60 @@ def _groups(batch: "Batch", most: int, tokens: int) -> Iterator[np.ndarray]:
 
 
 class _Book:
-    """The gradients of some patients, one row each, and the rules that fill them.
+    """The rules that give each patient's gradient, layer by layer, to what keeps them."""
 
-    Attributes:
-        size: P.
-        rows: float32 [S, P], the gradients of the windows that `fill` took last.
-    """
-
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, factored: bool) -> None:
         self._decoder = decoder
         self._device = decoder.embed_tokens.weight.device
         weights = dict(decoder.named_parameters())
         _refuse_strangers(decoder, weights)
-        self._shapes = [weight.shape for weight in weights.values()]
-        starts = np.cumsum([0, *(shape.numel() for shape in self._shapes)]).tolist()
-        self.size = starts[-1]
-        self._places = {id(weight): start for weight, start in zip(weights.values(), starts, strict=False)}
-        self._buffer = torch.empty(0, self.size, device=self._device)
-        self.rows = self._buffer
-        self._spans: list[slice] = []
+        self.places = Places(list(weights.values()))
+        self.kept: Rows | Factored = Factored(self.places) if factored else Rows(self.places)
         self._written: list[int] = []
-
-    def norms(self) -> Tensor:
-        """Euclidean norms of the rows, float64 [S]."""
-        # Float32 sums are exact enough over a thousand numbers, not over millions; float64 costs twenty times as much.
-        whole = self.size // _BLOCK * _BLOCK
-        blocks = self.rows[:, :whole].unflatten(1, (-1, _BLOCK))
-        parts = [
-            torch.linalg.vector_norm(blocks, dim=2),
-            torch.linalg.vector_norm(self.rows[:, whole:], dim=1)[:, None],
-        ]
-        return torch.linalg.vector_norm(torch.cat(parts, 1).double(), dim=1)
-
-    def split(self, flat: Tensor) -> list[Tensor]:
-        """A vector [P] as tensors in the shapes of the parameters."""
-        parts = flat.split([shape.numel() for shape in self._shapes])
-        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        self._members_SN = torch.zeros(0, 0)
 
     def fill(self, batch: "Batch", places: np.ndarray, autocast: Autocast) -> np.ndarray:
-        """Put the gradients of some windows' mean losses into `rows`; gives these losses, float64 [S]."""
+        """Keep the gradients of some windows' mean losses; gives these losses, float64 [S]."""
         part = _picked(batch, places)
-        ends = np.cumsum(part.lengths)
-        self._spans = [slice(*span) for span in np.stack([ends - part.lengths, ends], 1).tolist()]
-        self._written = []
-        if len(self._buffer) < len(places):
-            self._buffer = torch.empty(len(places), self.size, device=self._device)
-        self.rows = self._buffer[: len(places)]
+        starts = np.cumsum(part.lengths) - part.lengths
+        windows = Pass(part.lengths, np.add.reduceat(part.targets >= 0, starts, dtype=np.int64), self._device)
+        self._written, self._members_SN = [], windows.members()
+        self.kept.open(windows)
         tokens = torch.from_numpy(part.tokens).to(self._device)
         with _frozen(self._decoder), self._watching() as leaves, autocast():
             hidden = self._decoder(tokens, torch.from_numpy(part.lengths))
-            losses, grad = self._head(hidden.detach(), torch.from_numpy(part.targets).to(self._device))
+            losses, grad = self._head(hidden.detach(), torch.from_numpy(part.targets).to(self._device), windows.asked)
         hidden.backward(grad)
         self._embedding(tokens, leaves[0].grad)
-        if sorted(self._written) != sorted(self._places):
+        if sorted(self._written) != sorted(self.places.starts):
             raise ConfigError("clipping: a layer took no part in the step, or took part twice; its norm is unknown")
         return losses
 
-    def _head(self, hidden_ND: Tensor, targets: Tensor) -> tuple[np.ndarray, Tensor]:
-        """Each window's mean loss, and the gradient of their sum; the output layer's own gradients go to `rows`."""
-        weight, kind = self._decoder.head_weight, self._device.type
-        w_VD = weight.detach()
-        if torch.is_autocast_enabled(kind):
-            w_VD = w_VD.to(torch.get_autocast_dtype(kind))
-        vocab = len(w_VD)
-        spare = 0 if kind == "cpu" else -vocab % ALIGNED
-        if spare:
-            w_VD = F.pad(w_VD, (0, 0, 0, spare))
+    def _head(self, hidden_ND: Tensor, targets: Tensor, counts: np.ndarray) -> tuple[np.ndarray, Tensor]:
+        """Each window's mean loss, and the gradient of their sum; the output layer's own gradients are kept."""
+        weight = self._wrote(self._decoder.head_weight)
+        layer = OutputLayer(weight, products_of(weight))
+        self.kept.begin_head(weight, layer)
+        asked = (targets >= 0).nonzero().squeeze(1)
+        part_A1 = torch.from_numpy(np.repeat(1.0 / np.maximum(counts, 1), counts)).to(hidden_ND)[:, None]
+        nll_A = torch.empty(len(asked), device=self._device)
         grad_ND = torch.zeros_like(hidden_ND)
-        losses = torch.zeros(len(self._spans), dtype=torch.float64, device=self._device)
-        rows = self._rows_of(weight)
-        chunk = max(64, _CHUNK_NUMBERS["cpu" if kind == "cpu" else "other"] // vocab)
-        with torch.autocast(kind, enabled=False):
-            for row, span in enumerate(self._spans):
-                asked = (targets[span] >= 0).nonzero().squeeze(1)
-                if not len(asked):
-                    rows[row].zero_()
-                    continue
-                for number, some in enumerate(asked.split(chunk)):
-                    h_CD, y_C1 = hidden_ND[span][some].to(w_VD.dtype), targets[span][some, None]
-                    p_CV = torch.log_softmax((h_CD @ w_VD.T)[:, :vocab].float(), dim=1)
-                    losses[row] -= p_CV.gather(1, y_C1).sum(dtype=torch.float64) / len(asked)
-                    p_CV.exp_().scatter_add_(1, y_C1, p_CV.new_full(y_C1.shape, -1.0)).div_(len(asked))
-                    g_CV = F.pad(p_CV.to(w_VD.dtype), (0, spare)) if spare else p_CV.to(w_VD.dtype)
-                    grad_ND[span][some] = (g_CV @ w_VD).to(grad_ND.dtype)
-                    if g_CV.dtype == torch.float32 and not spare:
-                        rows[row].addmm_(g_CV.T, h_CD, beta=min(number, 1))
-                    elif number:
-                        rows[row] += (g_CV.T @ h_CD)[:vocab]
-                    else:
-                        rows[row] = (g_CV.T @ h_CD)[:vocab]
-        return losses.cpu().numpy(), grad_ND
+        with torch.autocast(self._device.type, enabled=False):
+            for chunk in chunks(counts, layer.rows):
+                some = asked[chunk]
+                h_CD = hidden_ND[some]
+                nll_A[chunk], g_CW = layer.surprise(h_CD, targets[some])
+                grad_ND[some] = layer.back(g_CW).mul_(part_A1[chunk]).to(grad_ND.dtype)
+                self.kept.head(chunk, g_CW, h_CD.mul_(part_A1[chunk]))
+        shares = (nll_A * part_A1[:, 0]).double().cpu().split(counts.tolist())
+        return np.array([float(share.sum()) for share in shares]), grad_ND
 
     def _embedding(self, tokens: Tensor, grad_ND: Tensor | None) -> None:
         assert grad_ND is not None
-        weight = self._decoder.embed_tokens.weight
-        if self._decoder.lm_head is None:
-            # The other use of the same weight has written its part already.
-            self._written.remove(id(weight))
-            rows = self._rows_of(weight)
-        else:
-            rows = self._rows_of(weight).zero_()
-        for row, span in enumerate(self._spans):
-            rows[row].index_add_(0, tokens[span], grad_ND[span].float())
+        weight, tied = self._decoder.embed_tokens.weight, self._decoder.lm_head is None
+        if not tied:
+            self._wrote(weight)
+        self.kept.embedding(weight, tokens, grad_ND, tied)
 
     @contextmanager
     def _watching(self) -> Iterator[list[Tensor]]:
@@ -261,16 +215,9 @@ class _Book:
         x_NI = inputs[0].detach()
 
         def arrived(g_NO: Tensor) -> None:
-            weights = self._rows_of(module.weight)
-            for row, span in enumerate(self._spans):
-                if g_NO.dtype == x_NI.dtype == torch.float32:
-                    torch.mm(g_NO[span].T, x_NI[span], out=weights[row])
-                else:
-                    weights[row] = g_NO[span].T @ x_NI[span].to(g_NO.dtype)
+            self.kept.linear(self._wrote(module.weight), g_NO, x_NI)
             if module.bias is not None:
-                biases = self._rows_of(module.bias)
-                for row, span in enumerate(self._spans):
-                    biases[row] = g_NO[span].sum(0, dtype=torch.float32)
+                self.kept.summed(self._wrote(module.bias), self._members_SN @ g_NO.float())
 
         out.register_hook(arrived)
 
@@ -279,18 +226,13 @@ class _Book:
 
         def arrived(g_ND: Tensor) -> None:
             unit_ND = F.rms_norm(x_ND.float(), (x_ND.shape[-1],), eps=module.eps)
-            unit_ND *= g_ND
-            weights = self._rows_of(module.weight)
-            for row, span in enumerate(self._spans):
-                weights[row] = unit_ND[span].sum(0)
+            self.kept.summed(self._wrote(module.weight), self._members_SN @ unit_ND.mul_(g_ND))
 
         out.register_hook(arrived)
 
-    def _rows_of(self, weight: Tensor) -> Tensor:
-        """Every patient's gradient of a parameter, to be written: a view [S, *shape]."""
-        start = self._places[id(weight)]
+    def _wrote(self, weight: Tensor) -> Tensor:
         self._written.append(id(weight))
-        return self.rows[:, start : start + weight.numel()].unflatten(1, weight.shape)
+        return weight
 
 
 def _refuse_strangers(decoder: Decoder, weights: dict[str, nn.Parameter]) -> None:

@@ -6,8 +6,7 @@ Notable choices:
   `Qwen2ForCausalLM` without its `model.` prefix.
 - The input is flat: all tokens of a batch end to end, and the lengths of the segments. There is no padding outside of
   attention (`model.attention`), and patients never see each other.
-- Logits of a whole batch never exist: `nll` walks over the positions that have a target in chunks and computes the
-  gradients of hidden states and weight on the way.
+- Logits of a whole batch never exist (`model.loss`).
 - Dropout happens when masks are given, not by a mode. A mask is a function of (seed, place), so it is the same however
   a batch is cut into passes, and when a block is computed again on the way back.
 
@@ -18,7 +17,6 @@ V vocabulary. `x_ND` is float [N, D].
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -26,15 +24,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.attention import SegmentPlan, has_kernels, rotary_angles, rotate
+from model.loss import chunked_nll
 from tokenizer.errors import ConfigError
 
-# Rows of logits alive at once are chosen so that a chunk holds about this many numbers: 8 MB in float32, which stay in
-# a CPU's caches, and 256 MB on other devices, which need large products to be busy.
-_CHUNK_NUMBERS = 2**21
-_CHUNK_NUMBERS_ON_DEVICES = 2**26
 _INIT_STD = 0.02
-# Columns of products are filled up to a multiple of this where it pays.
-ALIGNED = 64
 
 # (layer, q_NHK, k_NGK, v_NGK) -> [N, H, K]: how queries meet keys, of this batch or of a cache.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -262,7 +255,7 @@ class Decoder(nn.Module):
         rows = (targets >= 0).nonzero().squeeze(1)
         if len(rows) < len(targets):
             hidden_ND, targets = hidden_ND.index_select(0, rows), targets.index_select(0, rows)
-        loss = _chunked_nll(hidden_ND, self.head_weight, targets, torch.is_grad_enabled())
+        loss = chunked_nll(hidden_ND, self.head_weight, targets, torch.is_grad_enabled())
         return loss, len(rows)
 
 
@@ -383,43 +376,3 @@ def _narrow(x_ND: Tensor) -> Tensor:
     """In autocast's type, once for all products that it goes into."""
     kind = x_ND.device.type
     return x_ND.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x_ND
-
-
-class _ChunkedNll(torch.autograd.Function):
-    """Sum of cross-entropies with one chunk of logits alive; gradients are made with the loss and kept."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, learn: bool) -> Tensor:
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        with torch.autocast(kind, enabled=False):
-            vocab = len(weight)
-            # Tensor cores want whole rows: with 7,105 columns the product runs at a fifth of the rate of 7,168.
-            spare = 0 if kind == "cpu" else -vocab % ALIGNED
-            w_VD = weight.to(dtype)
-            if spare:
-                w_VD = F.pad(w_VD, (0, 0, 0, spare))
-            loss = torch.zeros((), device=hidden.device)
-            if learn:
-                ctx.grad_hidden = torch.empty_like(hidden)
-                ctx.grad_weight = torch.zeros_like(weight)
-            rows = max(64, (_CHUNK_NUMBERS if kind == "cpu" else _CHUNK_NUMBERS_ON_DEVICES) // vocab)
-            for start in range(0, len(targets), rows):
-                h_CD = hidden[start : start + rows].to(dtype)
-                y_C1 = targets[start : start + rows, None]
-                p_CV = torch.log_softmax((h_CD @ w_VD.T)[:, :vocab].float(), dim=1)
-                loss -= p_CV.gather(1, y_C1).sum()
-                if learn:
-                    p_CV.exp_().scatter_add_(1, y_C1, p_CV.new_full(y_C1.shape, -1.0))
-                    g_CV = F.pad(p_CV.to(dtype), (0, spare)) if spare else p_CV.to(dtype)
-                    ctx.grad_hidden[start : start + rows] = g_CV @ w_VD
-                    ctx.grad_weight.add_((g_CV.T @ h_CD)[:vocab])
-        return loss
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        return ctx.grad_hidden * grad, ctx.grad_weight * grad, None, None
-
-
-_chunked_nll: Callable[[Tensor, Tensor, Tensor, bool], Tensor] = _ChunkedNll.apply

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from model.decoder import ALIGNED, Decoder
+from model.decoder import Decoder
 from model.guide import Masks
+from model.loss import ALIGNED
 from model.sampling import nucleus_
 
 # Rows of scores alive at once: 7 MB each for scores and chances at a vocabulary of 7,105, which stay in a CPU's cache;

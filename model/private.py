@@ -19,7 +19,7 @@ Notable choices:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 KEY_BYTES = 32
 # The grid divides what rounding may add to a share, this part of the clip, evenly among all parameters.
 _ROUNDING_SHARE = 2.0**-16
+# Numbers that go through all operations of a draw together: a megabyte in float64.
+_CHUNK = 2**17
 # Largest multiple of the grid that float64 adds to exactly, with room for sums.
 _LARGEST = 2.0**51
 
@@ -109,10 +111,15 @@ class Secret:
     def gaussian(self, count: int) -> Tensor:
         """Standard normal numbers, float64 [count] (Box, Muller 1958)."""
         half = (count + 1) // 2
-        # In (0, 1], whose logarithm is finite.
-        radius = torch.from_numpy(1.0 - self.uniform(half)).log_().mul_(-2.0).sqrt_()
-        angle = torch.from_numpy(self.uniform(half)).mul_(2.0 * np.pi)
-        return torch.cat([radius * angle.cos(), radius * angle.sin()])[:count]
+        first, second = (torch.from_numpy((self.words(half) >> np.uint64(11)).view(np.int64)) for _ in range(2))
+        made = torch.empty(2, half, dtype=torch.float64)
+        for some in _chunks(half):
+            # In (0, 1], whose logarithm is finite.
+            radius = first[some].double().mul_(-(2.0**-53)).add_(1.0).log_().mul_(-2.0).sqrt_()
+            angle = second[some].double().mul_(2.0**-53).mul_(2.0 * np.pi)
+            torch.mul(angle.cos(), radius, out=made[0, some])
+            torch.mul(angle.sin_(), radius, out=made[1, some])
+        return made.flatten()[:count]
 
 
 class PrivateTrainer(Trainer):
@@ -198,11 +205,14 @@ def noised(gradients: list[Tensor], options: PrivateOptions, secret: Secret) -> 
     deviation = options.noise_multiplier * options.clip / grid
     made = []
     for gradient in gradients:
-        steps = gradient.detach().cpu().double().div_(grid).round_()
-        if steps.abs().max() > _LARGEST or deviation * 10 > _LARGEST:
+        total_P = gradient.detach().cpu().flatten()
+        if total_P.abs().max() / grid >= _LARGEST or deviation * 10 > _LARGEST:
             raise ConfigError("private training: the sum of shares is too large for its grid; lower clip or batch")
-        noise = secret.gaussian(gradient.numel()).mul_(deviation).round_()
-        made.append(steps.add_(noise.view(gradient.shape)).mul_(grid))
+        noise_P = secret.gaussian(len(total_P))
+        for some in _chunks(len(total_P)):
+            steps = total_P[some].double().div_(grid).round_()
+            noise_P[some].mul_(deviation).round_().add_(steps).mul_(grid)
+        made.append(noise_P.view(gradient.shape))
     return made
 
 
@@ -213,3 +223,9 @@ def noised_update(update: NDArray[np.float32], options: PrivateOptions, secret: 
     exact = exact * min(1.0, clip_before_rounding(options.clip) / norm) if math.isfinite(norm) and norm else exact * 0
     (noisy,) = noised([exact.nan_to_num(0.0, 0.0, 0.0)], options, secret)
     return noisy.float().numpy()
+
+
+def _chunks(count: int) -> Iterator[slice]:
+    """Parts of so many numbers that stay in the caches from one operation to the next."""
+    for start in range(0, count, _CHUNK):
+        yield slice(start, min(count, start + _CHUNK))

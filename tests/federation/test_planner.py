@@ -11,6 +11,7 @@ from federation.planner import (
     _central_limit,
     batches_around,
     honest_by_default,
+    loss,
     noise_for,
     plan,
     plan_updates,
@@ -65,7 +66,9 @@ def test_passes_are_turned_into_steps() -> None:
 
 def test_progress_is_all_without_noise_and_none_with_too_much() -> None:
     assert progress(0.0, 64, 10**6) == 1
-    assert progress(1.0, 64, 10**6) < 1e-6
+    assert progress(1.0, 64, 10**6) < 0.02
+    assert loss(0.0, 64, 100, 10**6) == 0
+    assert loss(1.0, 64, 100, 10**6) > 2
 
 
 def test_batches_are_around_the_wanted_one_and_within_the_site() -> None:

@@ -78,6 +78,37 @@ def test_norms_and_sum_are_those_of_a_loop(name: str, together: int) -> None:
     assert all(weight.requires_grad and weight.grad is None for weight in decoder.parameters())
 
 
+@pytest.mark.parametrize("name", ["tied", "untied", "no biases"])
+def test_products_give_what_rows_give(name: str) -> None:
+    """Kernels that make products twice, for the norm and the sum; without a GPU they are interpreted."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    decoder = decoder_of(SHAPES[name])
+    batch = batch_of([5, 1, 17, 9], decoder.config.vocab)
+    rows = clipped_sum(decoder, batch, 0.5)
+    products = clipped_sum(decoder.to(device), batch, 0.5, factored=True)
+    np.testing.assert_allclose(products.norms, rows.norms, rtol=2e-5)
+    np.testing.assert_allclose(products.losses, rows.losses, rtol=2e-5)
+    for one, other in zip(products.gradients, rows.gradients, strict=True):
+        torch.testing.assert_close(one.cpu(), other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_products_leave_out_a_patient_whose_gradient_is_not_finite() -> None:
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    decoder = decoder_of(replace(BASE, tied=False))
+    batch = batch_of([9, 5], BASE.vocab - 1)
+    alone = clipped_sum(decoder, batch.windows(0, 1), 1.0)
+    batch.tokens[10] = BASE.vocab - 1  # which only the second patient has
+    with torch.no_grad():
+        decoder.embed_tokens.weight[BASE.vocab - 1] = torch.inf
+    found = clipped_sum(decoder.to(device), batch, 1.0, factored=True)
+    assert np.isfinite(found.norms).tolist() == [True, False]
+    for one, other in zip(found.gradients, alone.gradients, strict=True):
+        torch.testing.assert_close(one.cpu(), other, rtol=1e-4, atol=1e-5)
+
+
 @settings(max_examples=25)
 @given(
     st.lists(st.integers(1, 32), min_size=1, max_size=7), st.floats(1e-3, 10.0), st.integers(0, 2**16), st.booleans()
