@@ -195,7 +195,7 @@ def test_a_study_file_says_what_is_wrong_with_its_privacy(tmp_path: Path) -> Non
         ("sampling_rate = 0.1\nepsilon = 1\nnoise_multiplier = 1", "exactly one of epsilon and noise_multiplier"),
         ("sampling_rate = 2.0\nepsilon = 1", "privacy.sampling_rate = 2.0"),
         ("epsilon = 1", 'sampling_rate: mechanism = "dp-sgd" needs it'),
-        ('mechanism = "local"\nsampling_rate = 0.1\nepsilon = 1', 'no other has one'),
+        ('mechanism = "local"\nsampling_rate = 0.1\nepsilon = 1', "no other has one"),
         ("sampling_rate = 0.1\nepsilon = 1\nnoises = 1", "privacy.noises is not a known key; known here: clip, delta"),
     ):
         path = tmp_path / "study.toml"
