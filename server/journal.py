@@ -280,6 +280,16 @@ class Journal:
 
         self._ledger.write(work)
 
+    def note_refusal(self, site: str, what: str, reason: str) -> None:
+        """Note that something of a site was not taken before the rounds began."""
+
+        def work(session: Session) -> None:
+            run = self._get(session).id
+            _refuse(session, run, 0, site, what, reason)
+            note(session, "coordinator", f"{what}.refused", run, site=site, told=reason)
+
+        self._ledger.write(work)
+
     def sites(self) -> list[SiteEntry]:
         """Give all sites by name."""
         rows = self._rows(tables.Participant)
