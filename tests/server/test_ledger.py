@@ -160,7 +160,9 @@ LED = st.sampled_from(["start", "pause", "stop", "lead", "abandon", "halt", "fin
 
 @settings(max_examples=40)
 @given(steps=st.lists(LED, max_size=12))
-def test_a_run_is_led_only_when_somebody_wished_it(tmp_path_factory: pytest.TempPathFactory, steps: list[str]) -> None:
+def test_a_run_that_was_paused_or_stopped_stays_so_until_it_is_started(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[str]
+) -> None:
     """Whatever is pressed: a run that was stopped or paused is not running again unless it was started again."""
     path = tmp_path_factory.mktemp("ledger") / "ledger.sqlite"
     with Ledger.open(path) as ledger:
@@ -174,7 +176,7 @@ def test_a_run_is_led_only_when_somebody_wished_it(tmp_path_factory: pytest.Temp
                     wanted = step
                 elif step == "abandon":
                     ledger.abandon("icu", "gone")
-                elif step == "lead" and before is RunState.READY:
+                elif step == "lead":
                     journal.start("icu")
                 elif step == "halt" and before in (RunState.PAUSING, RunState.STOPPING):
                     journal.end(RunState.PAUSED if before is RunState.PAUSING else RunState.STOPPED)
@@ -184,7 +186,7 @@ def test_a_run_is_led_only_when_somebody_wished_it(tmp_path_factory: pytest.Temp
                 assert ledger.run("icu").state is before
             state = ledger.run("icu").state
             if state in (RunState.RUNNING, RunState.READY):
-                assert wanted == "start"
+                assert wanted in ("start", "nothing")
             if state in (RunState.STOPPED, RunState.STOPPING):
                 assert wanted == "stop"
             if before is RunState.FINISHED:
