@@ -119,4 +119,6 @@ def _unreachable(details: str, address: str) -> str:
             "another server or somebody in between: check the address with the coordinator; if it is right, the "
             "coordinator runs fedcomet coordinator rotate."
         )
-    return f"The coordinator at {address} can't be reached ({details}); check the address, the network and the firewall."
+    return (
+        f"The coordinator at {address} can't be reached ({details}); check the address, the network and the firewall."
+    )
