@@ -110,7 +110,7 @@ def fill(source: Connection, target: Connection) -> str:
 def digest(connection: Connection, tables: list[Table] | None = None) -> tuple[str, dict[str, int]]:
     """Give the sha256 of all rows of a ledger, the same in every kind of database, and their number by table."""
     known, counts = hashlib.sha256(), dict[str, int]()
-    for table in tables or _reflected(connection):
+    for table in sorted(tables or _reflected(connection), key=lambda table: table.name):
         known.update(f"{table.name}\n".encode())
         counts[table.name] = 0
         for row in connection.execute(_in_order(table, connection)).mappings():
