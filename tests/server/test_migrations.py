@@ -84,6 +84,7 @@ def test_an_older_ledger_is_copied_and_migrated(
     found = backup.check(copy)
     assert (found.revision, found.rows) == ("0001", rows)
     # And what an older software has backed up is migrated on its way back.
+    schema.at(ram_path / "other.sqlite", "0002", "the other").close()
     with Ledger.open(ram_path / "other.sqlite") as other:
         restore.restore(copy, other.transactions)
         assert notes(other.transactions) == ["none yet"] * 2
