@@ -15,7 +15,6 @@ from federation import pki
 from federation.control_pb2 import EnrolReply, EnrolRequest, RenewRequest
 from federation.invitation import Invitation
 from federation.pki import Authority, CertificateError, Member, Role, Wish
-from server import tables
 from server.ledger import Ledger
 from server.ledger_entries import Identity, LedgerRefusal, MemberEntry
 from server.tables import SiteStatus
@@ -143,7 +142,7 @@ class Enrolment:
             f"This certificate of {member.name} was replaced by another one; if nobody at {member.name} did that, tell "
             f"the coordinator to revoke {member.name}."
         )
-        if (entry.role, entry.ed25519) != (member.role.value, member.ed25519):
+        if (entry.role, entry.ed25519) != (member.role, member.ed25519):
             raise replaced
         if entry.serial == member.serial:
             return entry
@@ -209,7 +208,7 @@ def invite(ledger: Ledger, authority: str, name: str, role: Role, hours: float, 
     if not 0 < hours <= _MOST_HOURS:
         raise ConfigError(f"An invitation can hold for up to {_MOST_HOURS} hours, not {hours:g}.")
     invitation = Invitation.new(name, role, authority)
-    ledger.members.invite(name, tables.Role(role.value), invitation.digest.hex(), hours * 3600, who)
+    ledger.members.invite(name, role, invitation.digest.hex(), hours * 3600, who)
     return invitation.token
 
 

@@ -32,6 +32,8 @@ from server.ledger_entries import MemberEntry
 from server.transactions import LedgerUnreachable
 from tokenizer.errors import ConfigError, FedcometError
 
+# Its stubs forget that "no change" is told by None.
+_credentials: Callable[..., grpc.ServerCredentials] = grpc.dynamic_ssl_server_credentials
 _LOG = logging.getLogger("fedcomet.control")
 _CODES: tuple[tuple[type[FedcometError], grpc.StatusCode], ...] = (
     (Forbidden, grpc.StatusCode.PERMISSION_DENIED),
@@ -116,8 +118,8 @@ class Listener:
             ConfigError: a port is in use, or a certificate can't be used.
         """
         pair = _Pair(self._home)
-        mutual = grpc.dynamic_ssl_server_credentials(pair.mutual(), pair.next_mutual, True)
-        plain = grpc.dynamic_ssl_server_credentials(pair.plain(), pair.next_plain, False)
+        mutual = _credentials(pair.mutual(), pair.next_mutual, True)
+        plain = _credentials(pair.plain(), pair.next_plain, False)
         ports = self._home.settings.ports
         self.control_port = self._open(self._control_server(), ports.control, mutual, "control")
         self._enrolment.welcome = replace(self._enrolment.welcome, control_port=self.control_port)
@@ -217,7 +219,7 @@ class _Gate:
             MembershipError: it is no member (any more).
             TooMany: it called too often.
         """
-        pem = context.auth_context().get("x509_pem_cert", [b""])[0]
+        pem = bytes(next(iter(context.auth_context().get("x509_pem_cert", ())), b""))
         try:
             member = pki.read_member(pem)
         except CertificateError:
