@@ -11,7 +11,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import UTC, datetime
 from ipaddress import ip_address, ip_network
 from typing import Any, NoReturn
 from urllib.parse import unquote
@@ -192,7 +191,9 @@ class Listener:
             with _Told(context, name):
                 if not self._streams.acquire(blocking=False):
                     raise TooMany("Too many streams are open here; try again later.")
-                context.add_callback(self._streams.release)
+                if not context.add_callback(self._streams.release):
+                    self._streams.release()  # it is over already
+                    return
                 for each in self._control.call(name, self._gate.caller(context), request):
                     if not context.is_active():
                         return
@@ -225,8 +226,6 @@ class _Gate:
         except CertificateError:
             raise MembershipError("This certificate is no member's; join with an invitation.") from None
         now = self._clock()
-        if not member.since <= datetime.fromtimestamp(now, UTC) <= member.until:  # TLS looks at connections' begin only
-            raise MembershipError(f"The certificate of {member.name} has expired; join again with a new invitation.")
         entry = self._enrolment.admit(member, pem)
         with self._lock:
             recent = [at for at in self._recent.pop(member.name, []) if now - at < 60]
