@@ -5,7 +5,10 @@ from typing import Annotated
 
 import typer
 
+from server import ledger_commands
+
 app = typer.Typer()
+app.add_typer(ledger_commands.app)
 
 Home = Annotated[
     Path,

@@ -9,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from server.ledger import Ledger
+    from server.ledger_entries import EventEntry
 
 app = typer.Typer()
 
@@ -68,7 +69,7 @@ def logs(
 
     from server import ledger_view
 
-    def line(event: ledger_view.EventEntry) -> str:
+    def line(event: "EventEntry") -> str:
         return encoder.dumps(ledger_view.event_of(event)) if json else ledger_view.event_line(event)
 
     with _ledger(home) as ledger:
