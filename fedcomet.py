@@ -53,18 +53,17 @@ privacy = typer.Typer(help="What private releases cost, planned and spent.", no_
 app.add_typer(privacy, name="privacy", rich_help_panel=_SITE)
 
 
-def _mount(group: typer.Typer, room: str, *modules: str) -> None:
+def _mount(group: typer.Typer, room: str) -> None:
     """Add a room's own commands; a hospital's installation may lack the coordinator's room."""
     try:
-        for name in modules:
-            group.add_typer(import_module(f"{room}.{name}").app)
+        group.add_typer(import_module(f"{room}.commands").app)
     except ModuleNotFoundError as missing:
         if missing.name != room:
             raise
 
 
-_mount(site, "client", "commands")
-_mount(coordinator, "server", "commands", "ledger_commands")
+_mount(site, "client")
+_mount(coordinator, "server")
 
 # What several commands take.
 Records = Annotated[

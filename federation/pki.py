@@ -1,8 +1,8 @@
 """The federation's certificates: who is who on its connections (X.509, RFC 5280; ECDSA on P-384).
 
 A federation has one authority, whose key lies at the coordinator (`server.authority`). It issues certificates of two
-kinds, neither of which can stand in for the other: the server's (TLS server) and members' (TLS client). A member's binds
-one identity together:
+kinds, neither of which can stand in for the other: the server's (TLS server) and members' (TLS client). A member's
+binds one identity together:
 
     CN = its name, OU = its role, O = the federation
     subject public key = its P-384 key: TLS client, and Flower's node key
