@@ -1,9 +1,9 @@
 """What Flower ships to sites: two entry modules and their metadata, signed, and never anything else.
 
-A bundle (Flower: FAB) is built of the files that are named here, from the installed package, so nothing that lies beside
-them can travel. A coordinator signs it as Flower's trusted entities do: Ed25519 (RFC 8032) over the time, 8 bytes
-big-endian, and the sha256 of the bundle. A site takes it only if a coordinator whose key it trusts has signed it *and*
-its files are those of the site's own installation: code of a coordinator is never run at a site, signed or not.
+A bundle (Flower: FAB) is built of the files that are named here, from the installed package, so nothing that lies
+beside them can travel. A coordinator signs it as Flower's trusted entities do: Ed25519 (RFC 8032) over the time, 8
+bytes big-endian, and the sha256 of the bundle. A site takes it only if a coordinator whose key it trusts has signed it
+*and* its files are those of the site's own installation: code of a coordinator never runs at a site, signed or not.
 """
 
 import base64
@@ -90,7 +90,7 @@ def objection(content: bytes, verifications: Mapping[str, str], keys: Sequence[s
     if len(content) > _MOST_BYTES:
         return f"it has {len(content)} bytes, more than the {_MOST_BYTES} that a bundle may have"
     if not any(_signed(content, verifications.get(_entity(key)), key) for key in keys):
-        return "none of the coordinators that this site trusts has signed it; list their keys in the policy's runs.coordinators"
+        return "no coordinator that this site trusts has signed it; the policy's runs.coordinators lists their keys"
     try:
         there = _read(content)
     except (ArithmeticError, KeyError, NotImplementedError, OSError, RuntimeError, ValueError, zipfile.BadZipFile):
@@ -99,7 +99,9 @@ def objection(content: bytes, verifications: Mapping[str, str], keys: Sequence[s
     odd = sorted(name for name in {*there, *here} if not _same(name, there.get(name), here.get(name)))
     if odd:
         named = ", ".join(name[:80] for name in odd[:4])
-        return f"it isn't the bundle of the fedcomet that is installed here ({named}); install the coordinator's version"
+        return (
+            f"it isn't the bundle of the fedcomet that is installed here ({named}); install the coordinator's version"
+        )
     return None
 
 

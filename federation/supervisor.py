@@ -1,8 +1,8 @@
 """Programs that are kept running: started, watched, started again after a while when they end, stopped in order.
 
-Each program has a thread of its own, which starts it, reads what it prints, line by line, and waits for its end. What is
-started ends with whoever started it, also after `kill -9` (Linux: PR_SET_PDEATHSIG); so nothing is left that holds a
-port, and starting the daemon again is all that a crash needs.
+Each program has a thread of its own, which starts it, reads what it prints, line by line, and waits for its end. What
+is started ends with whoever started it, also after `kill -9` (Linux: PR_SET_PDEATHSIG); so nothing is left that holds
+a port, and starting the daemon again is all that a crash needs.
 """
 
 import contextlib
@@ -193,14 +193,18 @@ def meaning(code: int) -> str:
     }.get(code, f"exit code {code}")
 
 
-def begin_child(name: str) -> None:
-    """Begin as a program of ours: end with the parent, keep new files private, log lines to stdout."""
+def begin_child(quiet: Sequence[str] = ()) -> None:
+    """Begin as a program of ours: end with the parent, keep new files private, log lines to stdout.
+
+    Args:
+        quiet: names of loggers that only warn.
+    """
     end_with_parent()
     os.umask(0o077)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stdout, force=True)
-    for noisy in ("httpx", "httpcore", "uvicorn.access"):
+    logging.getLogger("flwr").handlers.clear()  # it would print everything a second time, in colours
+    for noisy in ("alembic", "httpx", "httpcore", "uvicorn", *quiet):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    logging.getLogger(__name__).debug("%s begins", name)
 
 
 def end_with_parent(number: int = signal.SIGKILL) -> None:

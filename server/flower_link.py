@@ -1,7 +1,7 @@
 """The coordinator's adapter to the inside of Flower's SuperLink: the application, who its nodes are, and its control.
 
-Beside `federation.flower` (records), `federation.flower_tasks` (processes) and `client.flower_node` (a SuperNode) nothing
-touches Flower's inside. Checked against flwr 1.41; the version is pinned.
+Beside `federation.flower` (records), `federation.flower_tasks` (processes) and `client.flower_node` (a SuperNode)
+nothing touches Flower's inside. Checked against flwr 1.41; the version is pinned.
 """
 
 import base64
@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.common.config import get_app_presentation_metadata, get_fab_config
-from flwr.common.constant import NOOP_FLWR_AID, TIMESTAMP_HEADER, Status, SubStatus
+from flwr.common.constant import NOOP_FLWR_AID, TIMESTAMP_HEADER, TRANSPORT_TYPE_GRPC_RERE, Status, SubStatus
 from flwr.proto.control_pb2 import (
     ListNodesRequest,
     ListRunsRequest,
@@ -114,7 +114,7 @@ class SuperLink:
             enable_event_log=False,
             artifact_provider=None,
             enable_supernode_auth=True,
-            fleet_api_type="",
+            fleet_api_type=TRANSPORT_TYPE_GRPC_RERE,
             fleet_api_address=None,
             simulation=False,
             ssl_ca_certfile=None,
@@ -306,4 +306,6 @@ class Control:
             told = " ".join(error.response.text.split())[:300]
             raise LinkError(f"The SuperLink refuses {type(request).__name__}: {told or error}") from None
         except (httpx.HTTPError, OSError, ValueError) as error:
-            raise LinkError(f"The SuperLink can't be reached ({error}); is `fedcomet coordinator serve` running?") from None
+            raise LinkError(
+                f"The SuperLink can't be reached ({error}); is `fedcomet coordinator serve` running?"
+            ) from None

@@ -145,7 +145,7 @@ def tls_context(options: LinkOptions) -> ssl.SSLContext:
         context.load_cert_chain(options.certificate, options.key)
     except (OSError, ssl.SSLError) as error:
         raise ConfigError(
-            f"{options.certificate} and {options.key} can't be used ({error}); `fedcomet coordinator rotate` renews them."
+            f"{options.certificate} and {options.key} can't be used ({error}); run fedcomet coordinator rotate."
         ) from None
     return context
 
@@ -200,7 +200,7 @@ def _listener(
 
 def main(root: str) -> None:
     """Run the process until SIGTERM."""
-    supervisor.begin_child("superlink")
+    supervisor.begin_child(quiet=("flwr",))
 
     async def run() -> None:
         stop = asyncio.Event()
