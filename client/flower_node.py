@@ -1,4 +1,4 @@
-"""The site's adapter to the inside of Flower's SuperNode: told all in memory, it ends in good order and comes back at once.
+"""The site's adapter to the inside of Flower's SuperNode, which ends in good order and comes back at once.
 
 Flower's own command takes the site's configuration on its command line, where the URL of a budget's database may hold a
 password; it exits when the coordinator still believes its killed predecessor alive, for up to a minute; and it takes
@@ -67,7 +67,7 @@ class NodeOptions:
         authority: the federation's certificate, PEM.
         key: the site's key, by which the coordinator knows it.
         config: what `client.app` reads (`SiteFiles.node_config`).
-        coordinators: public keys of those whose bundles are taken.
+        coordinators: gives the public keys of those whose bundles are taken, anew each time.
         runtime_port: for app processes, on loopback.
         secret: what whoever starts them must sign with.
         memory: a file for the node's number.
@@ -77,7 +77,7 @@ class NodeOptions:
     authority: bytes
     key: ec.EllipticCurvePrivateKey
     config: Mapping[str, bool | float | int | str]
-    coordinators: Sequence[str]
+    coordinators: Callable[[], Sequence[str]]
     runtime_port: int
     secret: bytes
     memory: Path
@@ -160,7 +160,7 @@ class Node:
                         get_fab=lambda name, run: self._checked(get_fab(name, run)),
                         pull_object=pull,
                         confirm_message_received=confirm,
-                        trusted_entities=bundle.trusted_entities(options.coordinators),
+                        trusted_entities=bundle.trusted_entities(options.coordinators()),
                     )
                     if run is None:
                         stopping.wait(_POLL_S)
@@ -189,8 +189,8 @@ class Node:
         return True
 
     def _checked(self, fab: Fab) -> Fab:
-        """Give a bundle to Flower; without its signatures, so that it refuses the run, if this site must not take it."""
-        objection = bundle.objection(fab.content, fab.verifications, self._options.coordinators)
+        """Give a bundle to Flower; without its signatures, so that it refuses, if this site must not take it."""
+        objection = bundle.objection(fab.content, fab.verifications, self._options.coordinators())
         if objection is None:
             return fab
         _log.error("the coordinator's bundle is refused: %s", objection)
