@@ -62,18 +62,18 @@ class Work(_Section):
 
 
 class Coordinator(_Section):
-    """Where the coordinator is: a host name or IP address, and its ports; and the key that signs its runs."""
+    """Where the coordinator is (a host name or IP address, and ports), and the public key that signs its requests."""
 
     address: Annotated[str, Field(min_length=1)]
     fleet_port: _Port
     control_port: _Port
-    key: str = ""
+    key: str
 
     @field_validator("key")
     @classmethod
-    def _key(cls, given: str) -> str:
-        if given and not is_public_key(given):
-            raise ValueError(f"{given!r} is not a public key; write ed25519: and 64 hexadecimal digits")
+    def _public(cls, given: str) -> str:
+        if not is_public_key(given):
+            raise ValueError(f"{given!r} is not a public key; it has ed25519: and 64 hexadecimal digits")
         return given
 
 
@@ -176,30 +176,34 @@ KEY, CERTIFICATE, AUTHORITY = "tls.key", "tls.crt", "federation.crt"
 
 
 def write_settings(path: Path, name: str, coordinator: Coordinator) -> None:
-    """Write the site.toml of a site that has joined, for its people to go on with."""
-    text = _SETTINGS.format(
-        name=dumps(name),
+    """Write the site.toml of a site that has joined; of one that is there, only what is behind [coordinator]."""
+    file = path / "site.toml"
+    before = file.read_text(encoding="utf-8") if file.exists() else _SITE.format(name=dumps(name), as_is=_AS_IS)
+    where = _COORDINATOR.format(
         address=dumps(coordinator.address),
         fleet=coordinator.fleet_port,
         control=coordinator.control_port,
-        settings=dumps(AS_THEY_ARE),
+        key=dumps(coordinator.key),
     )
-    pki.write_private(path / "site.toml", text.encode())
+    pki.write_private(file, (before.partition("[coordinator]")[0].rstrip() + "\n\n" + where).encode())
 
 
-_SETTINGS = """\
+_AS_IS = dumps(AS_THEY_ARE)
+_SITE = """\
 # Paths are relative to this folder.
 [site]
 name = {name}
-data = "data"            # the records: a MEDS dataset's folder
-state = "state"          # what the site must not forget; keep it, and never put back an old copy
-policy = "policy.toml"   # what the site allows: fedcomet site policy > policy.toml
-settings = {settings}  # what is done to the records first: a TOML file, "standard" or "none"
-budget = ""              # the privacy budget's database; a file in state if empty
-device = "cpu"           # where to train: cpu, cuda
-
-[coordinator]
+data = "data"           # the records: a MEDS dataset's folder
+state = "state"         # what the site must not forget; keep it, and never put back an old copy
+policy = "policy.toml"  # what the site allows; it must be there
+settings = {as_is}       # what is done to the records first: a TOML file, "standard" or "none"
+budget = ""             # the privacy budget's database; a file in state if empty
+device = "cpu"          # where to train: cpu, cuda
+"""
+_COORDINATOR = """\
+[coordinator]  # from here on, joining again writes it anew
 address = {address}
 fleet_port = {fleet}
 control_port = {control}
+key = {key}  # signs its requests
 """

@@ -21,7 +21,7 @@ from client.home import SiteHome
 from client.policy import Policy
 from federation import pki, supervisor
 from federation.flower_tasks import TaskOptions, Tasks
-from tokenizer.errors import ConfigError, FedcometError
+from tokenizer.errors import FedcometError
 
 _LATE_S = 10.0
 
@@ -65,17 +65,9 @@ def trusted_coordinators(home: SiteHome) -> Sequence[str]:
     """Give the keys of the coordinators whose bundles the site takes: the policy's, or else that of its enrolment.
 
     Raises:
-        ConfigError: there is none, or the policy can't be read.
+        ConfigError: the policy can't be read.
     """
-    listed = Policy.read(home.policy).runs.coordinators
-    own = home.settings.coordinator.key
-    keys = listed or ((own,) if own else ())
-    if not keys:
-        raise ConfigError(
-            f"{home.policy}: runs.coordinators lists no coordinator, and {home.path / 'site.toml'} has no "
-            "coordinator.key; write the key there that the coordinator's people tell you."
-        )
-    return keys
+    return Policy.read(home.policy).runs.coordinators or (home.settings.coordinator.key,)
 
 
 def main(path: str) -> int:

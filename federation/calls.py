@@ -22,7 +22,7 @@ MOST_BYTES = 4 << 20
 MOST_ENROL_BYTES = 16 << 10
 """The largest message of `Enrolment`, which anybody may send."""
 
-CHANNEL_OPTIONS = (
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MOST_BYTES),
     ("grpc.keepalive_time_ms", 30_000),  # a stream through a dead network ends instead of waiting for ever
     ("grpc.keepalive_timeout_ms", 10_000),

@@ -14,6 +14,7 @@ certificate that it renews), so it proves both and fits nowhere else. What a req
 import hashlib
 import os
 import stat
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -61,7 +62,7 @@ class Member:
     Attributes:
         name, role, federation: whose it is.
         ed25519: the public key of its signatures, as `federation.identity` writes it.
-        node_key: the public key of its connections, as OpenSSH and Flower write it.
+        node_key: the public key of its connections, see `node_key`.
         serial, fingerprint: of the certificate; hexadecimal digits, the latter its sha256.
         since, until: when it holds.
     """
@@ -221,14 +222,33 @@ def write_private(path: Path, data: bytes) -> None:
             file.write(data)
 
 
-def openssh_private(key: ec.EllipticCurvePrivateKey) -> bytes:
-    """Give a private key in the form that Flower's SuperNode reads (OpenSSH's, not encrypted)."""
-    return key.private_bytes(_PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
-
-
 def node_key(key: ec.EllipticCurvePublicKey) -> str:
-    """Give a public key as OpenSSH writes it: what Flower registers a node by."""
-    return key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode()
+    """Give a public key as the ledger knows nodes by: SubjectPublicKeyInfo (DER), hexadecimal digits."""
+    return key.public_bytes(_DER, serialization.PublicFormat.SubjectPublicKeyInfo).hex()
+
+
+def pair(key: Path, certificate: Path) -> tuple[bytes, bytes]:
+    """Give a private key and its certificate (with what stands behind it), PEM, which fit together.
+
+    Who replaces both writes `next_key(key)` first, then the certificate; the next key takes its place here, also after
+    a crash in between.
+
+    Raises:
+        ConfigError, CertificateError: they can't be read, or don't fit.
+    """
+    signed, following = read_certificate(certificate), next_key(key)
+    if following.exists() and read_key(following).public_key() == signed.public_key():
+        with suppress(FileNotFoundError):  # another process was faster
+            os.replace(following, key)
+        durable.sync_directory(key.parent)
+    if read_key(key).public_key() != signed.public_key():
+        raise CertificateError(f"{certificate} does not belong to {key}; restore both from one backup, or renew them.")
+    return key.read_bytes(), certificate.read_bytes()
+
+
+def next_key(key: Path) -> Path:
+    """Tell where the key lies that shall take a key's place."""
+    return key.with_name(f"{key.name}.next")
 
 
 def ask(

@@ -13,10 +13,12 @@ from typing import Any, Protocol
 from federation import canonical
 from federation import control_pb2 as wire
 from federation.identity import verify
-from federation.messages import printable
+from federation.manifest import Manifest
+from federation.messages import is_site_name, printable
 from federation.pki import Member, Role
 from server.enrolment import Enrolment
-from server.members import Happening, Members, Record
+from server.ledger import Ledger
+from server.ledger_entries import BudgetEntry, EventEntry, LedgerRefusal, MemberEntry, RunEntry
 from server.tables import RunState
 from tokenizer.errors import FedcometError
 
@@ -46,7 +48,9 @@ RULES: Mapping[str, frozenset[Role]] = {
 """The roles that may use each call."""
 
 _OPEN = (RunState.PROPOSED, RunState.READY)
+_MESSAGE = "message"
 _MOST_TEXT = 500
+_MOST_EVENTS = 200
 _TICK_S = 1.0
 
 
@@ -69,44 +73,13 @@ class RunStarter(Protocol):
         """Start a run that the ledger knows, or go on with it; returns when that is under way."""
 
 
-class RunEntry(Protocol):
-    """A run, as the ledger tells it."""
-
-    name: str
-    manifest_hash: str
-    manifest: bytes
-    state: RunState
-    reason: str
-    created_at: float
-    started_at: float | None
-    ended_at: float | None
-
-
-class Runs(Protocol):
-    """The ledger's part that is about runs."""
-
-    def runs(self) -> list[RunEntry]:
-        """Give all runs, the oldest first."""
-
-    def run(self, name: str) -> RunEntry | None:
-        """Give a run."""
-
-    def sites_of(self, name: str) -> list[str]:
-        """Give the names of the sites that take part in a run."""
-
-    def propose(self, name: str, plan: bytes, manifest: bytes, who: str) -> None:
-        """Note a new run."""
-
-    def wish(self, name: str, state: RunState, who: str, reason: str = "") -> None:
-        """Ask whoever leads a run to pause or stop it."""
-
-
 @dataclass(frozen=True)
 class Caller:
-    """Who calls: what the certificate says, and what the ledger has about it now."""
+    """Who calls: what the certificate (PEM) says, and what the ledger has about it now."""
 
     member: Member
-    record: Record
+    pem: bytes
+    entry: MemberEntry
 
     @property
     def name(self) -> str:
@@ -124,24 +97,24 @@ class Control:
 
     def __init__(
         self,
-        members: Members,
-        runs: Runs,
+        ledger: Ledger,
         enrolment: Enrolment,
         starter: RunStarter,
         wait: Callable[[float], bool],
-        revoked: Callable[[Record], None] = lambda _: None,
+        revoked: Callable[[MemberEntry], None] = lambda _: None,
     ) -> None:
         """Put it together.
 
         Args:
-            members, runs: the ledger.
+            ledger: the federation's; its patience should be short, as callers wait.
             enrolment: renews certificates.
             starter: starts runs.
             wait: waits so many seconds, or until the service ends; tells whether it does.
             revoked: is told of every member that was put out, to end what it has elsewhere (its Flower node).
         """
-        self._members, self._runs, self._enrolment, self._starter = members, runs, enrolment, starter
+        self._ledger, self._enrolment, self._starter = ledger, enrolment, starter
         self._wait, self._revoked = wait, revoked
+        self._told: dict[str, str] = {}
         self.calls: Mapping[str, Callable[[Caller, Any], Any]] = {
             "ListRuns": self._list_runs,
             "GetRun": lambda caller, asked: _told(self._run(caller, asked.run)),
@@ -170,13 +143,13 @@ class Control:
             FedcometError: it can't be done; the message says why.
         """
         allowed = RULES[name]
-        if caller.record.role not in allowed:
+        if caller.entry.role not in allowed:
             needed = " or ".join(sorted(allowed))
-            raise Forbidden(f"{caller.name} is a {caller.record.role} and may not use {name}, which takes a {needed}.")
+            raise Forbidden(f"{caller.name} is a {caller.entry.role} and may not use {name}, which takes a {needed}.")
         return self.calls[name](caller, request)
 
     def _list_runs(self, caller: Caller, _: Any) -> wire.ListRunsReply:
-        return wire.ListRunsReply(runs=[_told(run) for run in self._runs.runs() if self._visible(caller, run)])
+        return wire.ListRunsReply(runs=[_told(run) for run in self._ledger.runs() if self._visible(caller, run)])
 
     def _manifest(self, caller: Caller, asked: wire.RunName) -> wire.Manifest:
         run = self._run(caller, asked.run)
@@ -185,39 +158,40 @@ class Control:
         return wire.Manifest(hash=run.manifest_hash, manifest=run.manifest)
 
     def _propose(self, caller: Caller, asked: wire.ProposeRunRequest) -> wire.Run:
-        self._runs.propose(asked.run, asked.plan, asked.manifest, caller.name)
+        if not is_site_name(asked.run):
+            raise Wrong(f"{printable(asked.run)!r} is no name; use up to 64 letters, digits, '.', '_' and '-'.")
+        manifest = Manifest.from_bytes(asked.manifest) if asked.manifest else None
+        self._ledger.propose(asked.run, asked.plan, caller.name)
+        if manifest is not None:
+            self._ledger.note_manifest(asked.run, manifest.hash, asked.manifest, caller.name)
         return _told(self._run(caller, asked.run))
 
     def _start(self, caller: Caller, asked: wire.RunName) -> wire.Run:
-        run = self._run(caller, asked.run)
-        if run.state not in (*_OPEN, RunState.PAUSED, RunState.STOPPED):
-            raise Wrong(f"The run {run.name} is {run.state}; only one that waits, is paused or was stopped can start.")
-        self._members.note(caller.name, "run.started", run.name)
-        self._starter.start(run.name)
+        self._ledger.start(self._run(caller, asked.run).name, caller.name)
+        self._starter.start(asked.run)
         return _told(self._run(caller, asked.run))
 
     def _pause(self, caller: Caller, asked: wire.RunName) -> wire.Run:
-        run = self._run(caller, asked.run)
-        self._runs.wish(run.name, RunState.PAUSING, caller.name)
-        return _told(self._run(caller, asked.run))
+        return _told(self._ledger.pause(self._run(caller, asked.run).name, caller.name))
 
     def _stop(self, caller: Caller, asked: wire.StopRequest) -> wire.Run:
-        run = self._run(caller, asked.run)
-        self._runs.wish(run.name, RunState.STOPPING, caller.name, printable(asked.reason))
-        return _told(self._run(caller, asked.run))
+        run = self._ledger.stop(self._run(caller, asked.run).name, caller.name)
+        if asked.reason:
+            self._ledger.note(caller.name, "run.stop.reason", run=run.name, told=printable(asked.reason))
+        return _told(run)
 
     def _list_sites(self, _: Caller, __: Any) -> wire.ListSitesReply:
-        return wire.ListSitesReply(members=[_told_member(record) for record in self._members.all()])
+        return wire.ListSitesReply(members=[_told_member(entry) for entry in self._ledger.members.all()])
 
     def _revoke(self, caller: Caller, asked: wire.RevokeRequest) -> wire.Done:
         if asked.site == caller.name:
             raise Wrong("Nobody can revoke itself; another coordinator, or the machine's own command, does it.")
-        self._revoked(self._members.revoke(asked.site, printable(asked.reason), caller.name))
+        self._revoked(self._ledger.members.revoke(asked.site, printable(asked.reason), caller.name))
         return wire.Done()
 
     def _approve(self, caller: Caller, asked: wire.Approval) -> wire.Done:
         self._own(caller, asked.site)
-        known = [run for run in self._runs.runs() if run.manifest_hash and run.manifest_hash == asked.manifest_hash]
+        known = [run for run in self._ledger.runs() if run.manifest_hash and run.manifest_hash == asked.manifest_hash]
         if not known:
             raise Unknown(f"No run has the manifest {printable(asked.manifest_hash)}.")
         # The bytes that `client.approval.Approval` signs.
@@ -227,9 +201,9 @@ class Control:
             "time": asked.time,
             "signature": "",
         }
-        if not verify(caller.record.ed25519, "approval", canonical.encode(signed), asked.signature):
+        if not verify(caller.entry.ed25519, "approval", canonical.encode(signed), asked.signature):
             raise Wrong(f"The approval is not signed with the key of {caller.name}; approve the run again.")
-        self._members.approve(caller.name, asked.manifest_hash, asked.signature)
+        self._ledger.approve(asked.manifest_hash, caller.name, asked.signature)
         return wire.Done()
 
     def _budget(self, caller: Caller, told: wire.BudgetReport) -> wire.Done:
@@ -240,31 +214,36 @@ class Control:
         deltas = (told.delta, delta_limit or 0.0)
         if not all(math.isfinite(each) and each >= 0 for each in figures) or not all(0 <= each < 1 for each in deltas):
             raise Wrong("Epsilons must be finite and not negative, deltas in [0, 1); these make no budget.")
-        self._members.budget(caller.name, told.epsilon, told.delta, epsilon_limit, delta_limit)
+        self._ledger.report_budget(BudgetEntry(caller.name, told.epsilon, told.delta, epsilon_limit, delta_limit))
         return wire.Done()
 
     def _health(self, caller: Caller, told: wire.HealthReport) -> wire.Done:
         self._own(caller, told.site)
-        state = f"{told.queue} waiting, {told.free_gigabytes:,} GB free"
-        self._members.health(caller.name, printable(told.version)[:64], state)
+        self._ledger.members.seen(caller.name, printable(told.version)[:64])
+        # In steps of two, so that the ledger hears of what changes, not of every gigabyte.
+        free = 1 << (told.free_gigabytes.bit_length() - 1) if told.free_gigabytes else 0
+        state = f"{told.queue:,} runs wait for approval, {free:,} GB or more are free"
+        if self._told.get(caller.name) != state:
+            self._told[caller.name] = state
+            self._ledger.note(caller.name, "site.health", site=caller.name, told=state)
         return wire.Done()
 
     def _say(self, caller: Caller, said: wire.Text) -> wire.Done:
         site = said.site or (caller.name if caller.is_site else "")
         if caller.is_site:
             self._own(caller, site)
-        elif (record := self._members.find(site)) is None or record.role is not Role.SITE:
+        elif site not in {entry.name for entry in self._ledger.members.all() if entry.role == Role.SITE}:
             raise Unknown(f"There is no site {printable(site)!r}; fedcomet coordinator sites lists all.")
         if not 0 < len(said.text) <= _MOST_TEXT:
             raise Wrong(f"A message has 1 to {_MOST_TEXT} characters, this one {len(said.text):,}.")
-        self._members.say(caller.name, site, printable(said.text))
+        self._ledger.note(caller.name, _MESSAGE, site=site, told=printable(said.text))
         return wire.Done()
 
     def _list_messages(self, caller: Caller, asked: wire.ListMessagesRequest) -> wire.ListMessagesReply:
         site = asked.site or (caller.name if caller.is_site else "")
         if caller.is_site:
             self._own(caller, site)
-        found = self._members.messages(site, asked.after)
+        found = self._ledger.events(asked.after, site=site or None, what=_MESSAGE, limit=_MOST_EVENTS)
         return wire.ListMessagesReply(
             messages=[
                 wire.Message(id=each.id, at=each.at, who=each.who, site=each.site, text=each.text) for each in found
@@ -281,28 +260,34 @@ class Control:
 
     def _events(self, caller: Caller, run: str, after: int) -> Iterator[wire.Event]:
         while True:
-            found = self._members.events(after)
+            found = self._ledger.events(after, limit=_MOST_EVENTS)
             seen = self._visible_runs(caller) if found and caller.is_site else frozenset()
             for each in found:
                 after = each.id
-                if (not run or each.run == run) and (event := _shown(caller, each, seen)) is not None:
+                wanted = each.what != _MESSAGE and (not run or each.run == run)
+                if wanted and (event := _shown(caller, each, seen)) is not None:
                     yield event
             if not found:
                 if self._wait(_TICK_S):
                     return
-                self._members.admit(caller.member)  # revoked meanwhile: the stream ends
+                self._enrolment.admit(caller.member, caller.pem)  # revoked meanwhile: the stream ends
 
     def _run(self, caller: Caller, name: str) -> RunEntry:
-        run = self._runs.run(name)
+        try:
+            run = self._ledger.run(name)
+        except LedgerRefusal:
+            run = None
         if run is None or not self._visible(caller, run):
             raise Unknown(f"There is no run {printable(name)!r} that {caller.name} may see.")
         return run
 
     def _visible(self, caller: Caller, run: RunEntry) -> bool:
-        return not caller.is_site or run.state in _OPEN or caller.name in self._runs.sites_of(run.name)
+        if not caller.is_site or run.state in _OPEN:
+            return True
+        return caller.name in {entry.site for entry in self._ledger.journal(run.name).sites()}
 
     def _visible_runs(self, caller: Caller) -> frozenset[str]:
-        return frozenset(run.name for run in self._runs.runs() if self._visible(caller, run))
+        return frozenset(run.name for run in self._ledger.runs() if self._visible(caller, run))
 
     def _own(self, caller: Caller, site: str) -> None:
         if site != caller.name:
@@ -321,28 +306,28 @@ def _told(run: RunEntry) -> wire.Run:
     )
 
 
-def _told_member(record: Record) -> wire.Member:
+def _told_member(entry: MemberEntry) -> wire.Member:
     return wire.Member(
-        name=record.name,
-        role=record.role.value,
-        status=record.status.value,
-        ed25519=record.ed25519,
-        fingerprint=record.fingerprint,
-        expires_at=record.expires_at,
-        last_seen=record.last_seen,
-        version=record.version,
-        state=record.online_state,
+        name=entry.name,
+        role=entry.role.value,
+        status=entry.status.value,
+        ed25519=entry.ed25519,
+        fingerprint=entry.fingerprint,
+        expires_at=entry.expires_at,
+        last_seen=entry.last_seen,
+        version=entry.version,
+        state=entry.online_state,
     )
 
 
-def _shown(caller: Caller, each: Happening, seen: frozenset[str]) -> wire.Event | None:
+def _shown(caller: Caller, each: EventEntry, seen: frozenset[str]) -> wire.Event | None:
     """What a caller sees of an event: a site all of its own, and of its runs that something happened; never texts."""
     event = wire.Event(
         id=each.id,
         at=each.at,
         who=each.who,
         what=each.what,
-        run=each.run,
+        run=each.run or "",
         round=each.round,
         site=each.site,
         text=each.text,

@@ -187,7 +187,12 @@ class _Daemon:
         condition = self._supervisor.conditions()[_LINK]
         well = condition.running and time.time() - self._answered < _LATE_S
         online = sum(node.online for node in self._nodes.values())
-        told = {"superlink": condition.running, "sites": len(self._nodes), "online": online, "leading": self._tasks.busy}
+        told = {
+            "superlink": condition.running,
+            "sites": len(self._nodes),
+            "online": online,
+            "leading": self._tasks.busy,
+        }
         return well, told if well else {**told, "reason": "the SuperLink does not answer yet; logs/ says why"}
 
     def _measure(self, well: bool) -> None:

@@ -10,10 +10,8 @@
 Everything is the owner's alone. What is missing after a crash in the middle of `init` is the whole home.
 """
 
-import os
 import stat
 import tomllib
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from json import dumps
@@ -150,12 +148,9 @@ class CoordinatorHome:
         return Authority.open(self.authority_key, self.authority, passphrase)
 
     def rotate(self, passphrase: str | None, now: datetime | None = None) -> None:
-        """Give the server a new key and certificate; a running server takes them up by itself.
-
-        A crash in between leaves a pair that `server_pair` completes.
-        """
+        """Give the server a new key and certificate; a running server takes them up by itself."""
         authority = self.open_authority(passphrase)
-        key = pki.make_key(self._next_key)
+        key = pki.make_key(pki.next_key(self.server_key))
         federation = self.settings.federation
         names = [federation.address, *federation.also, "localhost", "127.0.0.1"]
         chain = authority.issue_server(key.public_key(), names, now or datetime.now(UTC))
@@ -163,25 +158,8 @@ class CoordinatorHome:
         self.server_pair()
 
     def server_pair(self) -> tuple[bytes, bytes]:
-        """Give the server's private key and its certificate with the authority's behind it, PEM, which fit together.
-
-        Raises:
-            ConfigError: they can't be read, or don't fit.
-        """
-        certificate = pki.read_certificate(self.server_certificate)
-        if self._next_key.exists() and pki.read_key(self._next_key).public_key() == certificate.public_key():
-            with suppress(FileNotFoundError):  # another process was faster
-                os.replace(self._next_key, self.server_key)
-            durable.sync_directory(self.path)
-        if pki.read_key(self.server_key).public_key() != certificate.public_key():
-            raise ConfigError(
-                f"{self.server_certificate} does not belong to {self.server_key}; run fedcomet coordinator rotate."
-            )
-        return self.server_key.read_bytes(), self.server_certificate.read_bytes()
-
-    @property
-    def _next_key(self) -> Path:
-        return self.server_key.with_name("server.key.next")
+        """Give the server's private key, and its certificate with the authority's behind it; see `pki.pair`."""
+        return pki.pair(self.server_key, self.server_certificate)
 
     @property
     def signing_key(self) -> Path:

@@ -18,15 +18,15 @@ from urllib.parse import unquote
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from sqlalchemy.exc import SQLAlchemyError
 
 from federation import pki
 from federation.calls import CONTROL, CONTROL_SERVICE, ENROLMENT, ENROLMENT_SERVICE, MOST_BYTES, MOST_ENROL_BYTES, Call
 from federation.pki import CertificateError
 from server.control import Caller, Control, Forbidden, Unknown, Wrong
-from server.enrolment import Enrolment, TooMany
+from server.enrolment import Enrolment, MembershipError, TooMany
 from server.home import CoordinatorHome
-from server.members import Members, MembershipError
+from server.ledger import Ledger
+from server.transactions import LedgerUnreachable
 from tokenizer.errors import ConfigError, FedcometError
 
 _LOG = logging.getLogger("fedcomet.control")
@@ -36,11 +36,12 @@ _CODES: tuple[tuple[type[FedcometError], grpc.StatusCode], ...] = (
     (CertificateError, grpc.StatusCode.INVALID_ARGUMENT),
     (Wrong, grpc.StatusCode.INVALID_ARGUMENT),
     (Unknown, grpc.StatusCode.NOT_FOUND),
+    (LedgerUnreachable, grpc.StatusCode.UNAVAILABLE),
     (TooMany, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (FedcometError, grpc.StatusCode.FAILED_PRECONDITION),
 )
 _MOST_STREAMS, _MOST_CALLS = 64, 32
-_PER_MINUTE = 120
+_PER_MINUTE, _SEEN_S = 120, 30.0
 _OPTIONS = (
     ("grpc.so_reuseport", 0),  # or a second coordinator would share the port
     ("grpc.max_metadata_size", 8 << 10),
@@ -57,7 +58,7 @@ class Listener:
     def __init__(
         self,
         home: CoordinatorHome,
-        members: Members,
+        ledger: Ledger,
         control: Control,
         enrolment: Enrolment,
         stopping: threading.Event,
@@ -67,13 +68,13 @@ class Listener:
 
         Args:
             home: ports, addresses and certificates.
-            members: confirm who calls.
+            ledger: notes who was seen.
             control, enrolment: what is served.
             stopping: is set by `stop`; `Control`'s waiting should end with it.
             clock: gives seconds since the epoch.
         """
         self._home, self._control, self._enrolment, self._stopping = home, control, enrolment, stopping
-        self._gate = _Gate(members, clock)
+        self._gate = _Gate(ledger, enrolment, clock)
         self._health = health.HealthServicer()
         self._streams = threading.BoundedSemaphore(_MOST_STREAMS)
         self._servers: list[grpc.Server] = []
@@ -173,8 +174,9 @@ class Listener:
 class _Gate:
     """Tells who calls, and lets nobody call too often."""
 
-    def __init__(self, members: Members, clock: Callable[[], float]) -> None:
-        self._members, self._clock = members, clock
+    def __init__(self, ledger: Ledger, enrolment: Enrolment, clock: Callable[[], float]) -> None:
+        self._ledger, self._enrolment, self._clock = ledger, enrolment, clock
+        self._seen: dict[str, float] = {}
         self._recent: OrderedDict[str, list[float]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -193,13 +195,16 @@ class _Gate:
         now = self._clock()
         if not member.since <= datetime.fromtimestamp(now, UTC) <= member.until:  # TLS looks at connections' begin only
             raise MembershipError(f"The certificate of {member.name} has expired; join again with a new invitation.")
-        record = self._members.admit(member)
+        entry = self._enrolment.admit(member, pem)
         with self._lock:
             recent = [at for at in self._recent.pop(member.name, []) if now - at < 60]
             self._recent[member.name] = [*recent[-_PER_MINUTE:], now]
         if len(recent) >= _PER_MINUTE:
             raise TooMany(f"{member.name} may make {_PER_MINUTE} calls a minute; try again in a minute.")
-        return Caller(member, record)
+        if now - self._seen.get(member.name, 0.0) >= _SEEN_S:
+            self._seen[member.name] = now
+            self._ledger.members.seen(member.name)
+        return Caller(member, pem, entry)
 
 
 class _MembersOnly(grpc.ServerInterceptor):
@@ -245,9 +250,6 @@ class _Told:
             code = next(code for kind_, code in _CODES if isinstance(error, kind_))
             _LOG.info("%s from %s: %s: %s", self._name, self._context.peer(), code.name, error)
             self._end(code, str(error))
-        if isinstance(error, SQLAlchemyError):
-            _LOG.error("%s: the ledger can't be used", self._name, exc_info=error)
-            self._end(grpc.StatusCode.UNAVAILABLE, "The coordinator's ledger can't be used now; try again later.")
         if isinstance(error, Exception) and self._context.is_active():
             _LOG.error("%s failed", self._name, exc_info=error)
             self._end(grpc.StatusCode.INTERNAL, f"{self._name} failed at the coordinator; its log says why.")
