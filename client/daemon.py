@@ -9,6 +9,7 @@ import fcntl
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from client.home import SiteHome
+from client.link import Link
 from client.supernode import NodeFolder, trusted_coordinators
 from federation import logs, pki, supervisor, vitals
 from federation.manifest import software_version
 from federation.vitals import notify
-from tokenizer.errors import ConfigError
+from tokenizer.errors import ConfigError, FedcometError
 
 _TICK_S = 1.0
+_TELL_S = 60.0
 _NODE = "supernode"
 _GOOD = ("waiting", "working")
 
@@ -57,6 +60,7 @@ class _Daemon:
             stop_s=home.settings.daemon.stop_seconds + 20,
         )
         self._supervisor = supervisor.Supervisor([node])
+        self._line = _Line(home)
         self._began = time.time()
 
     def run(self) -> None:
@@ -64,6 +68,7 @@ class _Daemon:
         board = vitals.Vitals(self._home.settings.daemon.health_port, self._health, "fedcomet_site")
         self._folder.write("starting")
         self._supervisor.start()
+        self._line.start()
         _log.info("site %s runs, fedcomet %s", self._home.name, software_version())
         ready = False
         try:
@@ -77,6 +82,7 @@ class _Daemon:
         finally:
             notify("STOPPING=1")
             _log.info("stopping: work that is done within %g s still leaves", self._home.settings.daemon.stop_seconds)
+            self._line.stop()
             self._supervisor.stop()
             board.close()
             _log.info("stopped")
@@ -84,7 +90,13 @@ class _Daemon:
     def _health(self) -> tuple[bool, Mapping[str, Any]]:
         node, condition = self._folder.read(), self._supervisor.conditions()[_NODE]
         well = condition.running and node.state in _GOOD
-        told = {"site": self._home.name, "node": node.state, "since": node.since, "restarts": condition.ends}
+        told = {
+            "site": self._home.name,
+            "node": node.state,
+            "since": node.since,
+            "restarts": condition.ends,
+            "control": self._line.problem or "fine",
+        }
         if not well:
             told["reason"] = node.reason or (
                 "the node is about to connect" if condition.running else "the node is started again in a moment"
@@ -94,12 +106,52 @@ class _Daemon:
     def _measure(self, board: vitals.Vitals, well: bool) -> None:
         node, condition = self._folder.read(), self._supervisor.conditions()[_NODE]
         board.set("healthy", well, "1 if the site is connected and nothing is wrong")
+        board.set("control_reachable", not self._line.problem, "1 if the last word to the control service came through")
         board.set("working", node.state == "working", "1 while a message of the coordinator is worked on")
         board.set("node_restarts", condition.ends, "How often the node ended by itself since the daemon began")
         board.set("uptime_seconds", time.time() - self._began, "Since the daemon began")
         used = os.statvfs(self._home.state) if self._home.state.exists() else None
         if used is not None:
             board.set("disk_free_bytes", used.f_bavail * used.f_frsize, "Free on the disk of the state folder")
+
+
+class _Line(threading.Thread):
+    """The line to the control service: the site's health and budget are told, and its certificate is renewed, in time.
+
+    A coordinator that is away costs nothing: the next minute is the next try.
+    """
+
+    def __init__(self, home: SiteHome) -> None:
+        super().__init__(name="line", daemon=True)
+        self._home, self._stopping = home, threading.Event()
+        self.problem = ""
+
+    def run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                with Link(self._home) as link:
+                    while not self._stopping.is_set():
+                        self._tell(link)
+                        self.problem = ""
+                        self._stopping.wait(_TELL_S)
+            except (FedcometError, OSError) as error:
+                if str(error) != self.problem:
+                    _log.warning("%s", error)
+                self.problem = str(error)
+                self._stopping.wait(_TELL_S)
+
+    def _tell(self, link: Link) -> None:
+        if link.renew_if_due():
+            _log.info("the site's certificate was renewed")
+        if warning := link.warning():
+            _log.warning("%s", warning)
+        link.report_health()
+        link.report_budget()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        if self.is_alive():
+            self.join(_TICK_S)
 
 
 @contextmanager

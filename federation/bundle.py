@@ -12,6 +12,7 @@ import io
 import json
 import time
 import tomllib
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,7 +47,9 @@ def build(folder: Path = _FOLDER) -> bytes:
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} lacks {', '.join(missing)}; install fedcomet again.")
-    content, _ = build_fab_from_files({name: (folder / name).read_bytes() for name in FILES})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Flower's patterns are of a kind that pathspec has renamed
+        content, _ = build_fab_from_files({name: (folder / name).read_bytes() for name in FILES})
     return content
 
 

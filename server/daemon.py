@@ -2,8 +2,8 @@
 
 It holds the ledger's lease, serves enrolment and control, keeps Flower's SuperLink running, starts the processes that
 lead runs and takes up those that died, makes enrolled sites Flower nodes and revoked ones none, and tells on loopback
-how things are. All that counts is in the ledger, the runs' folders and the SuperLink's database: killed at any moment and
-started again, everything goes on.
+how things are. All that counts is in the ledger, the runs' folders and the SuperLink's database: killed at any moment
+and started again, everything goes on.
 """
 
 import logging
