@@ -18,6 +18,7 @@ from typing import Any
 
 from federation import logs, supervisor, vitals
 from federation.flower_tasks import TaskOptions, Tasks
+from federation.identity import Identity
 from federation.manifest import software_version
 from federation.vitals import notify
 from server import nodes
@@ -32,6 +33,7 @@ from server.listener import Listener
 from server.superlink import LinkFolder, LinkOptions
 from server.tables import RunState
 from server.transactions import LedgerUnreachable
+from tokenizer import durable
 from tokenizer.errors import FedcometError
 
 _TICK_S = 1.0
@@ -69,15 +71,13 @@ def serve(path: Path, *, wait: bool = False, passphrase: str | None = None) -> N
     lost = threading.Event()
     with Ledger.open(home.ledger_url, backups=home.path) as ledger:
         with ledger.lead(wait=wait, tell=lambda text: _log.info("%s", text), lost=lost) as token, ExitStack() as stack:
-            daemon = _Daemon(home, ledger, token, stack, Enrolment(ledger.members, authority, _welcome(home)))
+            daemon = _Daemon(home, ledger, token, stack, Enrolment(ledger, authority, _welcome(home)))
             daemon.run(stopping, lost)
         if lost.is_set():
             raise LeaseEnded("Another coordinator leads this federation now; this one has ended what it had started.")
 
 
 def _welcome(home: CoordinatorHome) -> Welcome:
-    from federation.identity import Identity
-
     settings = home.settings
     return Welcome(
         federation=settings.federation.name,
@@ -154,7 +154,7 @@ class _Daemon:
     def _listen(self, stack: ExitStack, enrolment: Enrolment) -> None:
         ended = threading.Event()
         control = Control(self._ledger, enrolment, self, ended.wait, lambda member: self._follow())
-        listener = Listener(self._home, self._ledger.members, control, enrolment, ended)
+        listener = Listener(self._home, self._ledger, control, enrolment, ended)
         listener.start()
         stack.callback(listener.stop)
 
@@ -177,8 +177,6 @@ class _Daemon:
 
     def _write_plan(self, name: str) -> None:
         """Put a run's plan where the process that leads it reads it."""
-        from tokenizer import durable
-
         path, plan = self._home.runs / name / "plan.json", self._ledger.run(name).plan
         if not path.exists():
             durable.write_bytes(path, plan)
