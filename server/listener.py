@@ -10,7 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from typing import Any, NoReturn
 from urllib.parse import unquote
@@ -21,14 +21,18 @@ from grpc_reflection.v1alpha import reflection
 
 from federation import pki
 from federation.calls import CONTROL, CONTROL_SERVICE, ENROLMENT, ENROLMENT_SERVICE, MOST_BYTES, MOST_ENROL_BYTES, Call
-from federation.pki import CertificateError
-from server.control import Caller, Control, Forbidden, Unknown, Wrong
-from server.enrolment import Enrolment, MembershipError, TooMany
+from federation.identity import Identity
+from federation.pki import Authority, CertificateError
+from server.control import Caller, Control, Forbidden, RunStarter, Unknown, Wrong
+from server.enrolment import Enrolment, MembershipError, TooMany, Welcome
 from server.home import CoordinatorHome
 from server.ledger import Ledger
+from server.ledger_entries import MemberEntry
 from server.transactions import LedgerUnreachable
 from tokenizer.errors import ConfigError, FedcometError
 
+# Its stubs forget that "no change" is told by None.
+_credentials: Callable[..., grpc.ServerCredentials] = grpc.dynamic_ssl_server_credentials
 _LOG = logging.getLogger("fedcomet.control")
 _CODES: tuple[tuple[type[FedcometError], grpc.StatusCode], ...] = (
     (Forbidden, grpc.StatusCode.PERMISSION_DENIED),
@@ -50,6 +54,32 @@ _OPTIONS = (
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
 )
+
+
+def listener_of(
+    home: CoordinatorHome,
+    ledger: Ledger,
+    authority: Authority,
+    starter: RunStarter,
+    revoked: Callable[[MemberEntry], None] = lambda _: None,
+    clock: Callable[[], float] = time.time,
+) -> "Listener":
+    """Put a coordinator's control and enrolment together.
+
+    Args:
+        home: its settings and certificates.
+        ledger: of the federation; callers wait while it is away, so give it little patience.
+        authority: issues certificates.
+        starter: starts runs.
+        revoked: is told of every member that is put out by a call, to end what it has elsewhere (its Flower node).
+        clock: gives seconds since the epoch.
+    """
+    stopping, ports = threading.Event(), home.settings.ports
+    key = Identity.at(home.signing_key).public
+    welcome = Welcome(home.settings.federation.name, ports.fleet, ports.control, key)
+    enrolment = Enrolment(ledger, authority, welcome, clock)
+    control = Control(ledger, enrolment, starter, stopping.wait, revoked)
+    return Listener(home, ledger, control, enrolment, stopping, clock)
 
 
 class Listener:
@@ -87,10 +117,11 @@ class Listener:
             ConfigError: a port is in use, or a certificate can't be used.
         """
         pair = _Pair(self._home)
-        mutual = grpc.dynamic_ssl_server_credentials(pair.mutual(), pair.next_mutual, True)
-        plain = grpc.dynamic_ssl_server_credentials(pair.plain(), pair.next_plain, False)
+        mutual = _credentials(pair.mutual(), pair.next_mutual, True)
+        plain = _credentials(pair.plain(), pair.next_plain, False)
         ports = self._home.settings.ports
         self.control_port = self._open(self._control_server(), ports.control, mutual, "control")
+        self._enrolment.welcome = replace(self._enrolment.welcome, control_port=self.control_port)
         self.enrol_port = self._open(self._enrol_server(), ports.enrol, plain, "enrol")
         self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         self._health.set(CONTROL_SERVICE.full_name, health_pb2.HealthCheckResponse.SERVING)
@@ -160,7 +191,9 @@ class Listener:
             with _Told(context, name):
                 if not self._streams.acquire(blocking=False):
                     raise TooMany("Too many streams are open here; try again later.")
-                context.add_callback(self._streams.release)
+                if not context.add_callback(self._streams.release):
+                    self._streams.release()  # it is over already
+                    return
                 for each in self._control.call(name, self._gate.caller(context), request):
                     if not context.is_active():
                         return
@@ -187,14 +220,12 @@ class _Gate:
             MembershipError: it is no member (any more).
             TooMany: it called too often.
         """
-        pem = context.auth_context().get("x509_pem_cert", [b""])[0]
+        pem = bytes(next(iter(context.auth_context().get("x509_pem_cert", ())), b""))
         try:
             member = pki.read_member(pem)
         except CertificateError:
             raise MembershipError("This certificate is no member's; join with an invitation.") from None
         now = self._clock()
-        if not member.since <= datetime.fromtimestamp(now, UTC) <= member.until:  # TLS looks at connections' begin only
-            raise MembershipError(f"The certificate of {member.name} has expired; join again with a new invitation.")
         entry = self._enrolment.admit(member, pem)
         with self._lock:
             recent = [at for at in self._recent.pop(member.name, []) if now - at < 60]
