@@ -20,6 +20,7 @@ import httpx
 import uvicorn
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.proto.fleet_pb2 import DeactivateNodeRequest
+from flwr.supercore.corestate import in_memory_corestate
 from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supercore.object_store import ObjectStoreFactory
@@ -32,6 +33,7 @@ from flwr.supernode.nodestate import NodeStateFactory
 from flwr.supernode.nodestate.in_memory_nodestate import CLIENT_APP_CRASHED_ERROR
 
 from federation import bundle
+from federation.flower_tasks import TASK_HEARTBEAT_S
 from federation.front import Door, Front
 from tokenizer import durable
 
@@ -94,6 +96,9 @@ class Node:
             told: called with "connecting", "waiting" and "working" as it goes.
         """
         self._options, self._told = options, told
+        # A process that starts on a busy machine may take longer to say a word than the half minute that Flower gives
+        # it; one that died is noticed by whoever started it.
+        in_memory_corestate.HEARTBEAT_DEFAULT_INTERVAL = TASK_HEARTBEAT_S
         self._states = NodeStateFactory(ObjectStoreFactory())
         self._state: Any = self._states.state()
         self._store = self._states.objectstore_factory.store()
@@ -128,7 +133,8 @@ class Node:
             )
 
     def crashed(self, run: int) -> None:
-        """Answer in the place of an app process that died."""
+        """Answer in the place of an app process that died, also of one that had not yet fetched its message."""
+        self._state.get_messages_legacy(run_ids=[run], is_reply=False)  # Flower answers only what was fetched
         self._state._store_error_replies({run}, CLIENT_APP_CRASHED_ERROR)
 
     def serve(self, stopping: threading.Event, limit_s: float) -> None:
@@ -177,7 +183,7 @@ class Node:
     def _answered(self, stopping: threading.Event, limit_s: float) -> bool:
         """Wait until there is an answer to send; False if the time to stop came first."""
         until: float | None = None
-        while not self._state.get_messages_legacy(is_reply=True):
+        while not self._has_reply():
             if stopping.is_set():
                 until = until or time.monotonic() + limit_s
                 if time.monotonic() >= until:
@@ -187,6 +193,12 @@ class Node:
                     return False
             time.sleep(_ANSWER_S)
         return True
+
+    def _has_reply(self) -> bool:
+        """Tell whether an answer waits; Flower's own way to look takes it."""
+        with self._state.lock_msg_store:
+            entries = list(self._state.msg_store.values())
+        return any(entry.message.metadata.reply_to_message_id and not entry.is_retrieved for entry in entries)
 
     def _checked(self, fab: Fab) -> Fab:
         """Give a bundle to Flower; without its signatures, so that it refuses, if this site must not take it."""

@@ -29,6 +29,9 @@ from flwr.supercore.runtime import RuntimeHttpClient
 
 from federation.supervisor import meaning, relay
 
+TASK_HEARTBEAT_S = 300
+"""How long an app process may be silent, in seconds; twice that once it has begun."""
+
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 _KINDS = {"coordinator": TaskType.SERVER_APP, "site": TaskType.CLIENT_APP}
 _LOOK_S = 0.3

@@ -160,6 +160,8 @@ class _Daemon:
 
     def _look(self) -> None:
         try:
+            if not self._answered:
+                self._keeper.begin()
             self._follow()
             for run in self._ledger.runs():
                 if run.state == RunState.READY:

@@ -38,6 +38,7 @@ from flwr.supercore.constant import (
     TaskType,
 )
 from flwr.supercore.control.control_http_client import ControlHttpClient
+from flwr.supercore.corestate import sql_corestate
 from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supercore.interceptors.http.utils import add_headers
@@ -49,6 +50,7 @@ from flwr.superlink.main import create_app
 from google.protobuf.message import DecodeError
 
 from federation import bundle
+from federation.flower_tasks import TASK_HEARTBEAT_S
 from federation.front import Application, Door, Headers
 from tokenizer.errors import FedcometError
 
@@ -100,6 +102,8 @@ class SuperLink:
             database: its SQLite file; made when missing.
             secret: what whoever starts ServerApps must sign with.
         """
+        # A run outlives a SuperLink that is away for minutes; a process that died is noticed by whoever started it.
+        sql_corestate.HEARTBEAT_DEFAULT_INTERVAL = TASK_HEARTBEAT_S
         config = SuperLinkLifespanConfig(
             control_address="",
             health_server_address=None,

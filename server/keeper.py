@@ -66,6 +66,16 @@ class Keeper:
         self._ledger, self._control, self._committed, self._clock = ledger, control, committed, clock
         self._attempts: dict[str, _Attempts] = {}
 
+    def begin(self) -> None:
+        """End what Flower still takes for going: the processes of an earlier coordinator ended with it.
+
+        Raises:
+            LinkError: the SuperLink can't be reached.
+        """
+        for run in self._control.runs():
+            if run.going:
+                self._control.stop(run.number)
+
     def look(self, bundle_sha256: str) -> None:
         """Start what should run and doesn't, and end what runs twice.
 

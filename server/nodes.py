@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+from cryptography.hazmat.primitives.serialization import load_der_public_key
 
 from server.flower_link import FlowerNode, node_key
 from server.tables import Role, SiteStatus
@@ -58,7 +58,7 @@ def follow(members: Iterable[Member], control: NodeRegister) -> dict[str, Flower
     return {name: there[key] for key, name in wanted.items()}
 
 
-def _key(line: str) -> bytes:
-    public = load_ssh_public_key(line.encode())
+def _key(digits: str) -> bytes:
+    public = load_der_public_key(bytes.fromhex(digits))
     assert isinstance(public, ec.EllipticCurvePublicKey)
     return node_key(public)

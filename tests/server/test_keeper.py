@@ -1,4 +1,4 @@
-"""Claims about runs that are kept going, and about who is a node: over a real ledger, with Flower's part played here."""
+"""Claims about runs that are kept going, and about who is a node: a real ledger, with Flower's part played here."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -144,6 +144,14 @@ def test_a_process_that_was_started_before_a_crash_is_known_again_and_twins_end(
     assert table.ledger.run("first").flower_run == "2"
     assert table.flower.stopped == [1]
     assert len(table.flower.all) == 2
+
+
+def test_what_an_earlier_coordinator_led_is_taken_up_at_once(table: Table) -> None:
+    table.ledger.start("first")
+    table.flower.start("first", BUNDLE)
+    table.keeper.begin()
+    table.look()
+    assert [run.going for run in table.flower.all] == [False, True]
 
 
 @dataclass(frozen=True)
