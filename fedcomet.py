@@ -63,8 +63,8 @@ def _mount(group: typer.Typer, room: str, *modules: str) -> None:
             raise
 
 
-_mount(site, "client", "commands")
-_mount(coordinator, "server", "commands", "ledger_commands")
+_mount(site, "client", "commands", "run_commands")
+_mount(coordinator, "server", "commands", "ledger_commands", "run_commands")
 
 # What several commands take.
 Records = Annotated[
