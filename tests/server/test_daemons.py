@@ -1,8 +1,8 @@
 """A federation by its two commands: `fedcomet coordinator serve` and `fedcomet site run`; real processes, TLS, kills.
 
-Four sites join. One's policy refuses the run, one is killed in the middle of a round and comes back, and the SuperLink,
-the process that leads the run and then the whole coordinator are killed, too. The run finishes, every update that counts
-is on its site's list of what left, and the ledger says who refused and why.
+Four sites join. One's policy refuses the run, one is killed in the middle of it and comes back, and the SuperLink, the
+process that leads the run and then the whole coordinator are killed, too. The run finishes, the sites' lists of what
+left are whole, the ledger says who refused and why, and a site that is revoked is out.
 """
 
 import json
