@@ -98,7 +98,7 @@ class Node:
         self._options, self._told = options, told
         # A process that starts on a busy machine may take longer to say a word than the half minute that Flower gives
         # it; one that died is noticed by whoever started it.
-        in_memory_corestate.HEARTBEAT_DEFAULT_INTERVAL = TASK_HEARTBEAT_S
+        vars(in_memory_corestate)["HEARTBEAT_DEFAULT_INTERVAL"] = TASK_HEARTBEAT_S
         self._states = NodeStateFactory(ObjectStoreFactory())
         self._state: Any = self._states.state()
         self._store = self._states.objectstore_factory.store()
@@ -114,7 +114,7 @@ class Node:
         application: Any = create_app(self._states, self._options.secret)
         server = uvicorn.Server(
             uvicorn.Config(
-                Front(application, doors, at_once=64, threads=2),  # type: ignore[arg-type]
+                Front(application, doors, at_once=64, threads=2),
                 _LOOPBACK,
                 self._options.runtime_port,
                 ws="none",
@@ -223,7 +223,10 @@ class Node:
             number = int(json.loads(self._options.memory.read_bytes())["node"])
         except (OSError, KeyError, TypeError, ValueError):
             return
-        interceptors = [RuntimeVersionHttpInterceptor(component_name="SuperNode"), NodeAuthHttpInterceptor(*keys)]
+        interceptors: list[Any] = [
+            RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+            NodeAuthHttpInterceptor(*keys),
+        ]
         with (
             contextlib.suppress(httpx.HTTPError, RuntimeError),
             FleetHttpClient.from_server_address(

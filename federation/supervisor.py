@@ -97,7 +97,8 @@ class _Keeper(threading.Thread):
         self._stopping = threading.Event()
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
-        self._ends, self._code = 0, None
+        self._ends = 0
+        self._code: int | None = None
 
     def run(self) -> None:
         in_a_row = 0

@@ -103,7 +103,7 @@ class SuperLink:
             secret: what whoever starts ServerApps must sign with.
         """
         # A run outlives a SuperLink that is away for minutes; a process that died is noticed by whoever started it.
-        sql_corestate.HEARTBEAT_DEFAULT_INTERVAL = TASK_HEARTBEAT_S
+        vars(sql_corestate)["HEARTBEAT_DEFAULT_INTERVAL"] = TASK_HEARTBEAT_S
         config = SuperLinkLifespanConfig(
             control_address="",
             health_server_address=None,

@@ -11,8 +11,9 @@ from typing import Protocol
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
+from federation.pki import Role
 from server.flower_link import FlowerNode, node_key
-from server.tables import Role, SiteStatus
+from server.tables import SiteStatus
 
 _log = logging.getLogger(__name__)
 

@@ -181,7 +181,7 @@ def _listener(
     front: Front, host: str, port: int, lifespan: Any = "on", context: ssl.SSLContext | None = None
 ) -> _Server:
     config = uvicorn.Config(
-        front,  # type: ignore[arg-type]
+        front,
         host,
         port,
         lifespan=lifespan,

@@ -8,11 +8,12 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from federation import pki
+from federation.pki import Role
 from server import nodes
 from server.flower_link import FlowerNode, FlowerRun, node_key
 from server.keeper import Keeper
 from server.ledger import Ledger
-from server.tables import Role, RunState, SiteStatus
+from server.tables import RunState, SiteStatus
 
 BUNDLE = "b" * 64
 
