@@ -8,6 +8,7 @@ import base64
 import binascii
 import datetime as dt
 import hmac
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +129,9 @@ class SuperLink:
             isolation="process",
             runtime_dependency_install=False,
         )
-        self._app = create_app(config, SuperLinkLifespan)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of alembic, about Flower's own migrations
+            self._app = create_app(config, SuperLinkLifespan)
         self._state = self._app.state.linkstate_factory.state()
 
     @property

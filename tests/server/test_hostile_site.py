@@ -118,10 +118,19 @@ def link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Link]:
     certificate, key = str(root / "server.pem"), str(root / "server.key")
     folder.write(LinkOptions("127.0.0.1", fleet, runtime, certificate, key, str(identity)))
     loop, stop = asyncio.new_event_loop(), asyncio.Event()
-    thread = threading.Thread(target=lambda: loop.run_until_complete(serve(folder, stop)))
+    ended: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            loop.run_until_complete(serve(folder, stop))
+        except BaseException as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=run)
     thread.start()
     try:
         for _ in range(600):
+            assert not ended, ended
             try:
                 httpx.get(f"http://127.0.0.1:{runtime}/health")
                 httpx.get(
