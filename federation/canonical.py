@@ -73,7 +73,7 @@ def _hints(kind: type) -> dict[str, Any]:
 def _read(hint: Any, plain: Any, where: str, error: type[FedcometError]) -> Any:
     if hint is Any:
         return plain
-    # From NumPy 2.5 on, NDArray is a `type` statement's alias where Python knows these; what counts is what it stands for.
+    # From NumPy 2.5 on, NDArray is an alias by a `type` statement; what counts is what it stands for.
     origin = typing.get_origin(getattr(typing.get_origin(hint), "__value__", hint))
     arguments = typing.get_args(hint)
     if dataclasses.is_dataclass(hint):

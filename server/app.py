@@ -200,7 +200,7 @@ def coordinator_key(root: Path) -> Path:
 
 def _lead_round(rounds: Rounds, roster: Roster, post: Post, plan: FederationPlan, wishes: Wishes) -> None:
     rounds.open()
-    nodes = roster.sites()
+    nodes = rounds.drawn(roster.sites())
     request = rounds.request(post.deadline())
     if rounds.collecting:
         missing = rounds.missing(nodes)

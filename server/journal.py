@@ -249,7 +249,8 @@ class Journal:
         def work(session: Session) -> None:
             run, where = self._get(session).id, (entry.round, entry.site)
             session.merge(tables.Reply(run=run, **asdict(entry), received_at=time.time()))
-            note(session, "coordinator", f"update.{entry.status}", run, *where, told=entry.reason)
+            what = "outlier" if entry.status is Status.ACCEPTED and entry.reason else entry.status
+            note(session, "coordinator", f"update.{what}", run, *where, told=entry.reason)
             if entry.status is not Status.ACCEPTED:
                 _refuse(session, run, *where, "train", f"{entry.status}: {entry.reason}")
 

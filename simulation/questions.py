@@ -26,7 +26,7 @@ from model.estimate import estimate
 from model.tasks import Cohort, Task, cohort, join
 from server.futures import Model
 from simulation.arms import FEDERATED, Arm
-from simulation.config import Evaluation, Study
+from simulation.config import Study
 from simulation.pool import Pool
 from tokenizer import durable
 from tokenizer.codebook import Codebook
@@ -63,7 +63,7 @@ def tasks(study: Study) -> tuple[Task, ...]:
     Raises:
         ConfigError: a question that contradicts itself.
     """
-    return tuple(Task(**question.model_dump()) for question in study.task)
+    return tuple(Task(**question.model_dump(exclude={"trajectories"})) for question in study.task)
 
 
 def answer(
@@ -186,7 +186,7 @@ def evaluate(
     asked = []
     for task, found in cohorts:
         labelled = found.labelled()
-        parts = _start(model, task, labelled, study.evaluation, study.seed, pool, tally)
+        parts = _start(model, task, labelled, study, pool, tally)
         nowhere = np.zeros(len(labelled), np.int64)
         asked.append((Answers(task, labelled, nowhere, len(found) - len(labelled), {}, {}), parts))
     answers = []
@@ -261,7 +261,7 @@ class _Roll:
             tally.add(len(question.cohort))
             return cls(arm.name, path, ())
         model = Model(best, arm.outcome.codebook)
-        parts = _start(model, question.task, question.cohort, study.evaluation, study.seed, pool, tally)
+        parts = _start(model, question.task, question.cohort, study, pool, tally)
         return cls(arm.name, path, parts)
 
     def finish(self) -> _Part:
@@ -278,15 +278,14 @@ class _Roll:
             return kept["risk"], kept["resolved"]
 
 
-def _start(
-    model: Model, task: Task, cohort: Cohort, evaluation: Evaluation, seed: int, pool: Pool, tally: _Tally
-) -> list["Future[_Part]"]:
+def _start(model: Model, task: Task, cohort: Cohort, study: Study, pool: Pool, tally: _Tally) -> list["Future[_Part]"]:
     """Give the predictions of a cohort to the pool, in parts that don't depend on the number of workers."""
+    trajectories = study.trajectories(task.name)
     parts = []
     for begin in range(0, len(cohort.prompts), _CHUNK):
         part = replace(cohort, prompts=cohort.prompts[begin : begin + _CHUNK])
         future = pool.submit(
-            "rollouts", roll_out, model, task, part, evaluation.trajectories, evaluation.max_tokens, seed
+            "rollouts", roll_out, model, task, part, trajectories, study.evaluation.max_tokens, study.seed
         )
         future.add_done_callback(partial(tally.note, len(part.prompts)))
         parts.append(future)

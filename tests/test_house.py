@@ -1,5 +1,6 @@
 """The rules of the house: who may import whom, checked on what Python really imports."""
 
+import importlib.util
 import subprocess
 import sys
 import sysconfig
@@ -31,3 +32,10 @@ def test_rooms_import_in_one_direction() -> None:
     program = Path(sysconfig.get_path("scripts"), "lint-imports")
     run = subprocess.run([program, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_benchmarks_are_this_project_s_own_whatever_else_is_installed() -> None:
+    for path in sorted((ROOT / "benchmarks").glob("[!_]*.py")):
+        found = importlib.util.find_spec(f"benchmarks.{path.stem}")
+        assert found is not None, path
+        assert found.origin == str(path)

@@ -152,6 +152,7 @@ def test_every_answer_is_one_of_the_listed_kinds() -> None:
         "TrainReply",
         "EvaluateReply",
         "Kept",
+        "Lacking",
         "Refusal",
     }
     assert {answer.__name__ for answer in masking.Reply.__args__} == {"Keys", "Shares", "Masked", "Consent", "Opened"}

@@ -2,9 +2,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typing_extensions import TypeAliasType, TypeVar
 
 from federation import canonical
 from tokenizer.errors import ConfigError
@@ -88,3 +90,19 @@ def test_a_second_form_of_the_same_value_is_refused() -> None:
 def test_not_a_number_has_no_form() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         canonical.encode({"x": float("nan")})
+
+
+Scalar = TypeVar("Scalar", bound=np.generic)
+Alias = TypeAliasType("Alias", np.ndarray[Any, np.dtype[Scalar]], type_params=(Scalar,))
+
+
+@dataclasses.dataclass(frozen=True)
+class Carrier:
+    array: Alias[np.float32]  # as NumPy 2.5's NDArray where Python has `type` statements
+
+
+def test_an_array_is_taken_by_what_its_alias_stands_for() -> None:
+    array = np.zeros(2, np.float32)
+    assert canonical.build(Carrier, {"array": array}, "it", ConfigError).array is array
+    with pytest.raises(ConfigError, match=r"it\.array"):
+        canonical.build(Carrier, {"array": [0.0]}, "it", ConfigError)

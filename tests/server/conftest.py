@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import NullPool, create_engine, text
 
 from server.ledger import Ledger
 from tests import services
@@ -24,7 +24,7 @@ def postgres_server() -> Iterator[Path]:
 @pytest.fixture
 def postgres_url(postgres_server: Path) -> Iterator[str]:
     """The URL of an empty database."""
-    engine = create_engine(services.postgres_url(postgres_server), isolation_level="AUTOCOMMIT")
+    engine = create_engine(services.postgres_url(postgres_server), isolation_level="AUTOCOMMIT", poolclass=NullPool)
     name = f"ledger_{uuid.uuid4().hex}"
     with engine.connect() as connection:
         connection.execute(text(f"CREATE DATABASE {name}"))

@@ -48,6 +48,12 @@ def test_equal_settings_have_an_equal_digest_whatever_the_order_of_the_file(tmp_
     assert read(write(tmp_path, GOOD.replace("rounds = 1", "rounds = 2"))).digest() != one
 
 
+def test_a_question_may_ask_for_its_own_number_of_trajectories(tmp_path: Path) -> None:
+    second = GOOD[GOOD.index("[[task]]") :].replace('"t"', '"u"') + "trajectories = 7\n[evaluation]\ntrajectories = 5\n"
+    study = read(write(tmp_path, GOOD + second))
+    assert [study.trajectories(name) for name in ("t", "u")] == [5, 7]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
