@@ -5,6 +5,7 @@ stand inside the commands, so that a hospital's machine needs no more than the r
 """
 
 import errno
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,18 +54,17 @@ privacy = typer.Typer(help="What private releases cost, planned and spent.", no_
 app.add_typer(privacy, name="privacy", rich_help_panel=_SITE)
 
 
-def _mount(group: typer.Typer, room: str, *modules: str) -> None:
+def _mount(group: typer.Typer, room: str) -> None:
     """Add a room's own commands; a hospital's installation may lack the coordinator's room."""
     try:
-        for name in modules:
-            group.add_typer(import_module(f"{room}.{name}").app)
+        group.add_typer(import_module(f"{room}.commands").app)
     except ModuleNotFoundError as missing:
         if missing.name != room:
             raise
 
 
-_mount(site, "client", "commands", "run_commands")
-_mount(coordinator, "server", "commands", "ledger_commands", "run_commands")
+_mount(site, "client")
+_mount(coordinator, "server")
 
 # What several commands take.
 Records = Annotated[
@@ -172,6 +172,7 @@ def main() -> None:
     claimed, 130 interrupted.
     """
     debug = "--debug" in sys.argv
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR" if debug else "NONE")  # its own lines, beside our message
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
         app(prog_name="fedcomet")

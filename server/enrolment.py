@@ -15,7 +15,8 @@ from threading import Lock
 from federation import pki
 from federation.control_pb2 import EnrolReply, EnrolRequest, RenewRequest
 from federation.invitation import Invitation
-from federation.pki import Authority, CertificateError, Member, Role, Wish
+from federation.pki import CertificateError, Member, Role, Wish
+from server.authority import Authority
 from server.ledger import Ledger
 from server.ledger_entries import Identity, LedgerRefusal, MemberEntry
 from server.tables import SiteStatus

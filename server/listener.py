@@ -22,7 +22,8 @@ from grpc_reflection.v1alpha import reflection
 from federation import pki
 from federation.calls import CONTROL, CONTROL_SERVICE, ENROLMENT, ENROLMENT_SERVICE, MOST_BYTES, MOST_ENROL_BYTES, Call
 from federation.identity import Identity
-from federation.pki import Authority, CertificateError
+from federation.pki import CertificateError
+from server.authority import Authority
 from server.control import Caller, Control, Forbidden, RunStarter, Unknown, Wrong
 from server.enrolment import Enrolment, MembershipError, TooMany, Welcome
 from server.home import CoordinatorHome
