@@ -29,6 +29,7 @@ from server.flower_link import FlowerNode, LinkError
 from server.home import CoordinatorHome
 from server.keeper import Keeper
 from server.ledger import Ledger
+from server.ledger_entries import RunEntry
 from server.listener import Listener
 from server.superlink import LinkFolder, LinkOptions
 from server.tables import RunState
@@ -109,6 +110,7 @@ class _Daemon:
         self._folder = folder
         self._began, self._answered = time.time(), 0.0
         self._nodes: dict[str, FlowerNode] = {}
+        self._runs: list[RunEntry] = []
         self._link = LinkControl(settings.ports.runtime, folder.token())
         stack.callback(self._link.close)
         self._keeper = Keeper(ledger, self._link, lambda run: ledger.journal(run).committed())
@@ -163,7 +165,8 @@ class _Daemon:
             if not self._answered:
                 self._keeper.begin()
             self._follow()
-            for run in self._ledger.runs():
+            self._runs = self._ledger.runs()
+            for run in self._runs:
                 if run.state == RunState.READY:
                     self._write_plan(run.name)
             self._keeper.look(self._folder.bundle.read_text())
@@ -204,7 +207,7 @@ class _Daemon:
         for name, node in self._nodes.items():
             board.set("site_online", node.online, "1 if a site's node is connected", site=name)
         for state in RunState:
-            count = sum(run.state == state for run in self._ledger.runs())
+            count = sum(run.state == state for run in self._runs)
             board.set("runs", count, "Runs by state", state=state)
         used = os.statvfs(self._home.path)
         board.set("disk_free_bytes", used.f_bavail * used.f_frsize, "Free on the disk of the home")
