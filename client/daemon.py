@@ -42,7 +42,7 @@ def run(path: Path) -> None:
     home = SiteHome.open(path)
     home.files  # noqa: B018  (names a wrong setting before anything starts)
     trusted_coordinators(home)
-    pki.read_key(home.key)
+    pki.pair(home.key, home.certificate)
     with _alone(path):
         settings = home.settings.daemon
         logs.to_files(path / "logs", "site", most_bytes=settings.log_megabytes << 20, keep=settings.log_files)

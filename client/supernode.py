@@ -94,6 +94,7 @@ def main(path: str) -> int:
 def _serve(home: SiteHome, folder: NodeFolder, stopping: threading.Event, limit_s: float) -> int:
     settings, secret = home.settings, secrets.token_bytes(32)
     trusted_coordinators(home)
+    pki.pair(home.key, home.certificate)  # puts a renewed key in its place where a crash came in between
     options = NodeOptions(
         superlink=f"{settings.coordinator.address}:{settings.coordinator.fleet_port}",
         authority=home.authority.read_bytes(),

@@ -29,7 +29,7 @@ from server.flower_link import FlowerNode, LinkError
 from server.home import CoordinatorHome
 from server.keeper import Keeper
 from server.ledger import Ledger
-from server.ledger_entries import RunEntry
+from server.ledger_entries import MemberEntry, RunEntry
 from server.listener import Listener
 from server.superlink import LinkFolder, LinkOptions
 from server.tables import RunState
@@ -155,10 +155,17 @@ class _Daemon:
 
     def _listen(self, stack: ExitStack, enrolment: Enrolment) -> None:
         ended = threading.Event()
-        control = Control(self._ledger, enrolment, self, ended.wait, lambda member: self._follow())
+        control = Control(self._ledger, enrolment, self, ended.wait, self._put_out)
         listener = Listener(self._home, self._ledger, control, enrolment, ended)
         listener.start()
         stack.callback(listener.stop)
+
+    def _put_out(self, member: MemberEntry) -> None:
+        """Let a revoked member be no node from its next request on; the next look does it where that fails."""
+        try:
+            self._follow()
+        except LinkError as error:
+            _log.warning("%s is revoked; its node ends as soon as the SuperLink answers (%s)", member.name, error)
 
     def _look(self) -> None:
         try:
