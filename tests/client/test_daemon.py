@@ -10,6 +10,7 @@ from client import daemon
 from client.flower_node import Node, NodeOptions
 from client.home import SiteHome
 from client.supernode import NodeFolder, trusted_coordinators
+from federation import flower
 from federation.identity import Identity
 from tokenizer.errors import ConfigError
 
@@ -99,6 +100,7 @@ def test_what_the_node_does_is_told_to_the_daemon(tmp_path: Path) -> None:
 def test_a_process_that_died_is_answered_for_once_whether_it_had_its_message_or_not(tmp_path: Path, key: str) -> None:
     from flwr.app import ConfigRecord, Message, RecordDict
 
+    flower.assume_identity()
     options = NodeOptions(
         "127.0.0.1:1", b"", ec.generate_private_key(ec.SECP384R1()), {}, lambda: (key,), 0, b"s", tmp_path / "memory"
     )
