@@ -83,6 +83,7 @@ class Tasks:
         self._options, self._crashed = options, crashed
         self._running: dict[int, _Task] = {}
         self._runs: dict[int, int] = {}
+        self._unsaid: dict[str, int] = {}  # exit codes by token, of which the runtime has not heard
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="tasks", daemon=True)
 
@@ -193,17 +194,23 @@ class Tasks:
                 continue
             where = "" if self._options.output is None else f"; {self._options.output} has its last words"
             _log.warning("an app process ended (%s)%s", meaning(code), where)
-            self._fail(task.token, code)
+            self._unsaid[task.token] = code
             self._crashed(run)
+        self._unsaid = {token: code for token, code in self._unsaid.items() if not self._said(token, code)}
 
-    def _fail(self, token: str, code: int) -> None:
-        """Tell the runtime at once; it ignores that if the process has told of its end itself."""
+    def _said(self, token: str, code: int) -> bool:
+        """Tell the runtime of a process that died; False if it is away. It may have heard from the process itself."""
         client = self._client(RuntimeTokenHttpInterceptor(token))
-        with contextlib.suppress(httpx.HTTPError, OSError, ValueError):
-            client.PushTaskOutput(
-                PushTaskOutputRequest(sub_status=SubStatus.FAILED, details=f"The process ended: {meaning(code)}.")
-            )
-        client.close()
+        request = PushTaskOutputRequest(sub_status=SubStatus.FAILED, details=f"The process ended: {meaning(code)}.")
+        try:
+            client.PushTaskOutput(request)
+        except httpx.HTTPStatusError:
+            return True
+        except (httpx.HTTPError, OSError, ValueError):
+            return False
+        finally:
+            client.close()
+        return True
 
 
 def _relay_all(process: "subprocess.Popen[str]") -> None:
