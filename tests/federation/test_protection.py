@@ -146,7 +146,7 @@ def test_only_sums_of_updates_are_noisy() -> None:
         ({"min_sites": 7, "privacy": dataclasses.replace(SHARED, honest_sites=8)}, "at most secure_aggregation.min_si"),
         ({"privacy": dataclasses.replace(SHARED, honest_sites=6)}, "honest_sites must be at least 7: of 10 sites with"),
         ({"sites": 3, "threshold": 2, "min_sites": 3}, "at most secure_aggregation.min_sites, 3"),
-        ({"masking": {"clip": 3e4}}, "rounding to integers would take"),
+        ({"masking": {"clip": 1e5}}, "rounding to integers would take"),
         ({"privacy": dataclasses.replace(SHARED, noise_multiplier=1e-9, epsilon=1.0)}, "shared noise doesn't fit"),
         ({"privacy": dataclasses.replace(SHARED, sampling_rate=0.5)}, "sampling_rate must be 1"),
         ({"privacy": dataclasses.replace(SHARED, epsilon=0.5)}, "costs"),

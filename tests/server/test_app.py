@@ -94,6 +94,7 @@ def test_a_run_ends_with_a_checkpoint_of_its_codebook(ram_path: Path) -> None:
         "tokens": sum(reply.tokens for reply in replies),
         "steps": sum(reply.steps for reply in replies),
         "sites": 3,
+        "privacy": None,
         "software": software_version(),
         "torch": torch.__version__,
     }

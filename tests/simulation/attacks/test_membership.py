@@ -70,7 +70,7 @@ def test_a_model_that_learned_its_patients_by_heart_gives_them_away() -> None:
     reference = train(small.recipe(20), third, words, small.KEY)
     effort = Effort(trajectories=2)
     by_loss, by_rollouts = attack(model, reference, words, members, others, effort)
-    assert by_loss.auroc.low > 0.9  # type: ignore[operator]
+    assert by_loss.auroc.low > 0.8  # type: ignore[operator]
     assert by_rollouts.auroc.low > 0.5  # type: ignore[operator]
     # Negative control: a model that has seen none of them.
     for found in attack(reference, None, words, members, others, effort):

@@ -116,6 +116,6 @@ def test_a_run_with_noise_on_its_updates_is_audited_against_its_claim(
 
 
 def test_noise_that_sites_share_can_not_be_audited() -> None:
-    stated = Privacy("distributed", 2.0, 1e-6, 1.0, 4.0)
+    stated = Privacy("distributed", 2.0, 1e-6, 1.0, 4.0, honest_sites=2)
     with pytest.raises(ConfigError, match="shared out over the sites"):
         Plan().following(stated)
