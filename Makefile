@@ -3,6 +3,7 @@
 #   make test        the tests that need neither a GPU nor minutes (what CI runs)
 #   make test-slow   the tests on real Flower processes, long kills and, where there is one, a GPU
 #   make check       formatter, linter, types, import rules
+#   make proto       the Python of federation/control.proto, which is kept beside it
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' requirements.lock)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-script-location
 
-.PHONY: demo install install-dev test test-slow check clean
+.PHONY: demo install install-dev test test-slow check proto clean
 
 demo: install
 	$(BIN)/fedcomet simulate examples/demo.toml
@@ -44,6 +45,9 @@ check: install-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+proto: install-dev
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. federation/control.proto
 
 clean:
 	rm -rf $(VENV) demo

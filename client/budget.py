@@ -18,7 +18,6 @@ The ledger is as good as its disk: an old copy put back in its place has forgott
 """
 
 import hashlib
-import os
 import secrets
 import time
 from collections.abc import Iterator
@@ -27,13 +26,13 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from sqlalchemy import Connection, Engine, LargeBinary, create_engine, delete, event, make_url, select
+from sqlalchemy import Engine, LargeBinary, delete, select
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from federation import accountant, canonical
+from federation import accountant, canonical, database
 from federation.accountant import Mechanism, Mechanisms
 from federation.messages import SiteRefusal
 from tokenizer.errors import ConfigError, DataError
@@ -43,6 +42,8 @@ SCHEMA = 1
 
 FILE = "budget.sqlite"
 """The ledger's name in a site's state folder, where no database is given."""
+
+_PRAGMAS = ("journal_mode=DELETE", "synchronous=EXTRA", "secure_delete=ON")
 
 Purpose = Literal["survey", "training", "evaluation"]
 
@@ -166,11 +167,17 @@ class Budget:
         Raises:
             DataError: There is no ledger and `begin` is false, it can't be read, or it has tables of another version.
         """
-        url = make_url(place if isinstance(place, str) and "://" in place else f"sqlite:///{place}")
-        told = url.database if url.drivername.startswith("sqlite") else url.render_as_string(hide_password=True)
-        if url.drivername.startswith("sqlite") and url.database:
-            _only_for_its_owner(Path(url.database), begin)
-        engine = _connect(url)
+        url = database.address(place)
+        told = database.told(url)
+        if database.is_file(url):
+            path = Path(told)
+            if not begin and not path.exists():
+                raise DataError(
+                    f"There is no privacy budget at {path}: nothing private has left, or it is kept elsewhere."
+                )
+            database.only_for_its_owner(path)
+        # Another process may be computing what its release costs.
+        engine = database.connect(url, _PRAGMAS, wait_s=600.0)
         try:
             version = _begin(engine)
         except DatabaseError as cause:
@@ -352,13 +359,6 @@ def _mechanisms(data: bytes) -> Mechanisms:
     return canonical.decode(Mechanisms, data, "a release in the privacy budget", DataError)
 
 
-def _only_for_its_owner(path: Path, begin: bool) -> None:
-    if not begin and not path.exists():
-        raise DataError(f"There is no privacy budget at {path}: nothing private has left, or it is kept elsewhere.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-
-
 def _begin(engine: Engine, attempts: int = 5) -> int:
     """Make the tables if there are none, and give their version."""
     for _ in range(attempts - 1):
@@ -378,29 +378,3 @@ def _make_tables(engine: Engine) -> int:
             ledger = _Ledger(id=1, schema_version=SCHEMA, began_at=time.time())
             session.add(ledger)
         return ledger.schema_version
-
-
-def _connect(url: Any) -> Engine:
-    if not url.drivername.startswith("sqlite"):
-        engine = create_engine(url)
-
-        @event.listens_for(engine, "begin")
-        def _wait_for_the_disk(connection: Connection) -> None:
-            if engine.dialect.name == "postgresql":
-                connection.exec_driver_sql("SET LOCAL synchronous_commit TO on")
-
-        return engine
-    # Another process may be computing what its release costs.
-    engine = create_engine(url, connect_args={"timeout": 600})
-
-    @event.listens_for(engine, "connect")
-    def _durable(connection: Any, _: Any) -> None:
-        connection.isolation_level = None  # the driver's own transactions would begin too late
-        for pragma in ("journal_mode=DELETE", "synchronous=EXTRA", "secure_delete=ON"):
-            connection.execute(f"PRAGMA {pragma}")
-
-    @event.listens_for(engine, "begin")
-    def _alone(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-    return engine

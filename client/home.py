@@ -1,0 +1,173 @@
+"""A site's home: the folder that `fedcomet site join` makes, and the settings in it that its people keep.
+
+    site.toml        who and where; written when the site has joined
+    state/           what it must not forget (`client.archive`), with the key of its signatures, which never leaves
+    tls.key          the key of its connections and of its Flower node (P-384), which never leaves
+    tls.crt          its certificate; renewed before it expires
+    federation.crt   the authority that it trusts, as its token named it
+    logs/            what its daemon tells
+
+Everything is the owner's alone. Paths in site.toml are relative to the home.
+"""
+
+import tomllib
+from dataclasses import dataclass
+from json import dumps
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from client.approval import site_key
+from federation import pki
+from federation.identity import Identity, is_public_key
+from federation.messages import is_site_name
+from tokenizer.errors import ConfigError
+from tokenizer.settings import AS_THEY_ARE, explain
+
+_Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Work(_Section):
+    """What the site works with; see `client.site.SiteFiles`."""
+
+    name: str
+    data: str = "data"
+    state: str = "state"
+    policy: str = "policy.toml"
+    settings: str = AS_THEY_ARE
+    budget: str = ""
+    device: str = "cpu"
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, given: str) -> str:
+        if not is_site_name(given):
+            raise ValueError(f"{given!r} is no site's name")
+        return given
+
+
+class Coordinator(_Section):
+    """Where the coordinator is (a host name or IP address, and ports), and the public key that signs its requests."""
+
+    address: Annotated[str, Field(min_length=1)]
+    fleet_port: _Port
+    control_port: _Port
+    key: str
+
+    @field_validator("key")
+    @classmethod
+    def _public(cls, given: str) -> str:
+        if not is_public_key(given):
+            raise ValueError(f"{given!r} is not a public key; it has ed25519: and 64 hexadecimal digits")
+        return given
+
+
+class SiteSettings(_Section):
+    """All of site.toml."""
+
+    site: Work
+    coordinator: Coordinator
+
+
+@dataclass(frozen=True)
+class SiteHome:
+    """A site's home and its settings."""
+
+    path: Path
+    settings: SiteSettings
+
+    @classmethod
+    def open(cls, path: Path) -> "SiteHome":
+        """Read a home.
+
+        Raises:
+            ConfigError: it is none, or a key or value in site.toml is wrong; all of them are named.
+        """
+        file = path / "site.toml"
+        if not file.exists():
+            raise ConfigError(f"{file} is missing; join a federation first: fedcomet site join ADDRESS TOKEN.")
+        try:
+            settings = SiteSettings.model_validate(tomllib.loads(file.read_bytes().decode()))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as problem:
+            raise ConfigError(f"{file}: can't be read ({problem}).") from None
+        except ValidationError as problem:
+            told = "; ".join(dict.fromkeys(explain(error, SiteSettings) for error in problem.errors()))
+            raise ConfigError(f"{file}: {told}.") from None
+        return cls(path, settings)
+
+    @property
+    def name(self) -> str:
+        """The site's name."""
+        return self.settings.site.name
+
+    @property
+    def state(self) -> Path:
+        """The folder of what it must not forget."""
+        return self.path / self.settings.site.state
+
+    @property
+    def policy(self) -> Path:
+        """Its policy; a site of a federation has one."""
+        return self.path / self.settings.site.policy
+
+    @property
+    def identity(self) -> Identity:
+        """The key of its signatures."""
+        return Identity.at(site_key(self.state))
+
+    @property
+    def key(self) -> Path:
+        """The private key of its connections."""
+        return self.path / KEY
+
+    @property
+    def certificate(self) -> Path:
+        """Its certificate."""
+        return self.path / CERTIFICATE
+
+    @property
+    def authority(self) -> Path:
+        """The certificate that it trusts."""
+        return self.path / AUTHORITY
+
+
+KEY, CERTIFICATE, AUTHORITY = "tls.key", "tls.crt", "federation.crt"
+
+
+def write_settings(path: Path, name: str, coordinator: Coordinator) -> None:
+    """Write the site.toml of a site that has joined; of one that is there, only what is behind [coordinator]."""
+    file = path / "site.toml"
+    before = file.read_text(encoding="utf-8") if file.exists() else _SITE.format(name=dumps(name), as_is=_AS_IS)
+    where = _COORDINATOR.format(
+        address=dumps(coordinator.address),
+        fleet=coordinator.fleet_port,
+        control=coordinator.control_port,
+        key=dumps(coordinator.key),
+    )
+    pki.write_private(file, (before.partition("[coordinator]")[0].rstrip() + "\n\n" + where).encode())
+
+
+_AS_IS = dumps(AS_THEY_ARE)
+_SITE = """\
+# Paths are relative to this folder.
+[site]
+name = {name}
+data = "data"           # the records: a MEDS dataset's folder
+state = "state"         # what the site must not forget; keep it, and never put back an old copy
+policy = "policy.toml"  # what the site allows; it must be there
+settings = {as_is}       # what is done to the records first: a TOML file, "standard" or "none"
+budget = ""             # the privacy budget's database; a file in state if empty
+device = "cpu"          # where to train: cpu, cuda
+"""
+_COORDINATOR = """\
+[coordinator]  # from here on, joining again writes it anew
+address = {address}
+fleet_port = {fleet}
+control_port = {control}
+key = {key}  # signs its requests
+"""
