@@ -8,7 +8,8 @@ a listener is told what happens.
 The Flower ServerApp reads its plan from `$FEDCOMET_RUNS/<run>/plan.json`, where `run` is its only configuration, so
 that nobody who can start runs can point the coordinator at other files. Its requests are signed with the key in
 `$FEDCOMET_RUNS/coordinator.key`; `fedcomet coordinator key` shows the public half, which sites' policies list. The
-manifest lies in the run directory as `manifest.json`, for sites that want to see it before.
+manifest lies in the run directory as `manifest.json`, for sites that want to see it before. Where $FEDCOMET_LEDGER is a
+database's URL, the run is written down in that federation's ledger, under the lease whose token is $FEDCOMET_LEASE.
 """
 
 import contextlib
@@ -30,11 +31,15 @@ from federation.masking import MaskingError
 from federation.messages import Kept, ProtocolError, SurveyReply, SurveyRequest, is_site_name, printable
 from federation.update import Layout
 from server.journal import Journal, Phase
+from server.ledger import Ledger
 from server.opening import open_sum
 from server.plan import FederationPlan
 from server.post import Post, Roster, TooFewSites, reason, site_name
 from server.rounds import TUNING, Answer, Event, Listener, Rounds
 from server.spool import Spool
+from server.tables import RunState
+from server.transactions import LeaseLost, LedgerUnreachable
+from server.wishes import RunHalted, Wishes
 from tokenizer import durable
 from tokenizer.codebook import Codebook, Survey, merge
 from tokenizer.errors import ConfigError, FedcometError
@@ -62,6 +67,7 @@ def coordinate(
     clock: Callable[[], float] = time.time,
     pause: Callable[[float], None] = time.sleep,
     identity: Identity | None = None,
+    journal: Journal | None = None,
 ) -> Outcome:
     """Lead a run to its end, from wherever the run directory says it is.
 
@@ -73,47 +79,78 @@ def coordinate(
         clock: gives seconds since the epoch.
         pause: called with a number of seconds when nothing has arrived; may return as soon as something does.
         identity: the key that requests are signed with; sites whose policy lists coordinators answer no others.
+        journal: the run in its federation's ledger; without, a ledger of its own in the run directory.
 
     Raises:
         ConfigError: the directory is in use, or belongs to a run with other settings.
         TooFewSites: not enough sites came or take part.
         RoundFailed: not enough usable updates in a round.
+        RunHalted: somebody wished that the run pauses or stops.
         DataError: files of the run directory are damaged.
+        LedgerUnreachable, LeaseLost: the ledger can't be written to.
     """
-    with _locked(run_dir):
+    with _locked(run_dir), journal or Journal(run_dir / "ledger.sqlite") as book:
         for left_over in run_dir.glob("*.partial"):
             left_over.unlink()
         _remember_plan(run_dir, plan)
-        post = Post(grid, plan, listen, clock, pause, identity)
-        codebook = _codebook(run_dir, plan, post)
-        manifest = plan.manifest(codebook)
-        durable.write_bytes(run_dir / "manifest.json", manifest.to_bytes())
-        with Journal(run_dir / "ledger.sqlite") as journal:
-            journal.begin(manifest)
-            listen(Event("run.begun", journal.committed(), text=manifest.hash))
-            spool = Spool(run_dir, manifest)
-            rounds = Rounds(manifest, Layout.of_config(manifest.model).size, journal, spool, listen)
-            roster = Roster(post, journal, manifest, codebook)
-            while not rounds.finished:
-                _lead_round(rounds, roster, post, plan)
-            last, best = rounds.number - 1, rounds.best()
-            outcome = Outcome(
-                checkpoint=spool.checkpoint_path(last),
-                best_checkpoint=spool.checkpoint_path(best),
-                codebook=run_dir / "codebook.json",
-                manifest=manifest,
-                ledger_fingerprint=journal.fingerprint(),
-            )
-        listen(Event("run.finished", last, text=outcome.ledger_fingerprint))
+        book.start(plan.name, plan.to_bytes())
+        with _told_to_the_end(book):
+            wishes = Wishes(book, pause)
+            post = Post(grid, plan, listen, clock, wishes.pause, identity)
+            return _lead(run_dir, plan, post, book, wishes)
+
+
+def _lead(run_dir: Path, plan: FederationPlan, post: Post, journal: Journal, wishes: Wishes) -> Outcome:
+    """Go through all that is left of a run."""
+    wishes.between_rounds()
+    codebook = _codebook(run_dir, plan, post)
+    manifest = plan.manifest(codebook)
+    durable.write_bytes(run_dir / "manifest.json", manifest.to_bytes())
+    journal.begin(manifest)
+    post.tell(Event("run.begun", journal.committed(), text=manifest.hash))
+    spool = Spool(run_dir, manifest)
+    rounds = Rounds(manifest, Layout.of_config(manifest.model).size, journal, spool, post.tell)
+    roster = Roster(post, journal, manifest, codebook)
+    while not rounds.finished:
+        wishes.between_rounds()
+        _lead_round(rounds, roster, post, plan, wishes)
+    last, best = rounds.number - 1, rounds.best()
+    outcome = Outcome(
+        checkpoint=spool.checkpoint_path(last),
+        best_checkpoint=spool.checkpoint_path(best),
+        codebook=run_dir / "codebook.json",
+        manifest=manifest,
+        ledger_fingerprint=journal.fingerprint(),
+    )
+    journal.end(RunState.FINISHED)
+    post.tell(Event("run.finished", last, text=outcome.ledger_fingerprint))
     return outcome
+
+
+@contextmanager
+def _told_to_the_end(journal: Journal) -> Iterator[None]:
+    """Let the ledger say how the run ended. A process that is told to end says nothing: its run goes on later."""
+    try:
+        yield
+    except RunHalted as halted:
+        journal.end(halted.state)
+        raise
+    except (LeaseLost, LedgerUnreachable):
+        raise  # it is another's run now, or nobody's to write about
+    except Exception as problem:
+        kind = "" if isinstance(problem, FedcometError) else f"{type(problem).__name__}: "
+        with contextlib.suppress(FedcometError):
+            journal.end(RunState.FAILED, printable(f"{kind}{problem}"))
+        raise
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run as a Flower ServerApp, see the top of this module.
+    """Run as a Flower ServerApp, see the top of this module. A run that was paused or stopped ends well.
 
     Raises:
         ConfigError: no such run, or it has no usable plan.
+        FedcometError: the run failed; Flower notes that, too.
     """
     root, run = os.environ.get("FEDCOMET_RUNS"), context.run_config.get("run")
     if not root or not isinstance(run, str) or not is_site_name(run):
@@ -131,7 +168,29 @@ def main(grid: Grid, context: Context) -> None:
         told = f" {event.site} {event.text}" if event.kind.startswith("sum.") else ""
         log.info("%s round %d%s", event.kind, event.round, told)
 
-    coordinate(grid, run_dir, plan, listen=listen, identity=Identity.at(coordinator_key(Path(root))))
+    identity = Identity.at(coordinator_key(Path(root)))
+    with _ledger(Path(root)) as ledger:
+        journal = None if ledger is None else ledger.journal(run)
+        try:
+            coordinate(grid, run_dir, plan, listen=listen, identity=identity, journal=journal)
+        except RunHalted as halted:
+            log.info("%s", halted)
+
+
+@contextmanager
+def _ledger(root: Path) -> Iterator[Ledger | None]:
+    """Open the federation's ledger, if there is one, under the lease of whoever started this process, or its own."""
+    url, token = os.environ.get("FEDCOMET_LEDGER"), os.environ.get("FEDCOMET_LEASE", "")
+    if not url:
+        yield None
+        return
+    with Ledger.open(url, backups=root) as ledger:
+        if token.isdecimal():
+            ledger.join(int(token))
+            yield ledger
+        else:
+            with ledger.lead():
+                yield ledger
 
 
 def coordinator_key(root: Path) -> Path:
@@ -139,7 +198,7 @@ def coordinator_key(root: Path) -> Path:
     return root / "coordinator.key"
 
 
-def _lead_round(rounds: Rounds, roster: Roster, post: Post, plan: FederationPlan) -> None:
+def _lead_round(rounds: Rounds, roster: Roster, post: Post, plan: FederationPlan, wishes: Wishes) -> None:
     rounds.open()
     nodes = roster.sites()
     request = rounds.request(post.deadline())
@@ -147,6 +206,7 @@ def _lead_round(rounds: Rounds, roster: Roster, post: Post, plan: FederationPlan
         missing = rounds.missing(nodes)
         for node, answer in post.ask([nodes[site] for site in missing], request, str(rounds.number)):
             rounds.receive(roster.name(node), answer)
+            wishes.between_answers()
         for site in rounds.missing(nodes):
             rounds.late(site)
     opening = None

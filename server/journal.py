@@ -1,31 +1,34 @@
-"""The coordinator's ledger: who took part, what every site answered in every round, and how far the run is.
+"""One run in the ledger: who takes part, what every site answered in every round, and how far the run is.
 
-One SQLite file per run. Every method is one transaction that is on the disk when the method returns, so the run can be
-continued from whatever the ledger says after a crash at any instant. `fingerprint` covers everything but times and
-the number of attempts: two runs with equal settings and equal answers have equal fingerprints, however often they were
-interrupted.
+The run is one of a federation's ledger (`server.ledger`), or the only one in a file of its own, as in a simulation.
+Every method is one transaction that is on the disk when the method returns, so the run can be continued from whatever
+the ledger says after a crash at any instant. What a method changes, it also writes down as an event. `fingerprint`
+covers everything but times and the number of attempts: two runs with equal settings and equal answers have equal
+fingerprints, however often they were interrupted.
 """
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
-from sqlalchemy import Engine, create_engine, delete, event, func, select
-from sqlalchemy.exc import DatabaseError
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy import delete, func, select
+from sqlalchemy.orm import Session
 
 from federation import canonical
 from federation.manifest import Manifest
+from server import tables
+from server.schema import open_ledger
+from server.tables import RunState
+from server.transactions import Transactions, note
 from tokenizer.errors import DataError
 
-SCHEMA = 2
-"""The version of the tables; a ledger of another version is refused."""
+T = TypeVar("T")
+Row = TypeVar("Row", bound=tables.Base)
 
 
 class Phase(StrEnum):
@@ -131,6 +134,15 @@ class RoundEntry:
     checkpoint_sha256: str = ""
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file with the weights after a round; `path` is told from the run's folder."""
+
+    path: str
+    sha256: str
+    bytes: int
+
+
 class Work(NamedTuple):
     """What the accepted updates of all rounds up to one stand for: tokens and steps summed, and how many sites."""
 
@@ -139,106 +151,33 @@ class Work(NamedTuple):
     sites: int
 
 
-class _Base(DeclarativeBase):
-    pass
-
-
-class _Run(_Base):
-    __tablename__ = "run"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    schema_version: Mapped[int]
-    manifest_hash: Mapped[str]
-    manifest: Mapped[bytes]
-    started_at: Mapped[float]
-
-
-class _Site(_Base):
-    __tablename__ = "site"
-    site: Mapped[str] = mapped_column(primary_key=True)
-    status: Mapped[str]
-    reason: Mapped[str]
-    counts: Mapped[str]
-
-
-class _Round(_Base):
-    __tablename__ = "round"
-    round: Mapped[int] = mapped_column(primary_key=True)
-    phase: Mapped[str]
-    checkpoint_sha256: Mapped[str]
-    changed_at: Mapped[float]
-
-
-class _Reply(_Base):
-    __tablename__ = "reply"
-    round: Mapped[int] = mapped_column(primary_key=True)
-    site: Mapped[str] = mapped_column(primary_key=True)
-    status: Mapped[str]
-    reason: Mapped[str]
-    update_sha256: Mapped[str]
-    tokens: Mapped[int]
-    steps: Mapped[int]
-    loss: Mapped[float]
-    norm: Mapped[float]
-    bytes: Mapped[int]
-    seconds: Mapped[float]
-    received_at: Mapped[float]
-
-
-class _Score(_Base):
-    __tablename__ = "score"
-    round: Mapped[int] = mapped_column(primary_key=True)
-    site: Mapped[str] = mapped_column(primary_key=True)
-    split: Mapped[str] = mapped_column(primary_key=True)
-    status: Mapped[str]
-    reason: Mapped[str]
-    nll: Mapped[float]
-    tokens: Mapped[int]
-
-
-class _Sum(_Base):
-    __tablename__ = "sum"
-    round: Mapped[int] = mapped_column(primary_key=True)
-    purpose: Mapped[str] = mapped_column(primary_key=True)
-    attempt: Mapped[int]
-    stage: Mapped[str]
-    collected_sha256: Mapped[str]
-    sites: Mapped[str]
-    dropped: Mapped[str]
-    reason: Mapped[str]
-    weight: Mapped[int]
-    clipped: Mapped[int]
-    error: Mapped[float]
-    tokens: Mapped[int]
-    steps: Mapped[int]
-    nll: Mapped[float]
-
-
 # Times, and what follows from fresh keys or from how often something was interrupted.
-_NOT_IN_FINGERPRINT = {"started_at", "changed_at", "received_at", "seconds", "attempt", "collected_sha256"}
+_NOT_IN_FINGERPRINT = {"run", "changed_at", "received_at", "seconds", "attempt", "collected_sha256"}
+# By the names, and in the form, of the first ledgers: fingerprints of runs stay what they were.
+_IN_FINGERPRINT = {"reply": tables.Reply, "round": tables.Round, "run": None, "score": tables.Score,
+                   "site": tables.Participant, "sum": tables.Sum}  # fmt: skip
+_FORM = 2
+
+_ENDED = (RunState.PAUSED, RunState.STOPPED, RunState.FAILED, RunState.FINISHED)
 
 
 class Journal:
-    """An open ledger; close it, or use it in a `with` statement."""
+    """A run in an open ledger. One that opened the ledger itself closes it; use it in a `with` statement."""
 
     def __init__(self, path: Path) -> None:
-        """Open the ledger at `path`, or begin one.
+        """Open the ledger of one run at `path`, or begin one.
 
         Raises:
-            DataError: the file is not a ledger, or one of another version of the tables.
+            DataError: the file is not a ledger, or newer than this software.
         """
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._engine = _connect(path)
-        try:
-            _Base.metadata.create_all(self._engine)
-            with Session(self._engine) as session:
-                run = session.get(_Run, 1)
-        except DatabaseError as cause:
-            self._engine.dispose()
-            raise DataError(f"{path} is not a ledger of fedcomet ({cause.orig}).") from None
-        if run is not None and run.schema_version != SCHEMA:
-            self._engine.dispose()
-            raise DataError(f"{path} has tables of version {run.schema_version}; this software knows {SCHEMA}.")
+        self._ledger, self._name = open_ledger(path), ""
+
+    @classmethod
+    def of(cls, ledger: Transactions, name: str) -> Self:
+        """Give the journal of the run with this name in an open ledger; whoever opened that closes it."""
+        journal = cls.__new__(cls)
+        journal._ledger, journal._name = ledger, name
+        return journal
 
     def __enter__(self) -> Self:
         return self
@@ -249,8 +188,29 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """Let go of the file."""
-        self._engine.dispose()
+        """Let go of the database, if it is this run's own."""
+        if not self._name:
+            self._ledger.close()
+
+    def start(self, name: str, plan: bytes = b"") -> None:
+        """Note that somebody leads the run now, also for the first time; a wish to pause or stop it stays.
+
+        Args:
+            name: of the run, where the ledger has none yet.
+            plan: the federation plan's bytes.
+        """
+
+        def work(session: Session) -> None:
+            run = self._find(session)
+            if run is None:
+                run = self._add(session, name, plan)
+            if run.state in (RunState.PAUSING, RunState.STOPPING, RunState.FINISHED):
+                return
+            run.state, run.reason, run.ended_at = RunState.RUNNING, "", None
+            run.started_at = run.started_at or time.time()
+            note(session, "coordinator", "run.started", run.id)
+
+        self._ledger.write(work)
 
     def begin(self, manifest: Manifest) -> None:
         """Note the manifest when the run begins; on a ledger that has one, check that it is the same.
@@ -258,85 +218,153 @@ class Journal:
         Raises:
             DataError: the ledger belongs to another run.
         """
-        with self._transaction() as session:
-            run = session.get(_Run, 1)
+
+        def work(session: Session) -> None:
+            run = self._find(session)
             if run is None:
-                session.add(
-                    _Run(
-                        id=1,
-                        schema_version=SCHEMA,
-                        manifest_hash=manifest.hash,
-                        manifest=manifest.to_bytes(),
-                        started_at=time.time(),
-                    )
-                )
-            elif run.manifest_hash != manifest.hash:
+                run = self._add(session, manifest.name, b"")
+                run.state, run.started_at = RunState.RUNNING, time.time()
+            if run.manifest_hash == manifest.hash:
+                return
+            if run.manifest_hash:
                 raise DataError(
-                    f"{self.path} is the ledger of run {run.manifest_hash}, not of {manifest.hash}; "
+                    f"{self._ledger.place} is the ledger of run {run.manifest_hash}, not of {manifest.hash}; "
                     "take another run directory."
                 )
+            run.manifest_hash, run.manifest = manifest.hash, manifest.to_bytes()
+            note(session, "coordinator", "run.begun", run.id, told=manifest.hash)
+
+        self._ledger.write(work)
+
+    def state(self) -> RunState | None:
+        """Give how far the run is, or what somebody wishes of it; none before it was started."""
+
+        def work(session: Session) -> RunState | None:
+            run = self._find(session)
+            return None if run is None else RunState(run.state)
+
+        return self._ledger.read(work)
+
+    def end(self, state: RunState, reason: str = "") -> None:
+        """Note that nobody leads the run any more: it is paused, stopped, failed (and why) or finished."""
+
+        def work(session: Session) -> None:
+            run = self._get(session)
+            if state not in _ENDED:
+                raise AssertionError(f"{state} is not an end")
+            if (run.state, run.reason) == (state, reason):
+                return
+            run.state, run.reason, run.ended_at = state, reason, time.time()
+            note(session, "coordinator", f"run.{state}", run.id, told=reason)
+
+        self._ledger.write(work)
 
     def manifest(self) -> Manifest | None:
         """Give the run's manifest, if the run has begun."""
-        with Session(self._engine) as session:
-            run = session.get(_Run, 1)
-            return None if run is None else Manifest.from_bytes(run.manifest)
+
+        def work(session: Session) -> Manifest | None:
+            run = self._find(session)
+            return None if run is None or not run.manifest else Manifest.from_bytes(run.manifest)
+
+        return self._ledger.read(work)
 
     def note_site(self, entry: SiteEntry) -> None:
         """Note whether a site takes part; a later note replaces an earlier one."""
-        with self._transaction() as session:
-            session.merge(_Site(**asdict(entry)))
+
+        def work(session: Session) -> None:
+            run = self._get(session).id
+            session.merge(tables.Participant(run=run, **asdict(entry)))
+            note(session, "coordinator", f"site.{entry.status}", run, site=entry.site, told=entry.reason)
+            if entry.status is not Status.ACCEPTED:
+                _refuse(session, run, 0, entry.site, "prepare", f"{entry.status}: {entry.reason}")
+
+        self._ledger.write(work)
 
     def sites(self) -> list[SiteEntry]:
         """Give all sites by name."""
-        with Session(self._engine) as session:
-            rows = session.scalars(select(_Site).order_by(_Site.site))
-            return [SiteEntry(r.site, Status(r.status), r.reason, r.counts) for r in rows]
+        rows = self._rows(tables.Participant)
+        entries = [SiteEntry(r.site, Status(r.status), r.reason, r.counts) for r in rows]
+        return sorted(entries, key=lambda entry: entry.site)
 
     def committed(self) -> int:
         """Give the number of the last committed round; 0 when there is none."""
-        with Session(self._engine) as session:
-            last = session.scalar(select(func.max(_Round.round)).where(_Round.phase == Phase.COMMITTED))
-            return last or 0
+        last = select(func.max(tables.Round.round)).where(tables.Round.phase == Phase.COMMITTED)
+        return self._read(lambda session, run: session.scalar(last.where(tables.Round.run == run)) or 0, 0)
 
     def round(self, number: int) -> RoundEntry | None:
         """Give a round's entry, if it was announced."""
-        with Session(self._engine) as session:
-            row = session.get(_Round, number)
+
+        def work(session: Session, run: int) -> RoundEntry | None:
+            row = session.get(tables.Round, (run, number))
             return None if row is None else RoundEntry(row.round, Phase(row.phase), row.checkpoint_sha256)
 
-    def enter(self, number: int, phase: Phase, checkpoint_sha256: str | None = None) -> None:
-        """Note that a round has reached a phase."""
-        with self._transaction() as session:
-            row = session.get(_Round, number)
-            if row is None:
-                row = _Round(round=number, phase="", checkpoint_sha256="", changed_at=0.0)
-                session.add(row)
-            row.phase, row.changed_at = phase, time.time()
-            if checkpoint_sha256 is not None:
-                row.checkpoint_sha256 = checkpoint_sha256
+        return self._read(work, None)
+
+    def enter(
+        self,
+        number: int,
+        phase: Phase,
+        checkpoint: Checkpoint | None = None,
+        figures: Mapping[str, float] | None = None,
+    ) -> None:
+        """Note that a round has reached a phase.
+
+        Args:
+            number: of the round.
+            phase: that it has reached.
+            checkpoint: that it came to.
+            figures: of the round, by their names.
+        """
+
+        def work(session: Session) -> None:
+            run = self._get(session).id
+            self._enter(session, run, number, phase, checkpoint.sha256 if checkpoint else None)
+            if checkpoint is not None:
+                session.merge(tables.Checkpoint(run=run, round=number, **asdict(checkpoint)))
+            _measure(session, run, number, figures or {})
+
+        self._ledger.write(work)
 
     def reopen(self, number: int) -> None:
         """Take up a round again after a crash: accepted answers stay, the others may be asked for again."""
-        with self._transaction() as session:
-            rows = delete(_Reply).where(_Reply.round == number, _Reply.status != Status.ACCEPTED)
-            session.execute(rows)
+
+        def work(session: Session) -> None:
+            run, reply = self._get(session).id, tables.Reply
+            session.execute(
+                delete(reply).where(reply.run == run, reply.round == number, reply.status != Status.ACCEPTED)
+            )
+            if session.get(tables.Round, (run, number)) is not None:
+                note(session, "coordinator", "round.reopened", run, number)
+
+        self._ledger.write(work)
 
     def note_reply(self, entry: ReplyEntry) -> None:
         """Note what became of a site's answer."""
-        with self._transaction() as session:
-            session.merge(_Reply(**asdict(entry), received_at=time.time()))
+
+        def work(session: Session) -> None:
+            run, where = self._get(session).id, (entry.round, entry.site)
+            session.merge(tables.Reply(run=run, **asdict(entry), received_at=time.time()))
+            note(session, "coordinator", f"update.{entry.status}", run, *where, told=entry.reason)
+            if entry.status is not Status.ACCEPTED:
+                _refuse(session, run, *where, "train", f"{entry.status}: {entry.reason}")
+
+        self._ledger.write(work)
 
     def replies(self, number: int) -> list[ReplyEntry]:
         """Give a round's answers by site name."""
-        with Session(self._engine) as session:
-            rows = session.scalars(select(_Reply).where(_Reply.round == number).order_by(_Reply.site))
-            return [_reply_entry(row) for row in rows]
+        entries = [_reply_entry(row) for row in self._rows(tables.Reply, tables.Reply.round == number)]
+        return sorted(entries, key=lambda entry: entry.site)
 
     def note_sum(self, entry: SumEntry) -> None:
         """Note how far a masked sum is."""
-        with self._transaction() as session:
-            session.merge(_Sum(**asdict(entry)))
+
+        def work(session: Session) -> None:
+            run = self._get(session).id
+            session.merge(tables.Sum(run=run, **asdict(entry)))
+            told = [f"{entry.purpose}, attempt {entry.attempt}: {entry.stage}", entry.reason or entry.dropped]
+            note(session, "coordinator", "sum.advanced", run, entry.round, told="; ".join(filter(None, told)))
+
+        self._ledger.write(work)
 
     def sum(self, number: int, purpose: str) -> SumEntry | None:
         """Give a masked sum's entry, if it was begun."""
@@ -344,9 +372,9 @@ class Journal:
 
     def sums(self, purpose: str) -> list[SumEntry]:
         """Give the masked sums for a purpose, by round."""
-        with Session(self._engine) as session:
-            rows = session.scalars(select(_Sum).where(_Sum.purpose == purpose).order_by(_Sum.round))
-            return [SumEntry(**{name: getattr(row, name) for name in SumEntry.__dataclass_fields__}) for row in rows]
+        rows = self._rows(tables.Sum, tables.Sum.purpose == purpose)
+        entries = [SumEntry(**{name: getattr(row, name) for name in SumEntry.__dataclass_fields__}) for row in rows]
+        return sorted(entries, key=lambda entry: entry.round)
 
     def work(self, until: int) -> Work:
         """Sum the work behind the updates of the rounds up to and with `until`, accepted or in masked sums."""
@@ -355,25 +383,41 @@ class Journal:
             names = {site for entry in sums_until for site in entry.sites.split(",")}
             tokens, steps = (sum(getattr(entry, name) for entry in sums_until) for name in ("tokens", "steps"))
             return Work(tokens, steps, len(names))
-        sums = select(func.sum(_Reply.tokens), func.sum(_Reply.steps), func.count(_Reply.site.distinct()))
-        with Session(self._engine) as session:
-            rows = session.execute(sums.where(_Reply.round <= until, _Reply.status == Status.ACCEPTED))
-            tokens, steps, sites = rows.one()
-        return Work(tokens or 0, steps or 0, sites)
+        reply = tables.Reply
+        sums = select(func.sum(reply.tokens), func.sum(reply.steps), func.count(reply.site.distinct()))
+        sums = sums.where(reply.round <= until, reply.status == Status.ACCEPTED)
 
-    def note_scores(self, entries: Sequence[ScoreEntry], number: int) -> None:
-        """Note a round's evaluations and that it is evaluated, in one step."""
-        with self._transaction() as session:
+        def work(session: Session, run: int) -> Work:
+            tokens, steps, sites = session.execute(sums.where(reply.run == run)).one()
+            return Work(int(tokens or 0), int(steps or 0), sites)
+
+        return self._read(work, Work(0, 0, 0))
+
+    def note_scores(
+        self, entries: Sequence[ScoreEntry], number: int, figures: Mapping[str, float] | None = None
+    ) -> None:
+        """Note a round's evaluations, its figures and that it is evaluated, in one step."""
+
+        def work(session: Session) -> None:
+            run = self._get(session).id
             for entry in entries:
-                session.merge(_Score(**asdict(entry)))
-            row = session.get_one(_Round, number)
-            row.phase, row.changed_at = Phase.EVALUATED, time.time()
+                session.merge(tables.Score(run=run, **asdict(entry)))
+                if entry.status is not Status.ACCEPTED:
+                    told = f"{entry.status}: {entry.reason}"
+                    _refuse(session, run, number, entry.site, f"evaluate {entry.split}", told)
+            session.get_one(tables.Round, (run, number))
+            self._enter(session, run, number, Phase.EVALUATED, None)
+            _measure(session, run, number, figures or {})
+
+        self._ledger.write(work)
 
     def scores(self) -> list[ScoreEntry]:
         """Give all evaluations, by round, split and site."""
-        with Session(self._engine) as session:
-            rows = session.scalars(select(_Score).order_by(_Score.round, _Score.split, _Score.site))
-            return [ScoreEntry(r.round, r.site, r.split, Status(r.status), r.reason, r.nll, r.tokens) for r in rows]
+        entries = [
+            ScoreEntry(r.round, r.site, r.split, Status(r.status), r.reason, r.nll, r.tokens)
+            for r in self._rows(tables.Score)
+        ]
+        return sorted(entries, key=lambda entry: (entry.round, entry.split, entry.site))
 
     def losses(self, split: str) -> dict[int, float]:
         """Give the sites' common mean nll in nats per target on a split, by round."""
@@ -388,39 +432,96 @@ class Journal:
         return {number: nll / tokens for number, (nll, tokens) in sums.items()}
 
     def fingerprint(self) -> str:
-        """Give the sha256 of everything in the ledger but wall-clock times."""
-        digest = hashlib.sha256()
-        with Session(self._engine) as session:
-            for table in _Base.metadata.sorted_tables:
-                digest.update(table.name.encode())
-                for row in session.execute(select(table).order_by(*table.primary_key)).mappings():
-                    digest.update(canonical.encode(_content(row)))
-        return digest.hexdigest()
+        """Give the sha256 of everything that the ledger holds of the run but wall-clock times."""
 
-    @contextmanager
-    def _transaction(self) -> Iterator[Session]:
-        with Session(self._engine) as session, session.begin():
-            yield session
+        def work(session: Session) -> str:
+            digest, run = hashlib.sha256(), self._find(session)
+            for name, table in _IN_FINGERPRINT.items():
+                digest.update(name.encode())
+                if table is not None and run is not None:
+                    for row in _in_order(session, table, run.id):
+                        digest.update(canonical.encode(_content(row)))
+                elif run is not None and run.manifest:
+                    whole = {"id": 1, "schema_version": _FORM, "manifest_hash": run.manifest_hash}
+                    digest.update(canonical.encode({**whole, "manifest": run.manifest.hex()}))
+            return digest.hexdigest()
+
+        return self._ledger.read(work)
+
+    def _add(self, session: Session, name: str, plan: bytes) -> tables.Run:
+        run = tables.Run(name=self._name or name, plan=plan, state=RunState.READY, created_at=time.time())
+        session.add(run)
+        session.flush()
+        note(session, "coordinator", "run.proposed", run.id)
+        return run
+
+    def _enter(self, session: Session, run: int, number: int, phase: Phase, checkpoint_sha256: str | None) -> None:
+        row, now = session.get(tables.Round, (run, number)), time.time()
+        if row is None:
+            row = tables.Round(run=run, round=number, phase="", checkpoint_sha256="", changed_at=now)
+            session.add(row)
+        elif row.phase != phase:
+            # How long the round was in the phase before; a coordinator's absence counts.
+            _measure(session, run, number, {f"seconds.{row.phase}": now - row.changed_at})
+        row.phase, row.changed_at = phase, now
+        if checkpoint_sha256 is not None:
+            row.checkpoint_sha256 = checkpoint_sha256
+        note(session, "coordinator", f"round.{phase}", run, number)
+
+    def _find(self, session: Session) -> tables.Run | None:
+        """The run's row: that with the name, or the only one."""
+        rows = session.scalars(select(tables.Run).where(tables.Run.name == self._name) if self._name
+                               else select(tables.Run).order_by(tables.Run.id).limit(2)).all()  # fmt: skip
+        if len(rows) > 1:
+            raise DataError(f"{self._ledger.place} is the ledger of many runs; name the one.")
+        return rows[0] if rows else None
+
+    def _get(self, session: Session) -> tables.Run:
+        run = self._find(session)
+        if run is None:
+            raise DataError(f"{self._ledger.place} has no run {self._name or 'yet'}; begin it first.")
+        return run
+
+    def _read(self, work: Callable[[Session, int], T], empty: T) -> T:
+        def found(session: Session) -> T:
+            run = self._find(session)
+            return empty if run is None else work(session, run.id)
+
+        return self._ledger.read(found)
+
+    def _rows(self, table: type[Row], *where: Any) -> list[Row]:
+        """The run's rows of a table, free of their session; whoever sorts names does so by code point."""
+
+        def work(session: Session, run: int) -> list[Row]:
+            rows = list(session.scalars(select(table).where(table.run == run, *where)))  # type: ignore[attr-defined]
+            session.expunge_all()
+            return rows
+
+        return self._read(work, [])
 
 
-def _connect(path: Path) -> Engine:
-    engine = create_engine(f"sqlite:///{path}")
-
-    @event.listens_for(engine, "connect")
-    def _durable(connection: Any, _: Any) -> None:
-        cursor = connection.cursor()
-        cursor.execute("PRAGMA journal_mode=WAL")
-        cursor.execute("PRAGMA synchronous=FULL")
-        cursor.close()
-
-    return engine
+def _refuse(session: Session, run: int, number: int, site: str, what: str, reason: str) -> None:
+    row = {"run": run, "round": number, "site": site, "what": what, "reason": reason}
+    session.add(tables.Refusal(**row, at=time.time()))
 
 
-def _reply_entry(row: _Reply) -> ReplyEntry:
+def _measure(session: Session, run: int, number: int, figures: Mapping[str, float]) -> None:
+    for name, value in figures.items():
+        session.merge(tables.Metric(run=run, round=number, name=name, site="", value=float(value)))
+
+
+def _reply_entry(row: tables.Reply) -> ReplyEntry:
     values = {name: getattr(row, name) for name in ReplyEntry.__dataclass_fields__}
     return ReplyEntry(**{**values, "status": Status(row.status)})
 
 
-def _content(row: Mapping[Any, Any]) -> dict[str, Any]:
-    kept = {str(key): value for key, value in row.items() if key not in _NOT_IN_FINGERPRINT}
-    return {key: value.hex() if isinstance(value, bytes) else value for key, value in kept.items()}
+def _in_order(session: Session, table: type[tables.Base], run: int) -> list[Mapping[str, Any]]:
+    """A run's rows by their key, in the order of code points whatever the database's is."""
+    columns = table.__table__
+    rows = session.execute(select(columns).where(columns.c.run == run)).mappings()
+    key = [column.name for column in columns.primary_key if column.name != "run"]
+    return sorted(({str(k): v for k, v in row.items()} for row in rows), key=lambda row: [row[name] for name in key])
+
+
+def _content(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key not in _NOT_IN_FINGERPRINT}

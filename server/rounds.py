@@ -30,7 +30,7 @@ from federation.messages import (
 )
 from federation.update import norm
 from server.aggregate import GlobalState, outer_step
-from server.journal import Journal, Phase, ReplyEntry, ScoreEntry, Status, SumEntry, Work
+from server.journal import Checkpoint, Journal, Phase, ReplyEntry, ScoreEntry, Status, SumEntry, Work
 from server.sums import MaskedSum, SumStore
 from server.unmask import Opening
 from tokenizer.errors import FedcometError
@@ -71,8 +71,8 @@ class Store(SumStore, Protocol):
     def update(self, number: int, site: str, sha256: str) -> Vector:
         """Give back a kept update, float32 [P]; it may be a view of the file."""
 
-    def save(self, number: int, state: GlobalState, work: Work) -> str:
-        """Keep the state after a round, with the work behind it, and give the sha256 of its file."""
+    def save(self, number: int, state: GlobalState, work: Work) -> Checkpoint:
+        """Keep the state after a round, with the work behind it."""
 
     def load(self, number: int, sha256: str) -> GlobalState:
         """Give back the state after a round; round 0 is the beginning, of which `sha256` says nothing."""
@@ -233,9 +233,9 @@ class Rounds:
         work = self._journal.work(self.number)
         if self.manifest.privacy is not None:
             work = work._replace(tokens=0)  # the ledger holds expected patients in their place
-        sha256 = self._store.save(self.number, state, work)
+        checkpoint = self._store.save(self.number, state, work)
         self._state = state
-        self._journal.enter(self.number, Phase.AGGREGATED, sha256)
+        self._journal.enter(self.number, Phase.AGGREGATED, checkpoint, {f"train.{k}": v for k, v in told.items()})
         self._tell("round.aggregated", values=told)
 
     def evaluation(self, split: str, deadline_s: float) -> EvaluateRequest | None:
@@ -255,17 +255,16 @@ class Rounds:
         if request is not None:
             digest = request.digest
             entries = [self._score(site, request, digest, answers[site]) for site in sorted(answers)]
-        self._journal.note_scores(entries, self.number)
+        tokens, nll = sum(entry.tokens for entry in entries), sum(entry.nll for entry in entries)
+        self._journal.note_scores(entries, self.number, _figures(tokens, nll))
         if entries:
-            tokens = sum(entry.tokens for entry in entries)
-            loss = sum(entry.nll for entry in entries) / tokens if tokens else math.nan
-            self._tell("round.evaluated", values={"tokens": tokens, "loss": loss})
+            self._tell("round.evaluated", values={"tokens": tokens, "loss": nll / tokens if tokens else math.nan})
 
     def score_sum(self, entry: SumEntry) -> None:
         """Note that the round is evaluated, by a masked sum; one that could not be opened tells no loss."""
         if self.phase is Phase.EVALUATED:
             return
-        self._journal.note_scores([], self.number)
+        self._journal.note_scores([], self.number, _figures(entry.tokens, entry.nll))
         loss = entry.nll / entry.tokens if entry.tokens else math.nan
         self._tell("round.evaluated", text=entry.reason, values={"tokens": entry.tokens, "loss": loss})
 
@@ -396,6 +395,11 @@ class Rounds:
 
     def _tell(self, kind: str, site: str = "", text: str = "", values: Mapping[str, float] | None = None) -> None:
         self._listen(Event(kind, self.number, site, text, values or {}))
+
+
+def _figures(tokens: int, nll: float) -> dict[str, float]:
+    """What the ledger keeps of an evaluation, if any site told one."""
+    return {f"{TUNING}.tokens": tokens, f"{TUNING}.loss": nll / tokens} if tokens else {}
 
 
 def _bad(answer: Answer) -> Status:

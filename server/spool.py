@@ -27,7 +27,7 @@ from federation.update import to_decoder, to_vector
 from model import checkpoint
 from model.decoder import Decoder, preset_of
 from server.aggregate import GlobalState
-from server.journal import Work
+from server.journal import Checkpoint, Work
 from server.unmask import Collected
 from tokenizer import durable
 from tokenizer.errors import DataError
@@ -84,8 +84,8 @@ class Spool:
             header, words = json.loads(file.metadata()["header"]), np.array(file.get_tensor("words"))
         return canonical.build(Collected, {**header, "words": words}, str(path), DataError)
 
-    def save(self, number: int, state: GlobalState, work: Work) -> str:
-        """Keep the state after a round as a checkpoint with its provenance, and give the sha256 of its file."""
+    def save(self, number: int, state: GlobalState, work: Work) -> Checkpoint:
+        """Keep the state after a round as a checkpoint with its provenance."""
         decoder = to_decoder(self._manifest.model, state.weights)
         momentum = {} if state.momentum is None else {_MOMENTUM: torch.from_numpy(state.momentum)}
         manifest = self._manifest
@@ -102,7 +102,7 @@ class Spool:
         path = self.checkpoint_path(number)
         path.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.save(path, decoder, extra=asdict(provenance), arrays=momentum)
-        return _sha256(path)
+        return Checkpoint(str(path.relative_to(self._dir)), _sha256(path), path.stat().st_size)
 
     def load(self, number: int, sha256: str) -> GlobalState:
         """Give back the state after a round; round 0 is the beginning, which follows from the manifest's seed.

@@ -9,7 +9,7 @@ A change here needs a revision in `server/migrations` and its number in `REVISIO
 
 from enum import StrEnum
 
-from sqlalchemy import BigInteger, ForeignKey, Integer, LargeBinary, MetaData
+from sqlalchemy import BigInteger, Double, ForeignKey, Integer, LargeBinary, MetaData
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 REVISION = "0001"
@@ -60,7 +60,7 @@ class Base(DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
-    type_annotation_map = {int: _Big, bytes: LargeBinary}  # noqa: RUF012  (SQLAlchemy's own form)
+    type_annotation_map = {int: _Big, float: Double, bytes: LargeBinary}  # noqa: RUF012  (SQLAlchemy's own form)
 
 
 def _run() -> Mapped[int]:
