@@ -8,6 +8,7 @@ import errno
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,6 +51,19 @@ app.add_typer(model_app, name="model", rich_help_panel=_RESEARCH)
 
 privacy = typer.Typer(help="What private releases cost, planned and spent.", no_args_is_help=True)
 app.add_typer(privacy, name="privacy", rich_help_panel=_SITE)
+
+
+def _mount(group: typer.Typer, room: str, commands: str) -> None:
+    """Add a room's own commands; a hospital's installation may lack the coordinator's room."""
+    try:
+        group.add_typer(import_module(f"{room}.{commands}").app)
+    except ModuleNotFoundError as missing:
+        if missing.name != room:
+            raise
+
+
+_mount(site, "client", "ui_commands")
+_mount(coordinator, "server", "ui_commands")
 
 # What several commands take.
 Records = Annotated[
