@@ -40,7 +40,7 @@ def dashboard(home: SiteHome, token: str) -> ASGIApp:
 
     def show(visit: Visit) -> Response:
         stamp = window.stamp()
-        return site.render("site_page.html.j2", visit, here="/", found=window.look(), home=home.path, latest=stamp)
+        return site.render("site_page.html.j2", visit, here="/", found=window.look(), latest=stamp)
 
     site.get("/", show)
     site.live("/live", lambda _: window.stamp())

@@ -4,6 +4,7 @@ Each part is looked at by itself: one that is damaged tells so in its place, and
 """
 
 import json
+import shlex
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -41,12 +42,13 @@ class Outbound:
 
 @dataclass(frozen=True)
 class Waiting:
-    """A manifest that waits for approval: its hash, what it would do, and the rules that it breaks; or why not."""
+    """A manifest that waits: its hash, what it would do, rules that it breaks, what approves it; or why it can't be."""
 
     hash: str
     sections: tuple[tuple[str, list[tuple[str, str]]], ...] = ()
     broken: tuple[Broken, ...] = ()
     problem: str = ""
+    command: str = ""
 
 
 @dataclass(frozen=True)
@@ -138,13 +140,22 @@ class Window:
         for digest in approvals.waiting():
             try:
                 asked = approvals.find(digest)
-                yield Waiting(digest, tuple(sections(asked)), tuple(self._forbidden(asked)))
+                yield Waiting(
+                    digest, tuple(sections(asked)), tuple(self._forbidden(asked)), command=self._command(digest)
+                )
             except (FedcometError, ProtocolError, OSError) as problem:
                 yield Waiting(digest, problem=str(problem))
 
     def _forbidden(self, asked: Asked) -> list[Broken]:
         """The rules that a run breaks, as far as its manifest and the policy tell."""
         return list(Policy.read(self.home.policy).check(asked.manifest, device=self.home.settings.site.device))
+
+    def _command(self, digest: str) -> str:
+        """What approves a manifest, as it is typed."""
+        work = self.home.settings.site
+        words = ["fedcomet", "site", "approve", digest[:16], "--state", str(self.home.state.absolute())]
+        words += ["--policy", str(self.home.policy.absolute()), "--device", work.device]
+        return shlex.join([*words, "--budget", work.budget] if work.budget else words)
 
     def _keep(self, name: str, made_of: object, make: Callable[[], T]) -> T:
         known = self._kept.get(name)

@@ -1,9 +1,9 @@
 """The coordinator's dashboard: `fedcomet coordinator ui HOME`.
 
 It reads the ledger and, on a coordinator's click, writes wishes into it; runs are led elsewhere (`server.daemon`), and
-whether this runs or not makes no difference to them. Who may see pages says `server.passwords`: viewers read, coordinators
-may also wish, and take models away, which may remember patients. What somebody does here is in the ledger as done by
-"dashboard:name".
+whether this runs or not makes no difference to them. Who may see pages says `server.passwords`: viewers read;
+coordinators may also wish, and take models away, which may remember patients. What somebody does here is in the ledger
+as done by "dashboard:name".
 """
 
 import csv
@@ -78,10 +78,10 @@ class Dashboard:
     def _add_pages(self) -> None:
         site = self._site
         site.get("/", self._federation)
-        site.live("/live", lambda _: run_view.latest(self._ledger))
+        site.live("/live", lambda _: self._latest())
         site.get("/runs", self._runs)
         site.get("/runs/{run}", self._run)
-        site.live("/runs/{run}/live", lambda visit: run_view.latest(self._ledger, visit.path["run"]))
+        site.live("/runs/{run}/live", lambda visit: self._latest(visit.path["run"]))
         site.get("/runs/{run}/checkpoints/{number:int}.safetensors", self._download, _LEADERS)
         site.get("/runs/{run}/checkpoints/{number:int}.zip", self._export, _LEADERS)
         site.get("/events", self._events)
@@ -92,17 +92,17 @@ class Dashboard:
     # --- pages ---
 
     def _federation(self, visit: Visit) -> Response:
-        now, latest = time.time(), run_view.latest(self._ledger)
+        now, latest = time.time(), self._latest()
         found = overview(self._ledger, self._home, now)
         return self._site.render("federation.html.j2", visit, here="/", found=found, now=now, latest=latest)
 
     def _runs(self, visit: Visit) -> Response:
-        latest = run_view.latest(self._ledger)
+        latest = self._latest()
         return self._site.render("runs.html.j2", visit, here="/runs", runs=run_lines(self._ledger), latest=latest)
 
     def _run(self, visit: Visit) -> Response:
         name = visit.path["run"]
-        latest = self._known(lambda: run_view.latest(self._ledger, name))
+        latest = self._latest(name)
         found = self._known(lambda: run_view.look(self._ledger, name))
         there = {each.round for each in found.checkpoints if downloads.is_there(self._home.runs, name, each.path)}
         values = {"found": found, "pictures": _pictures(found), "there": there, "latest": latest, "now": time.time()}
@@ -178,6 +178,11 @@ class Dashboard:
     def _more(self, asked: dict[str, str], after: int) -> list[EventEntry]:
         run, site, what = (asked.get(name) for name in ("run", "site", "what"))
         return self._ledger.events(after, run=run, site=site, what=what or "", limit=_PER_READ)
+
+    def _latest(self, run: str | None = None) -> str:
+        """What changes when a page should be anew: the last event's number, and the minute, as sites fall silent."""
+        found = self._ledger.events(run=run, limit=1, newest=True)
+        return f"{found[-1].id if found else 0}.{int(time.time() // 60)}"
 
     def _note(self, what: str, name: str, address: str) -> None:
         self._ledger.note(f"dashboard:{name}" if name else "dashboard", f"dashboard.{what}", told=f"from {address}")

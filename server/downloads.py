@@ -1,7 +1,7 @@
 """Checkpoints that leave the dashboard: the file as it is, or as a zip of a Hugging Face folder.
 
-No path comes from a visitor: a run and a round lead to the ledger's entry, and what that names must lie in the run's own
-folder.
+No path comes from a visitor: a run and a round lead to the ledger's entry, and what that names must lie in the run's
+own folder.
 """
 
 import shutil
@@ -60,7 +60,7 @@ def exported(path: Path, codebook: Path, room: Path) -> IO[bytes]:
     with _one_at_a_time, tempfile.TemporaryDirectory(prefix="export-", dir=room) as aside:
         folder = Path(aside) / path.stem
         export_folder(load(path), folder, Codebook.load(codebook) if codebook.exists() else None)
-        file = tempfile.TemporaryFile(dir=room)
+        file = tempfile.TemporaryFile(dir=room)  # noqa: SIM115  (whoever sends it closes it)
         try:
             with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as packed:
                 for each in sorted(folder.iterdir()):

@@ -4,8 +4,8 @@
 
 Hashes are scrypt's with N = 2^15, r = 8, p = 3: 32 MiB and about a tenth of a second per try.
 
-Source: Percival, "Stronger key derivation via sequential memory-hard functions", 2009; the cost is one of those that the
-OWASP Password Storage Cheat Sheet gives.
+Source: Percival, "Stronger key derivation via sequential memory-hard functions", 2009; the cost is one of those of the
+OWASP Password Storage Cheat Sheet.
 """
 
 import hashlib

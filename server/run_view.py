@@ -1,4 +1,4 @@
-"""One run as people see it: how far it is, who is waited for, curves, costs, times and refusals, from the ledger alone."""
+"""One run as people see it, from the ledger alone: how far it is, who is waited for, curves, costs, times, refusals."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -162,12 +162,6 @@ class RunView:
             if times:
                 found.append((words, times[-1], median(times)))
         return found
-
-
-def latest(ledger: Ledger, run: str | None = None) -> str:
-    """Give the number of the last event of a run, or of all; pages are anew when it is."""
-    found = ledger.events(run=run, limit=1, newest=True)
-    return str(found[-1].id if found else 0)
 
 
 def look(ledger: Ledger, name: str) -> RunView:

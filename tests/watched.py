@@ -195,8 +195,9 @@ def site_home(path: Path, *, private: bool = True) -> SiteHome:
     Approvals(home.state).wait(manifest("stroke-2026"), _KEY)
     logs = path / "logs"
     logs.mkdir(exist_ok=True)
-    lines = [{"time": now.isoformat(), "level": level, "program": "supernode", "message": told}
-             for level, told in (("info", "connected"), ("warning", "the coordinator can't be reached; trying again"))]  # fmt: skip
+    said = ("info", "connected"), ("warning", "the coordinator can't be reached; trying again")
+    about = {"time": now.isoformat(), "program": "supernode"}
+    lines = [{**about, "level": level, "message": told} for level, told in said]
     (logs / "site.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return home
 
