@@ -85,7 +85,7 @@ def run_lines(ledger: Ledger) -> tuple[RunLine, ...]:
     """Give all runs, the latest first."""
     last = select(tables.Run.name, func.max(tables.Round.round)).join(tables.Round, tables.Round.run == tables.Run.id)
     last = last.where(tables.Round.phase == Phase.COMMITTED).group_by(tables.Run.name)
-    committed = ledger.transactions.read(lambda session: dict(session.execute(last).tuples().all()))
+    committed = ledger.transactions.read(lambda session: {row[0]: row[1] for row in session.execute(last)})
     return tuple(
         RunLine(entry, committed.get(entry.name, 0), manifest.rounds if (manifest := manifest_of(entry)) else None)
         for entry in reversed(ledger.runs())
