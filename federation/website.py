@@ -276,12 +276,13 @@ class Website:
         return Response((_TEMPLATES / name).read_bytes(), media_type=_STATIC[name])
 
     async def _changes(self, request: Request, visit: Visit, latest: Callable[[Visit], str]) -> AsyncIterator[str]:
-        mark, told, quiet_s = request.cookies.get(self._door.cookie, ""), None, 0.0
+        mark, quiet_s = request.cookies.get(self._door.cookie, ""), 0.0
+        told: str | None = None
         self._streams += 1
         try:
             while self.sessions.find(mark, by_hand=False) is not None and self._door.holds(visit.person):
                 try:
-                    now = await run_in_threadpool(latest, visit)
+                    now: str | None = await run_in_threadpool(latest, visit)
                 except FedcometError as problem:
                     _log.warning("a page can't be kept up to date: %s", problem)
                     now = told

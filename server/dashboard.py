@@ -12,7 +12,7 @@ import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
 
 from starlette.background import BackgroundTask
@@ -65,7 +65,7 @@ class Dashboard:
             holds=passwords.holds,
             told=self._note,
         )
-        statuses = {LedgerUnreachable: 503}
+        statuses: dict[type[Exception], int] = {LedgerUnreachable: 503}
         self._site = Website(federation.name, Path(__file__).parent / "templates", door, statuses)
         self._site.templates.globals.update(phases=PHASES)
         self._site.navigate(("/", "Federation"), ("/runs", "Runs"), ("/events", "Audit trail"))
@@ -105,7 +105,13 @@ class Dashboard:
         latest = self._latest(name)
         found = self._known(lambda: run_view.look(self._ledger, name))
         there = {each.round for each in found.checkpoints if downloads.is_there(self._home.runs, name, each.path)}
-        values = {"found": found, "pictures": _pictures(found), "there": there, "latest": latest, "now": time.time()}
+        values: dict[str, Any] = {
+            "found": found,
+            "pictures": _pictures(found),
+            "there": there,
+            "latest": latest,
+            "now": time.time(),
+        }
         values["kinds"] = curves.kinds(list(found.by_site))
         values["leads"] = self._ledger.holder() is not None
         return self._site.render("run.html.j2", visit, here="/runs", **values)
@@ -163,7 +169,7 @@ class Dashboard:
         before = visit.query.get("before", "")
         newest = self._some(asked, before=int(before) if before.isdecimal() and len(before) < 19 else None)
         older = urlencode({**asked, "before": newest[0].id}) if len(newest) == _PER_PAGE else ""
-        values = {"events": newest[::-1], "asked": asked, "older": older, "query": urlencode(asked)}
+        values: dict[str, Any] = {"events": newest[::-1], "asked": asked, "older": older, "query": urlencode(asked)}
         return self._site.render("events.html.j2", visit, here="/events", first=not before, **values)
 
     def _events_as_csv(self, visit: Visit) -> Response:
