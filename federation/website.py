@@ -222,7 +222,11 @@ class Website:
     async def _sign_in(self, request: Request) -> Response:
         mark = request.cookies.get(self._door.cookie, "")
         if request.method == "GET":
-            return self._sign_in_form(request.query_params.get("next", "/"), mark)
+            wanted = request.query_params.get("next", "/")
+            known = self.sessions.find(mark)
+            if known is not None and self._door.holds(known):
+                return RedirectResponse(_inside(wanted), 303)
+            return self._sign_in_form(wanted, mark)
         form = await self._form(request, mark)
         address = request.client.host if request.client else ""
         if form is None:

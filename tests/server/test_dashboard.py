@@ -26,6 +26,7 @@ from server.tables import RunState
 from tests.watched import ANNA, VERA, Browser, Watched, coordinator_home, hidden, manifest, play
 
 HOSTILE = "\"><script>alert(1)</script><img src=x onerror='alert(2)'>{{7*7}}"
+RUN = HOSTILE.replace("/", "")
 PAGES = ("/", "/runs", "/runs/stroke-2026", "/events", "/events?run=stroke-2026&what=round.", "/events.csv?site=ghent")
 LEADERS_PAGES = (
     "/runs/stroke-2026/stop",
@@ -96,7 +97,7 @@ def test_every_answer_bears_what_browsers_must_know(app: Any, anna: Browser) -> 
 
 
 def test_pages_have_no_inline_styles_or_scripts_and_load_nothing_from_elsewhere(anna: Browser) -> None:
-    for path in ("/", "/runs", "/runs/stroke-2026", "/events", "/runs/stroke-2026/stop", "/sign-in"):
+    for path in ("/", "/runs", "/runs/stroke-2026", "/events", "/runs/stroke-2026/stop"):
         page = Shape(anna.get(path).text)
         assert not page.inline, path
         assert all(each.startswith("/") and not each.startswith("//") for each in page.loaded), path
@@ -144,6 +145,8 @@ def test_cookies_are_for_this_host_only_and_out_of_scripts_reach(app: Any) -> No
         for flag in ("HttpOnly", "Secure", "SameSite=strict", "Path=/"):
             assert flag in cookie
         assert "Domain" not in cookie
+    assert browser.get("/sign-in?next=/runs").headers["location"] == "/runs", "who is in stays in"
+    assert browser.get("/").status_code == 200
     assert first.split(";")[0] != answer.headers["set-cookie"].split(";")[0], "a mark from before is not kept"
 
 
@@ -254,18 +257,18 @@ def test_hostile_names_and_texts_are_shown_as_they_are(tmp_path: Path) -> None:
     with Ledger.open(home.ledger_url) as ledger:
         ledger.members.invite(HOSTILE, tables.Role.SITE, "00" * 32, 60)
         ledger.members.seen(HOSTILE, HOSTILE, "online")
-        ledger.propose(HOSTILE, b"plan")
-        journal = ledger.journal(HOSTILE)
-        journal.start(HOSTILE, b"plan")
+        ledger.propose(RUN, b"plan")
+        journal = ledger.journal(RUN)
+        journal.start(RUN, b"plan")
         journal.begin(manifest())
         journal.note_site(SiteEntry(HOSTILE, Status.REFUSED, HOSTILE))
         journal.enter(1, Phase.ANNOUNCED)
         journal.enter(1, Phase.AGGREGATED, Checkpoint(HOSTILE, HOSTILE, 1))
-        ledger.note_refusal(HOSTILE, RefusalEntry(1, HOSTILE, HOSTILE, HOSTILE, 0.0))
+        ledger.note_refusal(RUN, RefusalEntry(1, HOSTILE, HOSTILE, HOSTILE, 0.0))
         ledger.report_budget(BudgetEntry(HOSTILE, 1.0, 1e-6, 2.0, 1e-6))
         ledger.approve(manifest().hash, HOSTILE, "00")
-        ledger.note(HOSTILE, HOSTILE, run=HOSTILE, site=HOSTILE, told="=cmd|' /C calc'!A0")
-        ledger.abandon(HOSTILE, HOSTILE)
+        ledger.note(HOSTILE, HOSTILE, run=RUN, site=HOSTILE, told="=cmd|' /C calc'!A0")
+        ledger.abandon(RUN, HOSTILE)
         browser = Browser(Dashboard(home, ledger).app())
         browser.sign_in(*ANNA)
         run = re.search(r'href="(/runs/[^"]+)"', browser.get("/runs").text)
