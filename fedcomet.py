@@ -53,17 +53,17 @@ privacy = typer.Typer(help="What private releases cost, planned and spent.", no_
 app.add_typer(privacy, name="privacy", rich_help_panel=_SITE)
 
 
-def _mount(group: typer.Typer, room: str, commands: str) -> None:
+def _mount(group: typer.Typer, room: str) -> None:
     """Add a room's own commands; a hospital's installation may lack the coordinator's room."""
     try:
-        group.add_typer(import_module(f"{room}.{commands}").app)
+        group.add_typer(import_module(f"{room}.commands").app)
     except ModuleNotFoundError as missing:
         if missing.name != room:
             raise
 
 
-_mount(site, "client", "ui_commands")
-_mount(coordinator, "server", "ui_commands")
+_mount(site, "client")
+_mount(coordinator, "server")
 
 # What several commands take.
 Records = Annotated[
@@ -522,6 +522,13 @@ def plan_privacy(
         typer.Option(min=1, help="Patients in a batch, on average; larger and smaller ones are compared."),
     ] = None,
     model: Annotated[str, typer.Option(help="The preset to train.")] = "1m",
+    sites: Annotated[
+        int | None, typer.Option(min=3, help="Also plan noise on the updates of so many sites, own and shared out.")
+    ] = None,
+    honest_sites: Annotated[
+        int | None,
+        typer.Option(min=2, help="Of these, sites relied on for their share.", show_default="what masks need"),
+    ] = None,
     measure: Annotated[
         bool,
         typer.Option("--measure", help="Also train with and without it, on a made-up hospital with as many patients."),
@@ -538,7 +545,7 @@ def plan_privacy(
     from rich.table import Table
 
     from federation import canonical
-    from federation.planner import Wish, batches_around, plan
+    from federation.planner import Wish, batches_around, honest_by_default, plan, plan_updates
     from model.decoder import preset
 
     parameters = preset(model, vocab=5000).parameters()
@@ -547,9 +554,10 @@ def plan_privacy(
         raise typer.BadParameter(f"the site has {patients} patients", param_hint="--batch")
     rows = plan(wish, batches_around(patients, batch))
     chosen = next((row for row in rows if row.batch == batch), rows[len(rows) // 2])
+    updates = () if sites is None else plan_updates(wish, sites, honest_sites or honest_by_default(sites))
     cost = _measured(chosen, patients, model) if measure else None
     if json:
-        print(canonical.encode({"wish": wish, "rows": rows, "measured": cost}).decode())
+        print(canonical.encode({"wish": wish, "rows": rows, "updates": updates, "measured": cost}).decode())
         return
     table = Table(title=f"At most epsilon {epsilon:g} at delta {delta:g} for each of {patients:,} patients")
     for name in ("batch", "rate", "steps", "noise", "ε 1 round", "ε all"):
@@ -567,6 +575,13 @@ def plan_privacy(
     print("rate: chance of a patient to be in a batch; noise: multiplier, standard deviation / clipping bound.")
     print("* Progress of a step against one without noise, and what it costs in nats per token: rough estimates, for")
     print("  comparing rows. docs/privacy.md says what they assume.")
+    for update in updates:
+        whose = f"shared by {update.honest_sites} honest ones" if update.honest_sites else "each one's own"
+        print(
+            f"Noise on the updates of {sites} sites, {whose} ({update.mechanism}): multiplier "
+            f"{update.noise_multiplier:.4g}, ε {update.epsilon:.3f}; its length in the mean is {update.length:,.0f} "
+            "clips."
+        )
     if cost is not None:
         print(
             f"Measured with batches of {chosen.batch:,} on a made-up hospital: {cost.private:.3f} nats per token, "

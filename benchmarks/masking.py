@@ -2,7 +2,8 @@
 
     python -m benchmarks.masking [--params 62000000] [--sites 10] [--peer-params 25000000] [--peer-sites 4] [--rounds 3]
 
-Ours: one site's masking among `--sites`; its small steps (keys, shares, consent, opening); and a whole sum at the
+Ours: one site's masking among `--sites`, without noise and with a share of noise (5.7 clips by two thirds of the
+sites); its small steps (keys, shares, consent, opening); and a whole sum at the
 coordinator, with one site that drops out after it shared its secrets. The peer: what `secaggplus_mod` of flwr does to
 one update (scale, quantize, own mask, a mask for each other site, modulo), by its own functions in its own order. Last,
 whole rounds of sums, all sites and the coordinator in one process, every message of ours packed and read as Flower's
@@ -48,12 +49,12 @@ def peak_mb() -> float:
 class Sum:
     """All sites of a sum; they share one buffer for their updates."""
 
-    def __init__(self, params: int, sites: int) -> None:
+    def __init__(self, params: int, sites: int, noise: float = 0.0) -> None:
         identities = {f"site{n:02}": Identity(Ed25519PrivateKey.generate()) for n in range(sites)}
         roster = {name: key.public for name, key in identities.items()}
-        agreed = Agreement(
-            Place("00" * 32, 1, "train", 1), "", params, roster, MaskingOptions(2 * sites // 3 + 1, 0.1, 1000)
-        )
+        options = MaskingOptions(2 * sites // 3 + 1, 0.1, 1000, noise=noise)
+        agreed = Agreement(Place("00" * 32, 1, "train", 1), "", params, roster, options)
+        self.noise_key = bytes(range(32)) if noise else b""
         self.server = Unmasking(agreed)
         self.sites = {name: MaskedSite(agreed, name, key) for name, key in identities.items()}
         self.update = np.empty(params, np.float32)
@@ -69,7 +70,7 @@ class Sum:
                 return site.consent(request)
             case OpenRequest():
                 return site.open(request)
-        return site.mask_(request, self.update, 500, {})
+        return site.mask_(request, self.update, 500, {}, self.noise_key)
 
     def play(self, until: Stage, note: Callable[[str, float], None], dropout: bool = True) -> None:
         """Walk through the stages; the last site by name drops out before it masks, or nobody does."""
@@ -89,8 +90,12 @@ class Sum:
             self.server.advance()
 
 
-def site(params: int, sites: int) -> dict[str, float]:
-    played = Sum(params, sites)
+def noisy_site(params: int, sites: int) -> dict[str, float]:
+    return site(params, sites, 0.1 * 5.7 / (2 * sites / 3) ** 0.5)
+
+
+def site(params: int, sites: int, noise: float = 0.0) -> dict[str, float]:
+    played = Sum(params, sites, noise)
     played.play(Stage.MASKED, lambda *_: None)
     name = played.server.asked[0]
     played.update[:] = VALUE
@@ -223,7 +228,10 @@ def their_round(params: int, sites: int) -> dict[str, float]:
     return {"seconds": took, "peak_mb": peak_mb() - before, "bytes": sent / sites, "off": off}
 
 
-PARTS = {"our round": our_round, "their round": their_round, "site": site, "coordinator": coordinator, "peer": peer}
+PARTS = {
+    **{"our round": our_round, "their round": their_round, "site": site, "noisy site": noisy_site},
+    **{"coordinator": coordinator, "peer": peer},
+}
 
 
 def best(rounds: int, params: int, sites: int, *parts: str) -> list[dict[str, float]]:
@@ -257,10 +265,11 @@ def main() -> None:
     if given.part:
         print(json.dumps(PARTS[given.part](given.params, given.sites)))
         return
-    (large,) = best(given.rounds, given.params, given.sites, "site")
+    large, noisy = best(given.rounds, given.params, given.sites, "site", "noisy site")
     (server,) = best(1, given.params, given.sites, "coordinator")
     print(f"{given.params:,} parameters, {given.sites} sites")
     print(told("a site", large) + f"; its other steps take {server['small_s']:.3f} s")
+    print(told("noisy", noisy))
     print(
         f"  the coordinator adds one in {server['add_s']:.2f} s and opens the sum, one site having dropped out, in "
         f"{server['open_s']:.2f} s with {server['extra_mb']:.0f} MB beside it; a value is off by {server['off']:.1e}"

@@ -10,7 +10,7 @@ from client.policy import Broken, Policy
 from federation import protection
 from federation.accountant import epsilon
 from federation.manifest import Manifest, Privacy
-from federation.summed import update_bytes
+from federation.summed import shares_noise, update_bytes
 from model.decoder import DecoderConfig
 
 
@@ -78,6 +78,8 @@ def _what_leaves(manifest: Manifest) -> list[tuple[str, str]]:
 
 def _sizes_and_figures(manifest: Manifest) -> list[tuple[str, str]]:
     if manifest.secure_aggregation is not None:
+        if shares_noise(manifest):
+            return [("sizes and figures", "none: beside the noisy update, the sums hold constants")]
         what = "tokens, steps and losses" if manifest.privacy is None else "steps and drawn patients"
         return [("sizes and figures", f"none of this site by itself: {what} go into the sums")]
     if manifest.privacy is not None:
@@ -95,16 +97,26 @@ def _what_it_costs(manifest: Manifest) -> list[tuple[str, str]]:
         return [("ε", told)]
     return [
         ("ε, at most", f"{privacy.epsilon:g} for the whole run; {_composed(manifest, privacy)}"),
+        *_relied_on(manifest, privacy),
         ("δ, at most", f"{privacy.delta:g}"),
         ("by", f"{privacy.mechanism}: noise {privacy.noise_multiplier:g} × clip {privacy.clip:g},"
          f" sampling rate {privacy.sampling_rate:g}"),
     ]  # fmt: skip
 
 
+def _relied_on(manifest: Manifest, privacy: Privacy) -> list[tuple[str, str]]:
+    """Whom the figure relies on, beside this site."""
+    if (colluding := protection.colluding_sites(manifest)) is None:
+        return []
+    told = (
+        f"{privacy.honest_sites} sites of every sum, this one among them, add their share of the noise as agreed; the "
+        f"coordinator and {colluding} other sites may work together"
+    )
+    return [("provided that", told)]
+
+
 def _composed(manifest: Manifest, privacy: Privacy) -> str:
     """What the site's own accountant makes of it."""
-    if privacy.mechanism == "distributed":
-        return "as its manifest says"
     sums = protection.releases_of_round(privacy, manifest.local) * manifest.rounds
     cost = epsilon(protection.of_run(manifest).all, privacy.delta)
     return f"{cost:.4f} by this site's accountant, for {sums:,} noised sums"

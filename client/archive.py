@@ -10,6 +10,8 @@
                          rounds/0007.digest        what round 7 was asked (kept for good)
                          optimizer/0007.safetensors  AdamW's state after round 7 (only of the last two)
                          choices.json           what this machine chose when the run began, and found since
+                         residuals/0007.safetensors  what rounding took from the update of round 7 (of the last two)
+                         weights.f32            the weights that were evaluated last, until others come
                          scores/0007-tuning.json   the evaluation of round 7, in a run with secure aggregation
                          held/train.json        the secrets of the last masked sum of updates; for its owner only
                          local.safetensors      where the round that is being worked on stood, until it is answered
@@ -28,6 +30,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.numpy
 import safetensors.torch
@@ -35,7 +38,7 @@ from torch import Tensor
 
 from federation import canonical
 from federation.manifest import Manifest
-from federation.messages import EvaluateReply, ProtocolError, TrainReply, Wire, from_wire, to_wire
+from federation.messages import EvaluateReply, ProtocolError, TrainReply, Vector, Wire, from_wire, sha256_of, to_wire
 from model.machine import Precision
 from tokenizer import durable
 from tokenizer.codebook import Codebook
@@ -189,7 +192,7 @@ class RunArchive:
 
     def reply(self, number: int) -> TrainReply | None:
         """Give the answer of a round, while it is kept."""
-        path = self.path / "rounds" / f"{number:04d}.safetensors"
+        path = self._round(number)
         if not path.exists():
             return None
         arrays = safetensors.numpy.load_file(path)
@@ -198,15 +201,32 @@ class RunArchive:
             raise DataError(f"{path} is not the answer of a round; remove it.")
         return reply
 
-    def keep(self, reply: TrainReply, optimizer: dict[str, Tensor] | None) -> None:
-        """Keep a round's answer and, before it, the optimizer's state; then drop what is too old."""
+    def noise_key(self, number: int) -> bytes:
+        """Give the secret key of the noise that a round's kept answer gets under masks; empty where it gets none."""
+        path = self._round(number)
+        return bytes.fromhex(self._metadata(path).get("noise_key", "")) if path.exists() else b""
+
+    def keep(
+        self,
+        reply: TrainReply,
+        optimizer: dict[str, Tensor] | None,
+        residual: Vector | None = None,
+        noise_key: bytes = b"",
+    ) -> None:
+        """Keep a round's answer with the key of its noise; before it, optimizer's state and update's residual.
+
+        Then drop what is too old.
+        """
         number = reply.round
+        if residual is not None:
+            data = safetensors.numpy.save({"residual": residual})
+            durable.write_bytes(self.path / "residuals" / f"{number:04d}.safetensors", data)
         if optimizer is not None:
             data = safetensors.torch.save(optimizer)
             durable.write_bytes(self.path / "optimizer" / f"{number:04d}.safetensors", data)
         wire = to_wire(reply)
-        data = safetensors.numpy.save(dict(wire.payloads), {"header": wire.header.decode()})  # type: ignore[arg-type]
-        durable.write_bytes(self.path / "rounds" / f"{number:04d}.safetensors", data)
+        told = {"header": wire.header.decode(), **({"noise_key": noise_key.hex()} if noise_key else {})}
+        durable.write_bytes(self._round(number), safetensors.numpy.save(dict(wire.payloads), told))  # type: ignore[arg-type]
         (self.path / _SNAPSHOT).unlink(missing_ok=True)
         self._sweep(number - _KEPT_ROUNDS)
 
@@ -236,9 +256,32 @@ class RunArchive:
 
     def optimizer_before(self, number: int) -> dict[str, Tensor] | None:
         """Give the optimizer's state after the last answered round before this one."""
-        answered = [n for n in self.answered() if n < number]
-        path = self.path / "optimizer" / f"{max(answered, default=0):04d}.safetensors"
+        path = self._of_last_before(number, "optimizer")
         return safetensors.torch.load_file(path) if path.exists() else None
+
+    def residual_before(self, number: int) -> Vector | None:
+        """Give what rounding took away from the update of the last answered round before this one."""
+        path = self._of_last_before(number, "residuals")
+        return safetensors.numpy.load_file(path)["residual"] if path.exists() else None
+
+    def keep_weights(self, weights: Vector) -> None:
+        """Keep weights that are likely to be asked about again."""
+        durable.write_bytes(self.path / "weights.f32", np.ascontiguousarray(weights, "<f4").data)
+
+    def weights(self, sha256: str) -> Vector | None:
+        """Give the kept weights, float32 [P], if they are these."""
+        path = self.path / "weights.f32"
+        if not path.exists() or path.stat().st_size % 4:
+            return None
+        weights: Vector = np.fromfile(path, "<f4").astype(np.float32, copy=False)
+        return weights if sha256_of(weights) == sha256 else None
+
+    def _of_last_before(self, number: int, kind: str) -> Path:
+        answered = [n for n in self.answered() if n < number]
+        return self.path / kind / f"{max(answered, default=0):04d}.safetensors"
+
+    def _round(self, number: int) -> Path:
+        return self.path / "rounds" / f"{number:04d}.safetensors"
 
     def _held(self, purpose: str) -> Path:
         return self.path / "held" / f"{purpose.replace(' ', '-')}.json"
@@ -253,15 +296,21 @@ class RunArchive:
             if int(path.stem) <= last:
                 durable.write_bytes(path.with_suffix(".digest"), self._header(path)["request_digest"].encode())
                 path.unlink()
-        for path in (self.path / "optimizer").glob("[0-9]*.safetensors"):
-            if int(path.stem) <= last:
-                path.unlink()
+        for kind in ("optimizer", "residuals"):
+            for path in (self.path / kind).glob("[0-9]*.safetensors"):
+                if int(path.stem) <= last:
+                    path.unlink()
+
+    @classmethod
+    def _header(cls, path: Path) -> dict[str, Any]:
+        header: dict[str, Any] = json.loads(cls._metadata(path)["header"])
+        return header
 
     @staticmethod
-    def _header(path: Path) -> dict[str, Any]:
+    def _metadata(path: Path) -> dict[str, str]:
         with safetensors.safe_open(path, "np") as file:
-            header: dict[str, Any] = json.loads(file.metadata()["header"])
-        return header
+            metadata: dict[str, str] = file.metadata()
+        return metadata
 
 
 @contextmanager

@@ -266,7 +266,8 @@ class Gate:
                 run = self.archive.run(place.manifest_hash)
                 if (agreed := run.manifest().privacy) is not None and (kept := run.reply(place.round)) is not None:
                     where = place.manifest_hash, place.round
-                    return _Due(*where, "training", agreed.delta, digest_of_answer(kept))
+                    digest = digest_of_answer(kept, run.noise_key(place.round))
+                    return _Due(*where, "training", agreed.delta, digest)
         return None
 
     def _charged(self, due: "_Due") -> float:
@@ -295,7 +296,9 @@ class _Due:
     sha256: str
 
 
-def digest_of_answer(reply: SurveyReply | TrainReply) -> str:
-    """The sha256 under which a private answer is charged: of the survey, or of the update."""
+def digest_of_answer(reply: SurveyReply | TrainReply, noise_key: bytes = b"") -> str:
+    """The sha256 under which a private answer is charged: of the survey, or of the update and the key of its noise."""
     data = reply.survey if isinstance(reply, SurveyReply) else reply.update.astype("<f4", copy=False).data
-    return hashlib.sha256(data).hexdigest()
+    digest = hashlib.sha256(data)
+    digest.update(noise_key)
+    return digest.hexdigest()

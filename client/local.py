@@ -20,9 +20,10 @@ from torch import Tensor
 
 from client.archive import Agreement, Archive, Choices, RunArchive, Snapshot
 from federation import protection
+from federation.coding import Coding, round_
 from federation.manifest import Manifest
 from federation.messages import ProtocolError, SiteRefusal, TrainReply, TrainRequest, Vector
-from federation.update import to_decoder, to_vector
+from federation.update import cut_, to_decoder, to_vector
 from model.feed import ahead
 from model.machine import Machine, Precision, choose_precision
 from model.parallel import ALONE, Team
@@ -112,6 +113,7 @@ class LocalRound:
         self._results: list[StepResult] = []
         self._seconds = kept.seconds if kept else 0.0
         self._lost = False
+        self.residual: Vector | None = None
         if kept is None:
             optimizer = run.optimizer_before(request.round) if work.keeps_optimizer else None
             self.trainer = work.trainer(request.round, request.weights, machine, optimizer, team, task.key)
@@ -152,14 +154,21 @@ class LocalRound:
             self._keep()
 
     def reply(self, site: str) -> TrainReply:
-        """What the round came to."""
+        """What the round came to; what rounding took from the update is in `residual` then."""
         request = self._task.request
         update = to_vector(self.trainer.decoder)
         update -= request.weights
         if self._work.noises_update:
             if self._lost:
                 update[:] = 0.0
-            update = self._work.noised_update(update, request.round, self._task.key)
+            update = self._work.protected_update(update, request.round, self._task.key)
+        coding = self._work.coding
+        if coding != "float32":
+            if not np.isfinite(update).all():
+                raise TrainingDiverged("The update holds values that are not finite; a lower learning rate may help.")
+            # Of private training, all that enters here has its noise already.
+            before = self._run.residual_before(request.round)
+            self.residual = round_(update, coding, f"{request.manifest_hash}/{request.round}/{site}", before)
         steps = self._work.releases(len(self._results))
         weight, loss, seconds = self._work.expected_patients(steps), 0.0, 0.0
         if weight is None:
@@ -176,6 +185,7 @@ class LocalRound:
             steps=steps,
             loss=loss,
             seconds=seconds,
+            coding=coding,
         )
 
     @property
@@ -214,6 +224,11 @@ class Work:
     def keeps_optimizer(self) -> bool:
         """Whether the optimizer's state passes from round to round."""
         return self._manifest.local.optimizer_state == "keep"
+
+    @property
+    def coding(self) -> Coding:
+        """How updates travel."""
+        return self._manifest.transport.update
 
     @property
     def most_steps(self) -> int:
@@ -287,12 +302,19 @@ class Work:
 
     @property
     def noises_update(self) -> bool:
-        """Whether the noise is added to the update rather than in every step."""
-        return self._manifest.privacy is not None and self._manifest.privacy.mechanism == "local"
+        """Whether the noise is added to the update, here or under masks, rather than in every step."""
+        return self._manifest.privacy is not None and self._manifest.privacy.mechanism != "dp-sgd"
 
-    def noised_update(self, update: Vector, number: int, key: bytes) -> Vector:
-        """Cut a round's update, float32 [P], to the agreed norm and add its noise, which follows from the key."""
+    def protected_update(self, update: Vector, number: int, key: bytes) -> Vector:
+        """Cut a round's update, float32 [P], to the agreed norm, and add its noise, which follows from the key.
+
+        Where noise is shared out, the update is cut in place, and noise is added to the integers that are summed
+        (`client.masked`).
+        """
         privacy = protection.privacy_of(self._manifest)
+        if privacy.mechanism == "distributed":
+            cut_(update, protection.clip_before_rounding(self._manifest))
+            return update
         options = PrivateOptions(privacy.clip, privacy.noise_multiplier, privacy.sampling_rate)
         exact = torch.from_numpy(update).double()
         norm = float(exact.norm())

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from client.held import Held, Secrets, Unshown, check_progress
 from federation import canonical, shamir
+from federation.discrete_noise import DiscreteGaussianNoise
 from federation.identity import Identity
 from federation.keystream import Mask, Masks, chunks, pair_mask, shared_key
 from federation.masking import (
@@ -49,6 +50,7 @@ from federation.masking import (
     transcript_of,
 )
 from federation.messages import ProtocolError, Vector, Words
+from model.private import Secret
 from tokenizer.errors import ConfigError, DataError
 
 _NONCE_BYTES = 12
@@ -123,7 +125,9 @@ class MaskedSite(Unshown):
         self._enough(names, "the sites that sent keys")
         return self._share_out(request.keys)
 
-    def mask_(self, request: MaskedRequest, update: Vector, weight: int, totals: Mapping[str, float]) -> Masked:
+    def mask_(
+        self, request: MaskedRequest, update: Vector, weight: int, totals: Mapping[str, float], noise_key: bytes = b""
+    ) -> Masked:
         """Check and take the others' shares, and mask the update in place.
 
         Args:
@@ -131,9 +135,10 @@ class MaskedSite(Unshown):
             update: float32 [P], finite; **overwritten**: with 32-bit words the reply is a view of its memory.
             weight: how much the update counts, above 0.
             totals: the agreed totals.
+            noise_key: where noise was agreed, 32 secret bytes from which it follows; the same in every attempt.
 
         Raises:
-            DataError: the update, weight or totals don't fit what was agreed; nothing has changed.
+            DataError: the update, weight, totals or noise don't fit what was agreed; nothing has changed.
             OutOfTurn: shares were not given yet, or something else was masked already: the difference of two vectors
                 under the same masks would tell the difference of the updates. The same again gives the same words.
             Replayed, ForgedSignature, SplitRoster, AlteredShare, TooFewSites: see `federation.masking`.
@@ -156,8 +161,11 @@ class MaskedSite(Unshown):
         if weight < 1:
             raise DataError(f"The weight is {weight}; a site without weight has nothing to add.")
         numbers.check(update, {WEIGHT: weight, CLIPPED: 0, **totals})
+        noise = self._noise(noise_key)
         # Other shares would mean other masks, whose difference is a mask that the coordinator must not know.
         told = {"shares": request.shares, "weight": weight, "totals": totals, "update": sha256(update.data).hexdigest()}
+        if noise is not None:
+            told["noise"] = sha256(noise_key).hexdigest()
         masked = sha256(canonical.encode(told)).hexdigest()
         if self._held.masked not in ("", masked):
             raise OutOfTurn(f"{self._site} has masked another update for this sum; masks are never used twice.")
@@ -169,6 +177,8 @@ class MaskedSite(Unshown):
         clipped = 0
         for part in chunks(update.size):
             clipped += numbers.encode(update[part], weight, words[part])
+            if noise is not None:
+                noise.add_to_(words[part])
             masks.apply_(words[part])
         sums = numbers.encode_totals({WEIGHT: weight, CLIPPED: clipped, **totals})
         masks.apply_to_totals_(sums)
@@ -226,6 +236,18 @@ class MaskedSite(Unshown):
         opened = Opened(self._site, self._agreement.digest, seeds, keys)
         self._held = dataclasses.replace(self._held, secrets=None, shares={}, opened=opened)
         return opened
+
+    def _noise(self, key: bytes) -> DiscreteGaussianNoise | None:
+        """Give this round's noise in steps, the same for the same key; None where none was agreed."""
+        numbers, place = self._agreement.numbers, self._agreement.place
+        if bool(key) != bool(numbers.noise):
+            raise DataError(
+                f"Noise was {'' if numbers.noise else 'not '}agreed for this sum, but {'a' if key else 'no'} key for "
+                "it is kept beside the update, which must not leave."
+            )
+        if not key:
+            return None
+        return DiscreteGaussianNoise(numbers.noise_variance, Secret(key, f"{place.manifest_hash}/{place.round}/share"))
 
     def _begin(self) -> Held:
         agreement, drawn = self._agreement, Secrets.draw()

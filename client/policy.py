@@ -74,6 +74,7 @@ class _Privacy(_Section):
     """Differential privacy: whether training and surveys must have it, and the most that a patient may be charged.
 
     The totals are the limit of the site's budget (`client.budget`); they are given together or not at all.
+    `colluding_sites` is the least number of other sites that noise shared out over the sites must withstand.
     """
 
     training: Literal["required", "optional"] = "required"
@@ -82,6 +83,7 @@ class _Privacy(_Section):
     delta_per_run: float | None = Field(default=None, gt=0, lt=1)
     epsilon_total: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     delta_total: float | None = Field(default=None, gt=0, lt=1)
+    colluding_sites: int = Field(default=1, ge=0)
 
     @model_validator(mode="after")
     def _both(self) -> "_Privacy":
@@ -324,6 +326,9 @@ class Policy(_Section):
             return
         yield from _above("privacy.epsilon_per_run", "the run's ε", asked.epsilon, rules.epsilon_per_run)
         yield from _above("privacy.delta_per_run", "the run's δ", asked.delta, rules.delta_per_run)
+        if (colluding := protection.colluding_sites(manifest)) is not None:
+            what = "sites that its shared noise withstands beside the coordinator"
+            yield from _below("privacy.colluding_sites", what, colluding, rules.colluding_sites)
 
     def check_survey(self, privacy: SurveyPrivacy | None) -> list[Broken]:
         """Name the rule that the site's survey breaks, by its privacy (None: none); the budget looks at its cost."""

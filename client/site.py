@@ -26,6 +26,7 @@ from federation.messages import (
     EvaluateReply,
     EvaluateRequest,
     Kept,
+    Lacking,
     PrepareReply,
     PrepareRequest,
     ProtocolError,
@@ -134,6 +135,11 @@ class Site:
             FedcometError: whatever else stands in the way; its text may speak of records and must stay here.
         """
         self.gate.admit(request)
+        if isinstance(request, TrainRequest | EvaluateRequest):
+            whole = self._whole(request)
+            if whole is None:
+                return Lacking(self.files.name, request.manifest_hash, request.digest)
+            request = whole
         match request:
             case SurveyRequest():
                 return self.survey(request)
@@ -209,6 +215,20 @@ class Site:
         with run.working():
             return Summing(self.files.name, run, self._identity, self.gate.least_summed).answer(request)
 
+    def _whole(self, request: TrainRequest | EvaluateRequest) -> TrainRequest | EvaluateRequest | None:
+        """Give a request with its weights, if need be from what the site keeps; None if it doesn't have them."""
+        run = self.archive.run(request.manifest_hash)
+        agreement_of(run, self.files.name)
+        manifest = run.manifest()
+        if request.coding != manifest.transport.weights:
+            raise ProtocolError(f"The weights travel as {request.coding}; {manifest.transport.weights} was agreed on.")
+        if request.known:
+            weights = run.weights(request.known)
+            return None if weights is None else replace(request, weights=weights)
+        if isinstance(request, EvaluateRequest) and request.round < manifest.rounds:
+            run.keep_weights(request.weights)
+        return request
+
     def _kept(self, request: TrainRequest | EvaluateRequest) -> Kept:
         """Do the work that is asked for, keep what it came to, and tell only that."""
         run, name = self.archive.run(request.manifest_hash), self.files.name
@@ -237,8 +257,8 @@ class Site:
 
         Each is durable before the next. Killed anywhere, the same request gets the same noise again or the same answer.
         """
-        agreed = protection.releases_of_round(privacy, run.manifest().local)
-        costs = protection.of_steps(privacy, agreed)
+        manifest = run.manifest()
+        costs = protection.of_releases(manifest, protection.releases_of_round(privacy, manifest.local))
         release = Release(request.manifest_hash, request.round, "training", costs, request.digest)
         with self.gate.budget() as budget:
             charge = budget.reserve(release)
@@ -252,9 +272,9 @@ class Site:
             except TrainingDiverged as problem:
                 self.archive.log("private training", problem)
                 raise SiteRefusal("Private training did not end well; the site's own log says why.") from None
-        ran = replace(release, mechanisms=protection.of_steps(privacy, known.steps))
+        ran = replace(release, mechanisms=protection.of_releases(manifest, known.steps))
         with self.gate.budget() as budget:
-            budget.charge(ran, sha256=digest_of_answer(known))
+            budget.charge(ran, sha256=digest_of_answer(known, run.noise_key(request.round)))
             budget.cancel_before(ran)
         return known
 
@@ -276,7 +296,9 @@ class Site:
         local = LocalRound(work, run, task)
         local.go()
         reply = local.reply(self.files.name)
-        run.keep(reply, local.trainer.state_dict() if work.keeps_optimizer else None)
+        # The ledger forgets the key with the charge; noise that is added under masks needs it until then.
+        noise_key = key if summed.shares_noise(run.manifest()) else b""
+        run.keep(reply, local.trainer.state_dict() if work.keeps_optimizer else None, local.residual, noise_key)
         if local.choices != run.choices():
             run.choose(local.choices)
         return reply
@@ -387,9 +409,6 @@ def _read_codebook(data: bytes) -> Codebook:
 
 def _check_agreement(manifest: Manifest, codebook: Codebook) -> None:
     """Refuse a manifest that doesn't fit the codebook beside it, or this software."""
-    # Training without what was promised would be worse than not training.
-    if manifest.privacy is not None and manifest.privacy.mechanism == "distributed":
-        raise SiteRefusal(f"fedcomet {software_version()} has no {manifest.privacy.mechanism!r} privacy yet.")
     protection.check(manifest)
     if manifest.software != software_version():
         raise SiteRefusal(f"The run is for fedcomet {manifest.software}, here is {software_version()}.")

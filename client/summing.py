@@ -64,7 +64,7 @@ class Summing:
                 return site.shares(request)
             case MaskedRequest():
                 part = self._summand(request.place)
-                return site.mask_(request, part.vector, part.weight, part.totals)
+                return site.mask_(request, part.vector, part.weight, part.totals, part.noise_key)
             case ConsentRequest():
                 return site.consent(request)
             case OpenRequest():
@@ -88,7 +88,7 @@ class Summing:
             if score is not None:
                 return score_of(score)
         elif (reply := self._run.reply(place.round)) is not None:
-            return update_of(self._manifest, reply)
+            return update_of(self._manifest, reply, self._run.noise_key(place.round))
         raise SiteRefusal(f"{self._site} does not keep its answer of round {place.round} any more.")
 
     def _score(self, place: Place) -> EvaluateReply | None:

@@ -108,16 +108,16 @@ def _told(error: grpc.RpcError, address: str) -> CallError:
 
 
 def _unreachable(details: str, address: str) -> str:
-    if "CERTIFICATE_VERIFY_FAILED" in details or "Hostname Verification" in details:
+    if "ALERT" in details or "Socket closed" in details or "Broken pipe" in details:
+        return (
+            f"The coordinator at {address} ended the connection ({details}). If this site's certificate expired or is "
+            "of another federation, ask the coordinator for a new invitation and join again."
+        )
+    if "certificate" in details.lower() or "Hostname" in details:
         return (
             f"What answers at {address} has no valid certificate of this federation for that address. It may be "
             "another server or somebody in between: check the address with the coordinator; if it is right, the "
             "coordinator runs fedcomet coordinator rotate."
-        )
-    if "TLSV1" in details or "SSL_ERROR" in details or "Socket closed" in details or "Broken pipe" in details:
-        return (
-            f"The coordinator at {address} ended the connection ({details}). If this site's certificate expired or is "
-            "of another federation, ask the coordinator for a new invitation and join again."
         )
     return (
         f"The coordinator at {address} can't be reached ({details}); check the address, the network and the firewall."

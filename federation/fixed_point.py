@@ -2,8 +2,11 @@
 
 A site's update x, clipped to ±clip and scaled by its share of the greatest weight, w/W, is told in steps of clip/L:
     q = rint(clip(x, ±clip) · (w/W) · L/clip), −L ≤ q ≤ L.
-L is the greatest level at which n such sums fit in the signed range of a word, so a sum never wraps. The mean over the
-sites S is Σ q · (clip/L) · W / Σ w, and it errs by at most
+L is the greatest level at which n such sums fit in the signed range of a word, so a sum never wraps. Where every site
+adds noise of the deviation s to every integer, the range also holds 12 deviations of the whole noise, 12 sqrt(n) s: a
+sum of discrete Gaussians is beyond them with a probability of 2 exp(-72) at most (its tails are a
+Gaussian's at most: Canonne, Kamath, Steinke, NeurIPS 2020, arXiv 2004.00010), below 1e-21 for any of a billion values.
+The mean over the sites S is Σ q · (clip/L) · W / Σ w, and it errs by at most
     0.51 · |S| · (clip/L) · W / Σ w,
 the hundredth being float64's own error, besides the rounding of the result to float32.
 
@@ -25,6 +28,7 @@ from tokenizer.errors import ConfigError, DataError
 CHUNK = 1 << 16
 """Values worked on at a time: small enough for a core's own cache."""
 
+_NOISE_ROOM = 12.0  # deviations
 _MOST_LEVELS = 2**44  # four float64 roundings of such a number stay below 0.01
 _ERROR = 0.51
 
@@ -54,6 +58,7 @@ class FixedPoint:
         max_weight: the greatest weight W of a site.
         precision_bits: the step is at most clip / 2^precision_bits; words are 32 bits where that is enough.
         totals: what is summed beside the update, in this order.
+        noise: standard deviation of the noise that each site adds to every value of its update; 0 is none.
     """
 
     sites: int
@@ -61,10 +66,14 @@ class FixedPoint:
     max_weight: float
     precision_bits: int
     totals: tuple[Total, ...]
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         if self._levels(64) < 2**self.precision_bits:
-            raise ConfigError(f"{self.precision_bits} bits for {self.sites} sites don't fit in 64; at most 44 do.")
+            noisy = f" with noise of {self.noise / self.clip:g} clips" if self.noise else ""
+            raise ConfigError(
+                f"{self.precision_bits} bits for {self.sites} sites{noisy} don't fit in 64; at most 44 do."
+            )
         for total in self.totals:
             if self.sites * (total.most / total.step + 1) >= 2**53:
                 raise ConfigError(
@@ -85,6 +94,11 @@ class FixedPoint:
     def step(self) -> float:
         """The resolution of a value of full weight."""
         return self.clip / self.levels
+
+    @property
+    def noise_variance(self) -> float:
+        """The variance of a site's noise, in steps."""
+        return (self.noise / self.step) ** 2
 
     def mean_error(self, sites: int, weight: float) -> float:
         """Give the greatest error of a mean of `sites` updates of the summed weight, before rounding to float32."""
@@ -137,4 +151,7 @@ class FixedPoint:
         return {total.name: value * total.step for total, value in pairs}
 
     def _levels(self, bits: int) -> int:
-        return min((2 ** (bits - 1) - 1) // self.sites, _MOST_LEVELS)
+        if not self.noise:
+            return min((2 ** (bits - 1) - 1) // self.sites, _MOST_LEVELS)
+        room = self.sites + _NOISE_ROOM * math.sqrt(self.sites) * self.noise / self.clip
+        return min(int((2 ** (bits - 1) - 1) / room), _MOST_LEVELS)

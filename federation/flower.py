@@ -1,9 +1,9 @@
 """The one place that turns messages into Flower's records and back, and that touches Flower's inside.
 
 A message is a `RecordDict` of two records: `header`, with one string, and `payloads`, an `ArrayRecord` whose arrays
-hold raw little-endian float32, the unsigned integers of masked sums, or plain bytes. Arrays travel in content-
-addressed chunks, so that weights sent to many sites cost the server one copy. Nothing is unpickled and no array
-header is parsed. Whatever arrives from the other side in another shape is a `ProtocolError`.
+hold raw little-endian float32, the unsigned integers of masked sums, or plain bytes (packed vectors, too). Arrays
+travel in content-addressed chunks, so that weights sent to many sites cost the server one copy. Nothing is unpickled
+and no array header is parsed. Whatever arrives from the other side in another shape is a `ProtocolError`.
 
 Checked against flwr 1.41; the version is pinned.
 """
@@ -18,7 +18,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.supercore.task_identity import TaskIdentity
 
 from federation import masking, messages
-from federation.messages import DeliveryError, Message, ProtocolError, Vector, Wire, Words, from_wire, to_wire
+from federation.messages import DeliveryError, Message, Payload, ProtocolError, Vector, Wire, Words, from_wire, to_wire
 
 KINDS: Mapping[str, type[Any]] = {**messages.KINDS, **masking.KINDS}
 """Everything that is said: rounds, and the masked sums in them."""
@@ -121,14 +121,14 @@ def assume_identity() -> None:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 0, 0, 1
 
 
-def _array(payload: bytes | Vector | Words) -> Array:
+def _array(payload: Payload) -> Array:
     if isinstance(payload, bytes):
         return Array("uint8", (len(payload),), _RAW, payload)
     name = payload.dtype.name
     return Array(name, (payload.size,), _RAW, payload.astype(_DTYPES[name], copy=False).tobytes())
 
 
-def _payload(name: str, array: Any) -> bytes | Vector | Words:
+def _payload(name: str, array: Any) -> Payload:
     if array.stype != _RAW or array.dtype not in _DTYPES:
         raise ProtocolError(
             f"The payload {name[:80]!r} is {array.dtype!s:.40} as {array.stype!s:.40}; raw is expected."

@@ -86,7 +86,10 @@ class Invitation:
         name = rest[_SECRET:].decode(errors="replace")
         if not is_site_name(name):
             raise wrong
-        return cls(name, _ROLES[body[0]], authority.hex(), rest[:_SECRET])
+        read = cls(name, _ROLES[body[0]], authority.hex(), rest[:_SECRET])
+        if read.token != text:  # letters that base64 ignores
+            raise wrong
+        return read
 
 
 def _check(data: bytes) -> bytes:

@@ -5,6 +5,7 @@ agreed to refuses. A field or a version that this software doesn't know is refus
 """
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ from importlib import metadata
 from typing import Literal
 
 from federation import canonical
+from federation.coding import Coding
 from federation.masking import MaskingOptions, TooFewSites, check_roster
 from federation.messages import ProtocolError
 from model.decoder import DecoderConfig
@@ -61,19 +63,37 @@ class LocalWork:
 
 @dataclass(frozen=True)
 class OuterOptions:
-    """How the coordinator applies the mean update; see `server.aggregate` for the formulas.
+    """How the coordinator makes one update of the sites' and applies it; see `server.aggregate` for the formulas.
 
-    `weights` tells whether sites count by the tokens they trained on or all the same.
+    Attributes:
+        name, lr, momentum: the optimizer.
+        weights: whether sites count by the tokens they trained on or all the same; the median and the trimmed mean
+            take all the same.
+        max_share: the most that one site's weight may be of all weights; where that can't be, all count the same.
+        rule: how updates become one; all but "mean" bear some hostile or broken sites, and need to see single updates.
+        byzantine: how many such sites "trimmed_mean" (cut off at both ends) and "krum" bear.
+        clip_norm: an update with a larger L2 norm is cut to it; None cuts none.
     """
 
     name: Literal["fedavg", "nesterov"] = "fedavg"
     lr: float = 1.0
     momentum: float = 0.0
     weights: Literal["tokens", "uniform"] = "tokens"
+    max_share: float = 1.0
+    rule: Literal["mean", "median", "trimmed_mean", "krum"] = "mean"
+    byzantine: int = 0
+    clip_norm: float | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "max_share", float(self.max_share))
         if self.lr <= 0:
             raise ConfigError("outer.lr must be above 0.")
+        if not 0 < self.max_share <= 1:
+            raise ConfigError("outer.max_share must be above 0, and 1 at most.")
+        if self.byzantine < 0 or (self.byzantine > 0) != (self.rule in ("trimmed_mean", "krum")):
+            raise ConfigError("outer.byzantine belongs to the rules trimmed_mean and krum, which need at least 1.")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ConfigError("outer.clip_norm must be above 0, or absent.")
         if not 0 <= self.momentum < 1:
             raise ConfigError("outer.momentum must be at least 0 and below 1.")
         if self.name == "fedavg" and self.momentum != 0:
@@ -83,6 +103,19 @@ class OuterOptions:
     def nesterov(cls, lr: float = 0.7, momentum: float = 0.9) -> "OuterOptions":
         """The outer optimizer of DiLoCo with the values of its paper (arXiv 2311.08105, section 3.1)."""
         return cls("nesterov", lr, momentum)
+
+
+@dataclass(frozen=True)
+class Transport:
+    """How vectors travel (`federation.coding`).
+
+    Attributes:
+        update: sites' updates. What rounding takes away from one, a site adds to its next.
+        weights: the global weights. Sites train and evaluate from the rounded ones; the coordinator keeps all digits.
+    """
+
+    update: Coding = "float32"
+    weights: Literal["float32", "bfloat16"] = "float32"
 
 
 @dataclass(frozen=True)
@@ -96,6 +129,9 @@ class Privacy:
         clip: largest L2 norm of what one patient gives ("dp-sgd") or of the update.
         noise_multiplier: standard deviation of the noise, in units of `clip`.
         sampling_rate: chance of a patient to be in a step's batch; 1 where the mechanism doesn't sample.
+        honest_sites: of "distributed" only: how many sites of every sum are relied on to add their noise and to tell
+            nobody; theirs together is `noise_multiplier` x `clip`. The rest of `secure_aggregation.min_sites` may work
+            together with the coordinator.
     """
 
     mechanism: Literal["dp-sgd", "local", "distributed"]
@@ -104,6 +140,7 @@ class Privacy:
     clip: float
     noise_multiplier: float
     sampling_rate: float = 1.0
+    honest_sites: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("epsilon", "delta", "clip", "noise_multiplier", "sampling_rate"):
@@ -115,9 +152,20 @@ class Privacy:
             "clip must be above 0": self.clip > 0,
             "noise_multiplier must be above 0": self.noise_multiplier > 0,
             "sampling_rate must be above 0, and 1 at most": 0 < self.sampling_rate <= 1,
+            'honest_sites must be given with mechanism "distributed", and with no other': (
+                (self.honest_sites is not None) == (self.mechanism == "distributed")
+            ),
+            "honest_sites must be at least 2": self.honest_sites is None or self.honest_sites >= 2,
         }
         if wrong := [rule for rule, holds in rules.items() if not holds]:
             raise ConfigError(f"privacy: {'; '.join(wrong)}.")
+
+    @property
+    def share(self) -> float:
+        """Standard deviation of the noise that one site adds to a sum; 0 where noise is not shared out."""
+        if self.honest_sites is None:
+            return 0.0
+        return self.noise_multiplier * self.clip / math.sqrt(self.honest_sites)
 
 
 @dataclass(frozen=True)
@@ -143,8 +191,8 @@ class SecureAggregation:
             raise ConfigError(
                 f"secure_aggregation.min_sites is {self.min_sites}, but the roster has {len(self.roster)} sites."
             )
-        if self.masking.totals:
-            raise ConfigError("secure_aggregation.masking.totals must be left out: they follow from the run.")
+        if self.masking.totals or self.masking.noise:
+            raise ConfigError("secure_aggregation.masking.totals and noise must be left out: they follow from the run.")
         try:
             check_roster(self.roster, self.masking.threshold)
         except TooFewSites as problem:
@@ -167,6 +215,9 @@ class Manifest:
         min_sites: a round with fewer accepted updates fails.
         deadline_s: the time that sites have for one answer.
         max_norm: the largest L2 norm of an accepted update, or none.
+        sites_per_round: how many sites are asked in a round, drawn anew for each; None asks all. Drawing sites is no
+            part of any claim of privacy.
+        transport: how vectors travel.
         purposes: the questions that the trained model will be asked.
         privacy: differential privacy of what sites give; None is none.
         secure_aggregation: how updates are summed; None leaves them in clear.
@@ -187,11 +238,30 @@ class Manifest:
     min_sites: int
     deadline_s: float
     max_norm: float | None = None
+    sites_per_round: int | None = None
+    transport: Transport = Transport()
     purposes: tuple[str, ...] = ()
     privacy: Privacy | None = None
     secure_aggregation: SecureAggregation | None = None
     software: str = ""
     version: int = VERSION
+
+    def __post_init__(self) -> None:
+        if self.sites_per_round is not None and self.sites_per_round < max(1, self.min_sites):
+            raise ConfigError("sites_per_round must be at least min_sites, or absent.")
+        if self.secure_aggregation is None:
+            return
+        if self.transport.update != "float32":
+            raise ConfigError(
+                "transport.update must be float32 with secure aggregation, whose sums have words instead."
+            )
+        if self.outer.rule != "mean" or self.outer.clip_norm is not None:
+            raise ConfigError(
+                "outer.rule must be mean and outer.clip_norm absent with secure aggregation, where nobody sees a "
+                "single update; each site keeps to max_norm."
+            )
+        if self.sites_per_round is not None and self.sites_per_round < self.secure_aggregation.min_sites:
+            raise ConfigError("sites_per_round must be at least secure_aggregation.min_sites, or absent.")
 
     def to_bytes(self) -> bytes:
         """Give the canonical bytes."""

@@ -85,6 +85,7 @@ class MaskingOptions:
             what sites really have, it costs precision.
         precision_bits: the step is at most clip / 2^precision_bits.
         totals: what else is summed, such as steps and losses.
+        noise: standard deviation of the discrete Gaussian noise that each site adds to its update; 0 is none.
     """
 
     threshold: int
@@ -92,9 +93,13 @@ class MaskingOptions:
     max_weight: int
     precision_bits: int = 20
     totals: tuple[Total, ...] = ()
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "clip", float(self.clip))
+        object.__setattr__(self, "noise", float(self.noise))
+        if not 0 <= self.noise < float("inf"):
+            raise ConfigError("masking.noise must be a finite number, and 0 or more.")
         if not 0 < self.clip < float("inf"):
             raise ConfigError("masking.clip must be a finite number above 0.")
         if self.max_weight < 1:
@@ -153,8 +158,9 @@ class Agreement:
         """How updates and totals become integers."""
         options = self.options
         always = (Total(WEIGHT, options.max_weight), Total(CLIPPED, self.size))
+        totals = (*always, *options.totals)
         return FixedPoint(
-            len(self.roster), options.clip, options.max_weight, options.precision_bits, (*always, *options.totals)
+            len(self.roster), options.clip, options.max_weight, options.precision_bits, totals, options.noise
         )
 
     @cached_property

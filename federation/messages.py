@@ -3,6 +3,9 @@
 A message is a frozen dataclass. On the wire it is a JSON header (every plain field, the kind and the version) and named
 payloads (every field of bytes or of float32). Whoever reads one trusts nothing: a header or payload that does not fit
 is a `ProtocolError` that names the field, never another exception. How a transport carries a `Wire` is not known here.
+
+A message with a `coding` holds vectors that were rounded to what that coding can tell, and its payloads are packed so.
+Weights that a site has from the question before need not travel again: `known` names them in their place.
 """
 
 import dataclasses
@@ -11,12 +14,14 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from federation import canonical
+from federation.coding import Coding, CodingError, pack, unpack
 from tokenizer.codebook import TokenizerOptions
 from tokenizer.errors import FedcometError
 from tokenizer.split import SplitRule
@@ -27,6 +32,8 @@ VERSION = 1
 Vector = NDArray[np.float32]
 Words = NDArray[np.unsignedinteger]
 """Integers of a masked sum, little-endian uint32 or uint64."""
+Payload = bytes | Vector | Words | NDArray[np.uint8]
+"""What travels beside a header; uint8 is a packed vector."""
 
 _HEADER_LIMIT = 1 << 20
 _SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -109,20 +116,30 @@ class PrepareReply:
 
 @dataclass(frozen=True, eq=False)
 class TrainRequest:
-    """Asks for the local work of one round, from the global weights: float32 [P]."""
+    """Asks for the local work of one round, from the global weights: float32 [P].
+
+    Or, where `known` is their sha256, float32 [0]: the site has them.
+    """
 
     kind: ClassVar[str] = "train"
     manifest_hash: str
     round: int
     weights: Vector
     deadline_s: float
+    coding: Coding = "float32"
+    known: str = ""
     coordinator: str = ""
     signature: str = ""
 
-    @property
+    @cached_property
+    def weights_sha256(self) -> str:
+        """The sha256 of the weights' little-endian float32 bytes."""
+        return self.known or sha256_of(self.weights)
+
+    @cached_property
     def digest(self) -> str:
         """Name what is asked: equal work has an equal digest, whenever it is due."""
-        return _digest(self.kind, self.manifest_hash, str(self.round), self.weights)
+        return _digest(self.kind, self.manifest_hash, str(self.round), self.weights_sha256)
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,11 +161,15 @@ class TrainReply:
     steps: int
     loss: float
     seconds: float
+    coding: Coding = "float32"
 
 
 @dataclass(frozen=True, eq=False)
 class EvaluateRequest:
-    """Asks for the loss of the weights, float32 [P], after round `round` on one split of the site's patients."""
+    """Asks for the loss of the weights, float32 [P], after round `round` on one split of the site's patients.
+
+    `known` is as in `TrainRequest`.
+    """
 
     kind: ClassVar[str] = "evaluate"
     manifest_hash: str
@@ -156,13 +177,20 @@ class EvaluateRequest:
     split: str
     weights: Vector
     deadline_s: float
+    coding: Coding = "float32"
+    known: str = ""
     coordinator: str = ""
     signature: str = ""
 
-    @property
+    @cached_property
+    def weights_sha256(self) -> str:
+        """The sha256 of the weights' little-endian float32 bytes."""
+        return self.known or sha256_of(self.weights)
+
+    @cached_property
     def digest(self) -> str:
         """Name what is asked: equal work has an equal digest, whenever it is due."""
-        return _digest(self.kind, self.manifest_hash, f"{self.round}/{self.split}", self.weights)
+        return _digest(self.kind, self.manifest_hash, f"{self.round}/{self.split}", self.weights_sha256)
 
 
 @dataclass(frozen=True)
@@ -194,6 +222,16 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class Lacking:
+    """The site doesn't have the weights that the request `request_digest` names as known: it is to be sent them."""
+
+    kind: ClassVar[str] = "lacking"
+    site: str
+    manifest_hash: str
+    request_digest: str
+
+
+@dataclass(frozen=True)
 class Refusal:
     """The answer of a site that does not answer: who, and why in words that hold nothing about patients."""
 
@@ -203,7 +241,7 @@ class Refusal:
 
 
 Request = SurveyRequest | PrepareRequest | TrainRequest | EvaluateRequest
-Reply = SurveyReply | PrepareReply | TrainReply | EvaluateReply | Kept | Refusal
+Reply = SurveyReply | PrepareReply | TrainReply | EvaluateReply | Kept | Lacking | Refusal
 Message = Request | Reply
 
 KINDS: Mapping[str, type[Any]] = {kind.kind: kind for kind in (*Request.__args__, *Reply.__args__)}
@@ -215,19 +253,21 @@ class Wire:
     """A message as a transport carries it: a JSON header and named payloads."""
 
     header: bytes
-    payloads: Mapping[str, bytes | Vector | Words]
+    payloads: "Mapping[str, Payload]"
 
 
 def to_wire(message: Any) -> Wire:
     """Lay a message out for the transport; vectors are not copied."""
     header: dict[str, Any] = {"kind": message.kind, "version": VERSION}
-    payloads: dict[str, bytes | Vector | Words] = {}
+    payloads: dict[str, Payload] = {}
     for field in dataclasses.fields(message):
         value = getattr(message, field.name)
         if field.type == Words:
             payloads[field.name] = np.ascontiguousarray(value)
         elif isinstance(value, np.ndarray):
-            payloads[field.name] = np.ascontiguousarray(value, np.float32)
+            coding: Coding = getattr(message, "coding", "float32")
+            vector = np.ascontiguousarray(value, np.float32)
+            payloads[field.name] = vector if coding == "float32" else pack(vector, coding)
         elif isinstance(value, bytes):
             payloads[field.name] = value
         else:
@@ -259,7 +299,7 @@ def from_wire(wire: Wire, kinds: Mapping[str, type[Any]] = KINDS) -> Any:
         if field.type in (bytes, Vector, Words):
             if field.name in fields:
                 raise ProtocolError(f"{kind_name}.{field.name} must be a payload, not part of the header.")
-            fields[field.name] = _payload(wire.payloads, kind_name, field)
+            fields[field.name] = _payload(wire.payloads, kind_name, field, fields.get("coding", "float32"))
     expected = {field.name for field in dataclasses.fields(kind)}
     if extra := sorted(set(wire.payloads) - expected):
         raise ProtocolError(f"{kind_name} has the unknown payload {_short(extra[0])}.")
@@ -268,6 +308,11 @@ def from_wire(wire: Wire, kinds: Mapping[str, type[Any]] = KINDS) -> Any:
     if site is not None and not is_site_name(site):
         raise ProtocolError(f"{_short(site)} can't be the name of a site: use letters, digits, '.', '_' and '-'.")
     return message
+
+
+def sha256_of(vector: Vector) -> str:
+    """Give the sha256 of a vector's little-endian float32 bytes."""
+    return hashlib.sha256(np.ascontiguousarray(vector, "<f4").data).hexdigest()
 
 
 def is_site_name(name: str) -> bool:
@@ -296,10 +341,12 @@ def _header(data: bytes) -> dict[str, Any]:
 _DTYPES: dict[Any, tuple[str, ...]] = {Vector: ("float32",), Words: ("uint32", "uint64")}
 
 
-def _payload(payloads: Mapping[str, Any], kind: str, field: dataclasses.Field[Any]) -> bytes | Vector | Words:
-    value: bytes | Vector | Words | None = payloads.get(field.name)
+def _payload(payloads: Mapping[str, Any], kind: str, field: dataclasses.Field[Any], coding: Any) -> Payload:
+    value: Payload | None = payloads.get(field.name)
     if value is None:
         raise ProtocolError(f"{kind} lacks the payload {field.name!r}.")
+    if field.type == Vector and coding in ("bfloat16", "int8"):
+        return _unpacked(value, coding, f"The payload {field.name!r} of {kind}")
     if isinstance(value, np.ndarray):
         fits = value.dtype.name in _DTYPES.get(field.type, ())
     else:
@@ -309,10 +356,18 @@ def _payload(payloads: Mapping[str, Any], kind: str, field: dataclasses.Field[An
     return value
 
 
-def _digest(kind: str, manifest_hash: str, what: str, weights: Vector) -> str:
-    digest = hashlib.sha256(f"{kind}\n{manifest_hash}\n{what}\n".encode())
-    digest.update(np.ascontiguousarray(weights, np.float32).data)
-    return digest.hexdigest()
+def _unpacked(value: Payload, coding: Coding, what: str) -> Vector:
+    data: NDArray[Any] = np.frombuffer(value, np.uint8) if isinstance(value, bytes) else value
+    if data.dtype != np.uint8:
+        raise ProtocolError(f"{what} is of the wrong type.")
+    try:
+        return unpack(data, coding)
+    except CodingError as cause:
+        raise ProtocolError(f"{what} can't be read: {cause}") from None
+
+
+def _digest(kind: str, manifest_hash: str, what: str, weights_sha256: str) -> str:
+    return hashlib.sha256(f"{kind}\n{manifest_hash}\n{what}\n{weights_sha256}\n".encode()).hexdigest()
 
 
 def _short(value: object) -> str:

@@ -5,18 +5,20 @@ The noise is computed: `noise_for` finds the least noise multiplier at which `fe
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from scipy.special import erfc, erfcx  # part of what dp-accounting needs
 
-from federation.accountant import Gaussian, epsilon
+from federation.accountant import DiscreteGaussian, Gaussian, Mechanism, epsilon
 from tokenizer.errors import ConfigError
 
 _CLOSE = 0.005
 """How far below the wanted epsilon the found noise may stay, relative."""
 _AGREEMENT = 0.25
 """Length of the mean of clipped gradients / the clipping bound; see `progress`."""
+_FINE = 2.0**30
 _NATS_PER_HALVING = 0.1
 """What half as many useful steps cost; see `Row.loss`."""
 
@@ -85,6 +87,25 @@ class Row:
     loss: float
 
 
+@dataclass(frozen=True)
+class UpdateRow:
+    """A plan with noise on the updates, once a round.
+
+    Attributes:
+        mechanism: "local", each site's own noise, or "distributed", noise shared out over the sites.
+        honest_sites: relied on for their share; None where each site has its own.
+        noise_multiplier: Standard deviation of the noise / the updates' bound.
+        epsilon: At the end.
+        length: Of the noise in the mean over the sites / the updates' bound.
+    """
+
+    mechanism: Literal["local", "distributed"]
+    honest_sites: int | None
+    noise_multiplier: float
+    epsilon: float
+    length: float
+
+
 def plan(wish: Wish, batches: Sequence[int]) -> list[Row]:
     """Give the plan for each batch size.
 
@@ -94,16 +115,62 @@ def plan(wish: Wish, batches: Sequence[int]) -> list[Row]:
     return [_row(wish, batch) for batch in batches]
 
 
-def noise_for(wanted: float, delta: float, sampling_rate: float, steps: int) -> float:
+def plan_updates(wish: Wish, sites: int, honest_sites: int) -> tuple[UpdateRow, UpdateRow]:
+    """Give the plans with noise on the updates of so many sites: their own, and shared out.
+
+    Two updates are twice their bound apart at most. In the mean of n sites, own noise of z bounds for each of P values
+    has the length z sqrt(P / n); shares of which h make z have z sqrt(P / (n h)).
+
+    Raises:
+        ConfigError: There are not so many honest sites, or fewer than 2.
+    """
+    if not 2 <= honest_sites <= sites:
+        raise ConfigError(f"privacy plan: honest sites must be from 2 to {sites}, the number of sites.")
+
+    def own(noise: float) -> list[Mechanism]:
+        return [Gaussian(noise / 2, steps=wish.rounds)]
+
+    def shared(noise: float) -> list[Mechanism]:
+        # Steps so fine that the law doesn't depend on them; `federation.protection` has a run's own.
+        variance = (noise * _FINE) ** 2 / honest_sites
+        return [DiscreteGaussian(variance, 2.0 * _FINE, honest_sites, wish.parameters, wish.rounds)]
+
+    rows = []
+    for mechanism, released, honest in (("local", own, None), ("distributed", shared, honest_sites)):
+        noise = noise_for(wish.epsilon, wish.delta, 1.0, wish.rounds, released)
+        length = noise * math.sqrt(wish.parameters / sites / (honest or 1))
+        rows.append(UpdateRow(mechanism, honest, noise, epsilon(released(noise), wish.delta), length))  # type: ignore[arg-type]
+    return rows[0], rows[1]
+
+
+def honest_by_default(sites: int) -> int:
+    """Give how many of so many sites must be honest where all are summed and a mask's threshold is two thirds."""
+    threshold = 2 * sites // 3 + 1
+    return sites - min(2 * threshold - sites - 1, threshold - 2)
+
+
+def noise_for(
+    wanted: float,
+    delta: float,
+    sampling_rate: float,
+    steps: int,
+    released: Callable[[float], Iterable[Mechanism]] | None = None,
+) -> float:
     """The noise multiplier, rounded up to 4 digits, for which these steps cost at most `wanted`, and hardly less.
+
+    Args:
+        wanted, delta: the most that all steps may cost.
+        sampling_rate, steps: of sums with Gaussian noise.
+        released: gives what is released by a noise multiplier, if it is something else than such sums.
 
     The search begins at the central limit of Bu et al., "Deep Learning with Gaussian Differential Privacy", 2019,
     arXiv 1911.11607 (corollary 5.4), and every figure that it takes is the accountant's.
     """
     low, high, slope = 0.0, math.inf, -1.5  # too little noise; enough; d log(cost) / d log(noise)
+    released = released or (lambda noise: [Gaussian(noise, sampling_rate, steps)])
     noise, before = _rounded_up(_central_limit(wanted, delta, sampling_rate, steps)), None
     for _ in range(40):
-        cost = epsilon([Gaussian(noise, sampling_rate, steps)], delta)
+        cost = epsilon(released(noise), delta)
         if cost <= wanted and (cost >= (1 - _CLOSE) * wanted or noise <= low * (1 + 2e-3)):
             return noise
         low, high = (low, noise) if cost <= wanted else (noise, high)

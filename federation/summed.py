@@ -3,14 +3,17 @@
 An update counts by the tokens it was made of (in private runs: by the patients that were drawn on average), or all
 count the same; tokens, steps and losses ride in the same sum. An evaluation is a sum of its own, of losses and tokens
 only. Checks that need a single update are made here too, for the site to make: the coordinator sees none.
+
+Where noise is shared out over the sites, a sum tells nothing of records but its noisy update: all weights are equal,
+and the totals are constants.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from federation.fixed_point import Total
+from federation.fixed_point import FixedPoint, Total
 from federation.manifest import Manifest, SecureAggregation
 from federation.masking import Agreement, MaskingOptions, Place
 from federation.messages import EvaluateReply, ProtocolError, TrainReply, Vector
@@ -26,11 +29,12 @@ _MOST_EVALUATED = 2**34  # targets of a split
 
 @dataclass(frozen=True, eq=False)
 class Summand:
-    """What one site adds to a sum: a vector float32 [P], its weight, and the totals."""
+    """What one site adds to a sum: a vector float32 [P], its weight, the totals, and the secret key of its noise."""
 
     vector: Vector
     weight: int
     totals: Mapping[str, float]
+    noise_key: bytes = field(default=b"", repr=False)
 
 
 def aggregation_of(manifest: Manifest) -> SecureAggregation:
@@ -64,16 +68,25 @@ def agreement_of(manifest: Manifest, place: Place, work: str) -> Agreement:
     return Agreement(place, work, size, chosen.roster, options)
 
 
+def numbers_of(manifest: Manifest) -> FixedPoint:
+    """Give how a run's updates become integers.
+
+    Raises:
+        ProtocolError: the run has no secure aggregation.
+    """
+    return agreement_of(manifest, Place(manifest.hash, 1, "train", 1), "").numbers
+
+
 def update_bytes(manifest: Manifest) -> int:
     """Give the bytes of one site's update of a round, as it leaves: float32, or masked words of 32 or 64 bits."""
     size = manifest.model.parameters()
-    if manifest.secure_aggregation is None:
-        return 4 * size
-    return size * agreement_of(manifest, Place(manifest.hash, 1, "train", 1), "").numbers.dtype.itemsize
+    return size * (4 if manifest.secure_aggregation is None else numbers_of(manifest).dtype.itemsize)
 
 
-def update_of(manifest: Manifest, reply: TrainReply) -> Summand:
+def update_of(manifest: Manifest, reply: TrainReply, noise_key: bytes = b"") -> Summand:
     """Give what a round's work adds to the sum; the vector is the reply's own."""
+    if shares_noise(manifest):
+        return Summand(reply.update, 1, {TOKENS: 1, STEPS: 1, LOSS: 0.0}, noise_key)
     loss = min(reply.loss, _MOST_LOSS) * reply.tokens
     weight = reply.tokens if manifest.outer.weights == "tokens" else 1
     return Summand(reply.update, weight, {TOKENS: reply.tokens, STEPS: reply.steps, LOSS: loss})
@@ -83,6 +96,11 @@ def score_of(reply: EvaluateReply) -> Summand:
     """Give what an evaluation adds to the sum."""
     loss = min(reply.nll, _MOST_LOSS * reply.tokens)
     return Summand(np.zeros(1, np.float32), 1, {TOKENS: reply.tokens, LOSS: loss})
+
+
+def shares_noise(manifest: Manifest) -> bool:
+    """Tell whether every site adds a share of the noise to its update before it is masked."""
+    return manifest.privacy is not None and manifest.privacy.mechanism == "distributed"
 
 
 def objection(manifest: Manifest, reply: TrainReply) -> str:
@@ -108,7 +126,8 @@ def _of_updates(manifest: Manifest, options: MaskingOptions) -> MaskingOptions:
         Total(LOSS, _MOST_LOSS * most, most * 2.0**-24),
     )
     weight = most if manifest.outer.weights == "tokens" else 1
-    return replace(options, max_weight=weight, totals=totals)
+    noise = 0.0 if manifest.privacy is None else manifest.privacy.share
+    return replace(options, max_weight=weight, totals=totals, noise=noise)
 
 
 def _of_losses(chosen: SecureAggregation) -> MaskingOptions:

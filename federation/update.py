@@ -103,3 +103,14 @@ def norm(vector: NDArray[np.float32]) -> float:
             part = vector[start : start + _CHUNK].astype(np.float64)
             total += float(part @ part)
     return math.sqrt(total)
+
+
+def cut_(vector: NDArray[np.float32], limit: float) -> None:
+    """Shorten a vector [P] to the L2 norm `limit`, up to its rounding to float32; all zeros if a value isn't finite."""
+    length = norm(vector)
+    if not math.isfinite(length):
+        vector[:] = 0.0
+    elif length > limit:
+        for start in range(0, vector.size, _CHUNK):
+            part = vector[start : start + _CHUNK]
+            part[:] = part * np.float64(limit / length)

@@ -103,7 +103,7 @@ def coordinate(
 def _lead(run_dir: Path, plan: FederationPlan, post: Post, journal: Journal, wishes: Wishes) -> Outcome:
     """Go through all that is left of a run."""
     wishes.between_rounds()
-    codebook = _codebook(run_dir, plan, post)
+    codebook = _codebook(run_dir, plan, post, journal)
     manifest = plan.manifest(codebook)
     durable.write_bytes(run_dir / "manifest.json", manifest.to_bytes())
     journal.begin(manifest)
@@ -200,7 +200,7 @@ def coordinator_key(root: Path) -> Path:
 
 def _lead_round(rounds: Rounds, roster: Roster, post: Post, plan: FederationPlan, wishes: Wishes) -> None:
     rounds.open()
-    nodes = roster.sites()
+    nodes = rounds.drawn(roster.sites())
     request = rounds.request(post.deadline())
     if rounds.collecting:
         missing = rounds.missing(nodes)
@@ -236,7 +236,7 @@ def _lead_round(rounds: Rounds, roster: Roster, post: Post, plan: FederationPlan
     rounds.commit()
 
 
-def _codebook(run_dir: Path, plan: FederationPlan, post: Post) -> Codebook:
+def _codebook(run_dir: Path, plan: FederationPlan, post: Post, journal: Journal) -> Codebook:
     """Give the run's codebook: that of the run directory, the fixed one, or one from the sites' surveys."""
     path = run_dir / "codebook.json"
     if path.exists():
@@ -247,13 +247,13 @@ def _codebook(run_dir: Path, plan: FederationPlan, post: Post) -> Codebook:
     if plan.codebook is not None:
         codebook = Codebook.from_bytes(plan.codebook)
     else:
-        codebook = Codebook.build(merge(_surveys(run_dir, plan, post)))
+        codebook = Codebook.build(merge(_surveys(run_dir, plan, post, journal)))
     codebook.save(path)
     post.tell(Event("codebook.built", text=codebook.hash, values={"tokens": len(codebook)}))
     return codebook
 
 
-def _surveys(run_dir: Path, plan: FederationPlan, post: Post) -> list[Survey]:
+def _surveys(run_dir: Path, plan: FederationPlan, post: Post, journal: Journal) -> list[Survey]:
     """Collect surveys, and keep them as they came; a site without a usable one is told about and left out."""
     request = SurveyRequest(plan.split, plan.tokenizer, post.deadline())
     surveys: list[Survey] = []
@@ -265,6 +265,7 @@ def _surveys(run_dir: Path, plan: FederationPlan, post: Post) -> list[Survey]:
         except FedcometError as error:
             reason = printable(str(error))
             refusals.append(f"{site}: {reason}")
+            journal.note_refusal(site, "survey", reason)
             post.tell(Event("survey.refused", site=site, text=reason))
         else:
             durable.write_bytes(run_dir / "surveys" / f"{site}.json", survey.to_bytes())

@@ -99,9 +99,9 @@ def opened(path: Path) -> Iterator[Connection]:
 def fill(source: Connection, target: Connection) -> str:
     """Write all rows of a backup, or of a ledger, into empty tables of the same revision, and give their hash."""
     tables = _reflected(source)
-    there = _reflected(target)
-    for table in tables:
-        into = next(each for each in there if each.name == table.name)
+    named = {table.name: table for table in tables}
+    for into in _reflected(target):  # which knows what must be there before what
+        table = named[into.name]
         for rows in source.execute(select(table).execution_options(yield_per=_ROWS)).mappings().partitions(_ROWS):
             target.execute(insert(into), [dict(row) for row in rows])
     return digest(source, tables)[0]
@@ -110,7 +110,7 @@ def fill(source: Connection, target: Connection) -> str:
 def digest(connection: Connection, tables: list[Table] | None = None) -> tuple[str, dict[str, int]]:
     """Give the sha256 of all rows of a ledger, the same in every kind of database, and their number by table."""
     known, counts = hashlib.sha256(), dict[str, int]()
-    for table in tables or _reflected(connection):
+    for table in sorted(tables or _reflected(connection), key=lambda table: table.name):
         known.update(f"{table.name}\n".encode())
         counts[table.name] = 0
         for row in connection.execute(_in_order(table, connection)).mappings():

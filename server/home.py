@@ -10,6 +10,7 @@
 Everything is the owner's alone. What is missing after a crash in the middle of `init` is the whole home.
 """
 
+import os
 import stat
 import tomllib
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from tokenizer.settings import explain
 
 PASSPHRASE = "FEDCOMET_CA_PASSPHRASE"
 SETTINGS = "coordinator.toml"
+_LAST_YEAR = 365
 _Port = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -151,6 +153,23 @@ class CoordinatorHome:
         """Give the server's private key, and its certificate with the authority's behind it; see `pki.pair`."""
         return pki.pair(self.server_key, self.server_certificate)
 
+    def warnings(self, now: datetime) -> list[str]:
+        """Say which of its own certificates are due, and what to do about them."""
+        server = pki.validity(pki.read_certificate(self.server_certificate), now)
+        authority = pki.validity(pki.read_certificate(self.authority), now)
+        anew = "found the federation anew before, as all its certificates end with it"
+        told = [server.warning("the server", "run fedcomet coordinator rotate")]
+        if authority.days_left < _LAST_YEAR:
+            told.append(authority.warning("the authority", anew))
+        return [each for each in told if each is not None]
+
+    def rotate_if_due(self, passphrase: str | None, now: datetime) -> bool:
+        """Rotate the server's certificate when a third of its time is left; tell whether it was."""
+        if not pki.validity(pki.read_certificate(self.server_certificate), now).due:
+            return False
+        self.rotate(passphrase, now)
+        return True
+
     @property
     def signing_key(self) -> Path:
         """The Ed25519 key that signs requests of runs; see `server.app.coordinator_key`."""
@@ -190,6 +209,25 @@ class CoordinatorHome:
     def logs(self) -> Path:
         """The folder of what daemons tell."""
         return self.path / "logs"
+
+
+def read_passphrase(file: Path | None) -> str | None:
+    """Give the passphrase of the authority's key: of a file, or else of the environment; None if there is none.
+
+    Raises:
+        ConfigError: the file can't be read, is empty, or others may read it.
+    """
+    if file is None:
+        return os.environ.get(PASSPHRASE) or None
+    try:
+        if stat.S_IMODE(file.stat().st_mode) & 0o077:
+            raise ConfigError(f"{file}: others than its owner may read this passphrase; run chmod 600 on it.")
+        passphrase = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as cause:
+        raise ConfigError(f"{file}: the passphrase can't be read ({cause}).") from None
+    if not passphrase:
+        raise ConfigError(f"{file} is empty; write the passphrase into it.")
+    return passphrase
 
 
 def _written(settings: CoordinatorSettings) -> str:

@@ -7,157 +7,52 @@ covers everything but times and the number of attempts: two runs with equal sett
 fingerprints, however often they were interrupted.
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from enum import StrEnum
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
-from federation import canonical
 from federation.manifest import Manifest
 from server import tables
+from server.fingerprint import fingerprint_of
+from server.run_entries import (
+    Checkpoint,
+    Phase,
+    ReplyEntry,
+    RoundEntry,
+    ScoreEntry,
+    SiteEntry,
+    Status,
+    SumEntry,
+    Work,
+)
 from server.schema import open_ledger
 from server.tables import RunState
 from server.transactions import Transactions, note
 from tokenizer.errors import DataError
 
+__all__ = [
+    "Checkpoint",
+    "Journal",
+    "Phase",
+    "ReplyEntry",
+    "RoundEntry",
+    "ScoreEntry",
+    "SiteEntry",
+    "Status",
+    "SumEntry",
+    "Work",
+]
+
 T = TypeVar("T")
 Row = TypeVar("Row", bound=tables.Base)
 
-
-class Phase(StrEnum):
-    """How far a round is; a phase is in the ledger before its effect shows."""
-
-    ANNOUNCED = "announced"
-    TRAINING = "training"
-    COLLECTING = "collecting"
-    UNMASKING = "unmasking"
-    AGGREGATED = "aggregated"
-    EVALUATED = "evaluated"
-    COMMITTED = "committed"
-
-
-class Status(StrEnum):
-    """What became of a site's answer."""
-
-    ACCEPTED = "accepted"
-    REFUSED = "refused"
-    MALFORMED = "malformed"
-    FAILED = "failed"
-    LATE = "late"
-
-
-@dataclass(frozen=True)
-class SiteEntry:
-    """A site's part in the run; `counts` are the patients and tokens of its splits."""
-
-    site: str
-    status: Status
-    reason: str = ""
-    counts: str = ""
-
-
-@dataclass(frozen=True)
-class ReplyEntry:
-    """What became of one site's answer in one round; `seconds` is for people and not in the fingerprint."""
-
-    round: int
-    site: str
-    status: Status
-    reason: str = ""
-    update_sha256: str = ""
-    tokens: int = 0
-    steps: int = 0
-    loss: float = 0.0
-    norm: float = 0.0
-    bytes: int = 0
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class ScoreEntry:
-    """What became of one site's evaluation of one round: the sum of nll in nats over `tokens` targets."""
-
-    round: int
-    site: str
-    split: str
-    status: Status
-    reason: str = ""
-    nll: float = 0.0
-    tokens: int = 0
-
-
-@dataclass(frozen=True)
-class SumEntry:
-    """A masked sum of a round: updates ("train") or losses ("evaluate tuning"); nothing in it is of a single site.
-
-    Attributes:
-        round, purpose: which sum.
-        attempt: the last try, counted from 1.
-        stage: what sites are asked for, or "done".
-        collected_sha256: of the file with the masked sum; empty before it is whole.
-        sites: whose updates are in the sum, with commas between them; empty before it is open.
-        dropped: who dropped out of the last attempt, at which stage, and why.
-        reason: why the sum could not be opened, the last time that it could not.
-        weight, clipped, error: as in `server.unmask.Opening`.
-        tokens, steps, nll: summed over the sites; nll in nats.
-    """
-
-    round: int
-    purpose: str
-    attempt: int = 0
-    stage: str = ""
-    collected_sha256: str = ""
-    sites: str = ""
-    dropped: str = ""
-    reason: str = ""
-    weight: int = 0
-    clipped: int = 0
-    error: float = 0.0
-    tokens: int = 0
-    steps: int = 0
-    nll: float = 0.0
-
-
-@dataclass(frozen=True)
-class RoundEntry:
-    """A round's phase and, from aggregation on, the sha256 of its checkpoint."""
-
-    round: int
-    phase: Phase
-    checkpoint_sha256: str = ""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A file with the weights after a round; `path` is told from the run's folder."""
-
-    path: str
-    sha256: str
-    bytes: int
-
-
-class Work(NamedTuple):
-    """What the accepted updates of all rounds up to one stand for: tokens and steps summed, and how many sites."""
-
-    tokens: int
-    steps: int
-    sites: int
-
-
-# Times, and what follows from fresh keys or from how often something was interrupted.
-_NOT_IN_FINGERPRINT = {"run", "changed_at", "received_at", "seconds", "attempt", "collected_sha256"}
-# By the names, and in the form, of the first ledgers: fingerprints of runs stay what they were.
-_IN_FINGERPRINT = {"reply": tables.Reply, "round": tables.Round, "run": None, "score": tables.Score,
-                   "site": tables.Participant, "sum": tables.Sum}  # fmt: skip
-_FORM = 2
-
+_NOT_FOR_LEADING = (RunState.PAUSING, RunState.PAUSED, RunState.STOPPING, RunState.STOPPED, RunState.FINISHED)
 _ENDED = (RunState.PAUSED, RunState.STOPPED, RunState.FAILED, RunState.FINISHED)
 
 
@@ -193,7 +88,7 @@ class Journal:
             self._ledger.close()
 
     def start(self, name: str, plan: bytes = b"") -> None:
-        """Note that somebody leads the run now, also for the first time; a wish to pause or stop it stays.
+        """Note that somebody leads the run now, also for the first time; that it should pause or stop, or has, stays.
 
         Args:
             name: of the run, where the ledger has none yet.
@@ -204,7 +99,7 @@ class Journal:
             run = self._find(session)
             if run is None:
                 run = self._add(session, name, plan)
-            if run.state in (RunState.PAUSING, RunState.STOPPING, RunState.FINISHED):
+            if run.state in _NOT_FOR_LEADING:
                 return
             run.state, run.reason, run.ended_at = RunState.RUNNING, "", None
             run.started_at = run.started_at or time.time()
@@ -280,6 +175,16 @@ class Journal:
 
         self._ledger.write(work)
 
+    def note_refusal(self, site: str, what: str, reason: str) -> None:
+        """Note that something of a site was not taken before the rounds began."""
+
+        def work(session: Session) -> None:
+            run = self._get(session).id
+            _refuse(session, run, 0, site, what, reason)
+            note(session, "coordinator", f"{what}.refused", run, site=site, told=reason)
+
+        self._ledger.write(work)
+
     def sites(self) -> list[SiteEntry]:
         """Give all sites by name."""
         rows = self._rows(tables.Participant)
@@ -344,7 +249,8 @@ class Journal:
         def work(session: Session) -> None:
             run, where = self._get(session).id, (entry.round, entry.site)
             session.merge(tables.Reply(run=run, **asdict(entry), received_at=time.time()))
-            note(session, "coordinator", f"update.{entry.status}", run, *where, told=entry.reason)
+            what = "outlier" if entry.status is Status.ACCEPTED and entry.reason else entry.status
+            note(session, "coordinator", f"update.{what}", run, *where, told=entry.reason)
             if entry.status is not Status.ACCEPTED:
                 _refuse(session, run, *where, "train", f"{entry.status}: {entry.reason}")
 
@@ -433,20 +339,7 @@ class Journal:
 
     def fingerprint(self) -> str:
         """Give the sha256 of everything that the ledger holds of the run but wall-clock times."""
-
-        def work(session: Session) -> str:
-            digest, run = hashlib.sha256(), self._find(session)
-            for name, table in _IN_FINGERPRINT.items():
-                digest.update(name.encode())
-                if table is not None and run is not None:
-                    for row in _in_order(session, table, run.id):
-                        digest.update(canonical.encode(_content(row)))
-                elif run is not None and run.manifest:
-                    whole = {"id": 1, "schema_version": _FORM, "manifest_hash": run.manifest_hash}
-                    digest.update(canonical.encode({**whole, "manifest": run.manifest.hex()}))
-            return digest.hexdigest()
-
-        return self._ledger.read(work)
+        return self._ledger.read(lambda session: fingerprint_of(session, self._find(session)))
 
     def _add(self, session: Session, name: str, plan: bytes) -> tables.Run:
         run = tables.Run(name=self._name or name, plan=plan, state=RunState.READY, created_at=time.time())
@@ -513,15 +406,3 @@ def _measure(session: Session, run: int, number: int, figures: Mapping[str, floa
 def _reply_entry(row: tables.Reply) -> ReplyEntry:
     values = {name: getattr(row, name) for name in ReplyEntry.__dataclass_fields__}
     return ReplyEntry(**{**values, "status": Status(row.status)})
-
-
-def _in_order(session: Session, table: type[tables.Base], run: int) -> list[Mapping[str, Any]]:
-    """A run's rows by their key, in the order of code points whatever the database's is."""
-    columns = table.__table__
-    rows = session.execute(select(columns).where(columns.c.run == run)).mappings()
-    key = [column.name for column in columns.primary_key if column.name != "run"]
-    return sorted(({str(k): v for k, v in row.items()} for row in rows), key=lambda row: [row[name] for name in key])
-
-
-def _content(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key not in _NOT_IN_FINGERPRINT}

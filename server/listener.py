@@ -10,6 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime
 from ipaddress import ip_address, ip_network
 from typing import Any, NoReturn
@@ -21,11 +22,13 @@ from grpc_reflection.v1alpha import reflection
 
 from federation import pki
 from federation.calls import CONTROL, CONTROL_SERVICE, ENROLMENT, ENROLMENT_SERVICE, MOST_BYTES, MOST_ENROL_BYTES, Call
-from federation.pki import CertificateError
-from server.control import Caller, Control, Forbidden, Unknown, Wrong
-from server.enrolment import Enrolment, MembershipError, TooMany
+from federation.identity import Identity
+from federation.pki import Authority, CertificateError
+from server.control import Caller, Control, Forbidden, RunStarter, Unknown, Wrong
+from server.enrolment import Enrolment, MembershipError, TooMany, Welcome
 from server.home import CoordinatorHome
 from server.ledger import Ledger
+from server.ledger_entries import MemberEntry
 from server.transactions import LedgerUnreachable
 from tokenizer.errors import ConfigError, FedcometError
 
@@ -50,6 +53,32 @@ _OPTIONS = (
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
 )
+
+
+def listener_of(
+    home: CoordinatorHome,
+    ledger: Ledger,
+    authority: Authority,
+    starter: RunStarter,
+    revoked: Callable[[MemberEntry], None] = lambda _: None,
+    clock: Callable[[], float] = time.time,
+) -> "Listener":
+    """Put a coordinator's control and enrolment together.
+
+    Args:
+        home: its settings and certificates.
+        ledger: of the federation; callers wait while it is away, so give it little patience.
+        authority: issues certificates.
+        starter: starts runs.
+        revoked: is told of every member that is put out by a call, to end what it has elsewhere (its Flower node).
+        clock: gives seconds since the epoch.
+    """
+    stopping, ports = threading.Event(), home.settings.ports
+    key = Identity.at(home.signing_key).public
+    welcome = Welcome(home.settings.federation.name, ports.fleet, ports.control, key)
+    enrolment = Enrolment(ledger, authority, welcome, clock)
+    control = Control(ledger, enrolment, starter, stopping.wait, revoked)
+    return Listener(home, ledger, control, enrolment, stopping, clock)
 
 
 class Listener:
@@ -91,6 +120,7 @@ class Listener:
         plain = grpc.dynamic_ssl_server_credentials(pair.plain(), pair.next_plain, False)
         ports = self._home.settings.ports
         self.control_port = self._open(self._control_server(), ports.control, mutual, "control")
+        self._enrolment.welcome = replace(self._enrolment.welcome, control_port=self.control_port)
         self.enrol_port = self._open(self._enrol_server(), ports.enrol, plain, "enrol")
         self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         self._health.set(CONTROL_SERVICE.full_name, health_pb2.HealthCheckResponse.SERVING)

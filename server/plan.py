@@ -12,8 +12,16 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from federation import canonical, protection
-from federation.accountant import Gaussian, epsilon
-from federation.manifest import LocalWork, Manifest, OuterOptions, Privacy, SecureAggregation, software_version
+from federation.accountant import Mechanism, epsilon
+from federation.manifest import (
+    LocalWork,
+    Manifest,
+    OuterOptions,
+    Privacy,
+    SecureAggregation,
+    Transport,
+    software_version,
+)
 from federation.messages import ProtocolError
 from federation.planner import noise_for
 from federation.update import Layout
@@ -35,7 +43,9 @@ class PrivacyPlan:
         noise_multiplier: standard deviation of the noise, in units of `clip`, from which epsilon follows. With both,
             epsilon must be enough.
         clip: the largest L2 norm of one patient's share of a gradient, or of an update.
-        mechanism: "dp-sgd", noise in every step, or "local", noise on the update (docs/privacy.md says which to take).
+        mechanism: "dp-sgd", noise in every step, "local", noise on each site's update, or "distributed", noise on their
+            sum, of which each site adds a share under secure aggregation (docs/privacy.md says which to take).
+        honest_sites: of "distributed": how many sites of every sum are relied on for their share, at least 2.
     """
 
     sampling_rate: float = 1.0
@@ -43,7 +53,8 @@ class PrivacyPlan:
     epsilon: float | None = None
     noise_multiplier: float | None = None
     clip: float = 1.0
-    mechanism: Literal["dp-sgd", "local"] = "dp-sgd"
+    mechanism: Literal["dp-sgd", "local", "distributed"] = "dp-sgd"
+    honest_sites: int | None = None
 
     def __post_init__(self) -> None:
         if self.epsilon is None and self.noise_multiplier is None:
@@ -56,17 +67,19 @@ class PrivacyPlan:
         noise, cost = self.noise_multiplier, self.epsilon
         releases = protection.releases_of_round(self._stated(1.0, 1.0), local) * rounds
         if noise is None:
-            (one,) = protection.of_steps(self._stated(1.0, 1.0), 1).all
-            # What is stated in clips is, to the accountant, in units of how far one patient moves a sum.
-            furthest = 1.0 / one.noise_multiplier if isinstance(one, Gaussian) else 1.0
-            noise = furthest * noise_for(cost or 0.0, self.delta, self.sampling_rate, releases)
+            noise = noise_for(
+                cost or 0.0, self.delta, self.sampling_rate, releases, lambda noise: self._released(noise, releases)
+            )
         if cost is None:
-            found = epsilon(protection.of_steps(self._stated(1.0, noise), releases).all, self.delta)
+            found = epsilon(self._released(noise, releases), self.delta)
             cost = math.ceil(found * 1e4) / 1e4
         return self._stated(cost, noise)
 
+    def _released(self, noise: float, releases: int) -> tuple[Mechanism, ...]:
+        return protection.of_steps(self._stated(1.0, noise), releases).all
+
     def _stated(self, cost: float, noise: float) -> Privacy:
-        return Privacy(self.mechanism, cost, self.delta, self.clip, noise, self.sampling_rate)
+        return Privacy(self.mechanism, cost, self.delta, self.clip, noise, self.sampling_rate, self.honest_sites)
 
 
 @dataclass(frozen=True)
@@ -91,6 +104,7 @@ class FederationPlan:
         deadline_s: how long sites have for an answer.
         evaluate_every: rounds between two evaluations on the sites' tuning patients; 0 is never.
         max_norm: the largest L2 norm of an accepted update.
+        sites_per_round, transport: as in `federation.manifest`.
         purposes: the questions that the trained model will be asked.
         privacy: private training. The sites' losses then stay where they are, so no round is evaluated and the last
             one counts as the best; with private steps, the gradient as a whole is not clipped and there is no dropout.
@@ -118,6 +132,8 @@ class FederationPlan:
     deadline_s: float = 86_400.0
     evaluate_every: int = 1
     max_norm: float | None = None
+    sites_per_round: int | None = None
+    transport: Transport = field(default_factory=Transport)
     purposes: tuple[str, ...] = ()
     privacy: PrivacyPlan | None = None
     secure_aggregation: SecureAggregation | None = None
@@ -174,6 +190,8 @@ class FederationPlan:
             min_sites=self.min_sites,
             deadline_s=self.deadline_s,
             max_norm=self.max_norm,
+            sites_per_round=self.sites_per_round,
+            transport=self.transport,
             purposes=self.purposes,
             privacy=privacy,
             secure_aggregation=self.secure_aggregation,

@@ -1,7 +1,9 @@
 """How the coordinator reaches its sites: one question to many, answers one at a time, and who is behind which node."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 
+import numpy as np
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
@@ -10,11 +12,16 @@ from federation.identity import Identity
 from federation.manifest import Manifest
 from federation.messages import (
     DeliveryError,
+    EvaluateReply,
+    EvaluateRequest,
+    Kept,
+    Lacking,
     PrepareReply,
     PrepareRequest,
     ProtocolError,
     Refusal,
     Request,
+    TrainRequest,
     printable,
 )
 from server.journal import Journal, SiteEntry, Status
@@ -45,6 +52,7 @@ class Post:
     ) -> None:
         self._grid, self._plan, self._clock, self._pause = grid, plan, clock, pause
         self._identity = identity
+        self._has: dict[int, str] = {}
         self.tell = listen
 
     def deadline(self) -> float:
@@ -79,35 +87,56 @@ class Post:
         return self.ask_each(dict.fromkeys(nodes, request), group)
 
     def ask_each(self, requests: Mapping[int, Request | masking.Request], group: str) -> Iterator[tuple[int, Answer]]:
-        """Send every node its own request, all of one kind; see `ask`. Equal ones are signed and packed once."""
+        """Send every node its own request, all of one kind; see `ask`. Equal ones are signed and packed once.
+
+        Weights that a node evaluated last are not sent to it again, unless it says that it lacks them.
+        """
         if not requests:
             return
-        packed: dict[int, RecordDict] = {}
+        packed: dict[tuple[int, bool], RecordDict] = {}
         pending: dict[str, int] = {}
         first = next(iter(requests.values()))
         deadline_s = first.deadline_s
-        self.tell(Event("asked", text=first.kind, values={"sites": len(requests)}))
-        for node, request in requests.items():
-            if id(request) not in packed:
-                signed = request if self._identity is None else self._identity.sign_request(request)
-                packed[id(request)] = flower.to_record(signed)
-            record, ttl_s = packed[id(request)], deadline_s - self._clock() + _GRACE_S
+
+        def send(node: int) -> bool:
+            request = requests[node]
+            known = isinstance(request, TrainRequest | EvaluateRequest) and request.weights_sha256 == self._has.get(
+                node
+            )
+            if (id(request), known) not in packed:
+                packed[id(request), known] = self._packed(_without_weights(request) if known else request)
+            record, ttl_s = packed[id(request), known], deadline_s - self._clock() + _GRACE_S
             message = flower.request(record, request.kind, node, group=group, ttl_s=ttl_s)
             sent = [name for name in self._grid.push_messages([message]) if name]
-            if sent:
-                pending[sent[0]] = node
-            else:
+            pending.update(dict.fromkeys(sent, node))
+            return bool(sent)
+
+        self.tell(Event("asked", text=first.kind, values={"sites": len(requests)}))
+        for node in requests:
+            if not send(node):
                 yield node, DeliveryError("Flower did not take the request.")
         while pending:
             arrived = False
             for name in list(pending):
                 if (answer := self._pull(name)) is not None:
                     arrived = True
-                    yield pending.pop(name), answer
+                    node = pending.pop(name)
+                    if isinstance(answer, Lacking) and self._has.pop(node, "") and send(node):
+                        continue
+                    self._note_weights(node, requests[node], answer)
+                    yield node, answer
             if not arrived:
                 if self._clock() >= deadline_s:
                     return
                 self._pause(_POLL_S)
+
+    def _packed(self, request: Request | masking.Request) -> RecordDict:
+        return flower.to_record(request if self._identity is None else self._identity.sign_request(request))
+
+    def _note_weights(self, node: int, request: Request | masking.Request, answer: Answer) -> None:
+        """Remember which weights a node keeps: those that it evaluated last."""
+        if isinstance(request, EvaluateRequest) and isinstance(answer, EvaluateReply | Kept):
+            self._has[node] = request.weights_sha256
 
     def _pull(self, name: str) -> Answer | None:
         try:
@@ -180,6 +209,11 @@ class Roster:
         status = Status.REFUSED if isinstance(answer, Refusal) else Status.MALFORMED
         self._journal.note_site(SiteEntry(name, status, told))
         self._post.tell(Event("site.refused", site=name, text=told))
+
+
+def _without_weights(request: Request | masking.Request) -> TrainRequest | EvaluateRequest:
+    assert isinstance(request, TrainRequest | EvaluateRequest)
+    return dataclasses.replace(request, weights=np.zeros(0, np.float32), known=request.weights_sha256)
 
 
 def site_name(node: int, answer: Answer) -> str:

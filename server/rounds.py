@@ -6,14 +6,16 @@ same ledger afterwards continues in the middle of the round. One bad answer is n
 on; only when fewer than `min_sites` answers are good does the run stop.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 
 from federation import masking, protection
+from federation.coding import Coding, nearest
 from federation.manifest import Manifest
 from federation.messages import (
     DeliveryError,
@@ -29,7 +31,7 @@ from federation.messages import (
     printable,
 )
 from federation.update import norm
-from server.aggregate import GlobalState, outer_step
+from server.aggregate import Combined, GlobalState, TooFewUpdates, Update, combine, outer_step
 from server.journal import Checkpoint, Journal, Phase, ReplyEntry, ScoreEntry, Status, SumEntry, Work
 from server.sums import MaskedSum, SumStore
 from server.unmask import Opening
@@ -65,11 +67,11 @@ Answer = Reply | masking.Reply | ProtocolError
 class Store(SumStore, Protocol):
     """Where the engine keeps vectors; each method returns when the bytes are on the disk."""
 
-    def keep_update(self, number: int, site: str, update: Vector) -> str:
-        """Keep a site's update of a round and give the sha256 of its bytes."""
+    def keep_update(self, number: int, site: str, update: Vector, coding: Coding) -> tuple[str, int]:
+        """Keep a site's update of a round as it travelled, and give the sha256 and the number of its bytes."""
 
-    def update(self, number: int, site: str, sha256: str) -> Vector:
-        """Give back a kept update, float32 [P]; it may be a view of the file."""
+    def update(self, number: int, site: str, sha256: str) -> Update:
+        """Give back a kept update [P]; it may be a view of the file."""
 
     def save(self, number: int, state: GlobalState, work: Work) -> Checkpoint:
         """Keep the state after a round, with the work behind it."""
@@ -98,6 +100,7 @@ class Rounds:
         self._size, self._journal, self._store, self._listen = size, journal, store, listen
         self.number = journal.committed() + 1
         self._state = self._load(self.number - 1)
+        self._sent: tuple[GlobalState, Vector] | None = None
         self._digest = ""
         self._sweep()
 
@@ -132,6 +135,15 @@ class Rounds:
         elif self.phase is not Phase.UNMASKING:
             self._state = self._load(self.number)
 
+    def drawn(self, sites: Mapping[str, int]) -> dict[str, int]:
+        """Give those of the sites that are asked in the open round: all, or a draw that names and round decide."""
+        most = self.manifest.sites_per_round
+
+        def lot(site: str) -> bytes:
+            return hashlib.sha256(f"{self.manifest.hash}/{self.number}/{site}".encode()).digest()
+
+        return {site: sites[site] for site in sorted(sites, key=lot)[:most]}
+
     def missing(self, sites: Iterable[str]) -> list[str]:
         """Give the sites, by name, whose answer of the open round is not decided yet."""
         decided = {entry.site for entry in self._journal.replies(self.number)}
@@ -139,7 +151,8 @@ class Rounds:
 
     def request(self, deadline_s: float) -> TrainRequest:
         """Give the open round's request, and note that it goes out."""
-        request = TrainRequest(self.manifest.hash, self.number, self._state.weights, deadline_s)
+        coding = self.manifest.transport.weights
+        request = TrainRequest(self.manifest.hash, self.number, self._told_weights(), deadline_s, coding)
         self._digest = request.digest
         if self.phase is Phase.ANNOUNCED:
             self._journal.enter(self.number, Phase.TRAINING)
@@ -205,15 +218,24 @@ class Rounds:
         if self.phase in (Phase.AGGREGATED, Phase.EVALUATED):
             return
         if opening is not None:
-            state = outer_step(self._state, [opening.mean], [1.0], self.manifest.outer)
+            state = outer_step(self._state, Combined([opening.mean], [1.0], [1.0]), self.manifest.outer)
             entry = self._journal.sum(self.number, "train") or SumEntry(self.number, "train")
             self._keep(state, {"sites": len(opening.sites), **self._told(entry.tokens, entry.nll)})
             return
         accepted = self._accepted()
         updates = [self._store.update(self.number, entry.site, entry.update_sha256) for entry in accepted]
         by_tokens = self.manifest.outer.weights == "tokens"
-        shares = [float(entry.tokens) if by_tokens else 1.0 for entry in accepted]
-        state = outer_step(self._state, updates, shares, self.manifest.outer)
+        weights = [float(entry.tokens) if by_tokens else 1.0 for entry in accepted]
+        try:
+            combined = combine(updates, weights, self.manifest.outer)
+        except TooFewUpdates as problem:
+            raise self.fail(str(problem)) from None
+        for reply, share in zip(accepted, combined.shares, strict=True):
+            if share == 0:
+                reason = f"left out by {self.manifest.outer.rule}: it lies far from the others"
+                self._journal.note_reply(replace(reply, reason=reason))
+                self._tell("update.outlier", reply.site, reason)
+        state = outer_step(self._state, combined, self.manifest.outer)
         self._keep(state, {"sites": len(accepted), **self._summary(accepted)})
 
     def _accepted(self) -> list[ReplyEntry]:
@@ -245,7 +267,8 @@ class Rounds:
         """
         if self.phase is not Phase.AGGREGATED or self.manifest.privacy is not None:
             return None
-        return EvaluateRequest(self.manifest.hash, self.number, split, self._state.weights, deadline_s)
+        coding = self.manifest.transport.weights
+        return EvaluateRequest(self.manifest.hash, self.number, split, self._told_weights(), deadline_s, coding)
 
     def score(self, request: EvaluateRequest | None, answers: Mapping[str, Answer | None]) -> None:
         """Note the sites' evaluations: an answer each, or none from a site that was late."""
@@ -289,6 +312,12 @@ class Rounds:
         losses = {number: loss for number, loss in self._journal.losses(TUNING).items() if number <= last}
         return min(losses, key=lambda number: (losses[number], number), default=last)
 
+    def _told_weights(self) -> Vector:
+        """The global weights as they travel."""
+        if self._sent is None or self._sent[0] is not self._state:
+            self._sent = self._state, nearest(self._state.weights, self.manifest.transport.weights)
+        return self._sent[1]
+
     def _load(self, number: int) -> GlobalState:
         entry = self._journal.round(number)
         return self._store.load(number, entry.checkpoint_sha256 if entry else "")
@@ -298,7 +327,7 @@ class Rounds:
             self._journal.note_reply(ReplyEntry(self.number, site, Status.ACCEPTED))
             self._tell("update.accepted", site)
             return
-        sha256 = self._store.keep_update(self.number, site, reply.update)
+        sha256, size = self._store.keep_update(self.number, site, reply.update, reply.coding)
         entry = ReplyEntry(
             self.number,
             site,
@@ -308,7 +337,7 @@ class Rounds:
             steps=reply.steps,
             loss=reply.loss,
             norm=norm(reply.update),
-            bytes=reply.update.nbytes,
+            bytes=size,
             seconds=reply.seconds,
         )
         self._journal.note_reply(entry)
@@ -335,7 +364,7 @@ class Rounds:
             return f"a {answer.kind} came in the place of a {wanted.kind}"
         if isinstance(answer, Kept):
             return self._wrong_belonging(answer)
-        return self._wrong_belonging(answer) or self._wrong_work(answer) or self._wrong_update(answer.update)
+        return self._wrong_belonging(answer) or self._wrong_work(answer) or self._wrong_update(answer)
 
     def _wrong_belonging(self, reply: TrainReply | Kept) -> str:
         if reply.manifest_hash != self.manifest.hash:
@@ -358,7 +387,10 @@ class Rounds:
             return f"{reply.tokens} tokens can't come from {reply.steps} steps of {local.batch_tokens}"
         return ""
 
-    def _wrong_update(self, update: Vector) -> str:
+    def _wrong_update(self, reply: TrainReply) -> str:
+        update, agreed = reply.update, self.manifest.transport.update
+        if reply.coding != agreed:
+            return f"the update travels as {reply.coding}, agreed is {agreed}"
         if update.shape != (self._size,):
             return f"the update has shape {update.shape}, the model has {self._size} parameters"
         length = norm(update)

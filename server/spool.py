@@ -2,7 +2,7 @@
 
     plan.json  codebook.json  manifest.json  ledger.sqlite
     rounds/0007/train.sum             the masked sum of a round, until the next round is open
-    rounds/0007/<site>.f32            raw little-endian float32 [P], until the next round is open
+    rounds/0007/<site>.update         an update as it travelled, until the next round is open
     checkpoints/0007.safetensors      decoder, outer momentum, and what they belong to
 
 Every file appears whole or not at all, and the ledger points at it only afterwards.
@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from federation import canonical
+from federation.coding import Coding, Packed, pack
 from federation.manifest import Manifest, software_version
 from federation.messages import Vector
 from federation.update import to_decoder, to_vector
@@ -45,14 +46,14 @@ class Spool:
         """Tell where the checkpoint after a round is."""
         return self._dir / "checkpoints" / f"{number:04d}.safetensors"
 
-    def keep_update(self, number: int, site: str, update: Vector) -> str:
-        """Keep a site's update of a round and give the sha256 of its bytes."""
-        data = update.astype("<f4", copy=False).tobytes()
-        durable.write_bytes(self._update_path(number, site), data)
-        return hashlib.sha256(data).hexdigest()
+    def keep_update(self, number: int, site: str, update: Vector, coding: Coding) -> tuple[str, int]:
+        """Keep a site's update of a round as it travelled, and give the sha256 and the number of its bytes."""
+        data = pack(update, coding)
+        durable.write_bytes(self._update_path(number, site), data.data)
+        return hashlib.sha256(data.data).hexdigest(), data.size
 
-    def update(self, number: int, site: str, sha256: str) -> Vector:
-        """Map a kept update into memory, float32 [P].
+    def update(self, number: int, site: str, sha256: str) -> Packed:
+        """Map a kept update [P] into memory.
 
         Raises:
             DataError: the file is gone, or its bytes are not those that were accepted.
@@ -60,8 +61,7 @@ class Spool:
         path = self._update_path(number, site)
         if _sha256(path) != sha256:
             raise DataError(f"{path}: the file has changed since the update was accepted.")
-        vector: Vector = np.memmap(path, "<f4", "r").astype(np.float32, copy=False)
-        return vector
+        return Packed(np.memmap(path, np.uint8, "r"), self._manifest.transport.update)
 
     def keep_sum(self, number: int, purpose: str, collected: Collected) -> str:
         """Keep a sum with all masks on, and give the sha256 of its file."""
@@ -136,7 +136,7 @@ class Spool:
         return self._dir / "rounds" / f"{number:04d}" / f"{purpose.replace(' ', '-')}.sum"
 
     def _update_path(self, number: int, site: str) -> Path:
-        return self._dir / "rounds" / f"{number:04d}" / f"{site}.f32"
+        return self._dir / "rounds" / f"{number:04d}" / f"{site}.update"
 
 
 def _sha256(path: Path) -> str:

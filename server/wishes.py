@@ -32,15 +32,15 @@ class Wishes:
         self._looked = 0.0
 
     def between_rounds(self) -> None:
-        """Halt if that was wished.
+        """Halt if that was wished, or if the run was to stay halted.
 
         Raises:
             RunHalted: it was.
         """
         state = self._journal.state()
-        if state is RunState.PAUSING:
+        if state in (RunState.PAUSING, RunState.PAUSED):
             raise RunHalted(RunState.PAUSED, self._journal.committed())
-        if state is RunState.STOPPING:
+        if state in (RunState.STOPPING, RunState.STOPPED):
             raise RunHalted(RunState.STOPPED, self._journal.committed())
 
     def between_answers(self) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from client.site import SiteFiles
-from federation.manifest import LocalWork, OuterOptions, SecureAggregation
+from federation.manifest import LocalWork, OuterOptions, SecureAggregation, Transport
 from federation.masking import MaskingOptions
 from model.train import TrainOptions
 from server.app import Outcome
@@ -97,7 +97,17 @@ def _train_federated(
 
     progress = _Progress(FEDERATED, study.training.rounds, len(sites), watch)
     try:
+        train = study.training
         plan = _plan(study, FEDERATED, secure_aggregation=_summing(study, sites))
+        outer = replace(
+            plan.outer,
+            max_share=train.max_share,
+            rule=train.outer_rule,
+            byzantine=train.byzantine,
+            clip_norm=train.clip_norm,
+        )
+        transport = Transport(**study.transport.model_dump())
+        plan = replace(plan, outer=outer, sites_per_round=train.sites_per_round, transport=transport)
         outcome = run_federation(plan, sites, folder, pool, listen)
         if not ready.done():  # every round was committed before
             ready.set_result((folder / "codebook.json").read_bytes())
@@ -111,6 +121,9 @@ def _train_federated(
 def _train_single(study: Study, arm: Arm, codebook: bytes, share: int, pool: Pool, watch: Watch) -> Arm:
     """Train one site by itself; `share` times the local steps, where steps are the measure, for equal tokens."""
     plan = _plan(study, arm.name, codebook=codebook, outer=OuterOptions(), min_sites=1)
+    if plan.privacy is not None and plan.privacy.mechanism == "distributed":
+        # There is nobody to share the noise with.
+        plan = replace(plan, privacy=replace(plan.privacy, mechanism="local", honest_sites=None))
     if plan.local.steps is not None:
         plan = replace(plan, local=replace(plan.local, steps=plan.local.steps * share))
     progress = _Progress(arm.name, study.training.rounds, 1, watch)
@@ -129,7 +142,8 @@ def _summing(study: Study, sites: Sequence[SiteFiles]) -> SecureAggregation | No
         return None
     threshold = chosen.threshold or 2 * len(sites) // 3 + 1
     train = study.training
-    most = chosen.max_weight or (train.local_steps or 0) * train.batch_tokens
+    # With shared noise all weights are 1.
+    most = chosen.max_weight or (train.local_steps or 0) * train.batch_tokens or 1
     masking = MaskingOptions(threshold, chosen.clip, most, chosen.precision_bits)
     return SecureAggregation(chosen.min_sites or threshold, masking, roster_of(sites))
 
@@ -193,6 +207,8 @@ def _plan(study: Study, name: str, **changes: object) -> FederationPlan:
         outer = OuterOptions.nesterov(train.outer_learning_rate or 0.7, train.outer_momentum)
     elif train.outer_learning_rate is not None:
         outer = OuterOptions(lr=train.outer_learning_rate)
+    if study.privacy is not None and study.privacy.mechanism == "distributed":
+        outer = replace(outer, weights="uniform")
     plan = FederationPlan(
         name=f"{study.name}/{name}",
         rounds=train.rounds,

@@ -111,6 +111,10 @@ class Model(_Section):
 class Training(_Section):
     """Rounds and the local work in each: either `local_epochs` (0.25: a quarter of a pass) or `local_steps`.
 
+    In the federated arm, `sites_per_round` sites are drawn for each round (all if left out), no site's weight is more
+    than `max_share` of all, and updates, cut to `clip_norm`, become one by `outer_rule`, which bears `byzantine`
+    hostile or broken sites; see docs/rounds.md.
+
     Every `evaluate_every` rounds, and after the last, the loss of the tuning patients is measured; an arm ends with the
     best of these rounds.
     """
@@ -130,7 +134,12 @@ class Training(_Section):
     outer: Literal["fedavg", "nesterov"] = "fedavg"
     outer_learning_rate: Annotated[float, Field(gt=0.0)] | None = None
     outer_momentum: _Share = 0.9
+    outer_rule: Literal["mean", "median", "trimmed_mean", "krum"] = "mean"
+    byzantine: Annotated[int, Field(ge=0)] = 0
+    clip_norm: Annotated[float, Field(gt=0.0)] | None = None
+    max_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     min_sites: _Positive = 1
+    sites_per_round: _Positive | None = None
     evaluate_every: _Positive = 1
     round_deadline_minutes: Annotated[float, Field(gt=0.0)] = 120.0
 
@@ -141,15 +150,25 @@ class Training(_Section):
         return self
 
 
+class Transport(_Section):
+    """How the federated arm's vectors travel; see docs/rounds.md."""
+
+    update: Literal["float32", "bfloat16", "int8"] = "float32"
+    weights: Literal["float32", "bfloat16"] = "float32"
+
+
 class Privacy(_Section):
     """Private training at every site of every arm; see docs/privacy.md.
 
-    `mechanism`: "dp-sgd" adds noise in every step, on patients drawn by `sampling_rate`; "local" adds it to the update.
+    `mechanism`: "dp-sgd" adds noise in every step, on patients drawn by `sampling_rate`; "local" adds it to each site's
+    update; "distributed" to their sum, of which every site adds a share, under [secure_aggregation]: `honest_sites` of
+    those in a sum are relied on for theirs. All updates count the same then; an arm of one site has "local" instead.
     Give `epsilon`, from which the noise follows, or `noise_multiplier`. The sites' tuning losses then stay where they
     are: an arm ends with its last round. `clip` here takes the place of the one in `[training]`.
     """
 
-    mechanism: Literal["dp-sgd", "local"] = "dp-sgd"
+    mechanism: Literal["dp-sgd", "local", "distributed"] = "dp-sgd"
+    honest_sites: Annotated[int, Field(ge=2)] | None = None
     sampling_rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     epsilon: Annotated[float, Field(gt=0.0, le=50.0)] | None = None
     noise_multiplier: Annotated[float, Field(gt=0.0)] | None = None
@@ -161,7 +180,9 @@ class Privacy(_Section):
         if (self.epsilon is None) == (self.noise_multiplier is None):
             raise ValueError("give exactly one of epsilon and noise_multiplier")
         if (self.mechanism == "dp-sgd") == (self.sampling_rate is None):
-            raise ValueError('sampling_rate: mechanism = "dp-sgd" needs it, and "local" has none')
+            raise ValueError('sampling_rate: mechanism = "dp-sgd" needs it, and no other has one')
+        if (self.mechanism == "distributed") == (self.honest_sites is None):
+            raise ValueError('honest_sites: mechanism = "distributed" needs it, and no other has them')
         return self
 
 
@@ -220,6 +241,7 @@ class Study(_Section):
     tokenizer: Tokenizer = Tokenizer()
     model: Model = Model()
     training: Training
+    transport: Transport = Transport()
     privacy: Privacy | None = None
     secure_aggregation: Summing | None = None
     arms: tuple[Arm, ...] = ("federated",)
@@ -234,7 +256,16 @@ class Study(_Section):
             raise ValueError('arms: "federated" can\'t be left out; it makes the codebook that all arms share')
         if self.privacy is not None and self.privacy.mechanism == "dp-sgd" and self.model.dropout:
             raise ValueError("model.dropout: private steps have none; take it out, or [privacy]")
-        follows = self.training.local_steps is not None and self.privacy is None
+        shared = self.privacy is not None and self.privacy.mechanism == "distributed"
+        if shared and self.secure_aggregation is None:
+            raise ValueError('privacy.mechanism = "distributed" needs [secure_aggregation]')
+        clear = self.transport.update == "float32" and self.training.outer_rule == "mean"
+        if self.secure_aggregation is not None and not (clear and self.training.clip_norm is None):
+            raise ValueError(
+                "secure_aggregation: nobody sees a single update, so training.outer_rule stays mean, "
+                "training.clip_norm is left out and transport.update stays float32"
+            )
+        follows = shared or (self.training.local_steps is not None and self.privacy is None)
         if self.secure_aggregation is not None and self.secure_aggregation.max_weight is None and not follows:
             raise ValueError(
                 "secure_aggregation.max_weight is missing: the most tokens (in private runs: patients) of a site in a "

@@ -13,7 +13,7 @@ from client.budget import FILE, Budget
 from client.site import SiteFiles
 from federation import protection
 from federation.accountant import epsilon
-from federation.manifest import Manifest, software_version
+from federation.manifest import Manifest, OuterOptions, software_version
 from federation.summed import update_bytes
 from server.app import Outcome
 from server.journal import Journal, Status
@@ -127,7 +127,8 @@ def _settings(result: Result, federated: Arm) -> tuple[tuple[str, str], ...]:
             "Inner optimizer",
             f"{optimizer}, peak learning rate {train.learning_rate:g}, batches of {train.batch_tokens:,} tokens",
         ),
-        ("Outer optimizer", how),
+        ("Outer optimizer", f"{how}, on the {_rule(outer)} of the updates"),
+        ("Transport", f"updates as {manifest.transport.update}, weights as {manifest.transport.weights}"),
         ("Rollouts", f"trajectories for each prediction: {futures}"),
         (
             "Split",
@@ -137,12 +138,22 @@ def _settings(result: Result, federated: Arm) -> tuple[tuple[str, str], ...]:
     )
 
 
+def _rule(outer: OuterOptions) -> str:
+    rule = {"mean": "weighted mean", "median": "median", "trimmed_mean": "trimmed mean", "krum": "Multi-Krum mean"}
+    bears = f" (bears {outer.byzantine} hostile)" if outer.byzantine else ""
+    cut = f", each cut to norm {outer.clip_norm:g}" if outer.clip_norm else ""
+    share = f", none more than {outer.max_share:.0%}" if outer.max_share < 1 else ""
+    return rule[outer.rule] + bears + share + cut
+
+
 def _privacy(manifest: Manifest) -> str:
     privacy = manifest.privacy
     if privacy is None:
         return f"no differential privacy; {_summing(manifest)}"
     steps = protection.releases_of_round(privacy, manifest.local) * manifest.rounds
-    how = "DP-SGD" if privacy.mechanism == "dp-sgd" else "noise on the update"
+    how = {"dp-sgd": "DP-SGD", "local": "noise on the update"}.get(
+        privacy.mechanism, f"noise shared out over {privacy.honest_sites} honest sites, a share of it"
+    )
     return (
         f"{how} at every site: epsilon {privacy.epsilon:g} at most, at delta {privacy.delta:g}, for the whole record "
         f"of each patient (add or remove one); {steps} noised sums, sampling rate {privacy.sampling_rate:g}, noise "

@@ -1,24 +1,21 @@
 """A coordinator's sockets on loopback, and members that joined them, for tests of enrolment and control."""
 
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from client.enrol import join
 from client.home import SiteHome
 from federation import pki
 from federation.channel import Channel
-from federation.identity import Identity
 from federation.pki import Role
-from server.control import Control
-from server.enrolment import Enrolment, Welcome, invite
+from server.enrolment import invite
 from server.home import CoordinatorHome, CoordinatorSettings, Federation, Listen, Ports
 from server.ledger import Ledger
 from server.ledger_entries import MemberEntry
-from server.listener import Listener
+from server.listener import Listener, listener_of
 
 DAY = 86400.0
 
@@ -49,7 +46,6 @@ class Coordinator:
 
     home: CoordinatorHome
     ledger: Ledger
-    enrolment: Enrolment
     listener: Listener
     clock: Clock
     starter: Starter
@@ -91,15 +87,11 @@ def new_home(path: Path) -> CoordinatorHome:
 @contextmanager
 def listening(path: Path, home: CoordinatorHome | None = None) -> Iterator[Coordinator]:
     home = home or new_home(path / "coordinator")
-    clock, starter, stopping, out = Clock(), Starter(), threading.Event(), list[MemberEntry]()
+    clock, starter, out = Clock(), Starter(), list[MemberEntry]()
     with Ledger.open(home.ledger_url, patience_s=5.0) as ledger:
-        welcome = Welcome("test federation", 18443, 1, Identity.at(home.signing_key).public)
-        enrolment = Enrolment(ledger, home.open_authority(None), welcome, clock)
-        control = Control(ledger, enrolment, starter, stopping.wait, out.append)
-        listener = Listener(home, ledger, control, enrolment, stopping, clock)
+        listener = listener_of(home, ledger, home.open_authority(None), starter, out.append, clock)
         listener.start()
-        enrolment.welcome = replace(welcome, control_port=listener.control_port)
         try:
-            yield Coordinator(home, ledger, enrolment, listener, clock, starter, out)
+            yield Coordinator(home, ledger, listener, clock, starter, out)
         finally:
             listener.stop(0)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 PASSWORD = "s3cret/pa:ss@word"
 """Of the database's user; tests look for it where it must not be."""
@@ -36,20 +37,38 @@ def postgres(programs: Path) -> Iterator[Path]:
         password.write_text(PASSWORD)
         password.chmod(0o644)
 
-        def run(*command: str) -> None:
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, **account)
-            assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
-
-        data, options = str(folder / "data"), f"-k {folder} -c listen_addresses= -c fsync=off"
-        run(str(programs / "initdb"), "-D", data, "-U", "postgres", "-A", "scram-sha-256", "--pwfile", str(password),
-            "-E", "UTF8", "--locale", "C", "-N")  # fmt: skip
-        run(str(programs / "pg_ctl"), "-D", data, "-l", str(folder / "log"), "-o", options, "-w", "-t", "120", "start")
+        _run(folder, str(programs / "initdb"), "-D", str(folder / "data"), "-U", "postgres", "-A", "scram-sha-256",
+             "--pwfile", str(password), "-E", "UTF8", "--locale", "C", "-N")  # fmt: skip
+        start_postgres(programs, folder)
         try:
             yield folder
         finally:
-            run(str(programs / "pg_ctl"), "-D", data, "-m", "immediate", "-w", "stop")
+            stop_postgres(programs, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def start_postgres(programs: Path, folder: Path) -> None:
+    """Start the server of a folder again."""
+    options = f"-k {folder} -c listen_addresses= -c fsync=off"
+    _run(folder, str(programs / "pg_ctl"), "-D", str(folder / "data"), "-l", str(folder / "log"), "-o", options,
+         "-w", "-t", "120", "start")  # fmt: skip
+
+
+def stop_postgres(programs: Path, folder: Path) -> None:
+    """Let the server of a folder end at once, as in a crash, whoever is connected."""
+    _run(folder, str(programs / "pg_ctl"), "-D", str(folder / "data"), "-m", "immediate", "-w", "stop")
+
+
+def postgres_url(folder: Path, database: str = "postgres") -> str:
+    """Give the SQLAlchemy URL of a server's database."""
+    return f"postgresql+psycopg://postgres:{quote(PASSWORD, safe='')}@/{database}?host={folder}"
+
+
+def _run(folder: Path, *command: str) -> None:
+    account: dict[str, Any] = _unprivileged() if os.geteuid() == 0 else {}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, **account)
+    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
 
 
 def _unprivileged() -> dict[str, Any]:

@@ -23,9 +23,14 @@ from tokenizer.events import write_meds
 REPOSITORY = Path(__file__).parents[1]
 HELP = Path(__file__).parent / "golden" / "help.txt"
 SITE = ("site", "site check", "site policy", "site approve", "site audit", "site key")
+MEMBERS = ("site join", "site renew", "site message")
+AUTHORITY = ("init", "invite", "revoke", "rotate", "fingerprints", "message")
+LEDGER = ("status", "runs", "sites", "logs", "backup", "restore")
 COMMANDS = ("tokenize", *SITE, "privacy", "privacy plan", "privacy budget", "coordinator", "coordinator key")
 COMMANDS = (
     *COMMANDS,
+    *MEMBERS,
+    *(f"coordinator {each}" for each in (*AUTHORITY, *LEDGER)),
     "simulate",
     "report",
     "rollout",

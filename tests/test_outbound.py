@@ -21,6 +21,7 @@ from client.outbound import Entry, lines, read_entry, read_head
 from client.site import Site, SiteFiles
 from federation import canonical, flower, masking, messages
 from federation.accountant import epsilon
+from federation.calls import CONTROL, ENROLMENT
 from federation.messages import (
     EvaluateRequest,
     PrepareRequest,
@@ -32,9 +33,11 @@ from federation.messages import (
     TrainRequest,
     to_wire,
 )
+from federation.pki import Role
 from federation.update import to_vector
 from model.decoder import Decoder
 from server.app import coordinate
+from server.control import RULES
 from simulation.engine import LocalGrid
 from simulation.pool import Pool
 from tests import tiny
@@ -55,7 +58,15 @@ def fields_of(answers: tuple[type, ...]) -> set[str]:
 def test_the_list_of_what_leaves_a_site_names_every_field_of_every_answer_and_nothing_else() -> None:
     listed = re.findall(r"^\| `(\w+\.\w+)` \|", LISTED.read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert len(listed) == len(set(listed))
-    assert set(listed) == fields_of((*Reply.__args__, *masking.Reply.__args__))
+    assert set(listed) == fields_of((*Reply.__args__, *masking.Reply.__args__)) | fields_of_control()
+
+
+def fields_of_control() -> set[str]:
+    """Every field of every message that a site may send over control, and of the one by which it joins."""
+    sent = [ENROLMENT["Enrol"], *(call for name, call in CONTROL.items() if Role.SITE in RULES[name])]
+    kinds = {call.request.DESCRIPTOR for call in sent}
+    assert not [field.name for kind in kinds for field in kind.fields if field.message_type is not None]
+    return {f"{kind.name}.{field.name}" for kind in kinds for field in kind.fields}
 
 
 @pytest.fixture
@@ -141,6 +152,7 @@ def test_every_answer_is_one_of_the_listed_kinds() -> None:
         "TrainReply",
         "EvaluateReply",
         "Kept",
+        "Lacking",
         "Refusal",
     }
     assert {answer.__name__ for answer in masking.Reply.__args__} == {"Keys", "Shares", "Masked", "Consent", "Opened"}

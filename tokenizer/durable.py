@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
     """Replace `path` by `data` in one step that survives a crash at any moment."""
     with file(path) as aside:
         aside.write_bytes(data)

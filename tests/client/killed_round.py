@@ -1,7 +1,8 @@
 """A site that answers a private round through its ClientApp and is killed at any of its steps, in a process of its own.
 
-Steps are all SQL statements (before and after) and commits, every flush and rename of a file, every optimizer step, and
-the moment before the answer leaves. What leaves is appended to a file, and so is the key of every draw.
+In a round with shared noise it also masks its update, in a new attempt of the sum each time that it is asked. Steps
+are all SQL statements (before and after) and commits, every flush and rename of a file, every optimizer step, and the
+moment before the answer leaves. What leaves is appended to a file, and so is the key of every draw.
 """
 
 import hashlib
@@ -14,20 +15,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import Engine, event
 
-from client import local
+from client import local, summing
+from client.approval import site_key
 from client.archive import RunArchive
 from client.budget import Budget, Charge, Release
+from client.masked import MaskedSite
 from client.outbound import Outbound
 from client.site import Site, SiteFiles
-from federation import flower
-from federation.manifest import LocalWork, Manifest
-from federation.messages import PrepareRequest, SurveyRequest, TrainReply, TrainRequest
+from federation import flower, masking
+from federation.identity import Identity
+from federation.keystream import Masks, chunks
+from federation.manifest import LocalWork, Manifest, OuterOptions, SecureAggregation
+from federation.masking import Masked, MaskingOptions
+from federation.messages import Kept, PrepareRequest, SurveyRequest, TrainReply, TrainRequest
+from federation.summed import agreement_of
 from federation.update import to_vector
 from model.decoder import Decoder
 from model.private import PrivateTrainer, Secret
 from server.plan import PrivacyPlan
+from server.unmask import Stage, Unmasking
 from tests import tiny
 from tokenizer.codebook import Codebook, Survey
 
@@ -35,6 +45,12 @@ FAR = 1e12
 PLAN = tiny.plan(
     local=LocalWork(steps=2, batch_tokens=512),
     privacy=PrivacyPlan(sampling_rate=0.25, noise_multiplier=2.0, delta=1e-5),
+)
+OTHERS = {name: Identity(Ed25519PrivateKey.generate()) for name in ("ward", "yard")}
+SHARED = tiny.plan(
+    local=LocalWork(steps=2, batch_tokens=512),
+    privacy=PrivacyPlan(noise_multiplier=4.0, delta=1e-5, mechanism="distributed", honest_sites=2),
+    outer=OuterOptions(weights="uniform"),
 )
 Step = Callable[..., None]
 
@@ -46,11 +62,12 @@ class Place(NamedTuple):
     manifest: Manifest
 
     @classmethod
-    def prepared(cls, root: Path) -> "Place":
+    def prepared(cls, root: Path, *, shared: bool = False) -> "Place":
         files = replace(tiny.site(root, "icu", 1), snapshot_minutes=0.0)
         site = Site(files)
         codebook = Codebook.build(Survey.from_bytes(site.survey(SurveyRequest(PLAN.split, PLAN.tokenizer, FAR)).survey))
-        manifest = PLAN.manifest(codebook)
+        roster = {"icu": Identity.at(site_key(files.state)).public} | {name: one.public for name, one in OTHERS.items()}
+        manifest = (replace(SHARED, secure_aggregation=_summing(roster)) if shared else PLAN).manifest(codebook)
         site.prepare(PrepareRequest(manifest.to_bytes(), codebook.to_bytes(), FAR))
         return cls(files, manifest)
 
@@ -85,6 +102,56 @@ def answer(place: Place, step: Step) -> None:
     step("sent")
 
 
+def answer_masked(place: Place, step: Step) -> None:
+    """Work on the first round, and let the masked update go in an attempt that was not begun before."""
+    manifest = place.manifest
+    node = tiny.honest(place.files)
+    flower.assume_identity()
+
+    def ask(request: Any) -> Any:
+        message = flower.request(flower.to_record(request), request.kind, 1, group="1", ttl_s=60.0)
+        flower.number_(message, "1")
+        sent = node(message)
+        assert sent is not None
+        step("about to leave")
+        reply = flower.read(sent)
+        if isinstance(reply, Masked):
+            _append(place.outbox, f"{sent.content.object_id} {_unmasked(place, agreed, reply)}")
+            step("sent")
+        return reply
+
+    work = TrainRequest(manifest.hash, 1, to_vector(Decoder.create(manifest.model, manifest.seed)), FAR)
+    assert isinstance(ask(work), Kept)
+    _append(place.files.state / "attempts", "one more")
+    attempt = len(lines(place.files.state / "attempts"))
+    agreed = agreement_of(manifest, masking.Place(manifest.hash, 1, "train", attempt), work.digest)
+    server = Unmasking(agreed)
+    others = {name: MaskedSite(agreed, name, identity) for name, identity in OTHERS.items()}
+    for stage in (Stage.KEYS, Stage.SHARES):
+        for name in server.asked:
+            request: Any = server.request(name, FAR)
+            if name == "icu":
+                reply = ask(request)
+            else:
+                reply = others[name].keys(request) if stage is Stage.KEYS else others[name].shares(request)
+            server.receive(name, reply)
+        server.advance()
+    assert isinstance(ask(server.request("icu", FAR)), Masked)
+
+
+def _unmasked(place: Place, agreed: masking.Agreement, reply: Masked) -> str:
+    """Name what is under the masks, which follow from what the site holds: its update and its noise, in integers."""
+    held = Site(place.files).archive.run(place.manifest.hash).held("train")
+    site = MaskedSite(agreed, "icu", Identity.at(site_key(place.files.state)), before=held)
+    masks = Masks([replace(mask, add=not mask.add) for mask in site._masks()])
+    words = reply.words.copy()
+    for part in chunks(words.size):
+        masks.apply_(words[part])
+    assert np.std(words.view("<i4")) > 0.1 * agreed.numbers.noise_variance**0.5, "these are not the masks"
+    assert np.std(words.view("<i4")) < 10 * agreed.numbers.noise_variance**0.5, "these are not the masks"
+    return hashlib.sha256(words.tobytes()).hexdigest()
+
+
 def answer_with_forgotten_keys(place: Place, step: Step) -> None:
     """The negative control: a site whose ledger does not keep the key, so that an interrupted round draws again."""
     reserve = Budget.reserve
@@ -94,6 +161,13 @@ def answer_with_forgotten_keys(place: Place, step: Step) -> None:
 
     Budget.reserve = fresh  # type: ignore[method-assign]  # in a process that ends with this
     answer(place, step)
+
+
+def answer_masked_with_forgotten_keys(place: Place, step: Step) -> None:
+    """The negative control: a site that does not keep the noise beside its update, so that an attempt draws again."""
+    real = summing.update_of
+    summing.update_of = lambda manifest, reply, _: real(manifest, reply, os.urandom(32))  # type: ignore[assignment]
+    answer_masked(place, step)
 
 
 def killed_at(place: Place, nth: int, kind: str = "", how: Callable[[Place, Step], None] = answer) -> str:
@@ -132,6 +206,7 @@ def _work_until(place: Place, nth: int, kind: str, how: Callable[[Place, Step], 
         event.listen(Engine, name, lambda *_, name=name: step(f"sql {name}"))
     for owner, name in ((os, "fsync"), (os, "replace"), (PrivateTrainer, "step"), (RunArchive, "keep")):
         _watch(owner, name, step)
+    _watch(RunArchive, "hold", step)
     for owner, name in ((Budget, "charge"), (Budget, "released"), (Outbound, "note")):
         _watch(owner, name, step)
     secret = local._secret
@@ -154,6 +229,10 @@ def _watch(owner: Any, name: str, step: Step) -> None:
         return result
 
     setattr(owner, name, watched)
+
+
+def _summing(roster: dict[str, str]) -> SecureAggregation:
+    return SecureAggregation(3, MaskingOptions(3, clip=1.0, max_weight=1), roster)
 
 
 def _append(path: Path, line: str) -> None:

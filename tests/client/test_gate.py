@@ -263,11 +263,11 @@ def test_a_private_message_that_was_not_charged_does_not_leave(files: SiteFiles,
             gate.note(wrong, "survey", "0" * 64, 1)
 
 
-def test_a_run_whose_protection_this_version_lacks_is_refused_rather_than_run_without(
+def test_a_run_whose_noise_is_shared_out_among_nobody_is_refused_rather_than_run_without(
     files: SiteFiles, run: Run
 ) -> None:
-    lacks = dataclasses.replace(run.manifest, privacy=Privacy("distributed", 2, 1e-6, 1, 1))
-    with pytest.raises(SiteRefusal, match=r"has no 'distributed' privacy yet"):
+    lacks = dataclasses.replace(run.manifest, privacy=Privacy("distributed", 2, 1e-6, 1, 1, honest_sites=2))
+    with pytest.raises(ProtocolError, match=r'"distributed" needs secure_aggregation'):
         Site(files).answer(run._replace(manifest=lacks).prepare())
 
 

@@ -13,7 +13,14 @@ from client.outbound import lines as listed
 from client.outbound import read_entry, read_head
 from federation import protection
 from federation.accountant import epsilon
-from tests.client.killed_round import Place, answer_with_forgotten_keys, killed_at, lines
+from tests.client.killed_round import (
+    Place,
+    answer_masked,
+    answer_masked_with_forgotten_keys,
+    answer_with_forgotten_keys,
+    killed_at,
+    lines,
+)
 
 NEVER = 10**9
 
@@ -91,6 +98,79 @@ def kill_and_go_on(prepared: Place, nth: int, kind: str = "") -> str:
 )
 def test_killed_between_any_two_of_its_duties_a_site_keeps_its_promise(prepared: Place, nth: int, kind: str) -> None:
     assert kill_and_go_on(prepared, nth, kind) == kind
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    root = Path("/dev/shm") if Path("/dev/shm").is_dir() else tmp_path_factory.getbasetemp()
+    folder = root / f"fedcomet-killed-shared-{tmp_path_factory.getbasetemp().name}"
+    yield Place.prepared(folder, shared=True)
+    shutil.rmtree(folder)
+
+
+def check_shared(place: Place, *, finished: bool) -> None:
+    sent = lines(place.outbox)
+    assert len({under_masks for _, under_masks in sent}) <= 1, "a second noise was drawn for a round"
+    with Budget.open(place.files.state / FILE) as budget:
+        charges = budget.charges()
+    folder = place.files.state / "outbound"
+    on_list = (
+        {read_entry(line, where).message.sha256 for where, line in listed(folder, read_head(folder))} if sent else ()
+    )
+    for content, _ in sent:
+        (charge,) = charges
+        assert (charge.state, charge.key) == (State.RELEASED, b""), "an uncharged release"
+        assert charge.release.mechanisms == protection.of_releases(place.manifest, 1)
+        assert content in on_list
+    assert bool(sent) or not finished
+
+
+def kill_and_go_on_shared(shared: Place, nth: int, kind: str = "") -> str:
+    folder = shared.files.state.with_name(f"shared-{nth}-{kind}")
+    place = shared.copy(folder)
+    name = killed_at(place, nth, kind, answer_masked)
+    check_shared(place, finished=not name)
+    assert killed_at(place, NEVER, "", answer_masked) == ""
+    check_shared(place, finished=True)
+    shutil.rmtree(folder)
+    return name
+
+
+@pytest.mark.parametrize(
+    ("nth", "kind"),
+    [
+        (3, "sql commit"),  # reserved, or about to be
+        (1, "before RunArchive.keep"),
+        (1, "after RunArchive.keep"),
+        (1, "before Budget.charge"),
+        (1, "after Budget.charge"),
+        (3, "before RunArchive.hold"),  # the update is masked, what was masked not yet written down
+        (3, "after RunArchive.hold"),
+        (4, "after Outbound.note"),  # of the masked update
+        (1, "after Budget.released"),
+        (1, "sent"),
+    ],
+)
+def test_killed_anywhere_a_site_puts_the_same_noise_under_the_masks_of_every_attempt(
+    shared: Place, nth: int, kind: str
+) -> None:
+    assert kill_and_go_on_shared(shared, nth, kind) == kind
+
+
+@pytest.mark.slow
+def test_killed_at_every_step_a_site_shares_out_one_noise(shared: Place) -> None:
+    names = list(itertools.takewhile(bool, (kill_and_go_on_shared(shared, nth) for nth in itertools.count(1))))
+    assert {"sql commit", "after fsync", "after replace", "after RunArchive.hold", "sent"} <= set(names)
+    assert len(names) > 100
+
+
+def test_a_site_that_draws_its_share_anew_is_found_out(shared: Place) -> None:
+    """The negative control of the tests above."""
+    place = shared.copy(shared.files.state.with_name("shared-forgetful"))
+    for _ in range(2):
+        killed_at(place, NEVER, "", answer_masked_with_forgotten_keys)
+    with pytest.raises(AssertionError, match="a second noise"):
+        check_shared(place, finished=False)
 
 
 @pytest.mark.slow

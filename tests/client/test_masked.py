@@ -560,3 +560,27 @@ def test_secrets_are_forgotten_once_the_sum_is_open() -> None:
 def test_the_keyring_names_the_keys_whatever_their_order() -> None:
     request = Federation(agreement()).requests(Stage.SHARES)["ash"]
     assert keyring_of(agreement(), request.keys) == keyring_of(agreement(), request.keys[::-1])
+
+
+def test_no_update_is_masked_without_the_noise_that_was_agreed_or_with_noise_that_was_not() -> None:
+    for noise, key, told in (
+        (0.5, b"", "agreed for this sum, but no key"),
+        (0.0, b"k" * 32, "not agreed for this sum"),
+    ):
+        played = Federation(agreement(noise=noise))
+        request = played.requests(Stage.MASKED)["ash"]
+        update, part = played.updates["ash"].copy(), (played.weights["ash"], played.totals["ash"])
+        with pytest.raises(DataError, match=told):
+            played.sites["ash"].mask_(request, update, *part, key)
+        assert np.array_equal(update, played.updates["ash"]), "nothing has changed"
+
+
+def test_other_noise_under_the_same_masks_is_refused() -> None:
+    played = Federation(agreement(noise=0.5))
+    request = played.requests(Stage.MASKED)["ash"]
+    part = played.weights["ash"], played.totals["ash"]
+    one = played.sites["ash"].mask_(request, played.updates["ash"].copy(), *part, b"k" * 32)
+    same = played.sites["ash"].mask_(request, played.updates["ash"].copy(), *part, b"k" * 32)
+    assert np.array_equal(one.words, same.words)
+    with pytest.raises(OutOfTurn, match="never used twice"):
+        played.sites["ash"].mask_(request, played.updates["ash"].copy(), *part, b"l" * 32)

@@ -1,4 +1,5 @@
 import dataclasses
+import io
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
+from client.approval import Asked
+from client.approval_page import terminal
 from client.budget import Limit
 from client.hours import Hours
 from client.policy import TEMPLATE, Policy, PolicyRefusal
 from federation import protection
 from federation.accountant import Approximate, epsilon
-from federation.manifest import LocalWork, Manifest, Privacy, SecureAggregation
+from federation.manifest import LocalWork, Manifest, OuterOptions, Privacy, SecureAggregation
 from federation.masking import MaskingOptions
 from federation.messages import EvaluateRequest, PrepareRequest, SurveyRequest, TrainRequest
 from model.train import TrainOptions
@@ -30,6 +34,7 @@ BASE = tiny.plan(tokenizer=TokenizerOptions(min_patients=10)).manifest(
 PRIVATE = Privacy("dp-sgd", epsilon=2, delta=1e-6, clip=1, noise_multiplier=1, sampling_rate=0.01)
 MASKED = SecureAggregation(5, MaskingOptions(threshold=4, clip=1, max_weight=100), agreement(5, 4).roster)
 GOOD = dataclasses.replace(BASE, privacy=PRIVATE, secure_aggregation=MASKED)
+SHARED = dataclasses.replace(GOOD, privacy=Privacy("distributed", 2, 1e-6, 1, 1, honest_sites=4))
 NOON = datetime(2026, 3, 4, 12)  # a Wednesday
 OPEN: dict[str, Any] = {
     "version": 1,
@@ -83,6 +88,7 @@ BROKEN: list[tuple[str, dict[str, Any], Manifest, str]] = [
     ("privacy.training", {"privacy": {"training": "required"}}, BASE, "no differential privacy"),
     ("privacy.epsilon_per_run", {"privacy": {"epsilon_per_run": 1.9}}, GOOD, "would be 2, 1.9"),
     ("privacy.delta_per_run", {"privacy": {"delta_per_run": 1e-7}}, GOOD, "1e-06, 1e-07"),
+    ("privacy.colluding_sites", {"privacy": {"colluding_sites": 2}}, SHARED, "would be 1, at least 2"),
     ("secure_aggregation.required", {"secure_aggregation": {"required": True}}, BASE, "in clear"),
     ("secure_aggregation.min_sites", {"secure_aggregation": {"min_sites": 6}}, GOOD, "would be 5, at least 6"),
     (
@@ -120,6 +126,18 @@ def test_a_run_that_breaks_a_rule_is_told_which_and_how(
     assert broken.rule == rule
     assert told in broken.told
     assert policy().check(manifest) == []
+
+
+def test_whoever_approves_shared_noise_reads_whom_it_relies_on_and_that_nothing_else_is_told() -> None:
+    manifest = dataclasses.replace(SHARED, outer=OuterOptions(weights="uniform"))
+    console = Console(width=400, record=True, file=io.StringIO())
+    console.print(terminal(Asked(manifest), policy(), []))
+    page = console.export_text()
+    assert "4 sites of every sum, this one among them, add their share of the noise as agreed" in page
+    assert "the coordinator and 1 other sites may work together" in page
+    assert "beside the noisy update, the sums hold constants" in page
+    console.print(terminal(Asked(GOOD), policy(), []))
+    assert "add their share" not in console.export_text()
 
 
 def test_a_run_that_the_budget_has_no_room_for_breaks_a_rule_whose_figures_stay_at_the_site() -> None:

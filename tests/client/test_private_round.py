@@ -177,8 +177,9 @@ def test_a_manifest_that_costs_more_than_it_says_is_refused_on_both_sides(site: 
     ):
         with pytest.raises(ProtocolError, match=told):
             site.prepare(PrepareRequest(wrong.to_bytes(), codebook.to_bytes(), FAR))
-    other = dataclasses.replace(manifest, privacy=dataclasses.replace(manifest.privacy, mechanism="distributed"))
-    with pytest.raises(SiteRefusal, match="no 'distributed' privacy"):
+    shared = dataclasses.replace(manifest.privacy, mechanism="distributed", sampling_rate=1.0, honest_sites=2)
+    other = dataclasses.replace(manifest, privacy=shared)
+    with pytest.raises(ProtocolError, match=r'mechanism "distributed" needs secure_aggregation'):
         site.prepare(PrepareRequest(other.to_bytes(), codebook.to_bytes(), FAR))
 
 

@@ -6,7 +6,16 @@ import pytest
 from scipy import stats
 
 from federation.accountant import Gaussian, epsilon
-from federation.planner import Wish, _central_limit, batches_around, noise_for, plan, progress
+from federation.planner import (
+    Wish,
+    _central_limit,
+    batches_around,
+    honest_by_default,
+    noise_for,
+    plan,
+    plan_updates,
+    progress,
+)
 from tokenizer.errors import ConfigError
 
 
@@ -32,6 +41,21 @@ def test_larger_batches_have_less_noise_per_patient_and_more_progress() -> None:
     assert small.loss > large.loss > 0
     assert 0 < large.epsilon_of_one_round < large.epsilon <= 8.0
     assert (large.sampling_rate, large.steps) == (0.2, 100)
+
+
+def test_noise_that_is_shared_out_is_shorter_by_the_root_of_the_honest_sites() -> None:
+    wish = Wish(1000, 8.0, 1e-5, 20, passes=10, parameters=10_000)
+    own, shared = plan_updates(wish, 10, 7)
+    assert (own.mechanism, own.honest_sites, shared.mechanism, shared.honest_sites) == ("local", None, "distributed", 7)
+    assert own.noise_multiplier == pytest.approx(5.38)
+    assert own.length == pytest.approx(5.38 * math.sqrt(10_000 / 10))
+    assert shared.length == pytest.approx(own.length * shared.noise_multiplier / own.noise_multiplier / math.sqrt(7))
+    assert 1 < shared.noise_multiplier / own.noise_multiplier < 1.1
+    assert 7.9 < min(own.epsilon, shared.epsilon) <= max(own.epsilon, shared.epsilon) <= 8.0
+    assert [honest_by_default(sites) for sites in (3, 4, 10, 50)] == [2, 3, 7, 33]
+    for honest in (1, 11):
+        with pytest.raises(ConfigError, match="from 2 to 10"):
+            plan_updates(wish, 10, honest)
 
 
 def test_passes_are_turned_into_steps() -> None:

@@ -248,7 +248,7 @@ def test_an_update_in_clear_is_not_taken_in_a_masked_run(ram_path: Path) -> None
     with Journal(ram_path / "run/ledger.sqlite") as journal:
         (bad,) = [entry for entry in journal.replies(1) if entry.status is not Status.ACCEPTED]
     assert (bad.site, bad.reason) == ("site-2", "a train.reply came in the place of a kept")
-    assert not list((ram_path / "run").rglob("*.f32"))
+    assert not list((ram_path / "run").rglob("*.update"))
 
 
 def test_a_coordinator_that_sends_one_site_other_weights_gets_no_sum_with_it(ram_path: Path) -> None:

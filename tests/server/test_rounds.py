@@ -270,7 +270,7 @@ def test_an_update_file_that_changed_is_not_used(run: Run) -> None:
     run.rounds.open()
     for site in SITES:
         run.rounds.receive(site, reply(run, site))
-    path = run.path / "rounds/0001/icu-b.f32"
+    path = run.path / "rounds/0001/icu-b.update"
     path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0")
     with pytest.raises(DataError, match="icu-b"):
         run.rounds.aggregate()

@@ -1,0 +1,105 @@
+"""What a coordinator's people type about the ledger."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from server.home import CoordinatorHome, CoordinatorSettings, Database, Federation
+from server.ledger import Ledger
+from server.ledger_commands import app
+from server.ledger_entries import BudgetEntry
+from server.tables import RunState
+from tests.server.test_backup import filled
+from tokenizer.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def home(ram_path: Path) -> Path:
+    settings = CoordinatorSettings(federation=Federation(name="hearts", address="localhost"))
+    made = CoordinatorHome.init(ram_path / "home", settings, None)
+    with Ledger.open(made.ledger_url) as ledger:
+        filled(ledger)
+    return made.path
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, [*map(str, arguments)], catch_exceptions=False)
+
+
+def told(*arguments: object) -> str:
+    result = call(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_status_tells_what_needs_a_person(home: Path) -> None:
+    with Ledger.open(home / "ledger.sqlite") as ledger:
+        ledger.report_budget(BudgetEntry("north", 2.9, 1e-6, 3.0, 1e-6))
+        ledger.journal("icu").end(RunState.FAILED, "nobody answered")
+        with ledger.lead():
+            found = json.loads(told("status", home, "--json"))
+            assert found["leader"]["process"] > 0
+    assert found["runs"] == {"failed": 1}
+    assert found["members"] == {"enrolled": 1, "invited": 1}
+    assert found["needs_attention"] == ["run icu failed: nobody answered", "north has spent epsilon 2.9 of 3"]
+    text = told("status", home)
+    assert "nobody" in text
+    assert "run icu failed: nobody answered" in text
+
+
+def test_runs_and_sites_are_listed(home: Path) -> None:
+    (run,) = json.loads(told("runs", home, "--json"))
+    assert (run["name"], run["round"], run["rounds"], run["sites"], run["tuning_loss"]) == ("icu", 1, 2, 1, 2.0)
+    assert "1/2" in told("runs", home)
+    north, south = json.loads(told("sites", home, "--json"))
+    assert (north["name"], north["status"], north["certificate"]) == ("north", "enrolled", "good")
+    assert (south["name"], south["status"], south["certificate"]) == ("Ärzte-süd", "invited", "none")
+    assert "0.3333" in told("sites", home)
+
+
+def test_logs_show_the_newest_last(home: Path) -> None:
+    found = json.loads(told("logs", home, "--what", "round.", "--last", 2, "--json"))
+    assert [(event["what"], event["run"], event["round"]) for event in found] == [
+        ("round.evaluated", "icu", 1),
+        ("round.committed", "icu", 1),
+    ]
+    assert "budget.reported" in told("logs", home, "--site", "north")
+    assert json.loads(told("logs", home, "--run", "other", "--json")) == []
+
+
+def test_the_home_can_come_from_the_environment(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDCOMET_HOME", str(home))
+    assert json.loads(told("runs", "--json"))[0]["name"] == "icu"
+
+
+def test_backup_and_restore(home: Path, ram_path: Path) -> None:
+    file = ram_path / "ledger.backup"
+    made = told("backup", file, "--home", home)
+    with pytest.raises(ConfigError, match="--yes replaces it"):
+        told("backup", file, "--home", home)
+    with pytest.raises(ConfigError, match="is not empty"):
+        told("restore", file, "--home", home)
+    restored = told("restore", file, "--home", home, "--yes")
+    assert made.rsplit(maxsplit=1)[-1] == restored.rsplit(maxsplit=1)[-1]
+    (home / "ledger.sqlite").unlink()
+    for left in home.glob("ledger.sqlite-*"):
+        left.unlink()
+    with pytest.raises(DataError, match="There is no ledger"):
+        told("runs", home)
+    told("restore", file, "--home", home)
+    assert json.loads(told("runs", home, "--json"))[0]["round"] == 1
+
+
+def test_the_ledger_may_be_on_a_server(ram_path: Path, postgres_url: str) -> None:
+    settings = CoordinatorSettings(
+        federation=Federation(name="hearts", address="localhost"), database=Database(url=postgres_url)
+    )
+    home = CoordinatorHome.init(ram_path / "home", settings, None).path
+    with Ledger.open(postgres_url) as ledger:
+        filled(ledger)
+    text = told("status", home)
+    assert "s3cret" not in text
+    assert "***" in text
+    assert json.loads(told("runs", home, "--json"))[0]["round"] == 1
