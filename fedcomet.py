@@ -5,6 +5,7 @@ stand inside the commands, so that a hospital's machine needs no more than the r
 """
 
 import errno
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -171,6 +172,7 @@ def main() -> None:
     claimed, 130 interrupted.
     """
     debug = "--debug" in sys.argv
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR" if debug else "NONE")  # its own lines, beside our message
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
         app(prog_name="fedcomet")

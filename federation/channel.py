@@ -1,6 +1,5 @@
 """One end of a connection to a coordinator: calls by name, and errors that say what to do."""
 
-import os
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
@@ -11,9 +10,6 @@ from google.protobuf.message import Message
 from federation.calls import CHANNEL_OPTIONS, Call
 from federation.messages import printable
 from tokenizer.errors import FedcometError
-
-# gRPC's core writes its own lines to stderr; what matters comes back as an error.
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 _CODE = grpc.StatusCode
 

@@ -1,7 +1,8 @@
 """The federation's certificates: who is who on its connections (X.509, RFC 5280; ECDSA on P-384).
 
-A federation has one authority, whose key lies at the coordinator. It issues certificates of two kinds, neither of which
-can stand in for the other: the server's (TLS server) and members' (TLS client). A member's binds one identity together:
+A federation has one authority, whose key lies at the coordinator (`server.authority`). It issues certificates of two
+kinds, neither of which can stand in for the other: the server's (TLS server) and members' (TLS client). A member's
+binds one identity together:
 
     CN = its name, OU = its role, O = the federation
     subject public key = its P-384 key: TLS client, and Flower's node key
@@ -16,31 +17,27 @@ import os
 import stat
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from enum import StrEnum
-from ipaddress import ip_address
 from pathlib import Path
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import NameOID
 
 from federation.identity import Identity, is_public_key, verify
 from federation.messages import is_site_name
 from tokenizer import durable
 from tokenizer.errors import ConfigError, FedcometError
 
-AUTHORITY_DAYS, SERVER_DAYS, MEMBER_DAYS = 3650, 365, 90
 MOST_REQUEST_BYTES = 4096
 """A request for a certificate has about 600."""
 
 _SCHEME, _URN = "ed25519:", "urn:fedcomet:ed25519:"
 _PROOF = "certificate request"
-_SKEW = timedelta(minutes=10)  # a new certificate also holds where clocks are late
 _PEM, _DER = serialization.Encoding.PEM, serialization.Encoding.DER
-_SHORTEST_PASSPHRASE = 12
 
 
 class Role(StrEnum):
@@ -91,92 +88,6 @@ class Wish:
     def node_key(self) -> str:
         """The public key of its connections, as in `Member`."""
         return node_key(self.key)
-
-
-class Authority:
-    """The federation's certificate authority: its key, and the certificate that members trust."""
-
-    def __init__(self, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> None:
-        self._key, self.certificate = key, certificate
-
-    @classmethod
-    def create(
-        cls, key: Path, certificate: Path, federation: str, passphrase: str | None, now: datetime
-    ) -> "Authority":
-        """Make an authority and write its two files; its key is encrypted if there is a passphrase.
-
-        Raises:
-            ConfigError: one of the files is there, or the passphrase is too short.
-        """
-        if certificate.exists():
-            raise ConfigError(f"{certificate} is there already; a federation keeps its authority.")
-        if passphrase is not None and len(passphrase) < _SHORTEST_PASSPHRASE:
-            raise ConfigError(f"The passphrase is too short; take {_SHORTEST_PASSPHRASE} characters or more.")
-        private = make_key(key, passphrase)
-        name = x509.Name(
-            [
-                x509.NameAttribute(NameOID.ORGANIZATION_NAME, federation),
-                x509.NameAttribute(NameOID.COMMON_NAME, f"{federation} authority"[:64]),
-            ]
-        )
-        builder = _builder(name, name, private.public_key(), now, AUTHORITY_DAYS)
-        usage = _usage(key_cert_sign=True, crl_sign=True)
-        signed = (
-            builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(usage, critical=True)
-            .sign(private, hashes.SHA384())
-        )
-        durable.write_bytes(certificate, signed.public_bytes(_PEM))
-        return cls(private, signed)
-
-    @classmethod
-    def open(cls, key: Path, certificate: Path, passphrase: str | None) -> "Authority":
-        """Read an authority's files.
-
-        Raises:
-            ConfigError: the key can't be read or used.
-            CertificateError: the certificate is not this key's.
-        """
-        private = read_key(key, passphrase)
-        signed = read_certificate(certificate)
-        if signed.public_key() != private.public_key():
-            raise CertificateError(f"{certificate} does not belong to {key}; restore both from one backup.")
-        return cls(private, signed)
-
-    @property
-    def pem(self) -> bytes:
-        """The certificate that members trust."""
-        return self.certificate.public_bytes(_PEM)
-
-    def issue(self, wish: Wish, now: datetime, days: float = MEMBER_DAYS) -> bytes:
-        """Give a member's certificate, PEM; it says what the wish says and nothing else."""
-        subject = x509.Name([self._organization, *_subject(wish.name, wish.role)])
-        builder = _builder(subject, self.certificate.subject, wish.key, now, days).add_extension(
-            x509.SubjectAlternativeName([_urn(wish.ed25519)]), critical=False
-        )
-        return self._signed(builder, ExtendedKeyUsageOID.CLIENT_AUTH).public_bytes(_PEM)
-
-    def issue_server(
-        self, key: ec.EllipticCurvePublicKey, addresses: list[str], now: datetime, days: float = SERVER_DAYS
-    ) -> bytes:
-        """Give the server's certificate for these host names and IP addresses, with the authority's behind it; PEM."""
-        name = x509.NameAttribute(NameOID.COMMON_NAME, "fedcomet coordinator")
-        builder = _builder(x509.Name([self._organization, name]), self.certificate.subject, key, now, days)
-        names = x509.SubjectAlternativeName([_address(each) for each in dict.fromkeys(addresses)])
-        signed = self._signed(builder.add_extension(names, critical=False), ExtendedKeyUsageOID.SERVER_AUTH)
-        return signed.public_bytes(_PEM) + self.pem
-
-    @property
-    def _organization(self) -> x509.NameAttribute:
-        return x509.NameAttribute(NameOID.ORGANIZATION_NAME, _only(self.certificate.subject, NameOID.ORGANIZATION_NAME))
-
-    def _signed(self, builder: x509.CertificateBuilder, purpose: x509.ObjectIdentifier) -> x509.Certificate:
-        return (
-            builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(_usage(digital_signature=True), critical=True)
-            .add_extension(x509.ExtendedKeyUsage([purpose]), critical=True)
-            .sign(self._key, hashes.SHA384())
-        )
 
 
 def make_key(path: Path, passphrase: str | None = None) -> ec.EllipticCurvePrivateKey:
@@ -263,8 +174,8 @@ def ask(
     Returns:
         The request (PKCS #10, DER), and the proof that `read_request` wants to see beside it.
     """
-    builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name(_subject(name, role)))
-    names = x509.SubjectAlternativeName([_urn(identity.public)])
+    builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name(subject(name, role)))
+    names = x509.SubjectAlternativeName([urn(identity.public)])
     request = builder.add_extension(names, critical=False).sign(key, hashes.SHA384()).public_bytes(_DER)
     return request, identity.sign(_PROOF, request + answers)
 
@@ -306,7 +217,7 @@ def read_member(pem: bytes) -> Member:
     return Member(
         name=name,
         role=role,
-        federation=_only(certificate.subject, NameOID.ORGANIZATION_NAME),
+        federation=only(certificate.subject, NameOID.ORGANIZATION_NAME),
         ed25519=ed25519,
         node_key=node_key(key),
         serial=f"{certificate.serial_number:x}",
@@ -396,36 +307,8 @@ def validity(certificate: x509.Certificate, now: datetime) -> Validity:
     return Validity(until, (until - now) / timedelta(days=1), until - now <= (until - since) / 3)
 
 
-def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, now: datetime, days: float
-) -> x509.CertificateBuilder:
-    now = now.astimezone(UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - _SKEW)
-        .not_valid_after(now + timedelta(days=days))
-    )
-
-
-def _usage(*, digital_signature: bool = False, key_cert_sign: bool = False, crl_sign: bool = False) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=digital_signature,
-        key_cert_sign=key_cert_sign,
-        crl_sign=crl_sign,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
-
-
-def _subject(name: str, role: Role) -> list[x509.NameAttribute]:
+def subject(name: str, role: Role) -> list[x509.NameAttribute]:
+    """Give what a certificate's subject says of a member, but for its federation."""
     return [
         x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, role.value),
         x509.NameAttribute(NameOID.COMMON_NAME, name),
@@ -434,7 +317,7 @@ def _subject(name: str, role: Role) -> list[x509.NameAttribute]:
 
 def _read_names(read: x509.Certificate | x509.CertificateSigningRequest) -> tuple[str, Role, str]:
     """Name, role and Ed25519 key of a certificate or a request for one."""
-    name, role = _only(read.subject, NameOID.COMMON_NAME), _only(read.subject, NameOID.ORGANIZATIONAL_UNIT_NAME)
+    name, role = only(read.subject, NameOID.COMMON_NAME), only(read.subject, NameOID.ORGANIZATIONAL_UNIT_NAME)
     try:
         names = read.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         (uri,) = names
@@ -449,19 +332,18 @@ def _read_names(read: x509.Certificate | x509.CertificateSigningRequest) -> tupl
     return name, Role(role), ed25519
 
 
-def _only(name: x509.Name, kind: x509.ObjectIdentifier) -> str:
+def only(name: x509.Name, kind: x509.ObjectIdentifier) -> str:
+    """Give the one value of a kind in a subject.
+
+    Raises:
+        CertificateError: there is none, or more.
+    """
     values = [attribute.value for attribute in name.get_attributes_for_oid(kind)]
     if len(values) != 1 or not isinstance(values[0], str):
         raise CertificateError("The certificate's subject is not as a member's must be.")
     return values[0]
 
 
-def _urn(ed25519: str) -> x509.UniformResourceIdentifier:
+def urn(ed25519: str) -> x509.UniformResourceIdentifier:
+    """Give the name under which a certificate has the key of signatures."""
     return x509.UniformResourceIdentifier(_URN + ed25519.removeprefix(_SCHEME))
-
-
-def _address(text: str) -> x509.GeneralName:
-    try:
-        return x509.IPAddress(ip_address(text))
-    except ValueError:
-        return x509.DNSName(text)

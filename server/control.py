@@ -267,10 +267,9 @@ class Control:
                 wanted = each.what != _MESSAGE and (not run or each.run == run)
                 if wanted and (event := _shown(caller, each, seen)) is not None:
                     yield event
-            if not found:
-                if self._wait(_TICK_S):
-                    return
-                self._enrolment.admit(caller.member, caller.pem)  # revoked meanwhile: the stream ends
+            if not found and self._wait(_TICK_S):
+                return
+            self._enrolment.admit(caller.member, caller.pem)  # whoever was revoked meanwhile hears no more
 
     def _run(self, caller: Caller, name: str) -> RunEntry:
         try:

@@ -10,18 +10,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
+from threading import Lock
 
 from federation import pki
 from federation.control_pb2 import EnrolReply, EnrolRequest, RenewRequest
 from federation.invitation import Invitation
-from federation.pki import Authority, CertificateError, Member, Role, Wish
-from server import tables
+from federation.pki import CertificateError, Member, Role, Wish
+from server.authority import Authority
 from server.ledger import Ledger
 from server.ledger_entries import Identity, LedgerRefusal, MemberEntry
 from server.tables import SiteStatus
 from tokenizer.errors import ConfigError, FedcometError
 
-INVITE_HOURS = 72.0
 _MOST_HOURS = 24 * 30
 _WRONG, _WINDOW_S, _MOST_ADDRESSES = 5, 600.0, 4096
 
@@ -50,6 +50,7 @@ class Throttle:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._wrong: OrderedDict[str, list[float]] = OrderedDict()
+        self._lock = Lock()
 
     def check(self, address: str) -> None:
         """Let an address try.
@@ -66,10 +67,11 @@ class Throttle:
     def count(self, address: str) -> bool:
         """Count a wrong try; tell whether it was the last one for a while."""
         now = self._clock()
-        recent = [at for at in self._wrong.pop(address, []) if now - at < _WINDOW_S]
-        self._wrong[address] = [*recent, now]
-        while len(self._wrong) > _MOST_ADDRESSES:
-            self._wrong.popitem(last=False)
+        with self._lock:
+            recent = [at for at in self._wrong.pop(address, []) if now - at < _WINDOW_S]
+            self._wrong[address] = [*recent, now]
+            while len(self._wrong) > _MOST_ADDRESSES:
+                self._wrong.popitem(last=False)
         return len(recent) + 1 == _WRONG
 
 
@@ -132,8 +134,10 @@ class Enrolment:
         A certificate that is newer than the one in use takes its place; an older one holds only for the same key.
 
         Raises:
-            MembershipError: it isn't enrolled (any more), or its certificate was replaced.
+            MembershipError: it isn't enrolled (any more), or its certificate expired or was replaced.
         """
+        if not member.since <= datetime.fromtimestamp(self._clock(), UTC) <= member.until:  # TLS looks once
+            raise MembershipError(f"The certificate of {member.name} has expired; join again with a new invitation.")
         entry = self._find(member.name)
         if entry is None or entry.status == SiteStatus.INVITED:
             raise MembershipError(f"{member.name} is not enrolled; join with an invitation of the coordinator.")
@@ -143,7 +147,7 @@ class Enrolment:
             f"This certificate of {member.name} was replaced by another one; if nobody at {member.name} did that, tell "
             f"the coordinator to revoke {member.name}."
         )
-        if (entry.role, entry.ed25519) != (member.role.value, member.ed25519):
+        if (entry.role, entry.ed25519) != (member.role, member.ed25519):
             raise replaced
         if entry.serial == member.serial:
             return entry
@@ -209,7 +213,7 @@ def invite(ledger: Ledger, authority: str, name: str, role: Role, hours: float, 
     if not 0 < hours <= _MOST_HOURS:
         raise ConfigError(f"An invitation can hold for up to {_MOST_HOURS} hours, not {hours:g}.")
     invitation = Invitation.new(name, role, authority)
-    ledger.members.invite(name, tables.Role(role.value), invitation.digest.hex(), hours * 3600, who)
+    ledger.members.invite(name, role, invitation.digest.hex(), hours * 3600, who)
     return invitation.token
 
 

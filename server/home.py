@@ -23,7 +23,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from federation import calls, pki
 from federation.identity import Identity
-from federation.pki import Authority
+from server.authority import Authority
 from tokenizer import durable
 from tokenizer.errors import ConfigError
 from tokenizer.settings import explain

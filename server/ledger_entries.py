@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
-from server.tables import Base, Role, RunState, SiteStatus
+from federation.pki import Role
+from server.tables import Base, RunState, SiteStatus
 from tokenizer.errors import FedcometError
 
 E = TypeVar("E")

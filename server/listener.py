@@ -11,7 +11,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import UTC, datetime
 from ipaddress import ip_address, ip_network
 from typing import Any, NoReturn
 from urllib.parse import unquote
@@ -23,7 +22,8 @@ from grpc_reflection.v1alpha import reflection
 from federation import pki
 from federation.calls import CONTROL, CONTROL_SERVICE, ENROLMENT, ENROLMENT_SERVICE, MOST_BYTES, MOST_ENROL_BYTES, Call
 from federation.identity import Identity
-from federation.pki import Authority, CertificateError
+from federation.pki import CertificateError
+from server.authority import Authority
 from server.control import Caller, Control, Forbidden, RunStarter, Unknown, Wrong
 from server.enrolment import Enrolment, MembershipError, TooMany, Welcome
 from server.home import CoordinatorHome
@@ -32,6 +32,8 @@ from server.ledger_entries import MemberEntry
 from server.transactions import LedgerUnreachable
 from tokenizer.errors import ConfigError, FedcometError
 
+# Its stubs forget that "no change" is told by None.
+_credentials: Callable[..., grpc.ServerCredentials] = grpc.dynamic_ssl_server_credentials
 _LOG = logging.getLogger("fedcomet.control")
 _CODES: tuple[tuple[type[FedcometError], grpc.StatusCode], ...] = (
     (Forbidden, grpc.StatusCode.PERMISSION_DENIED),
@@ -116,8 +118,8 @@ class Listener:
             ConfigError: a port is in use, or a certificate can't be used.
         """
         pair = _Pair(self._home)
-        mutual = grpc.dynamic_ssl_server_credentials(pair.mutual(), pair.next_mutual, True)
-        plain = grpc.dynamic_ssl_server_credentials(pair.plain(), pair.next_plain, False)
+        mutual = _credentials(pair.mutual(), pair.next_mutual, True)
+        plain = _credentials(pair.plain(), pair.next_plain, False)
         ports = self._home.settings.ports
         self.control_port = self._open(self._control_server(), ports.control, mutual, "control")
         self._enrolment.welcome = replace(self._enrolment.welcome, control_port=self.control_port)
@@ -190,7 +192,9 @@ class Listener:
             with _Told(context, name):
                 if not self._streams.acquire(blocking=False):
                     raise TooMany("Too many streams are open here; try again later.")
-                context.add_callback(self._streams.release)
+                if not context.add_callback(self._streams.release):
+                    self._streams.release()  # it is over already
+                    return
                 for each in self._control.call(name, self._gate.caller(context), request):
                     if not context.is_active():
                         return
@@ -217,14 +221,12 @@ class _Gate:
             MembershipError: it is no member (any more).
             TooMany: it called too often.
         """
-        pem = context.auth_context().get("x509_pem_cert", [b""])[0]
+        pem = bytes(next(iter(context.auth_context().get("x509_pem_cert", ())), b""))
         try:
             member = pki.read_member(pem)
         except CertificateError:
             raise MembershipError("This certificate is no member's; join with an invitation.") from None
         now = self._clock()
-        if not member.since <= datetime.fromtimestamp(now, UTC) <= member.until:  # TLS looks at connections' begin only
-            raise MembershipError(f"The certificate of {member.name} has expired; join again with a new invitation.")
         entry = self._enrolment.admit(member, pem)
         with self._lock:
             recent = [at for at in self._recent.pop(member.name, []) if now - at < 60]

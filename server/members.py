@@ -9,9 +9,10 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from federation.pki import Role
 from server import tables
 from server.ledger_entries import Identity, InviteEntry, LedgerRefusal, MemberEntry, entry_of
-from server.tables import Role, SiteStatus
+from server.tables import SiteStatus
 from server.transactions import Transactions, note
 
 

@@ -33,14 +33,6 @@ class RunState(StrEnum):
     FINISHED = "finished"
 
 
-class Role(StrEnum):
-    """What a certificate's bearer may do."""
-
-    SITE = "site"
-    COORDINATOR = "coordinator"
-    VIEWER = "viewer"
-
-
 class SiteStatus(StrEnum):
     """How far a member of the federation is enrolled."""
 

@@ -11,6 +11,7 @@ from client.home import SiteHome
 from federation import pki
 from federation.channel import Channel
 from federation.pki import Role
+from server.authority import Authority
 from server.enrolment import invite
 from server.home import CoordinatorHome, CoordinatorSettings, Federation, Listen, Ports
 from server.ledger import Ledger
@@ -52,7 +53,7 @@ class Coordinator:
     out: list[MemberEntry]
 
     @property
-    def authority(self) -> pki.Authority:
+    def authority(self) -> Authority:
         return self.home.open_authority(None)
 
     def token(self, name: str, role: Role = Role.SITE, hours: float = 1.0) -> str:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from federation.pki import Role
 from server import backup, lease
 from server.lease import LeaseTaken
 from server.ledger import Ledger
 from server.ledger_entries import BudgetEntry, Identity
 from server.restore import restore
-from server.tables import Role
 from server.transactions import LeaseLost
 from tests.server.test_journal import fill
 from tokenizer.errors import ConfigError, DataError

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from federation.pki import Role
 from server.ledger import Ledger
 from server.ledger_entries import BudgetEntry, Identity, LedgerRefusal, MetricEntry, RefusalEntry
-from server.tables import Role, RunState, SiteStatus
+from server.tables import RunState, SiteStatus
 
 Open = Callable[[], Ledger]
 

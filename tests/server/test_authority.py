@@ -14,7 +14,8 @@ from federation import pki
 from federation.identity import Identity
 from federation.invitation import Invitation
 from federation.messages import is_site_name
-from federation.pki import Authority, CertificateError, Role
+from federation.pki import CertificateError, Role
+from server.authority import Authority
 from tokenizer.errors import ConfigError
 
 NOW = datetime(2026, 11, 26, 12, tzinfo=UTC)
@@ -52,8 +53,8 @@ def test_a_certificate_says_only_what_was_proved_whatever_else_a_request_asks_fo
     tmp_path: Path, authority: Authority, identity: Identity
 ) -> None:
     key = pki.make_key(tmp_path / "tls.key")
-    builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name(pki._subject("icu", Role.SITE)))
-    builder = builder.add_extension(x509.SubjectAlternativeName([pki._urn(identity.public)]), critical=False)
+    builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name(pki.subject("icu", Role.SITE)))
+    builder = builder.add_extension(x509.SubjectAlternativeName([pki.urn(identity.public)]), critical=False)
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
     builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=True)
     request = builder.sign(key, hashes.SHA384()).public_bytes(serialization.Encoding.DER)
@@ -79,7 +80,7 @@ def test_a_request_must_be_signed_with_both_keys_and_for_what_it_answers(tmp_pat
 
 def wrong_requests(identity: Identity) -> dict[str, bytes]:
     """Requests that are signed well, and wrong otherwise."""
-    p384, urn = ec.generate_private_key(ec.SECP384R1()), pki._urn(identity.public)
+    p384, urn = ec.generate_private_key(ec.SECP384R1()), pki.urn(identity.public)
 
     def request(key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey, name: str, role: str, *names: x509.GeneralName):
         subject = x509.Name(

@@ -1,0 +1,68 @@
+"""Founding a federation, inviting, joining and revoking, as people type it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from client.home import SiteHome
+from server.home import CoordinatorHome
+from tests.joined import listening
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def fedcomet(*arguments: object, status: int = 0, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "fedcomet.py"), *map(str, arguments)],
+        env={**os.environ, "COLUMNS": "400", "TERM": "dumb", "NO_COLOR": "1", "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout if not status else done.stderr
+
+
+def free_ports(home: Path) -> None:
+    place = home / "coordinator.toml"
+    text = place.read_text().replace("control = 8444", "control = 0").replace("enrol = 8445", "enrol = 0")
+    place.write_text(text.replace("0.0.0.0", "127.0.0.1"))
+
+
+def test_people_found_a_federation_invite_a_site_and_compare_fingerprints(tmp_path: Path) -> None:
+    home, site = tmp_path / "home", tmp_path / "site"
+    told = fedcomet("coordinator", "init", home, "--name", "Heart study", "--address", "127.0.0.1")
+    free_ports(home)
+    where = {"FEDCOMET_HOME": str(home)}
+    token = fedcomet("coordinator", "invite", "icu", **where)
+    assert token.count("\n") == 1
+    with listening(tmp_path, CoordinatorHome.open(home)) as coordinator:
+        seen = fedcomet("site", "join", coordinator.enrol_address, token, "--home", site, "--yes")
+        shown = fedcomet("coordinator", "fingerprints", **where)
+        authority = told.rpartition("fingerprint: ")[2].strip()
+        assert authority in seen
+        assert authority in shown
+        own = next(line for line in shown.splitlines() if line.startswith("icu"))
+        assert own.split("  ")[1] in seen
+        fedcomet("site", "message", "the scanner is down", "--home", site)
+        assert "icu: the scanner is down" in fedcomet("coordinator", "message", **where)
+        assert "holds until" in fedcomet("site", "renew", "--home", site)
+        fedcomet("coordinator", "rotate", **where)
+        fedcomet("coordinator", "revoke", "icu", "--reason", "a test", **where)
+        assert "icu was revoked" in fedcomet("site", "renew", "--home", site, status=1)
+    assert SiteHome.open(site).name == "icu"
+
+
+def test_a_passphrase_protects_the_authority_and_its_file_must_be_its_owners(tmp_path: Path) -> None:
+    home, file = tmp_path / "home", tmp_path / "passphrase"
+    file.write_text("correct horse battery\n")
+    arguments = ("coordinator", "init", home, "--name", "x", "--address", "localhost", "--passphrase-file", file)
+    assert "chmod 600" in fedcomet(*arguments, status=1)
+    file.chmod(0o600)
+    assert "encrypted" in fedcomet(*arguments)
+    where = {"FEDCOMET_HOME": str(home)}
+    assert "FEDCOMET_CA_PASSPHRASE" in fedcomet("coordinator", "rotate", status=1, **where)
+    fedcomet("coordinator", "rotate", FEDCOMET_CA_PASSPHRASE="correct horse battery", **where)
+    assert "not empty" in fedcomet(*arguments, status=1)
