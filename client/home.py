@@ -11,21 +11,24 @@ Everything is the owner's alone. Paths in site.toml are relative to the home.
 """
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from client.approval import site_key
+from client.site import SiteFiles
 from federation import pki
 from federation.identity import Identity, is_public_key
 from federation.messages import is_site_name
+from model.machine import Machine
 from tokenizer.errors import ConfigError
-from tokenizer.settings import AS_THEY_ARE, explain
+from tokenizer.settings import AS_THEY_ARE, STANDARD, explain
 
 _Port = Annotated[int, Field(ge=1, le=65535)]
+_Number = Annotated[float, BeforeValidator(lambda given: float(given) if type(given) is int else given)]
 
 
 class _Section(BaseModel):
@@ -42,6 +45,13 @@ class Work(_Section):
     settings: str = AS_THEY_ARE
     budget: str = ""
     device: str = "cpu"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    micro_tokens: int = 0
+    checkpointing: bool = False
+    compile: bool = False
+    processes: int = 1
+    shard: bool = False
+    snapshot_minutes: _Number = 10.0
 
     @field_validator("name")
     @classmethod
@@ -67,11 +77,22 @@ class Coordinator(_Section):
         return given
 
 
+class Daemon(_Section):
+    """How `fedcomet site run` runs: its ports on loopback, how long it may take to stop, how much log is kept."""
+
+    health_port: _Port = 8451
+    runtime_port: _Port = 8452
+    stop_seconds: Annotated[_Number, Field(ge=0, le=3600)] = 60.0
+    log_megabytes: Annotated[int, Field(ge=1)] = 10
+    log_files: Annotated[int, Field(ge=1)] = 9
+
+
 class SiteSettings(_Section):
     """All of site.toml."""
 
     site: Work
     coordinator: Coordinator
+    daemon: Daemon = Daemon()
 
 
 @dataclass(frozen=True)
@@ -114,6 +135,21 @@ class SiteHome:
     def policy(self) -> Path:
         """Its policy; a site of a federation has one."""
         return self.path / self.settings.site.policy
+
+    @property
+    def files(self) -> SiteFiles:
+        """What `client.site` is told.
+
+        Raises:
+            ConfigError: how the machine trains makes no sense.
+        """
+        work = self.settings.site
+        machine = Machine(**{field.name: getattr(work, field.name) for field in fields(Machine)})
+        settings = work.settings if work.settings in (AS_THEY_ARE, STANDARD) else str(self.path / work.settings)
+        where = (self.path / work.data).absolute(), self.state.absolute()
+        return SiteFiles(
+            work.name, *where, settings, machine, work.snapshot_minutes, self.policy.absolute(), work.budget
+        )
 
     @property
     def identity(self) -> Identity:

@@ -68,6 +68,16 @@ class Identity:
         """Sign data for a purpose; 128 hexadecimal digits."""
         return self._key.sign(_statement(purpose, data)).hex()
 
+    def sign_raw(self, data: bytes) -> bytes:
+        """Sign data in a form that others have laid down; it must not begin as a statement of ours does.
+
+        Raises:
+            ValueError: it does.
+        """
+        if data.startswith(_statement("", b"")[:8]):
+            raise ValueError("these bytes could stand for a statement with a purpose")
+        return self._key.sign(data)
+
     def sign_request(self, request: S) -> S:
         """Give a request, of rounds or of masked sums, with this identity's key and signature."""
         signature = self.sign(_REQUEST, _content(request))
@@ -80,6 +90,17 @@ def is_public_key(text: str) -> bool:
     """Tell whether a text has the form of a public key."""
     digits = text.removeprefix(_SCHEME)
     return text.startswith(_SCHEME) and len(digits) == 64 and set(digits) <= set("0123456789abcdef")
+
+
+def raw_key(text: str) -> bytes:
+    """Give the 32 bytes of a public key.
+
+    Raises:
+        ValueError: the text is none.
+    """
+    if not is_public_key(text):
+        raise ValueError(f"{text[:80]!r} is not a public key")
+    return bytes.fromhex(text.removeprefix(_SCHEME))
 
 
 def verify(public: str, purpose: str, data: bytes, signature: str) -> bool:

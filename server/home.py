@@ -49,18 +49,27 @@ class Federation(_Section):
 
 
 class Ports(_Section):
-    """Where the coordinator listens; 0 lets the system choose, for tests."""
+    """Where the coordinator listens, the last two on loopback; 0 lets the system choose, for tests."""
 
     fleet: _Port = calls.FLEET_PORT
     control: _Port = calls.CONTROL_PORT
     enrol: _Port = calls.ENROL_PORT
     ui: _Port = calls.UI_PORT
+    health: _Port = 8447
+    runtime: _Port = 8448
 
 
 class Listen(_Section):
     """The network interface: 0.0.0.0 is all of them."""
 
     host: str = "0.0.0.0"
+
+
+class Log(_Section):
+    """How much log of the daemon is kept."""
+
+    megabytes: Annotated[int, Field(ge=1)] = 10
+    files: Annotated[int, Field(ge=1)] = 9
 
 
 class Database(_Section):
@@ -76,6 +85,7 @@ class CoordinatorSettings(_Section):
     ports: Ports = Ports()
     listen: Listen = Listen()
     database: Database = Database()
+    log: Log = Log()
 
 
 @dataclass(frozen=True)
@@ -244,6 +254,8 @@ fleet = {ports.fleet}    # rounds, HTTPS: Flower's Fleet calls only
 control = {ports.control}  # control, gRPC under mutual TLS
 enrol = {ports.enrol}    # joining, gRPC under TLS
 ui = {ports.ui}       # the dashboard
+health = {ports.health}   # health and metrics, on loopback
+runtime = {ports.runtime}  # the coordinator's own processes, on loopback
 
 [listen]
 host = {dumps(settings.listen.host)}

@@ -23,9 +23,9 @@ from tokenizer.events import write_meds
 REPOSITORY = Path(__file__).parents[1]
 HELP = Path(__file__).parent / "golden" / "help.txt"
 SITE = ("site", "site check", "site policy", "site approve", "site audit", "site key")
-MEMBERS = ("site join", "site renew", "site message")
+MEMBERS = ("site join", "site renew", "site message", "site run")
 AUTHORITY = ("init", "invite", "revoke", "rotate", "fingerprints", "message")
-LEDGER = ("status", "runs", "sites", "logs", "backup", "restore")
+LEDGER = ("serve", "start", "pause", "resume", "stop", "status", "runs", "sites", "logs", "backup", "restore")
 COMMANDS = ("tokenize", *SITE, "privacy", "privacy plan", "privacy budget", "coordinator", "coordinator key")
 COMMANDS = (
     *COMMANDS,

@@ -137,7 +137,7 @@ def test_a_killed_site_does_not_stop_the_sum_and_no_site_s_work_is_at_the_coordi
         run = place.start(
             str(BIN / "flwr"),
             "run",
-            str(REPOSITORY / "deploy/flower-app"),
+            str(REPOSITORY / "federation/flower_app"),
             "test",
             "--stream",
             "--run-config",

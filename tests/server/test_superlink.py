@@ -49,7 +49,7 @@ def test_a_real_superlink_gives_what_the_engine_on_one_machine_gives(tmp_path: P
         superlink = start_superlink(place, port)
         for one, own in zip(files, ports, strict=True):
             start_supernode(place, one, port, own)
-        run = [str(BIN / "flwr"), "run", str(REPOSITORY / "deploy/flower-app"), "test", "--stream"]
+        run = [str(BIN / "flwr"), "run", str(REPOSITORY / "federation/flower_app"), "test", "--stream"]
         first = place.start(*run, "--run-config", 'run="first"')
         first.wait_for("update.accepted round 2", 400)
         kill_coordinator(place)

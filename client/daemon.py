@@ -1,0 +1,172 @@
+"""`fedcomet site run HOME`: one command that keeps a site in its federation for weeks.
+
+It keeps the site's Flower node running, through crashes of either side, writes one log, and tells on loopback how
+things are. Killed at any moment it is started again by whoever starts it (systemd, a container's runtime); nothing is
+lost, for what a site must not forget is in its state folder before it counts.
+"""
+
+import fcntl
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from client.home import SiteHome
+from client.link import Link
+from client.supernode import NodeFolder, trusted_coordinators
+from federation import logs, pki, supervisor, vitals
+from federation.manifest import software_version
+from federation.vitals import notify
+from tokenizer.errors import ConfigError, FedcometError
+
+_TICK_S = 1.0
+_TELL_S = 60.0
+_NODE = "supernode"
+_GOOD = ("waiting", "working")
+
+_log = logging.getLogger(__name__)
+
+
+def run(path: Path) -> None:
+    """Run a site until SIGTERM or SIGINT.
+
+    Raises:
+        ConfigError: the home is none, is in use, or a setting, key or certificate in it can't be used.
+    """
+    os.umask(0o077)
+    home = SiteHome.open(path)
+    home.files  # noqa: B018  (names a wrong setting before anything starts)
+    trusted_coordinators(home)
+    pki.pair(home.key, home.certificate)
+    with _alone(path):
+        settings = home.settings.daemon
+        logs.to_files(path / "logs", "site", most_bytes=settings.log_megabytes << 20, keep=settings.log_files)
+        daemon = _Daemon(home)
+        daemon.run()
+
+
+class _Daemon:
+    def __init__(self, home: SiteHome) -> None:
+        self._home, self._folder = home, NodeFolder(home.path)
+        node = supervisor.Program(
+            name=_NODE,
+            command=(sys.executable, "-m", "client.supernode", str(home.path)),
+            environment=supervisor.flower_environment(home.path / "flower"),
+            stop_s=home.settings.daemon.stop_seconds + 20,
+        )
+        self._supervisor = supervisor.Supervisor([node])
+        self._line = _Line(home)
+        self._began = time.time()
+
+    def run(self) -> None:
+        wait = supervisor.until_signal()
+        board = vitals.Vitals(self._home.settings.daemon.health_port, self._health, "fedcomet_site")
+        self._folder.write("starting")
+        self._supervisor.start()
+        self._line.start()
+        _log.info("site %s runs, fedcomet %s", self._home.name, software_version())
+        ready = False
+        try:
+            while not wait(_TICK_S):
+                well, told = self._health()
+                self._measure(board, well)
+                if well and not ready:
+                    ready = True
+                    notify("READY=1")
+                notify(f"WATCHDOG=1\nSTATUS={told['node']}")
+        finally:
+            notify("STOPPING=1")
+            _log.info("stopping: work that is done within %g s still leaves", self._home.settings.daemon.stop_seconds)
+            self._line.stop()
+            self._supervisor.stop()
+            board.close()
+            _log.info("stopped")
+
+    def _health(self) -> tuple[bool, Mapping[str, Any]]:
+        node, condition = self._folder.read(), self._supervisor.conditions()[_NODE]
+        well = condition.running and node.state in _GOOD
+        told = {
+            "site": self._home.name,
+            "node": node.state,
+            "since": node.since,
+            "restarts": condition.ends,
+            "control": self._line.problem or "fine",
+        }
+        if not well:
+            told["reason"] = node.reason or (
+                "the node is about to connect" if condition.running else "the node is started again in a moment"
+            )
+        return well, told
+
+    def _measure(self, board: vitals.Vitals, well: bool) -> None:
+        node, condition = self._folder.read(), self._supervisor.conditions()[_NODE]
+        board.set("healthy", well, "1 if the site is connected and nothing is wrong")
+        board.set("control_reachable", not self._line.problem, "1 if the last word to the control service came through")
+        board.set("working", node.state == "working", "1 while a message of the coordinator is worked on")
+        board.set("node_restarts", condition.ends, "How often the node ended by itself since the daemon began")
+        board.set("uptime_seconds", time.time() - self._began, "Since the daemon began")
+        used = os.statvfs(self._home.state) if self._home.state.exists() else None
+        if used is not None:
+            board.set("disk_free_bytes", used.f_bavail * used.f_frsize, "Free on the disk of the state folder")
+
+
+class _Line(threading.Thread):
+    """The line to the control service: the site's health and budget are told, and its certificate is renewed, in time.
+
+    A coordinator that is away costs nothing: the next minute is the next try.
+    """
+
+    def __init__(self, home: SiteHome) -> None:
+        super().__init__(name="line", daemon=True)
+        self._home, self._stopping = home, threading.Event()
+        self.problem = ""
+
+    def run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                with Link(self._home) as link:
+                    while not self._stopping.is_set():
+                        self._tell(link)
+                        self.problem = ""
+                        self._stopping.wait(_TELL_S)
+            except (FedcometError, OSError) as error:
+                if str(error) != self.problem:
+                    _log.warning("%s", error)
+                self.problem = str(error)
+                self._stopping.wait(_TELL_S)
+
+    def _tell(self, link: Link) -> None:
+        if link.renew_if_due():
+            _log.info("the site's certificate was renewed")
+        if warning := link.warning():
+            _log.warning("%s", warning)
+        link.report_health()
+        link.report_budget()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        if self.is_alive():
+            self.join(_TICK_S)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold the home: two daemons of one site would take each other's work.
+
+    Raises:
+        ConfigError: another daemon holds it.
+    """
+    descriptor = os.open(path / "daemon.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{path}: another `fedcomet site run` uses this home; stop it first.") from None
+        yield
+    finally:
+        os.close(descriptor)

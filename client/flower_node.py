@@ -1,0 +1,245 @@
+"""The site's adapter to the inside of Flower's SuperNode, which ends in good order and comes back at once.
+
+Flower's own command takes the site's configuration on its command line, where the URL of a budget's database may hold a
+password; it exits when the coordinator still believes its killed predecessor alive, for up to a minute; and it takes
+any code that a trusted key signed. This one notes its node's number and signs its predecessor off first, and takes only
+the bundle of the installed fedcomet. Checked against flwr 1.41.
+"""
+
+import contextlib
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.proto.fleet_pb2 import DeactivateNodeRequest
+from flwr.supercore.corestate import in_memory_corestate
+from flwr.supercore.fab import Fab
+from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supernode import start_client_internal as inside
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.fleet_http_connection import http_request_response
+from flwr.supernode.main import create_app
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+from flwr.supernode.nodestate import NodeStateFactory
+from flwr.supernode.nodestate.in_memory_nodestate import CLIENT_APP_CRASHED_ERROR
+
+from federation import bundle
+from federation.flower_tasks import TASK_HEARTBEAT_S
+from federation.front import Door, Front
+from tokenizer import durable
+
+_LOOPBACK = "127.0.0.1"
+_POLL_S = 1.0
+_ANSWER_S = 0.2
+_RUNTIME = (
+    "acquire-task",
+    "send-task-heartbeat",
+    "pull-task-input",
+    "push-task-output",
+    "push-object",
+    "pull-object",
+    "confirm-message-received",
+    "push-logs",
+    "push-messages",
+    "pull-messages",
+)
+
+_log = logging.getLogger(__name__)
+
+
+class Refused(Exception):
+    """The coordinator does not let this node in, or not any more."""
+
+
+@dataclass(frozen=True)
+class NodeOptions:
+    """What a node is told.
+
+    Attributes:
+        superlink: host and port of the coordinator's Fleet listener.
+        authority: the federation's certificate, PEM.
+        key: the site's key, by which the coordinator knows it.
+        config: what `client.app` reads (`SiteFiles.node_config`).
+        coordinators: gives the public keys of those whose bundles are taken, anew each time.
+        runtime_port: for app processes, on loopback.
+        secret: what whoever starts them must sign with.
+        memory: a file for the node's number.
+    """
+
+    superlink: str
+    authority: bytes
+    key: ec.EllipticCurvePrivateKey
+    config: Mapping[str, bool | float | int | str]
+    coordinators: Callable[[], Sequence[str]]
+    runtime_port: int
+    secret: bytes
+    memory: Path
+
+
+class Node:
+    """A SuperNode in this process: its runtime for app processes, and its connection to the coordinator."""
+
+    def __init__(self, options: NodeOptions, told: Callable[[str], None] = lambda state: None) -> None:
+        """Set up a node.
+
+        Args:
+            options: see there.
+            told: called with "connecting", "waiting" and "working" as it goes.
+        """
+        self._options, self._told = options, told
+        # A process that starts on a busy machine may take longer to say a word than the half minute that Flower gives
+        # it; one that died is noticed by whoever started it.
+        vars(in_memory_corestate)["HEARTBEAT_DEFAULT_INTERVAL"] = TASK_HEARTBEAT_S
+        self._states = NodeStateFactory(ObjectStoreFactory())
+        self._state: Any = self._states.state()
+        self._store = self._states.objectstore_factory.store()
+
+    def open_runtime(self) -> None:
+        """Serve app processes, in a thread.
+
+        Raises:
+            OSError: the port is taken.
+        """
+        # Every path asks for a task's token or the secret's signature by itself; the front keeps the others away.
+        doors = {f"/v1/runtime/{name}": Door(lambda headers: "runtime") for name in _RUNTIME}
+        application: Any = create_app(self._states, self._options.secret)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                Front(application, doors, at_once=64, threads=2),
+                _LOOPBACK,
+                self._options.runtime_port,
+                ws="none",
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,
+            )
+        )
+        thread = threading.Thread(target=server.run, name="runtime", daemon=True)
+        thread.start()
+        while thread.is_alive() and not server.started:
+            time.sleep(0.05)
+        if not server.started:
+            raise OSError(
+                f"Port {self._options.runtime_port} on {_LOOPBACK} can't be used; site.toml can name another."
+            )
+
+    def crashed(self, run: int) -> None:
+        """Answer in the place of an app process that died, also of one that had not yet fetched its message."""
+        self._state.get_messages_legacy(run_ids=[run], is_reply=False)  # Flower answers only what was fetched
+        self._state._store_error_replies({run}, CLIENT_APP_CRASHED_ERROR)
+
+    def serve(self, stopping: threading.Event, limit_s: float) -> None:
+        """Take part until told to stop; a message in work is finished first, for at most `limit_s`, or handed back.
+
+        Handed back: the node signs off, so the coordinator hears at once that no answer comes.
+
+        Raises:
+            Refused: the coordinator does not let it in.
+        """
+        options = self._options
+        keys = options.key, options.key.public_key()
+        self._told("connecting")
+        self._sign_off_predecessor(keys)
+        problem: list[Exception] = []
+        with self._connection(keys) as connection:
+            node, receive, send, get_run, get_fab, pull, push, confirm = connection
+            self._state.set_node_id(node)
+            durable.write_bytes(options.memory, json.dumps({"node": node}).encode())
+            self._told("waiting")
+            try:
+                while not stopping.is_set():
+                    run = inside._pull_and_store_message(
+                        state=self._state,
+                        object_store=self._store,
+                        node_config=dict(options.config),
+                        receive=receive,
+                        get_run=get_run,
+                        get_fab=lambda name, run: self._checked(get_fab(name, run)),
+                        pull_object=pull,
+                        confirm_message_received=confirm,
+                        trusted_entities=bundle.trusted_entities(options.coordinators()),
+                    )
+                    if run is None:
+                        stopping.wait(_POLL_S)
+                        continue
+                    self._told("working")
+                    if self._answered(stopping, limit_s):
+                        inside._push_messages(self._state, self._store, send, push)
+                    self._told("waiting")
+            except httpx.HTTPStatusError as error:  # kept, for the connection swallows what is raised inside
+                problem.append(error)
+        if problem:
+            raise Refused(_said(problem[0]))
+
+    def _answered(self, stopping: threading.Event, limit_s: float) -> bool:
+        """Wait until there is an answer to send; False if the time to stop came first."""
+        until: float | None = None
+        while not self._has_reply():
+            if stopping.is_set():
+                until = until or time.monotonic() + limit_s
+                if time.monotonic() >= until:
+                    _log.warning(
+                        "the work is not done within %g s and is handed back; what is done of it is kept", limit_s
+                    )
+                    return False
+            time.sleep(_ANSWER_S)
+        return True
+
+    def _has_reply(self) -> bool:
+        """Tell whether an answer waits; Flower's own way to look takes it."""
+        with self._state.lock_msg_store:
+            entries = list(self._state.msg_store.values())
+        return any(entry.message.metadata.reply_to_message_id and not entry.is_retrieved for entry in entries)
+
+    def _checked(self, fab: Fab) -> Fab:
+        """Give a bundle to Flower; without its signatures, so that it refuses, if this site must not take it."""
+        objection = bundle.objection(fab.content, fab.verifications, self._options.coordinators())
+        if objection is None:
+            return fab
+        _log.error("the coordinator's bundle is refused: %s", objection)
+        return Fab(fab.hash_str, fab.content, {})
+
+    @contextlib.contextmanager
+    def _connection(self, keys: Any) -> Any:
+        try:
+            with http_request_response(self._options.superlink, False, self._options.authority, keys) as connection:
+                yield connection
+        except SystemExit:
+            # Flower has logged why, and lets a timer end this process soon.
+            raise Refused("the coordinator refused the connection; see the lines before") from None
+
+    def _sign_off_predecessor(self, keys: Any) -> None:
+        """Tell the coordinator that the node of a killed process is gone; else it lets no other in for a minute."""
+        try:
+            number = int(json.loads(self._options.memory.read_bytes())["node"])
+        except (OSError, KeyError, TypeError, ValueError):
+            return
+        interceptors: list[Any] = [
+            RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+            NodeAuthHttpInterceptor(*keys),
+        ]
+        with (
+            contextlib.suppress(httpx.HTTPError, RuntimeError),
+            FleetHttpClient.from_server_address(
+                self._options.superlink, False, self._options.authority, interceptors=interceptors
+            ) as client,
+        ):
+            client.DeactivateNode(DeactivateNodeRequest(node_id=number))
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.UNAUTHORIZED:
+        return (
+            "the coordinator does not know this site (any more), or the clocks differ by more than five minutes; "
+            "ask the coordinator, or join again"
+        )
+    return f"the coordinator answers {type(error).__name__}"

@@ -1,0 +1,147 @@
+"""The site's Flower node as a process: `python -m client.supernode HOME`, started by `fedcomet site run`.
+
+It reads everything from the site's home, so no path, password or key stands on a command line. What it is doing is in
+`HOME/flower/node.json`, for the daemon. SIGTERM lets it finish the message in work, for a while, and sign off.
+"""
+
+import json
+import logging
+import os
+import secrets
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from client.flower_node import Node, NodeOptions, Refused
+from client.home import SiteHome
+from client.policy import Policy
+from federation import pki, supervisor
+from federation.flower_tasks import TaskOptions, Tasks
+from tokenizer.errors import FedcometError
+
+_LATE_S = 10.0
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class NodeState:
+    """What the node says of itself (starting, connecting, waiting, working, refused, stopping), since when, and why."""
+
+    state: str
+    since: float
+    reason: str = ""
+
+
+class NodeFolder:
+    """Where the node keeps what it needs between starts, in the site's home."""
+
+    def __init__(self, home: Path) -> None:
+        """Take the home; the folder is made when something is written."""
+        self.root = home / "flower"
+        self.memory, self._state = self.root / "number.json", self.root / "node.json"
+
+    def write(self, state: str, reason: str = "") -> None:
+        """Say what the node is doing."""
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        aside = self._state.with_suffix(".partial")
+        aside.write_text(json.dumps({"state": state, "since": time.time(), "reason": reason}))
+        aside.replace(self._state)
+
+    def read(self) -> NodeState:
+        """Tell what the node is doing; "starting" when it has not said anything yet."""
+        try:
+            told = json.loads(self._state.read_bytes())
+            return NodeState(str(told["state"]), float(told["since"]), str(told["reason"]))
+        except (OSError, KeyError, TypeError, ValueError):
+            return NodeState("starting", 0.0)
+
+
+def trusted_coordinators(home: SiteHome) -> Sequence[str]:
+    """Give the keys of the coordinators whose bundles the site takes: the policy's, or else that of its enrolment.
+
+    Raises:
+        ConfigError: the policy can't be read.
+    """
+    return Policy.read(home.policy).runs.coordinators or (home.settings.coordinator.key,)
+
+
+def main(path: str) -> int:
+    """Run the node until SIGTERM; gives the exit code."""
+    supervisor.begin_child()
+    folder = NodeFolder(Path(path))
+    folder.write("starting")
+    stopping = threading.Event()
+    try:
+        home = SiteHome.open(Path(path))
+        limit_s = home.settings.daemon.stop_seconds
+        _stop_on_signals(stopping, limit_s)
+        return _serve(home, folder, stopping, limit_s)
+    except Refused as refused:
+        _log.error("%s", refused)
+        folder.write("refused", str(refused))
+        return supervisor.REFUSED
+    except (FedcometError, OSError) as error:
+        _log.error("%s", error)
+        folder.write("refused", str(error))
+        return supervisor.BAD_CONFIG
+
+
+def _serve(home: SiteHome, folder: NodeFolder, stopping: threading.Event, limit_s: float) -> int:
+    settings, secret = home.settings, secrets.token_bytes(32)
+    trusted_coordinators(home)
+    pki.pair(home.key, home.certificate)  # puts a renewed key in its place where a crash came in between
+    options = NodeOptions(
+        superlink=f"{settings.coordinator.address}:{settings.coordinator.fleet_port}",
+        authority=home.authority.read_bytes(),
+        key=pki.read_key(home.key),
+        config=home.files.node_config(),
+        coordinators=lambda: trusted_coordinators(home),
+        runtime_port=settings.daemon.runtime_port,
+        secret=secret,
+        memory=folder.memory,
+    )
+    node = Node(options, folder.write)
+    node.open_runtime()
+    tasks = Tasks(
+        TaskOptions(
+            side="site",
+            port=settings.daemon.runtime_port,
+            secret=secret,
+            folder=folder.root / "tasks",
+            environment={},
+            output=home.state / "app.log",
+        ),
+        crashed=node.crashed,
+    )
+    home.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    tasks.start()
+    try:
+        node.serve(stopping, limit_s)
+    finally:
+        folder.write("stopping")
+        tasks.stop()
+    # Flower ends a connection that it can't use any more; starting again is the remedy.
+    return 0 if stopping.is_set() else 1
+
+
+def _stop_on_signals(stopping: threading.Event, limit_s: float) -> None:
+    def stop(*_: object) -> None:
+        if not stopping.is_set():
+            stopping.set()
+            # Flower may be in the middle of waiting for a coordinator that is away, which nothing ends.
+            threading.Timer(limit_s + _LATE_S, os._exit, (0,)).start()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1])
+    sys.stdout.flush()
+    # Not sys.exit: threads of Flower's that wait for a coordinator would keep the process.
+    os._exit(code)

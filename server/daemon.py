@@ -1,0 +1,220 @@
+"""`fedcomet coordinator serve HOME`: one command that keeps a federation going for weeks.
+
+It holds the ledger's lease, serves enrolment and control, keeps Flower's SuperLink running, starts the processes that
+lead runs and takes up those that died, makes enrolled sites Flower nodes and revoked ones none, and tells on loopback
+how things are. All that counts is in the ledger, the runs' folders and the SuperLink's database: killed at any moment
+and started again, everything goes on.
+"""
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from federation import logs, supervisor, vitals
+from federation.flower_tasks import TaskOptions, Tasks
+from federation.identity import Identity
+from federation.manifest import software_version
+from federation.vitals import notify
+from server import nodes
+from server.control import Control
+from server.enrolment import Enrolment, Welcome
+from server.flower_link import Control as LinkControl
+from server.flower_link import FlowerNode, LinkError
+from server.home import CoordinatorHome
+from server.keeper import Keeper
+from server.ledger import Ledger
+from server.ledger_entries import MemberEntry, RunEntry
+from server.listener import Listener
+from server.superlink import LinkFolder, LinkOptions
+from server.tables import RunState
+from server.transactions import LedgerUnreachable
+from tokenizer import durable
+from tokenizer.errors import FedcometError
+
+_TICK_S = 1.0
+_PATIENCE_S = 5.0
+_LATE_S = 60.0
+_LINK = "superlink"
+
+_log = logging.getLogger(__name__)
+
+
+class LeaseEnded(FedcometError):
+    """Another coordinator took over while this one could not reach the ledger."""
+
+
+def serve(path: Path, *, wait: bool = False, passphrase: str | None = None) -> None:
+    """Serve a federation until SIGTERM or SIGINT.
+
+    Args:
+        path: the coordinator's home.
+        wait: wait for another coordinator on the same ledger to end, instead of being refused.
+        passphrase: of the authority's key, if it is encrypted.
+
+    Raises:
+        ConfigError: the home is none, or a setting, key, certificate or port can't be used.
+        LeaseTaken: another coordinator leads.
+        LeaseEnded: another coordinator took over.
+    """
+    os.umask(0o077)
+    home = CoordinatorHome.open(path)
+    log = home.settings.log
+    logs.to_files(home.logs, "coordinator", most_bytes=log.megabytes << 20, keep=log.files)
+    authority = home.open_authority(passphrase)
+    home.server_pair()
+    stopping = supervisor.until_signal()
+    lost = threading.Event()
+    with Ledger.open(home.ledger_url, backups=home.path) as ledger:
+        with ledger.lead(wait=wait, tell=lambda text: _log.info("%s", text), lost=lost) as token, ExitStack() as stack:
+            daemon = _Daemon(home, ledger, token, stack, Enrolment(ledger, authority, _welcome(home)))
+            daemon.run(stopping, lost)
+        if lost.is_set():
+            raise LeaseEnded("Another coordinator leads this federation now; this one has ended what it had started.")
+
+
+def _welcome(home: CoordinatorHome) -> Welcome:
+    settings = home.settings
+    return Welcome(
+        federation=settings.federation.name,
+        fleet_port=settings.ports.fleet,
+        control_port=settings.ports.control,
+        coordinator=Identity.at(home.signing_key).public,
+    )
+
+
+class _Daemon:
+    """What runs under the lease; all of it ends, in the other order, when `stack` is closed."""
+
+    def __init__(
+        self, home: CoordinatorHome, ledger: Ledger, token: int, stack: ExitStack, enrolment: Enrolment
+    ) -> None:
+        self._home, self._ledger = home, ledger
+        settings = home.settings
+        folder = LinkFolder(home.path / "flower")
+        folder.write(
+            LinkOptions(
+                host=settings.listen.host,
+                fleet=settings.ports.fleet,
+                runtime=settings.ports.runtime,
+                certificate=str(home.server_certificate.absolute()),
+                key=str(home.server_key.absolute()),
+                identity=str(home.signing_key.absolute()),
+            )
+        )
+        self._folder = folder
+        self._began, self._answered = time.time(), 0.0
+        self._nodes: dict[str, FlowerNode] = {}
+        self._runs: list[RunEntry] = []
+        self._link = LinkControl(settings.ports.runtime, folder.token())
+        stack.callback(self._link.close)
+        self._keeper = Keeper(ledger, self._link, lambda run: ledger.journal(run).committed())
+        self._board = vitals.Vitals(settings.ports.health, self._health, "fedcomet_coordinator")
+        stack.callback(self._board.close)
+        self._listen(stack, enrolment)
+        command = (sys.executable, "-m", "server.superlink", str(folder.root))
+        environment = supervisor.flower_environment(folder.root)
+        self._supervisor = supervisor.Supervisor([supervisor.Program(_LINK, command, environment, stop_s=20.0)])
+        self._supervisor.start()
+        stack.callback(self._supervisor.stop)
+        # Before the SuperLink ends, the processes that lead runs do: they tell it so, and the ledger says "running".
+        apps = {
+            **environment,
+            "FEDCOMET_RUNS": str(home.runs.absolute()),
+            "FEDCOMET_LEDGER": home.ledger_url,
+            "FEDCOMET_LEASE": str(token),
+        }
+        options = TaskOptions("coordinator", settings.ports.runtime, folder.secret(), folder.root / "tasks", apps)
+        self._tasks = Tasks(options)
+        self._tasks.start()
+        stack.callback(self._tasks.stop)
+
+    def start(self, run: str) -> None:
+        """Take up a run that is ready; the next look at the ledger would do it, too."""
+        self._write_plan(run)
+
+    def run(self, stopping: Any, lost: threading.Event) -> None:
+        """Look after everything until it is time to stop."""
+        _log.info("federation %s is served, fedcomet %s", self._home.settings.federation.name, software_version())
+        ready = False
+        while not stopping(_TICK_S) and not lost.is_set():
+            self._look()
+            well, told = self._health()
+            self._measure(well)
+            if well and not ready:
+                ready = True
+                notify("READY=1")
+            notify(f"WATCHDOG=1\nSTATUS={told['online']} of {told['sites']} sites are online")
+        notify("STOPPING=1")
+        _log.info("stopping; runs go on from their last round when the federation is served again")
+
+    def _listen(self, stack: ExitStack, enrolment: Enrolment) -> None:
+        ended = threading.Event()
+        control = Control(self._ledger, enrolment, self, ended.wait, self._put_out)
+        listener = Listener(self._home, self._ledger, control, enrolment, ended)
+        listener.start()
+        stack.callback(listener.stop)
+
+    def _put_out(self, member: MemberEntry) -> None:
+        """Let a revoked member be no node from its next request on; the next look does it where that fails."""
+        try:
+            self._follow()
+        except LinkError as error:
+            _log.warning("%s is revoked; its node ends as soon as the SuperLink answers (%s)", member.name, error)
+
+    def _look(self) -> None:
+        try:
+            if not self._answered:
+                self._keeper.begin()
+            self._follow()
+            self._runs = self._ledger.runs()
+            for run in self._runs:
+                if run.state == RunState.READY:
+                    self._write_plan(run.name)
+            self._keeper.look(self._folder.bundle.read_text())
+            self._answered = time.time()
+        except LinkError as error:
+            if time.time() - max(self._answered, self._began) > _LATE_S:
+                _log.warning("%s", error)
+        except (LedgerUnreachable, OSError) as error:
+            _log.warning("%s", error)
+
+    def _follow(self) -> None:
+        self._nodes = nodes.follow(self._ledger.members.all(), self._link)
+
+    def _write_plan(self, name: str) -> None:
+        """Put a run's plan where the process that leads it reads it."""
+        path, plan = self._home.runs / name / "plan.json", self._ledger.run(name).plan
+        if not path.exists():
+            durable.write_bytes(path, plan)
+
+    def _health(self) -> tuple[bool, Mapping[str, Any]]:
+        condition = self._supervisor.conditions()[_LINK]
+        well = condition.running and time.time() - self._answered < _LATE_S
+        online = sum(node.online for node in self._nodes.values())
+        told = {
+            "superlink": condition.running,
+            "sites": len(self._nodes),
+            "online": online,
+            "leading": self._tasks.busy,
+        }
+        return well, told if well else {**told, "reason": "the SuperLink does not answer yet; logs/ says why"}
+
+    def _measure(self, well: bool) -> None:
+        board, condition = self._board, self._supervisor.conditions()[_LINK]
+        board.set("healthy", well, "1 if the SuperLink answers and nothing is wrong")
+        board.set("superlink_restarts", condition.ends, "How often the SuperLink ended by itself")
+        board.set("leading", self._tasks.busy, "Processes that lead a run")
+        board.set("uptime_seconds", time.time() - self._began, "Since the daemon began")
+        for name, node in self._nodes.items():
+            board.set("site_online", node.online, "1 if a site's node is connected", site=name)
+        for state in RunState:
+            count = sum(run.state == state for run in self._runs)
+            board.set("runs", count, "Runs by state", state=state)
+        used = os.statvfs(self._home.path)
+        board.set("disk_free_bytes", used.f_bavail * used.f_frsize, "Free on the disk of the home")

@@ -1,0 +1,318 @@
+"""The coordinator's adapter to the inside of Flower's SuperLink: the application, who its nodes are, and its control.
+
+Beside `federation.flower` (records), `federation.flower_tasks` (processes) and `client.flower_node` (a SuperNode)
+nothing touches Flower's inside. Checked against flwr 1.41; the version is pinned.
+"""
+
+import base64
+import binascii
+import datetime as dt
+import hmac
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.common.config import get_app_presentation_metadata, get_fab_config
+from flwr.common.constant import NOOP_FLWR_AID, TIMESTAMP_HEADER, TRANSPORT_TYPE_GRPC_RERE, Status, SubStatus
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    StopRunRequest,
+    UnregisterNodeRequest,
+)
+from flwr.proto.fab_pb2 import Fab as ProtoFab
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.transport_pb2 import Scalar
+from flwr.supercore.constant import (
+    FLEET_HTTP_PUBLIC_KEY_HEADER,
+    FLEET_HTTP_SIGNATURE_HEADER,
+    MAX_TIMESTAMP_DIFF_SECONDS,
+    MIN_TIMESTAMP_DIFF_SECONDS,
+    NOOP_FEDERATION_ID,
+    NodeStatus,
+    TaskType,
+)
+from flwr.supercore.control.control_http_client import ControlHttpClient
+from flwr.supercore.corestate import sql_corestate
+from flwr.supercore.fab import Fab
+from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
+from flwr.supercore.interceptors.http.utils import add_headers
+from flwr.supercore.primitives.asymmetric import bytes_to_public_key, public_key_to_bytes, verify_signature
+from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
+from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
+from flwr.superlink.config_loader import SuperLinkLifespanConfig
+from flwr.superlink.main import create_app
+from google.protobuf.message import DecodeError
+
+from federation import bundle
+from federation.flower_tasks import TASK_HEARTBEAT_S
+from federation.front import Application, Door, Headers
+from tokenizer.errors import FedcometError
+
+TOKEN_HEADER = "fedcomet-control-token"
+
+_FLEET = (
+    "activate-node",
+    "deactivate-node",
+    "send-node-heartbeat",
+    "pull-messages",
+    "push-messages",
+    "get-run",
+    "get-fab",
+    "push-object",
+    "pull-object",
+    "confirm-message-received",
+)
+"""What a SuperNode whose key is registered asks. (Registering by itself is for nodes without keys.)"""
+
+_RUNTIME = (
+    "acquire-task",
+    "send-task-heartbeat",
+    "pull-task-input",
+    "push-task-output",
+    "push-object",
+    "pull-object",
+    "confirm-message-received",
+    "push-logs",
+    "push-messages",
+    "pull-messages",
+    "get-nodes",
+)
+"""What a ServerApp and whoever starts it ask; each bears a task's token or the signature of SuperExec's secret."""
+
+_CONTROL = ("start-run", "stop-run", "list-runs", "register-node", "unregister-node", "list-nodes")
+
+
+class LinkError(FedcometError):
+    """The SuperLink can't be reached, or does not do what it is asked."""
+
+
+class SuperLink:
+    """Flower's SuperLink as an application without listeners of its own, on one database."""
+
+    def __init__(self, database: Path, secret: bytes) -> None:
+        """Open it.
+
+        Args:
+            database: its SQLite file; made when missing.
+            secret: what whoever starts ServerApps must sign with.
+        """
+        # A run outlives a SuperLink that is away for minutes; a process that died is noticed by whoever started it.
+        vars(sql_corestate)["HEARTBEAT_DEFAULT_INTERVAL"] = TASK_HEARTBEAT_S
+        config = SuperLinkLifespanConfig(
+            control_address="",
+            health_server_address=None,
+            host="",
+            port=0,
+            insecure=False,
+            certificates=None,
+            superexec_auth_secret=secret,
+            authn_plugin=NoOpControlAuthnPlugin(),
+            event_log_plugin=None,
+            fleet_event_log_plugin=None,
+            enable_event_log=False,
+            artifact_provider=None,
+            enable_supernode_auth=True,
+            fleet_api_type=TRANSPORT_TYPE_GRPC_RERE,
+            fleet_api_address=None,
+            simulation=False,
+            ssl_ca_certfile=None,
+            ssl_certfile=None,
+            ssl_keyfile=None,
+            database=str(database),
+            isolation="process",
+            runtime_dependency_install=False,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of alembic, about Flower's own migrations
+            self._app = create_app(config, SuperLinkLifespan)
+        self._state = self._app.state.linkstate_factory.state()
+
+    @property
+    def application(self) -> Application:
+        """The whole of it; only to stand behind `fleet_doors` or `own_doors`."""
+        return self._app
+
+    def store(self, content: bytes, verifications: Mapping[str, str]) -> str:
+        """Keep a signed bundle, so that runs can be started by its hash; gives that."""
+        config = get_fab_config(content)
+        metadata = get_app_presentation_metadata(config)
+        name: str = self._state.store_app(
+            fab=Fab(bundle.digest(content), content, dict(verifications)),
+            federation_id=NOOP_FEDERATION_ID,
+            app_id=bundle.APP,
+            app_type=TaskType.SERVER_APP,
+            added_by=NOOP_FLWR_AID,
+            display_name=metadata.display_name,
+            description=metadata.description,
+        )
+        return name
+
+    def fleet_doors(self) -> dict[str, Door]:
+        """Give the paths of sites: for registered nodes, and each for itself only."""
+        doors = {f"/v1/fleet/{name}": Door(self._node) for name in _FLEET}
+        doors["/v1/fleet/push-messages"] = Door(self._node, _own_messages)
+        return doors
+
+    def own_doors(self, token: str) -> dict[str, Door]:
+        """Give the paths of the coordinator's own processes: the runtime, and control for who has the token."""
+        runtime = Door(lambda headers: "runtime")
+        control = Door(lambda headers: "control" if _has_token(headers, token) else None)
+        return {
+            **{f"/v1/runtime/{name}": runtime for name in _RUNTIME},
+            **{f"/v1/control/{name}": control for name in _CONTROL},
+        }
+
+    def _node(self, headers: Headers) -> int | None:
+        """Give the registered node that a request's headers prove; Flower looks again, at the request too."""
+        try:
+            (key,), (signature,), (timestamp,) = (
+                headers.get(name, ())
+                for name in (FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER, TIMESTAMP_HEADER)
+            )
+            public = base64.b64decode(key, validate=True)
+            age_s = (dt.datetime.now(dt.UTC) - dt.datetime.fromisoformat(timestamp)).total_seconds()
+            if not MIN_TIMESTAMP_DIFF_SECONDS < age_s < MAX_TIMESTAMP_DIFF_SECONDS:
+                return None
+            node: int | None = self._state.get_node_id_by_public_key(public)
+            if node is None:  # looked up first: it is cheaper than the signature
+                return None
+            made = base64.b64decode(signature, validate=True)
+            if not verify_signature(bytes_to_public_key(public), timestamp.encode("ascii"), made):
+                return None
+        except (TypeError, UnicodeError, ValueError, binascii.Error):
+            return None
+        return node
+
+
+def _own_messages(node: int, body: bytes) -> bool:
+    """Tell whether all that is pushed says that it comes from the node that pushes it; Flower doesn't look."""
+    try:
+        request = PushMessagesRequest.FromString(body)
+    except DecodeError:
+        return False
+    return request.node.node_id == node and all(m.metadata.src_node_id == node for m in request.messages_list)
+
+
+def _has_token(headers: Headers, token: str) -> bool:
+    given = headers.get(TOKEN_HEADER, ())
+    return len(given) == 1 and hmac.compare_digest(given[0].encode("latin-1"), token.encode())
+
+
+def node_key(public: ec.EllipticCurvePublicKey) -> bytes:
+    """Give a key in the form in which Flower knows its owner's node."""
+    return public_key_to_bytes(public)
+
+
+@dataclass(frozen=True)
+class FlowerNode:
+    """A registered node: its number, key, name, whether it is online, and when its last word stops counting."""
+
+    number: int
+    key: bytes
+    name: str
+    online: bool
+    online_until: float
+
+
+@dataclass(frozen=True)
+class FlowerRun:
+    """A run as Flower sees it: its number, what it was told to lead, whether it goes on, and how it ended."""
+
+    number: int
+    run: str
+    going: bool
+    completed: bool
+    details: str
+
+
+class _Token:
+    def __init__(self, token: str) -> None:
+        self._token = token
+
+    def intercept(self, context: Any, call_next: Any) -> httpx.Response:
+        add_headers(context.request, {TOKEN_HEADER: self._token})
+        response: httpx.Response = call_next(context)
+        return response
+
+
+class Control:
+    """What the coordinator asks its own SuperLink, over loopback.
+
+    Every method raises LinkError if the SuperLink is away or refuses.
+    """
+
+    def __init__(self, port: int, token: str) -> None:
+        self._client = ControlHttpClient.from_server_address(
+            f"127.0.0.1:{port}",
+            insecure=True,
+            root_certificates=None,
+            interceptors=[RuntimeVersionHttpInterceptor(component_name="fedcomet"), _Token(token)],
+        )
+
+    def close(self) -> None:
+        """End its connections."""
+        self._client.close()
+
+    def start(self, run: str, bundle_sha256: str) -> int:
+        """Start the coordinator's part of a run; gives Flower's number of it."""
+        override = {"run": Scalar(string=run)}
+        request = StartRunRequest(
+            fab=ProtoFab(hash_str=bundle_sha256), app_spec=bundle.APP, override_config=override, federation=""
+        )
+        response = self._ask(self._client.StartRun, request)
+        if not response.HasField("run_id") or not response.run_id:
+            raise LinkError("The SuperLink did not start the run; its log says why.")
+        return int(response.run_id)
+
+    def stop(self, number: int) -> None:
+        """End one of Flower's runs."""
+        self._ask(self._client.StopRun, StopRunRequest(run_id=number))
+
+    def runs(self, most: int = 100) -> list[FlowerRun]:
+        """Give the latest runs, newest first; Flower drops what finished ones left."""
+        found = self._ask(self._client.ListRuns, ListRunsRequest(limit=most)).run_dict.values()
+        return [
+            FlowerRun(
+                number=run.run_id,
+                run=run.override_config["run"].string if "run" in run.override_config else "",
+                going=run.status.status != Status.FINISHED,
+                completed=run.status.sub_status == SubStatus.COMPLETED,
+                details=run.status.details,
+            )
+            for run in sorted(found, key=lambda run: run.pending_at, reverse=True)
+        ]
+
+    def nodes(self) -> list[FlowerNode]:
+        """Give the nodes that are registered."""
+        found = self._ask(self._client.ListNodes, ListNodesRequest()).nodes_info
+        return [
+            FlowerNode(n.node_id, n.public_key, n.name, n.status == NodeStatus.ONLINE, n.online_until)
+            for n in found
+            if n.status != NodeStatus.UNREGISTERED
+        ]
+
+    def register(self, key: bytes, name: str) -> int:
+        """Let the owner of a key be a node; gives its number."""
+        return int(self._ask(self._client.RegisterNode, RegisterNodeRequest(public_key=key, name=name)).node_id)
+
+    def unregister(self, number: int) -> None:
+        """Let a node be none any more: its next request is refused, and its key never comes back."""
+        self._ask(self._client.UnregisterNode, UnregisterNodeRequest(node_id=number))
+
+    def _ask(self, method: Any, request: Any) -> Any:
+        try:
+            return method(request)
+        except httpx.HTTPStatusError as error:
+            told = " ".join(error.response.text.split())[:300]
+            raise LinkError(f"The SuperLink refuses {type(request).__name__}: {told or error}") from None
+        except (httpx.HTTPError, OSError, ValueError) as error:
+            raise LinkError(
+                f"The SuperLink can't be reached ({error}); is `fedcomet coordinator serve` running?"
+            ) from None

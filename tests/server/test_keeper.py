@@ -1,0 +1,183 @@
+"""Claims about runs that are kept going, and about who is a node: a real ledger, with Flower's part played here."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from federation import pki
+from federation.pki import Role
+from server import nodes
+from server.flower_link import FlowerNode, FlowerRun, node_key
+from server.keeper import Keeper
+from server.ledger import Ledger
+from server.tables import RunState, SiteStatus
+
+BUNDLE = "b" * 64
+
+
+@dataclass
+class Flower:
+    """What Flower would know: its runs, and nodes."""
+
+    all: list[FlowerRun] = field(default_factory=list)
+    registered: list[FlowerNode] = field(default_factory=list)
+    stopped: list[int] = field(default_factory=list)
+
+    def runs(self) -> list[FlowerRun]:
+        return list(reversed(self.all))
+
+    def start(self, run: str, bundle_sha256: str) -> int:
+        assert bundle_sha256 == BUNDLE
+        self.all.append(FlowerRun(len(self.all) + 1, run, going=True, completed=False, details=""))
+        return len(self.all)
+
+    def stop(self, number: int) -> None:
+        self.stopped.append(number)
+        self.die(number, "stopped")
+
+    def die(self, number: int, details: str = "killed") -> None:
+        self.all[number - 1] = FlowerRun(number, self.all[number - 1].run, False, False, details)
+
+    def nodes(self) -> list[FlowerNode]:
+        return list(self.registered)
+
+    def register(self, key: bytes, name: str) -> int:
+        self.registered.append(FlowerNode(len(self.registered) + 1, key, name, True, 0.0))
+        return len(self.registered)
+
+    def unregister(self, number: int) -> None:
+        self.registered = [node for node in self.registered if node.number != number]
+
+
+class Table:
+    """A coordinator's ledger, Flower, the keeper between them, and a clock."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger, self.flower, self.now, self.committed = ledger, Flower(), 0.0, 0
+        self.keeper = Keeper(ledger, self.flower, lambda run: self.committed, lambda: self.now)
+
+    def look(self, later_s: float = 0.0) -> None:
+        self.now += later_s
+        self.keeper.look(BUNDLE)
+
+    @property
+    def state(self) -> RunState:
+        return self.ledger.run("first").state
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Iterator[Table]:
+    with Ledger.open(tmp_path / "ledger.sqlite") as ledger:
+        ledger.propose("first", b"{}")
+        yield Table(ledger)
+
+
+def test_only_runs_that_should_run_are_started_and_each_once(table: Table) -> None:
+    table.look()
+    assert not table.flower.all
+    table.ledger.start("first")
+    table.look()
+    table.look(100)
+    assert [run.run for run in table.flower.all] == ["first"]
+    assert table.ledger.run("first").flower_run == "1"
+
+
+def test_a_run_whose_process_died_is_taken_up_after_a_while(table: Table) -> None:
+    table.ledger.start("first")
+    table.look()
+    table.flower.die(1)
+    table.look(0.1)
+    assert len(table.flower.all) == 1
+    table.look(5)
+    assert [run.going for run in table.flower.all] == [False, True]
+    assert table.ledger.run("first").flower_run == "2"
+
+
+def test_a_run_that_dies_without_a_round_in_between_fails_in_the_end_and_says_why(table: Table) -> None:
+    table.ledger.start("first")
+    for number in range(1, 7):
+        table.look(100)
+        assert len(table.flower.all) == number
+        table.flower.die(number, f"no luck {number}")
+    table.look(100)
+    assert len(table.flower.all) == 6
+    assert table.state == RunState.FAILED
+    assert "ended 6 times" in table.ledger.run("first").reason
+    assert "no luck 6" in table.ledger.run("first").reason
+    table.look(100)
+    assert len(table.flower.all) == 6
+    table.ledger.start("first")
+    table.look(100)
+    assert len(table.flower.all) == 7
+
+
+def test_a_run_that_makes_rounds_between_its_deaths_goes_on_for_ever(table: Table) -> None:
+    table.ledger.start("first")
+    for number in range(1, 30):
+        table.committed = number
+        table.look(100)
+        table.flower.die(number)
+    assert table.state == RunState.READY
+
+
+@pytest.mark.parametrize("wish", ["pause", "stop"])
+def test_a_wish_comes_true_though_the_process_has_died(table: Table, wish: str) -> None:
+    table.ledger.start("first")
+    table.look()
+    table.ledger.journal("first").start("first")
+    getattr(table.ledger, wish)("first")
+    table.look(100)
+    assert table.state == (RunState.PAUSING if wish == "pause" else RunState.STOPPING)
+    table.flower.die(1)
+    table.look(100)
+    assert table.state == (RunState.PAUSED if wish == "pause" else RunState.STOPPED)
+    assert len(table.flower.all) == 1
+
+
+def test_a_process_that_was_started_before_a_crash_is_known_again_and_twins_end(table: Table) -> None:
+    table.ledger.start("first")
+    table.flower.start("first", BUNDLE)
+    table.flower.start("first", BUNDLE)
+    table.look()
+    assert table.ledger.run("first").flower_run == "2"
+    assert table.flower.stopped == [1]
+    assert len(table.flower.all) == 2
+
+
+def test_what_an_earlier_coordinator_led_is_taken_up_at_once(table: Table) -> None:
+    table.ledger.start("first")
+    table.flower.start("first", BUNDLE)
+    table.keeper.begin()
+    table.look()
+    assert [run.going for run in table.flower.all] == [False, True]
+
+
+@dataclass(frozen=True)
+class Member:
+    name: str
+    node_key: str
+    role: Role = Role.SITE
+    status: SiteStatus = SiteStatus.ENROLLED
+
+
+def test_enrolled_sites_are_nodes_and_nobody_else_is() -> None:
+    flower = Flower()
+    keys = [ec.generate_private_key(ec.SECP384R1()).public_key() for _ in range(5)]
+    lines = [pki.node_key(key) for key in keys]
+    members = [
+        Member("icu", lines[0]),
+        Member("ward", lines[1]),
+        Member("viewer", lines[2], role=Role.VIEWER),
+        Member("gone", lines[3], status=SiteStatus.REVOKED),
+        Member("invited", "", status=SiteStatus.INVITED),
+    ]
+    assert set(nodes.follow(members, flower)) == {"icu", "ward"}
+    assert {node.key for node in flower.registered} == {node_key(keys[0]), node_key(keys[1])}
+    nodes.follow(members, flower)
+    assert len(flower.registered) == 2
+    out = [Member("icu", lines[0], status=SiteStatus.REVOKED), Member("ward", lines[4])]
+    assert set(nodes.follow(out, flower)) == {"ward"}
+    assert [node.key for node in flower.registered] == [node_key(keys[4])]
