@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import signal
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
@@ -11,6 +12,8 @@ from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
+
+from tokenizer.errors import ConfigError
 
 _LOOK_S = 30.0
 
@@ -27,12 +30,16 @@ def serve(app: ASGIApp, host: str, port: int, pair: tuple[Path, Path] | None, re
         ready: is told the address once it is served.
 
     Raises:
-        OSError: the port is taken, or not for this user.
+        ConfigError: the port is taken, or not for this user.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
+        try:
+            listener.bind((host, port))
+            listener.listen(128)
+        except OSError as problem:
+            raise ConfigError(f"{host}, port {port}: {problem.strerror}; choose another one with --port.") from None
         options: dict[str, Any] = {}
         if pair is not None:
             options = {"ssl_keyfile": str(pair[0]), "ssl_certfile": str(pair[1])}
@@ -51,9 +58,17 @@ def serve(app: ASGIApp, host: str, port: int, pair: tuple[Path, Path] | None, re
             **options,
         )
         config.load()
+        server = uvicorn.Server(config)
+
+        def end(*_: object) -> None:
+            server.should_exit = True
+
+        # Before uvicorn listens to signals, and after: what it caught, it raises again at its end.
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, end)
         shown = f"[{host}]" if ":" in host else host
         ready(f"{'https' if pair else 'http'}://{shown}:{listener.getsockname()[1]}/")
-        asyncio.run(_serve(uvicorn.Server(config), listener, config.ssl, pair))
+        asyncio.run(_serve(server, listener, config.ssl, pair))
 
 
 async def _serve(

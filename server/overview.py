@@ -76,7 +76,7 @@ class Overview:
 def overview(ledger: Ledger, home: CoordinatorHome, now: float) -> Overview:
     """Look at a federation; `now` is in seconds since the epoch."""
     members = tuple(_member(entry, now) for entry in ledger.members.all())
-    warnings = [*_own_certificates(home, now), *(each.warning for each in members if each.warning)]
+    warnings = [*_own_warnings(home, now), *(each.warning for each in members if each.warning)]
     holder = ledger.holder()
     return Overview(members, run_lines(ledger), tuple(warnings), holder.host if holder else "")
 
@@ -122,15 +122,8 @@ def _warning(entry: MemberEntry, now: float) -> str | None:
     return held.warning(entry.name, "its daemon renews it; if it is off, start it")
 
 
-def _own_certificates(home: CoordinatorHome, now: float) -> list[str]:
-    told = []
-    for path, whose, todo in (
-        (home.server_certificate, "this server", "run fedcomet coordinator rotate"),
-        (home.authority, "the federation's authority", "begin a new federation in time"),
-    ):
-        try:
-            held = pki.validity(pki.read_certificate(path), datetime.fromtimestamp(now, UTC))
-            told.append(held.warning(whose, todo))
-        except FedcometError as problem:
-            told.append(str(problem))
-    return [each for each in told if each]
+def _own_warnings(home: CoordinatorHome, now: float) -> list[str]:
+    try:
+        return home.warnings(datetime.fromtimestamp(now, UTC))
+    except FedcometError as problem:
+        return [str(problem)]

@@ -105,9 +105,10 @@ def test_a_federation_looks_well_and_is_kept_up_to_date(ram_path: Path) -> None:
                 await looks_well(tab, f"{base}/sign-in", "sign-in")
                 await tab.run(SIGN_IN.format(name=ANNA[0], secret=ANNA[1]))
                 await tab.until("location.pathname === '/' && document.readyState === 'complete'")
-                for path, name in (("/", "federation"), ("/runs", "runs"), (f"/runs/{watched.run}", "run"),
-                                   ("/events", "events"), (f"/runs/{watched.run}/stop", "stop")):  # fmt: skip
-                    await looks_well(tab, base + path, name)
+                with ledger.lead():
+                    for path, name in (("/", "federation"), ("/runs", "runs"), (f"/runs/{watched.run}", "run"),
+                                       ("/events", "events"), (f"/runs/{watched.run}/stop", "stop")):  # fmt: skip
+                        await looks_well(tab, base + path, name)
                 await kept_up_to_date(tab, base, watched)
                 assert tab.said == [], "the browser complains of nothing"
 

@@ -57,11 +57,8 @@ def coordinator_home(path: Path, name: str = "Stroke outcomes") -> CoordinatorHo
 
 def enrol(ledger: Ledger, home: CoordinatorHome, name: str, *, days: float = 90.0, since_days: float = 1.0) -> None:
     """Enrol a site whose certificate holds for `days` from `since_days` ago."""
-    authority, secret = home.open_authority(None), hashlib.sha256(name.encode()).digest()
-    key = pki.make_key(home.path / "keys" / f"{name}.key")
-    request, proof = pki.ask(key, Identity.at(home.path / "keys" / f"{name}.ed25519"), name, Role.SITE, secret)
-    now = datetime.now(UTC) - timedelta(days=since_days)
-    pem = authority.issue(pki.read_request(request, proof, secret), now, days)
+    secret = hashlib.sha256(name.encode()).digest()
+    pem = certificate(home.open_authority(None), name, home.path / "keys" / name, secret, days, since_days)
     member = pki.read_member(pem)
     ledger.members.invite(name, tables.Role.SITE, secret.hex(), 3600)
     ledger.members.enrol(
@@ -75,6 +72,15 @@ def enrol(ledger: Ledger, home: CoordinatorHome, name: str, *, days: float = 90.
             expires_at=member.until.timestamp(),
         ),
     )
+
+
+def certificate(
+    authority: pki.Authority, name: str, folder: Path, secret: bytes, days: float, since_days: float
+) -> bytes:
+    key = pki.make_key(folder / "tls.key")
+    request, proof = pki.ask(key, Identity.at(folder / "site.key"), name, Role.SITE, secret)
+    now = datetime.now(UTC) - timedelta(days=since_days)
+    return authority.issue(pki.read_request(request, proof, secret), now, days)
 
 
 def play(ledger: Ledger, home: CoordinatorHome, name: str, rounds: int = 6) -> None:
@@ -181,9 +187,14 @@ def site_home(path: Path, *, private: bool = True) -> SiteHome:
     (path / "policy.toml").write_text(re.sub(r"(?m)^#? ?epsilon_total = .*$", "epsilon_total = 4.0", rules))
     home = SiteHome.open(path)
     identity = Identity.at(site_key(home.state))
+    authority = pki.Authority.create(path / "ca.key", path / "ca.crt", "Stroke outcomes", None, datetime.now(UTC))
+    home.certificate.write_bytes(certificate(authority, home.name, path / "keys", b"0" * 32, 90.0, 1.0))
     outbound = Outbound(home.state / "outbound", identity)
     now = datetime.now(UTC)
-    outbound.note(Leaving("survey_reply", 18_220, "a1" * 32, "survey", content={"reason": "too few patients"}), now)
+    outbound.note(
+        Leaving("survey_reply", 18_220, "a1" * 32, "survey", content={"reason": "too few patients"}, policy="c3" * 32),
+        now,
+    )
     for number in range(1, 7):
         about = {"run": "5a" * 32, "round": number, "epsilon": 0.4, "delta": 1e-6, "policy": "c3" * 32}
         outbound.note(Leaving("train_reply", 4_300_512, f"{number:064x}", "train", **about), now)  # type: ignore[arg-type]

@@ -108,9 +108,7 @@ def test_a_federation_tells_who_is_there_and_which_certificates_end(watched: Wat
     assert [text for text in found.warnings if "ghent" in text]
     assert not [text for text in found.warnings if "aachen" in text]
     assert overview(watched.ledger, watched.home, now + ONLINE_S).online == 0
-    assert [
-        text for text in overview(watched.ledger, watched.home, now + 400 * 86400).warnings if "this server" in text
-    ]
+    assert [text for text in overview(watched.ledger, watched.home, now + 400 * 86400).warnings if "the server" in text]
     watched.ledger.members.revoke("aachen")
     assert {each.condition for each in overview(watched.ledger, watched.home, now).members} >= {"revoked"}
     with watched.ledger.lead():
