@@ -8,12 +8,13 @@ from sqlalchemy import func, select
 from federation import pki
 from federation.manifest import Manifest
 from federation.messages import ProtocolError
+from federation.pki import Role
 from server import tables
 from server.home import CoordinatorHome
-from server.journal import Phase
 from server.ledger import Ledger
 from server.ledger_entries import MemberEntry, RunEntry
-from server.tables import Role, RunState, SiteStatus
+from server.run_entries import Phase
+from server.tables import RunState, SiteStatus
 from tokenizer.errors import FedcometError
 
 ONLINE_S = 300.0

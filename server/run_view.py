@@ -10,7 +10,6 @@ from sqlalchemy.orm import Session
 
 from federation.manifest import Manifest
 from server import tables
-from server.journal import Phase, Status
 from server.ledger import Ledger
 from server.ledger_entries import (
     ApprovalEntry,
@@ -22,6 +21,7 @@ from server.ledger_entries import (
     RunEntry,
 )
 from server.overview import GOING, manifest_of
+from server.run_entries import Phase, Status
 from server.tables import RunState
 
 PHASES: Mapping[str, str] = {

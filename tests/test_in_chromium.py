@@ -16,8 +16,8 @@ import uvicorn
 
 from client.dashboard import dashboard
 from server.dashboard import Dashboard
-from server.journal import Phase, ReplyEntry, Status
 from server.ledger import Ledger
+from server.run_entries import Phase, ReplyEntry, Status
 from tests.chromium import PROGRAM, Tab, in_a_tab
 from tests.watched import ANNA, SITES, Watched, coordinator_home, site_home
 

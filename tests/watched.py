@@ -28,10 +28,11 @@ from model import checkpoint
 from model.decoder import Decoder
 from server import ledger_entries, tables
 from server.home import CoordinatorHome, CoordinatorSettings, Federation
-from server.journal import Checkpoint, Journal, Phase, ReplyEntry, ScoreEntry, SiteEntry, Status
+from server.journal import Journal
 from server.ledger import Ledger
 from server.ledger_entries import BudgetEntry
 from server.passwords import Passwords
+from server.run_entries import Checkpoint, Phase, ReplyEntry, ScoreEntry, SiteEntry, Status
 from tests import tiny
 from tokenizer.codebook import Codebook, Survey, TokenizerOptions
 
@@ -60,7 +61,7 @@ def enrol(ledger: Ledger, home: CoordinatorHome, name: str, *, days: float = 90.
     secret = hashlib.sha256(name.encode()).digest()
     pem = certificate(home.open_authority(None), name, home.path / "keys" / name, secret, days, since_days)
     member = pki.read_member(pem)
-    ledger.members.invite(name, tables.Role.SITE, secret.hex(), 3600)
+    ledger.members.invite(name, Role.SITE, secret.hex(), 3600)
     ledger.members.enrol(
         secret.hex(),
         ledger_entries.Identity(
@@ -171,7 +172,7 @@ class Watched:
             enrol(self.ledger, self.home, site, since_days=since_days)
         for site in SITES[:2]:
             self.ledger.members.seen(site, "0.1.0")
-        self.ledger.members.invite("delft", tables.Role.SITE, "ff" * 32, 3600)
+        self.ledger.members.invite("delft", Role.SITE, "ff" * 32, 3600)
         play(self.ledger, self.home, self.run)
         for site, spent in zip(SITES, (1.3, 3.9, 0.7), strict=True):
             limit = None if site == "ghent" else 4.0

@@ -16,12 +16,13 @@ import pytest
 from sqlalchemy import update
 
 from federation import website
+from federation.pki import Role
 from server import tables
 from server.dashboard import Dashboard
-from server.journal import Checkpoint, Phase, SiteEntry, Status
 from server.ledger import Ledger
 from server.ledger_entries import BudgetEntry, RefusalEntry
 from server.passwords import Passwords
+from server.run_entries import Checkpoint, Phase, SiteEntry, Status
 from server.tables import RunState
 from tests.watched import ANNA, VERA, Browser, Watched, coordinator_home, hidden, manifest, play
 
@@ -255,7 +256,7 @@ def test_a_wish_is_never_a_link(anna: Browser, watched: Watched) -> None:
 def test_hostile_names_and_texts_are_shown_as_they_are(tmp_path: Path) -> None:
     home = coordinator_home(tmp_path / "home", name="F<script>")
     with Ledger.open(home.ledger_url) as ledger:
-        ledger.members.invite(HOSTILE, tables.Role.SITE, "00" * 32, 60)
+        ledger.members.invite(HOSTILE, Role.SITE, "00" * 32, 60)
         ledger.members.seen(HOSTILE, HOSTILE, "online")
         ledger.propose(RUN, b"plan")
         journal = ledger.journal(RUN)

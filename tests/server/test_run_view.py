@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from server import tables
-from server.journal import Phase, ReplyEntry, SiteEntry, Status
 from server.ledger import Ledger
 from server.ledger_entries import LedgerRefusal
 from server.overview import ONLINE_S, overview, run_lines
+from server.run_entries import Phase, ReplyEntry, SiteEntry, Status
 from server.run_view import look
 from server.tables import RunState
 from tests.watched import SITES, Watched, coordinator_home, manifest
