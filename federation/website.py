@@ -118,7 +118,8 @@ class Website:
             statuses: HTTP statuses of errors that pages raise, others are 409.
         """
         self.sessions, self._throttle = Sessions(), Throttle()
-        self._door, self._statuses = door, {Missing: 404, **statuses}
+        self._door = door
+        self._statuses: dict[type[Exception], int] = {Missing: 404, **statuses}
         self._routes: list[Route] = []
         self._streams, self._checking = 0, asyncio.Semaphore(1)
         self.templates = page.environment(templates)

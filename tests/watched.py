@@ -27,6 +27,7 @@ from federation.pki import Role
 from model import checkpoint
 from model.decoder import Decoder
 from server import ledger_entries, tables
+from server.authority import Authority
 from server.home import CoordinatorHome, CoordinatorSettings, Federation
 from server.journal import Journal
 from server.ledger import Ledger
@@ -75,9 +76,7 @@ def enrol(ledger: Ledger, home: CoordinatorHome, name: str, *, days: float = 90.
     )
 
 
-def certificate(
-    authority: pki.Authority, name: str, folder: Path, secret: bytes, days: float, since_days: float
-) -> bytes:
+def certificate(authority: Authority, name: str, folder: Path, secret: bytes, days: float, since_days: float) -> bytes:
     key = pki.make_key(folder / "tls.key")
     request, proof = pki.ask(key, Identity.at(folder / "site.key"), name, Role.SITE, secret)
     now = datetime.now(UTC) - timedelta(days=since_days)
@@ -188,7 +187,7 @@ def site_home(path: Path, *, private: bool = True) -> SiteHome:
     (path / "policy.toml").write_text(re.sub(r"(?m)^#? ?epsilon_total = .*$", "epsilon_total = 4.0", rules))
     home = SiteHome.open(path)
     identity = Identity.at(site_key(home.state))
-    authority = pki.Authority.create(path / "ca.key", path / "ca.crt", "Stroke outcomes", None, datetime.now(UTC))
+    authority = Authority.create(path / "ca.key", path / "ca.crt", "Stroke outcomes", None, datetime.now(UTC))
     home.certificate.write_bytes(certificate(authority, home.name, path / "keys", b"0" * 32, 90.0, 1.0))
     outbound = Outbound(home.state / "outbound", identity)
     now = datetime.now(UTC)
