@@ -14,14 +14,18 @@ from federation.summed import shares_noise, update_bytes
 from model.decoder import DecoderConfig
 
 
+def sections(asked: Asked) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Give the summary as titles, each with rows of words and what they say."""
+    return [
+        (f"What will run: {asked.manifest.name}", _what_runs(asked)),
+        ("What will leave", _what_leaves(asked.manifest)),
+        ("What it costs a patient", _what_it_costs(asked.manifest)),
+    ]
+
+
 def terminal(asked: Asked, policy: Policy | None, broken: Iterable[Broken]) -> RenderableType:
     """Lay the summary out for the terminal."""
-    manifest = asked.manifest
-    parts: list[RenderableType] = [
-        _table(f"What will run: {manifest.name}", _what_runs(asked)),
-        _table("What will leave", _what_leaves(manifest)),
-        _table("What it costs a patient", _what_it_costs(manifest)),
-    ]
+    parts: list[RenderableType] = [_table(title, rows) for title, rows in sections(asked)]
     found = list(broken)
     if policy is None:
         parts.append(

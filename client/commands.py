@@ -5,10 +5,11 @@ from typing import Annotated
 
 import typer
 
-from client import run_commands
+from client import run_commands, ui_commands
 
 app = typer.Typer()
 app.add_typer(run_commands.app)
+app.add_typer(ui_commands.app)
 
 Home = Annotated[
     Path, typer.Option(help="The site's home folder.", envvar="FEDCOMET_HOME", show_default="here", show_envvar=True)

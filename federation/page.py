@@ -3,6 +3,7 @@
 A page is one file that needs no network; its colours follow the reader's light or dark setting.
 """
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 import jinja2
@@ -20,7 +21,9 @@ def environment(folder: Path) -> jinja2.Environment:
     made = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    made.filters.update(bytes=show_bytes, count=show_count, share=show_share, duration=show_duration)
+    made.filters.update(
+        bytes=show_bytes, count=show_count, share=show_share, duration=show_duration, moment=show_moment
+    )
     return made
 
 
@@ -55,3 +58,12 @@ def show_duration(seconds: float) -> str:
             amount = seconds / size
             return f"{amount:.0f} {unit}" if amount >= 10 else f"{amount:.1f} {unit}"
     return "0 s"
+
+
+def show_moment(seconds: float | None) -> str:
+    """Write a time, in seconds since the epoch; a dash for None.
+
+    >>> show_moment(0)
+    '1970-01-01 00:00 UTC'
+    """
+    return "–" if seconds is None else f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"

@@ -5,11 +5,12 @@ from typing import Annotated
 
 import typer
 
-from server import ledger_commands, run_commands
+from server import ledger_commands, run_commands, ui_commands
 
 app = typer.Typer()
 app.add_typer(ledger_commands.app)
 app.add_typer(run_commands.app)
+app.add_typer(ui_commands.app)
 
 Home = Annotated[
     Path,

@@ -337,6 +337,7 @@ class Ledger:
         run: str | None = None,
         site: str | None = None,
         what: str = "",
+        before: int | None = None,
         limit: int | None = None,
         newest: bool = False,
     ) -> list[EventEntry]:
@@ -346,6 +347,7 @@ class Ledger:
             after: only those with a greater number: who asks again with the last number misses none.
             run, site: only those of this run, this site.
             what: only those whose kind begins so, such as "run.".
+            before: only those with a smaller number.
             limit: at most so many.
             newest: of more than `limit`, the last instead of the first.
         """
@@ -357,6 +359,8 @@ class Ledger:
             rows = rows.where(event.site == site)
         if what:
             rows = rows.where(event.what.startswith(what, autoescape=True))
+        if before is not None:
+            rows = rows.where(event.id < before)
         rows = rows.order_by(event.id.desc() if newest else event.id).limit(limit)
         found = self.transactions.read(
             lambda session: [entry_of(EventEntry, row, run=name) for row, name in session.execute(rows)]

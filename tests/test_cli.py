@@ -23,15 +23,16 @@ from tokenizer.events import write_meds
 REPOSITORY = Path(__file__).parents[1]
 HELP = Path(__file__).parent / "golden" / "help.txt"
 SITE = ("site", "site check", "site policy", "site approve", "site audit", "site key")
-MEMBERS = ("site join", "site renew", "site message", "site run")
+MEMBERS = ("site join", "site renew", "site message", "site run", "site ui")
 AUTHORITY = ("init", "invite", "revoke", "rotate", "fingerprints", "message")
 LEDGER = ("serve", "start", "pause", "resume", "stop", "status", "runs", "sites", "logs", "backup", "restore")
+PAGES = ("ui", "password")
 PRIVACY = ("privacy", "privacy plan", "privacy budget", "privacy free")
 COMMANDS = ("tokenize", *SITE, *PRIVACY, "coordinator", "coordinator key", "coordinator give-up")
 COMMANDS = (
     *COMMANDS,
     *MEMBERS,
-    *(f"coordinator {each}" for each in (*AUTHORITY, *LEDGER)),
+    *(f"coordinator {each}" for each in (*AUTHORITY, *LEDGER, *PAGES)),
     "simulate",
     "report",
     "rollout",
