@@ -91,6 +91,8 @@ def sites_table(found: Sequence[Plain]) -> Table:
 def events_table(found: Iterable[EventEntry]) -> Table:
     """Show events."""
     table = _table("at (UTC)", "who", "what", "run", "round", "site", "")
+    for place in (0, 2):
+        table.columns[place].no_wrap = True
     for event in found:
         number = "" if event.round is None else str(event.round)
         texts = (event.who, event.what, event.run or "", number, event.site, event.text)
