@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import polars as pl
@@ -458,7 +459,10 @@ def test_a_rerun_that_fails_at_the_store_leaves_what_was(tmp_path: Path) -> None
     assert {file: file.read_bytes() for file in out.rglob("*.*")} == before
 
 
-def test_wrong_arguments_have_exit_code_2(finished: Path, tokens: Path, root: Path) -> None:
+def test_wrong_arguments_have_exit_code_2(
+    finished: Path, tokens: Path, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = import_module("fedcomet")
     for arguments in (
         ("simulate",),
         ("nonsense",),
@@ -477,7 +481,11 @@ def test_wrong_arguments_have_exit_code_2(finished: Path, tokens: Path, root: Pa
         ("audit", finished, "--noise-multiplier", 1),
         ("audit", "--model", finished / "model"),
     ):
-        assert fedcomet(*arguments).returncode == 2
+        monkeypatch.setattr(sys, "argv", ["fedcomet", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            program.main()
+        assert end.value.code == 2, arguments
+    assert capsys.readouterr().out == ""
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
