@@ -33,25 +33,13 @@ from flwr.supernode.nodestate import NodeStateFactory
 from flwr.supernode.nodestate.in_memory_nodestate import CLIENT_APP_CRASHED_ERROR
 
 from federation import bundle
-from federation.flower_tasks import TASK_HEARTBEAT_S
+from federation.flower_tasks import RUNTIME, TASK_HEARTBEAT_S
 from federation.front import Door, Front
 from tokenizer import durable
 
 _LOOPBACK = "127.0.0.1"
 _POLL_S = 1.0
 _ANSWER_S = 0.2
-_RUNTIME = (
-    "acquire-task",
-    "send-task-heartbeat",
-    "pull-task-input",
-    "push-task-output",
-    "push-object",
-    "pull-object",
-    "confirm-message-received",
-    "push-logs",
-    "push-messages",
-    "pull-messages",
-)
 
 _log = logging.getLogger(__name__)
 
@@ -110,7 +98,7 @@ class Node:
             OSError: the port is taken.
         """
         # Every path asks for a task's token or the secret's signature by itself; the front keeps the others away.
-        doors = {f"/v1/runtime/{name}": Door(lambda headers: "runtime") for name in _RUNTIME}
+        doors = {f"/v1/runtime/{name}": Door(lambda headers: "runtime") for name in RUNTIME}
         application: Any = create_app(self._states, self._options.secret)
         server = uvicorn.Server(
             uvicorn.Config(

@@ -32,6 +32,20 @@ from federation.supervisor import meaning, relay
 TASK_HEARTBEAT_S = 300
 """How long an app process may be silent, in seconds; twice that once it has begun."""
 
+RUNTIME = (
+    "acquire-task",
+    "send-task-heartbeat",
+    "pull-task-input",
+    "push-task-output",
+    "push-object",
+    "pull-object",
+    "confirm-message-received",
+    "push-logs",
+    "push-messages",
+    "pull-messages",
+)
+"""What an app process and whoever starts it ask of the runtime beside them."""
+
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 _KINDS = {"coordinator": TaskType.SERVER_APP, "site": TaskType.CLIENT_APP}
 _LOOK_S = 0.3

@@ -285,7 +285,8 @@ def _opened(rounds: Rounds, request: TrainRequest, roster: Roster, post: Post, w
     while True:
         masked = rounds.sum_of(request)
         try:
-            return open_sum(masked, rounds.drawn(roster.sites()), rounds.ready(), post, rounds.unmask)
+            # All sites that are there, not those drawn now: no newcomer may take the place of one that has signed.
+            return open_sum(masked, roster.sites(), rounds.ready(), post, rounds.unmask)
         except MaskingError as problem:
             until = post.now() + wait_s if until is None else until
             if not masked.signing or post.now() >= until:

@@ -5,17 +5,16 @@ no valid token gets nothing out of it but a refusal, a few times; then it isn't 
 """
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
-from threading import Lock
 
 from federation import pki
 from federation.control_pb2 import EnrolReply, EnrolRequest, RenewRequest
 from federation.invitation import Invitation
 from federation.pki import CertificateError, Member, Role, Wish
+from federation.sessions import Throttle
 from server.authority import Authority
 from server.ledger import Ledger
 from server.ledger_entries import Identity, LedgerRefusal, MemberEntry
@@ -23,7 +22,6 @@ from server.tables import SiteStatus
 from tokenizer.errors import ConfigError, FedcometError
 
 _MOST_HOURS = 24 * 30
-_WRONG, _WINDOW_S, _MOST_ADDRESSES = 5, 600.0, 4096
 
 
 class MembershipError(FedcometError):
@@ -42,37 +40,6 @@ class Welcome:
     fleet_port: int
     control_port: int
     coordinator: str
-
-
-class Throttle:
-    """Counts what went wrong per address within ten minutes; only the latest few thousand addresses are kept."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._wrong: OrderedDict[str, list[float]] = OrderedDict()
-        self._lock = Lock()
-
-    def check(self, address: str) -> None:
-        """Let an address try.
-
-        Raises:
-            TooMany: it was wrong too often; the message says when it may try again.
-        """
-        now = self._clock()
-        recent = [at for at in self._wrong.get(address, []) if now - at < _WINDOW_S]
-        if len(recent) >= _WRONG:
-            wait = _WINDOW_S - (now - recent[0])
-            raise TooMany(f"Too many wrong tokens came from this address; try again in {wait / 60:.0f} minutes.")
-
-    def count(self, address: str) -> bool:
-        """Count a wrong try; tell whether it was the last one for a while."""
-        now = self._clock()
-        with self._lock:
-            recent = [at for at in self._wrong.pop(address, []) if now - at < _WINDOW_S]
-            self._wrong[address] = [*recent, now]
-            while len(self._wrong) > _MOST_ADDRESSES:
-                self._wrong.popitem(last=False)
-        return len(recent) + 1 == _WRONG
 
 
 class Enrolment:
@@ -98,13 +65,16 @@ class Enrolment:
             MembershipError: the token is for another name or role.
             CertificateError: the request is damaged or isn't signed with its keys.
         """
-        self._throttle.check(address)
+        if wait := self._throttle.wait_s(address):
+            raise TooMany(f"Too many wrong tokens came from this address; try again in {wait / 60:.0f} minutes.")
+        last = self._throttle.count(address)
         try:
             certificate = self._certificate(request)
         except (LedgerRefusal, MembershipError, CertificateError) as refusal:
-            if self._throttle.count(address):
+            if last:
                 self._ledger.note(address, "enrolment.throttled", told=str(refusal))
             raise
+        self._throttle.forget(address)
         return EnrolReply(
             certificate=certificate,
             authority=self._authority.pem.decode(),

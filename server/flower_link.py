@@ -51,7 +51,7 @@ from flwr.superlink.main import create_app
 from google.protobuf.message import DecodeError
 
 from federation import bundle
-from federation.flower_tasks import TASK_HEARTBEAT_S
+from federation.flower_tasks import RUNTIME, TASK_HEARTBEAT_S
 from federation.front import Application, Door, Headers
 from tokenizer.errors import FedcometError
 
@@ -71,19 +71,7 @@ _FLEET = (
 )
 """What a SuperNode whose key is registered asks. (Registering by itself is for nodes without keys.)"""
 
-_RUNTIME = (
-    "acquire-task",
-    "send-task-heartbeat",
-    "pull-task-input",
-    "push-task-output",
-    "push-object",
-    "pull-object",
-    "confirm-message-received",
-    "push-logs",
-    "push-messages",
-    "pull-messages",
-    "get-nodes",
-)
+_RUNTIME = (*RUNTIME, "get-nodes")
 """What a ServerApp and whoever starts it ask; each bears a task's token or the signature of SuperExec's secret."""
 
 _CONTROL = ("start-run", "stop-run", "list-runs", "register-node", "unregister-node", "list-nodes")

@@ -24,7 +24,7 @@ from model.decoder import Decoder
 from server.app import Outcome, coordinate, give_up_sum
 from server.journal import GIVEN_UP, Journal, Status, SumEntry
 from server.plan import PrivacyPlan
-from server.rounds import Event, RoundFailed, SumWaits
+from server.rounds import Event, RoundFailed, Rounds, SumWaits
 from tests import tiny
 from tests.masked import Federation, dumped, needles, wire_bytes
 from tokenizer.errors import ConfigError, DataError
@@ -193,6 +193,23 @@ def test_sites_that_come_back_within_the_wait_are_not_too_late(ram_path: Path, t
     played.lead(come_back)
     assert entry_of(ram_path).sites == "site-0,site-1,site-2,site-3"
     assert "sum.waits" not in {event.kind for event in played.events}
+
+
+def test_a_newcomer_does_not_take_the_place_of_a_site_that_signed(
+    ram_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A draw that the newcomer wins, and site-0 loses to it.
+    monkeypatch.setattr(Rounds, "drawn", lambda _, sites: dict(sorted(sites.items(), reverse=True)[:3]))
+    played = Federation(ram_path, rounds=1, evaluate_every=0, deadline_s=500.0, sites_per_round=3)
+    everybody = dict(played.grid.nodes)
+    del played.grid.nodes[4]
+    for number in (2, 3):
+        played.silence(number, "query.mask_open")
+    with pytest.raises(SumWaits):
+        played.lead()
+    played.grid.nodes = everybody
+    played.lead()
+    assert entry_of(ram_path).sites == "site-0,site-1,site-2"
 
 
 @pytest.mark.parametrize("dies", ["round.aggregated", "round.committed", ""])
