@@ -264,3 +264,4 @@ def main(descriptor: int, modules: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), sys.argv[2:])
+    os._exit(0)  # taking PyTorch down in order takes longer than anybody waits
