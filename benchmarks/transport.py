@@ -74,7 +74,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
-client, server = ClientApp(), ServerApp()
+client = ClientApp()
+server = ServerApp()
 TOLD = json.loads(Path(__file__).with_name("told.toml").read_text()[2:])
 
 @server.main()
@@ -110,7 +111,7 @@ build-backend = "hatchling.build"
 name = "average"
 version = "1.0.0"
 license = { file = "LICENSE" }
-dependencies = ["flwr==1.41.*"]
+dependencies = ["flwr>=1.41.0,<1.42"]
 [tool.hatch.build.targets.wheel]
 only-include = ["average.py"]
 [tool.flwr.app]
@@ -342,13 +343,15 @@ def flower(values: int, arrays: int, rounds: int, folder: Path | None) -> Figure
             link = ["--superlink", f"127.0.0.1:{port}", "--root-certificates", "ca.crt"]
             mine = ["--auth-supernode-private-key", str(key), "--port", str(own)]
             place.start(str(programs / "flower-supernode"), *link, *mine, env=env, log=f"site-{number}")
-        place.start(str(programs / "flwr"), "run", str(app), "bench", env=env, log="run")
+        asked = place.start(str(programs / "flwr"), "run", str(app), "bench", env=env, log="run")
         ends: list[float] = []
         until = time.monotonic() + 400 * (rounds + 1)
         while len(ends) < rounds + 2:
             if time.monotonic() > until:
                 raise SystemExit("Flower's run came to no end: " + (root / "superlink.log").read_text()[-3000:])
             time.sleep(0.1)
+            if asked.poll():
+                raise SystemExit("Flower takes no run: " + (root / "run.log").read_text())
             found = [float(line) for line in times.read_text().split()] if times.exists() else []
             if len(found) > len(ends):
                 ends = found
