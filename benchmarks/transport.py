@@ -7,7 +7,8 @@ Ours is `coordinator serve` and four sites' nodes with all that they do for a re
 random update (`benchmarks.random_site`); with --noop, `coordinator serve` and four `site run` that train a tiny model.
 Flower's is its SuperLink (its default: everything in memory) and four SuperNodes with node authentication, its FedAvg,
 and a client that adds the same noise. Neither evaluates. "bfloat16" and "int8" are the updates; weights then travel as
-bfloat16. Rounds after the first are timed. Peaks are of resident memory as the system counted it, the largest of each
+bfloat16. Rounds after the first are timed; processor seconds
+are those of all processes of a side, so they tell more than seconds where a machine is shared. Peaks are of resident memory as the system counted it, the largest of each
 kind of process. Progress goes to stderr.
 """
 
@@ -127,10 +128,11 @@ clientapp = "average:client"
 
 @dataclass
 class Figures:
-    """What a side took: seconds of each timed round, peaks in MB by kind of process, MB to and from sites a round."""
+    """What a side took: seconds of each timed round, processor seconds of all processes in a round, peaks in MB by kind of process, MB to and from sites a round."""
 
     name: str
     seconds: list[float] = field(default_factory=list)
+    cpu_s: float = 0.0
     peaks: dict[str, float] = field(default_factory=dict)
     sent_mb: float = 0.0
     received_mb: float = 0.0
@@ -164,6 +166,15 @@ class Machine:
             )
         self._started.append(started)
         return started
+
+    def cpu_s(self) -> float:
+        """Processor seconds of all marked processes that live, with those of their children that have ended."""
+        total = 0
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if self._mark.encode() in (entry / "environ").read_bytes():
+                    total += sum(map(int, (entry / "stat").read_text().rpartition(")")[2].split()[11:15]))
+        return total / os.sysconf("SC_CLK_TCK")
 
     def _look(self) -> None:
         kinds: dict[int, str | None] = {}
@@ -241,7 +252,7 @@ def ours(name: str, shape: DecoderConfig, rounds: int, folder: Path | None, noop
             )
             ledger.propose("bench", plan.to_bytes())
             ledger.start("bench")
-            figures.seconds = _times(ledger, rounds + 1)
+            figures.seconds, figures.cpu_s = _times(place, ledger, rounds + 1)
             figures.peaks = dict(place.peaks)
             figures.sent_mb, figures.received_mb = _traffic(home.path / "flower/superlink.sqlite", rounds + 1)
     return figures
@@ -285,9 +296,9 @@ def _patiently(ask: Any) -> Any:
             time.sleep(0.5)
 
 
-def _times(ledger: Ledger, rounds: int) -> list[float]:
-    """Wait for all rounds; gives the seconds from one's end to the next one's."""
-    journal, ends, looks = ledger.journal("bench"), [0.0], 0
+def _times(place: Machine, ledger: Ledger, rounds: int) -> tuple[list[float], float]:
+    """Wait for all rounds; gives the seconds from one's end to the next one's, and processor seconds of a round."""
+    journal, ends, looks, began = ledger.journal("bench"), [0.0], 0, 0.0
     while len(ends) <= rounds:
         time.sleep(0.05)
         if (looks := looks + 1) % 40 == 0 and (run := ledger.run("bench")).state is RunState.FAILED:
@@ -295,7 +306,9 @@ def _times(ledger: Ledger, rounds: int) -> list[float]:
         while journal.committed() >= len(ends):
             say(f"  round {len(ends)} of {rounds}")
             ends.append(time.time())
-    return [after - before for before, after in itertools.pairwise(ends[1:])]
+            began = place.cpu_s() if len(ends) == 2 else began
+    cpu_s = (place.cpu_s() - began) / (rounds - 1)
+    return [after - before for before, after in itertools.pairwise(ends[1:])], cpu_s
 
 
 def _traffic(database: Path, rounds: int) -> tuple[float, float]:
@@ -344,7 +357,7 @@ def flower(values: int, arrays: int, rounds: int, folder: Path | None) -> Figure
             mine = ["--auth-supernode-private-key", str(key), "--port", str(own)]
             place.start(str(programs / "flower-supernode"), *link, *mine, env=env, log=f"site-{number}")
         asked = place.start(str(programs / "flwr"), "run", str(app), "bench", env=env, log="run")
-        ends: list[float] = []
+        ends, began = list[float](), 0.0
         until = time.monotonic() + 400 * (rounds + 1)
         while len(ends) < rounds + 2:
             if time.monotonic() > until:
@@ -355,6 +368,8 @@ def flower(values: int, arrays: int, rounds: int, folder: Path | None) -> Figure
             found = [float(line) for line in times.read_text().split()] if times.exists() else []
             if len(found) > len(ends):
                 ends = found
+                began = place.cpu_s() if len(ends) == 2 else began
+                figures.cpu_s = (place.cpu_s() - began) / max(1, len(ends) - 2)
                 say(f"  round {len(ends) - 1} of {rounds + 1}")
         figures.seconds = [after - before for before, after in itertools.pairwise(ends[1:])]
         figures.peaks = dict(place.peaks)
@@ -364,15 +379,20 @@ def flower(values: int, arrays: int, rounds: int, folder: Path | None) -> Figure
 
 def show(all_figures: list[Figures]) -> None:
     peer = next((one for one in all_figures if one.name == "flower"), None)
-    print(f"{'':10} {'s/round':>8} {'range':>13} {'x':>5}" + "".join(f"{kind:>12}" for kind in KINDS), end="")
+    print(
+        f"{'':10} {'s/round':>8} {'range':>13} {'x':>5} {'CPU s':>7} {'x':>5}"
+        + "".join(f"{kind:>12}" for kind in KINDS),
+        end="",
+    )
     print(f" {'app x':>6} {'MB out':>8} {'MB in':>8}")
     for one in all_figures:
         ratio = f"{one.median / peer.median:.2f}" if peer else "-"
+        cpu = f"{one.cpu_s / peer.cpu_s:.2f}" if peer else "-"
         memory = f"{one.peaks['server app'] / peer.peaks['server app']:.2f}" if peer else "-"
         peaks = "".join(f"{one.peaks[kind]:9.0f} MB" for kind in KINDS)
         spread = f"{min(one.seconds):.2f}-{max(one.seconds):.2f}"
         print(
-            f"{one.name:10} {one.median:8.2f} {spread:>13} {ratio:>5}{peaks} {memory:>6} "
+            f"{one.name:10} {one.median:8.2f} {spread:>13} {ratio:>5} {one.cpu_s:7.2f} {cpu:>5}{peaks} {memory:>6} "
             f"{one.sent_mb:8.1f} {one.received_mb:8.1f}"
         )
 

@@ -89,10 +89,10 @@ class Nursery:
     def ended(self) -> Iterator[tuple[int, int]]:
         """Give tasks whose children have ended since the last call, each with its exit code."""
         for line in self._lines():
-            number, code = (int(word) for word in line.split())
+            number, told = (int(word) for word in line.split())
             if number in self._alive:
                 self._alive.discard(number)
-                yield number, code
+                yield number, told
         if self._process is not None and self._alive and (code := self._process.poll()) is not None:
             for number in list(self._alive):  # they ended with it
                 self._alive.discard(number)
