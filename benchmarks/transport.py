@@ -7,9 +7,9 @@ Ours is `coordinator serve` and four sites' nodes with all that they do for a re
 random update (`benchmarks.random_site`); with --noop, `coordinator serve` and four `site run` that train a tiny model.
 Flower's is its SuperLink (its default: everything in memory) and four SuperNodes with node authentication, its FedAvg,
 and a client that adds the same noise. Neither evaluates. "bfloat16" and "int8" are the updates; weights then travel as
-bfloat16. Rounds after the first are timed; processor seconds
-are those of all processes of a side, so they tell more than seconds where a machine is shared. Peaks are of resident memory as the system counted it, the largest of each
-kind of process. Progress goes to stderr.
+bfloat16. Rounds after the first are timed; processor seconds are those of all processes of a side, so they tell more
+than seconds where a machine is shared. Peaks are of resident memory as the system counted it, the largest of each kind
+of process. Progress goes to stderr.
 """
 
 import argparse
@@ -128,7 +128,9 @@ clientapp = "average:client"
 
 @dataclass
 class Figures:
-    """What a side took: seconds of each timed round, processor seconds of all processes in a round, peaks in MB by kind of process, MB to and from sites a round."""
+    """What a side took: seconds of each timed round; in a round, processor seconds of all processes and MB to and from
+    sites; peaks in MB by kind of process.
+    """
 
     name: str
     seconds: list[float] = field(default_factory=list)
