@@ -60,6 +60,7 @@ class Nursery:
         self._line: socket.socket | None = None
         self._heard = b""
         self._alive: set[int] = set()
+        self._lost: list[tuple[int, int]] = []
 
     def start(self) -> None:
         """Start it; it takes seconds until it is warm, and tasks that come before wait for that."""
@@ -80,6 +81,7 @@ class Nursery:
     def launch(self, number: int, token: str) -> None:
         """Let a child do a task, whose token goes to it in memory."""
         if self._process is None or self._process.poll() is not None:
+            self._lost += list(self.ended())
             self._close()
             self.start()
         told = {"task": number, "token": token, "port": self._options.port, "output": str(self._options.output)}
@@ -88,6 +90,8 @@ class Nursery:
 
     def ended(self) -> Iterator[tuple[int, int]]:
         """Give tasks whose children have ended since the last call, each with its exit code."""
+        while self._lost:
+            yield self._lost.pop()
         for line in self._lines():
             number, told = (int(word) for word in line.split())
             if number in self._alive:
@@ -254,8 +258,10 @@ def main(descriptor: int, modules: Sequence[str]) -> None:
     """Be a nursery at the end of a socket."""
     for number in _SIGNALS:  # meant for the node, which says when to stop
         signal.signal(number, signal.SIG_IGN)
+    end_with_parent(parent=os.getppid())
     for name in modules:
         importlib.import_module(name)
+    end_with_parent(0, parent=os.getppid())  # from here on the socket tells; the node may have started us in a thread
     gc.collect()
     gc.freeze()  # else a child's collector would write to, and so copy, every page
     with socket.socket(fileno=descriptor) as line:
