@@ -1,7 +1,7 @@
 """The coordinator's adapter to the inside of Flower's SuperLink: the application, who its nodes are, and its control.
 
-Beside `federation.flower` (records), `federation.flower_tasks` (processes) and `client.flower_node` (a SuperNode)
-nothing touches Flower's inside. Checked against flwr 1.41; the version is pinned.
+Beside `federation.flower` (records), `federation.flower_tasks` and `federation.nursery` (processes) and
+`client.flower_node` (a SuperNode) nothing touches Flower's inside. Checked against flwr 1.41; the version is pinned.
 """
 
 import base64
