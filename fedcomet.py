@@ -1117,9 +1117,8 @@ def _time(text: str | None) -> "datetime | None":
 
 def _tasks(study: Path) -> "tuple[Task, ...]":
     from simulation import config
-    from simulation.questions import tasks
 
-    return tasks(config.read(study, records=False))
+    return config.read(study, records=False).task
 
 
 def _options_of(

@@ -21,9 +21,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from model.cohort import Cohort
 from model.decoder import Decoder
 from model.rollout import Reason, Rollouts, Stop, rollout
-from model.tasks import Cohort, Task, task_tokens
+from model.tasks import Task, task_tokens
 from tokenizer.codebook import Codebook
 from tokenizer.errors import ConfigError
 

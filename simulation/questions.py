@@ -22,8 +22,9 @@ from client.archive import Archive
 from client.site import SiteFiles
 from federation.manifest import Manifest
 from model import checkpoint
+from model.cohort import Cohort, cohort, join
 from model.estimate import estimate
-from model.tasks import Cohort, Task, cohort, join
+from model.tasks import Task
 from server.futures import Model
 from simulation.arms import FEDERATED, Arm
 from simulation.config import Study
@@ -57,15 +58,6 @@ class Answers:
     unresolved: Mapping[str, float]
 
 
-def tasks(study: Study) -> tuple[Task, ...]:
-    """Give the questions of a study as `model.tasks` puts them.
-
-    Raises:
-        ConfigError: a question that contradicts itself.
-    """
-    return tuple(Task(**question.model_dump(exclude={"trajectories"})) for question in study.task)
-
-
 def answer(
     study: Study, sites: tuple[SiteFiles, ...], arms: tuple[Arm, ...], folder: Path, pool: Pool, watch: Watch
 ) -> tuple[Answers, ...]:
@@ -82,7 +74,7 @@ def answer(
     federated = next(arm for arm in arms if arm.name == FEDERATED)
     assert federated.outcome is not None
     codebook = Codebook.load(federated.outcome.codebook)
-    asked = [_ask(task, sites, federated.outcome.manifest, codebook, study, folder) for task in tasks(study)]
+    asked = [_ask(task, sites, federated.outcome.manifest, codebook, study, folder) for task in study.task]
     trained = [arm for arm in arms if arm.outcome is not None]
     total = sum(len(question.cohort) for question in asked) * len(trained)
     tally = _Tally("rollouts", total, watch)
@@ -181,7 +173,7 @@ def evaluate(
     """
     codebook = Codebook.load(model.codebook)
     patients = TokenStore.open(store.path, codebook.hash).split(split)
-    cohorts = [(task, cohort(task, patients, codebook)) for task in tasks(study)]
+    cohorts = [(task, cohort(task, patients, codebook)) for task in study.task]
     tally = _Tally("rollouts", sum(int((found.labels >= 0).sum()) for _, found in cohorts), watch)
     asked = []
     for task, found in cohorts:
@@ -247,8 +239,8 @@ class _Roll:
         best = arm.outcome.best_checkpoint
         spec = {
             "checkpoint": hashlib.sha256(best.read_bytes()).hexdigest(),
-            "task": study.model_dump(mode="json")["task"],
-            "name": question.task.name,
+            "task": question.task.hash,
+            "trajectories": study.trajectories(question.task.name),
             "evaluation": study.evaluation.model_dump(),
             "seed": study.seed,
             "predictions": hashlib.sha256(

@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 
+from model.cohort import Cohort
 from model.decoder import Decoder, preset
 from model.estimate import Estimates, estimate, summarize
 from model.rollout import Prompt, Reason, Rollouts
-from model.tasks import Cohort, Task
+from model.tasks import Task
 from tokenizer.codebook import INTERVALS, Codebook, Token, TokenizerOptions
 from tokenizer.errors import ConfigError
 

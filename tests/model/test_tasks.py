@@ -3,7 +3,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from model.tasks import DECIDED, NO_TRIGGER, TOO_SHORT, Cohort, Task, cohort, join, task_tokens
+from model.cohort import DECIDED, NO_TRIGGER, TOO_SHORT, Cohort, cohort, join
+from model.tasks import Task, task_tokens
 from tests.tokenizer.hospital import frame, spelling_codebook
 from tokenizer.codebook import INTERVALS, STATIC, Codebook, Token, TokenizerOptions
 from tokenizer.encode import encode
