@@ -341,13 +341,13 @@ class Finder:
         return reason or _ineligible(line, at, past, task.eligible, self._require, self._exclude)
 
     def _tells_of_an_open_stay(self, story: "_Story", at: int) -> bool:
+        """Whether billing codes of a stay that ends only later are known."""
         line = story.line
-        past = line.at < at
-        begun = line.at[past & self._begins[line.nodes]]
-        if not len(begun) or (self._ends[line.nodes] & (line.at > begun[-1]) & past).any():
+        begun, ended = (line.at[mask[line.nodes]] for mask in (self._begins, self._ends))
+        begun = begun[begun < at]
+        if not len(begun) or ((ended > begun[-1]) & (ended <= at)).any() or not (ended > at).any():
             return False
-        ends = line.at[self._ends[line.nodes] & (line.at >= at)]
-        return bool(len(ends)) and bool((self._billed[line.nodes] & past & (line.at >= begun[-1])).any())
+        return bool((self._billed[line.nodes] & (line.at >= begun[-1]) & (line.at < at)).any())
 
 
 def _ineligible(line: Timeline, at: int, past: Bools, who: Eligible, require: Bools, exclude: Bools) -> str | None:

@@ -93,12 +93,13 @@ class Task:
         trigger: code prefixes; each such event is a possible start.
         outcome: code prefixes; what is asked about.
         competing: code prefixes; any of them before the outcome ends the question, as death does.
-        after_hours: the prediction is made so long after the trigger; below 0 before it, which is of use only in looking
-            back, as nobody knows then that the trigger will come.
+        after_hours: the prediction is made so long after the trigger; below 0 before it, which is of use only in
+            looking back, as nobody knows then that the trigger will come.
         horizon_days: the outcome counts within this time after the prediction; None: whichever event comes first.
         occurrence: which triggers of a patient count.
-        kind: what is asked of the outcome: whether it comes (`event`), how often (`count`; what happens at one moment
-            counts once), after how many days (`time`), its first value (`value`), or which of its prefixes come (`set`).
+        kind: what is asked of the outcome: whether it comes (`event`), how often (`count`; what happens at one
+            moment counts once), after how many days (`time`), its first value (`value`), or which of its prefixes come
+            (`set`).
         known: what of the moment of prediction is known: nothing (`before`), only the trigger (`trigger`), or all that
             is dated so (`at`, for records whose order within a moment is told otherwise). Not given: `trigger` where a
             prediction is made at it, else `before`.
