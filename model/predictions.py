@@ -1,7 +1,7 @@
 """What was predicted and what happened, row by row: the one table that metrics, reports and files are made from.
 
 Columns of a prediction table, all [P] unless said otherwise: `subject_id` int64; `prediction_time` int64, microseconds
-since the epoch; `task` and `task_hash`; answers `label` int8 (1, 0, -1 unknown), `time_days` float64 and `event` int8 (0
+since the epoch; `task`, `task_hash`; answers `label` int8 (1, 0, -1 unknown), `time_days` float64 and `event` int8 (0
 censored, 1 outcome, 2 competing), `repeat` bool, and by the kind of task `count`, `value` float64 (nan: unknown) or
 `codes` int8 [P, C] (-1: unknown); estimates `risk`, `se`, `resolved` float64, `trajectories` int64, with a horizon
 `risk_curve` and `competing_curve` float64 [P, G] at the times `grid_days` [P, G], `count_mean`, `count_median`,
