@@ -24,6 +24,7 @@ from model.rollout import Prompt
 from model.tasks import Eligible, Known, Task, TaskTokens, matching, task_tokens
 from tokenizer.codebook import Codebook
 from tokenizer.errors import ConfigError, DataError
+from tokenizer.labels import Labels
 from tokenizer.split import SPLITS, SplitRule
 from tokenizer.store import TokenSplit
 
@@ -154,21 +155,6 @@ def refuse_trained(split: TokenSplit, rule: SplitRule) -> None:
 
 
 @dataclass(frozen=True)
-class Given:
-    """One site's label file, in the MEDS label schema.
-
-    Attributes:
-        subject_ids: int64 [N].
-        prediction_us: int64 [N], microseconds since the epoch.
-        answers: float64 [N]: 1 and 0 for booleans, counts, days or values for numbers; nan where there is none.
-    """
-
-    subject_ids: NDArray[np.int64]
-    prediction_us: NDArray[np.int64]
-    answers: NDArray[np.float64]
-
-
-@dataclass(frozen=True)
 class Decision:
     """What became of one possible prediction.
 
@@ -190,7 +176,7 @@ class Decision:
     told: Mapping[str, float | int | bool | NDArray[np.int8]] = ()  # type: ignore[assignment]
 
 
-def cohort(task: Task, split: TokenSplit, codebook: Codebook, *, given: Given | None = None) -> Cohort:
+def cohort(task: Task, split: TokenSplit, codebook: Codebook, *, given: Labels | None = None) -> Cohort:
     """Find the predictions that `task` asks for among the patients of `split`.
 
     Args:
@@ -252,7 +238,7 @@ class Finder:
         ConfigError: `given` is missing, or not asked for.
     """
 
-    def __init__(self, task: Task, codebook: Codebook, given: Given | None = None) -> None:
+    def __init__(self, task: Task, codebook: Codebook, given: Labels | None = None) -> None:
         if task.given != (given is not None):
             need = "needs a label file (--labels)" if task.given else "makes its own predictions; leave the labels out"
             raise ConfigError(f"task {task.name!r} {need}")
@@ -275,6 +261,19 @@ class Finder:
         if self.task.after_hours < 0:
             notes.append("predictions are placed before their trigger, which nobody knows in advance: for looking back")
         return tuple(notes)
+
+    def text(self, token: int) -> str:
+        """What a token reads as."""
+        told = self._codebook.tokens[token]
+        return told.text if not told.bin else f"{told.text} (bin {told.bin})"
+
+    def answer(self, name: str, value: float | int | bool | NDArray[np.int8]) -> str:
+        """A column of an answer for people."""
+        if name == "codes" and isinstance(value, np.ndarray):
+            return ", ".join(np.array(self.task.outcome)[value == 1].tolist()) or "none"
+        if name == "event":
+            return ("censored", "outcome", "competing event")[int(np.asarray(value))]
+        return str(value) if isinstance(value, bool) else f"{value:.4g}"
 
     def decisions(self, split: TokenSplit, patient: int) -> Iterator[Decision]:
         """What becomes of each possible prediction about the patient at a place of the split, by time."""

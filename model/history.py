@@ -200,3 +200,8 @@ def age_at(line: Timeline, at: int) -> tuple[float, float] | None:
         return float(text[:-1]), float("inf")
     low, high = text.split("-")
     return float(low), float(high) - 1
+
+
+def when(time_us: int) -> str:
+    """A time for people, UTC to the minute."""
+    return str(np.datetime64(time_us, "us").astype("datetime64[m]")).replace("T", " ")

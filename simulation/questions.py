@@ -22,7 +22,7 @@ from client.archive import Archive
 from client.site import SiteFiles
 from federation.manifest import Manifest
 from model import checkpoint
-from model.cohort import Cohort, Given, cohort, join, refuse_trained
+from model.cohort import Cohort, cohort, join, refuse_trained
 from model.estimate import Estimates, estimate
 from model.predictions import joined, prediction_table
 from model.tasks import Task
@@ -33,6 +33,7 @@ from simulation.pool import Pool
 from tokenizer import durable
 from tokenizer.codebook import Codebook
 from tokenizer.errors import DataError
+from tokenizer.labels import Labels
 from tokenizer.progress import Step, Watch
 from tokenizer.split import SplitRule
 from tokenizer.store import TokenStore
@@ -152,7 +153,7 @@ def _with_truth(answers: Answers, sites: Sequence[SiteFiles]) -> Answers:
 
 
 def evaluate(
-    model: Model, store: TokenStore, study: Study, split: str, pool: Pool, watch: Watch, *, given: Given | None = None
+    model: Model, store: TokenStore, study: Study, split: str, pool: Pool, watch: Watch, *, given: Labels | None = None
 ) -> tuple[Answers, ...]:
     """Put a study's questions to one trained model, about the patients of a store.
 

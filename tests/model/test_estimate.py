@@ -27,7 +27,7 @@ def test_risk_is_the_share_of_resolved_trajectories_with_the_outcome():
     assert found.risk.tolist() == [1 / 3, 1.0]
     assert found.resolved.tolist() == [0.75, 0.25]
     assert found.reasons == {"event": 3, "horizon": 1, "end of timeline": 1, "token cap": 3}
-    assert (found.trajectories, found.tokens_sampled) == (4, 8)
+    assert (found.trajectories.tolist(), found.tokens_sampled) == ([4, 4], 8)
 
 
 def test_a_patient_without_resolved_trajectory_gets_the_cohorts_share():
