@@ -121,21 +121,30 @@ def recalibration(labels: ArrayLike, scores: ArrayLike) -> tuple[float, float]:
     """
     truth = _labels(labels)
     risk = np.clip(_scores("scores", scores, len(truth)), _LEAST_RISK, 1 - _LEAST_RISK)
-    nan = float("nan")
-    if not 0 < truth.sum() < len(truth) or np.ptp(risk) == 0:
-        return nan, nan
-    design = np.stack([np.log(risk / (1 - risk)), np.ones_like(risk)], axis=1)
+    return fit_logistic(np.log(risk / (1 - risk)), truth, np.ones_like(truth)) or (float("nan"), float("nan"))
+
+
+def fit_logistic(log_odds: Floats, truth: Floats, weights: Floats) -> tuple[float, float] | None:
+    """Fit slope and intercept of the logistic regression of 0 and 1 on one variable, float64 [n] each, by Newton.
+
+    None where a class has no weight, the variable doesn't differ, or separates the classes.
+    """
+    used = weights > 0
+    log_odds, truth, weights = log_odds[used], truth[used], weights[used]
+    if not 0 < truth.sum() < len(truth) or np.ptp(log_odds) == 0:
+        return None
+    design = np.stack([log_odds, np.ones_like(log_odds)], axis=1)
     found = np.zeros(2)
     for _ in range(_NEWTON_STEPS):
         fitted = 1 / (1 + np.exp(-np.clip(design @ found, -30, 30)))
-        curvature = design.T @ (design * (fitted * (1 - fitted))[:, None])
+        curvature = design.T @ (design * (weights * fitted * (1 - fitted))[:, None])
         if np.linalg.cond(curvature) > 1e12:
-            return nan, nan
-        step = np.linalg.solve(curvature, design.T @ (truth - fitted))
+            return None
+        step = np.linalg.solve(curvature, design.T @ (weights * (truth - fitted)))
         found += step * min(1.0, 5.0 / max(np.abs(step).max(), 1e-12))
         if np.abs(step).max() < 1e-10:
             return float(found[0]), float(found[1])
-    return nan, nan
+    return None
 
 
 def compare(
