@@ -29,7 +29,7 @@ from tokenizer.errors import DataError
 Floats = NDArray[np.float64]
 
 GROUPS = 10
-_REDRAWN = 200
+_REDRAWN = 100
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,9 @@ def merge(summed: ArrayLike, form: Form, sites: int = 1) -> Merged:
     deviation = float(np.sqrt(form.variance * sites))
     rng = np.random.default_rng(0)  # of the intervals only; nothing secret follows from it
     redrawn = [_Sum(told + rng.normal(0.0, deviation, told.shape), form).merged() for _ in range(_REDRAWN)]
-    widened = {name: _widened(name, merged, redrawn) for name in ("auroc", "auprc", "brier", "ece", "slope", "intercept")}
+    widened = {
+        name: _widened(name, merged, redrawn) for name in ("auroc", "auprc", "brier", "ece", "slope", "intercept")
+    }
     return Merged(**{**vars(merged), **widened, "noise": deviation})
 
 
@@ -180,7 +182,9 @@ class _Sum:
         if self.noisy:
             return Bounded(value, value, value)
         # Bins of the j-th best positive, at the lowest and at the highest that it can be: int64 [positives].
-        lowest, highest = (np.repeat(np.arange(len(side)), side.round().astype(int))[::-1] for side in (low[1], high[1]))
+        lowest, highest = (
+            np.repeat(np.arange(len(side)), side.round().astype(int))[::-1] for side in (low[1], high[1])
+        )
         rank = np.arange(1, len(lowest) + 1)
         false_most = np.cumsum(high[0][::-1])[::-1][lowest]
         false_least = np.append(np.cumsum(low[0][::-1])[::-1], 0.0)[highest + 1]

@@ -28,8 +28,8 @@ SPAN = 10.0
 """Log-odds beyond ±SPAN count as that; a risk of 4.5e-5, or of 1 less that."""
 
 BINS = 4096
-"""Of the shared grid. With exact cells of this width (0.0049 in log-odds) the AUROC's bound is 0.0024 times the integral
-of the product of the two labels' densities: below 0.002 unless both lie within about a third of a log-odd."""
+"""Of the shared grid. With exact cells of this width (0.0049 in log-odds) the AUROC's bound is 0.0024 times the
+integral of the product of the two labels' densities: below 0.002 unless both lie within about a third of a log-odd."""
 
 MOST_NOISED_BINS = 256
 MOMENTS = 4
@@ -153,9 +153,7 @@ def _rank(owner: NDArray[np.int64]) -> NDArray[np.int64]:
     return rank
 
 
-def _add_cells_(
-    parts: NDArray[np.float64], bins: NDArray[np.int64], owner: NDArray[np.int64], floor: int
-) -> None:
+def _add_cells_(parts: NDArray[np.float64], bins: NDArray[np.int64], owner: NDArray[np.int64], floor: int) -> None:
     """Put bins together from below until a cell has `floor` patients; what is left at the top joins the last cell."""
     order = np.argsort(bins, kind="stable")
     ranked, owners = bins[order], owner[order]
