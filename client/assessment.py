@@ -1,6 +1,6 @@
 """How well the run's model answers questions about a site's own patients: told as tallies, and kept before they leave.
 
-Risks come from rollouts at the site; of them only counts by score and label are told (`federation.tallies`). Where these
+Risks come from rollouts at the site; only counts by score and label are told (`federation.tallies`). Where these
 have noise, it follows from a key in the budget's ledger, and they are charged before they are handed over: killed
 anywhere, the same request gets the same answer.
 """

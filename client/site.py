@@ -148,14 +148,17 @@ class Site:
                 return self.survey(request)
             case PrepareRequest():
                 return self.prepare(request)
-            case TrainRequest():
-                return self._kept(request) if self._masked(request) else self.train(request)
-            case EvaluateRequest():
-                return self._kept(request) if self._masked(request) else self.evaluate(request)
-            case AssessRequest():
-                return self._kept(request) if self._masked(request) else self.assess(request)
+            case TrainRequest() | EvaluateRequest() | AssessRequest():
+                return self._worked(request)
             case _:
                 return self.sum(request)
+
+    def _worked(self, request: Weighted) -> Reply:
+        if self._masked(request):
+            return self._kept(request)
+        if isinstance(request, TrainRequest):
+            return self.train(request)
+        return self.evaluate(request) if isinstance(request, EvaluateRequest) else self.assess(request)
 
     def survey(self, request: SurveyRequest) -> SurveyReply:
         """Tell what may be told about the codes of the patients that train."""
@@ -230,7 +233,8 @@ class Site:
         if request.known:
             weights = run.weights(request.known)
             return None if weights is None else replace(request, weights=weights)
-        if isinstance(request, EvaluateRequest | AssessRequest) and request.round < manifest.rounds:
+        again = request.round < manifest.rounds or (isinstance(request, EvaluateRequest) and manifest.tasks is not None)
+        if isinstance(request, EvaluateRequest | AssessRequest) and again:
             run.keep_weights(request.weights)
         return request
 

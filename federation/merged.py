@@ -1,4 +1,4 @@
-"""What the sum of sites' tallies says of a model: figures, and how far they can be from those of all predictions pooled.
+"""What the sum of sites' tallies says of a model: figures, and how far those of all predictions pooled can be away.
 
 Of a sum it is known in which bin, or between which bins, every score lies (`federation.tallies`). So for each figure
 there is an interval in which the pooled figure must lie:
@@ -13,7 +13,7 @@ there is an interval in which the pooled figure must lie:
 - Calibration slope and intercept: the logistic regression of `model.metrics.recalibration`, log-odds cut to ±10, on
   the bins' middles. The bound is of first order: what the derivative makes of all scores' greatest displacements.
 
-With noise, `low` and `high` also hold two standard deviations of what the noise makes of the figure, by drawing it anew.
+With noise, `low` and `high` also hold two standard deviations of what noise makes of the figure, by drawing it anew.
 """
 
 from collections.abc import Mapping
@@ -122,7 +122,7 @@ def _widened(name: str, merged: Merged, redrawn: list[Merged]) -> Bounded:
 
 
 class _Sum:
-    """A sum of tallies, by label (0, 1) float64 [B]: counts at the lowest, the highest and the mean bin of the cells."""
+    """A sum of tallies, by label (0, 1) float64 [B]: counts at the lowest, highest and mean bin of the cells."""
 
     def __init__(self, told: Floats, form: Form) -> None:
         cells = told[: 2 * form.parts * form.bins].reshape(2, form.parts, form.bins)
@@ -140,7 +140,8 @@ class _Sum:
         negative, positive = (float(total) for total in self.totals)
         if min(negative, positive) <= 0.5:
             none = Bounded(None)
-            return Merged(max(negative + positive, 0.0), max(positive, 0.0), *[none] * 6, (), (), (), (), ((), ()))
+            counts = max(negative + positive, 0.0), max(positive, 0.0)
+            return Merged(*counts, none, none, none, none, none, none, (), (), (), (), ((), ()))
         cuts = self._cuts()
         groups = [np.add.reduceat(self.at * weight, [0, *cuts], axis=1) for weight in (1.0, self.risk)]
         size, sums = groups[0].sum(0), groups[1].sum(0)

@@ -237,7 +237,7 @@ class AssessRequest:
 
 @dataclass(frozen=True, eq=False)
 class AssessReply:
-    """The site's tallies (`federation.tallies`) of the manifest's questions, one after the other: float32 [Q x size]."""
+    """The site's tallies (`federation.tallies`) of the manifest's questions, one after another: float32 [Q x size]."""
 
     kind: ClassVar[str] = "evaluate.tasks.reply"
     site: str

@@ -64,7 +64,7 @@ def auc_at(times: ArrayLike, events: ArrayLike, scores: ArrayLike, day: float) -
 
 
 def followed(times: Floats, events: NDArray[np.int64], at: Floats, before: bool = False) -> Floats:
-    """Chance that a record has not ended by a time (or just before it): Kaplan-Meier of censoring, float64 [len(at)]."""
+    """Chance that a record has not ended by a time (or just before it): Kaplan-Meier of censoring, float64 [K]."""
     ends, lost = np.unique(times[events == CENSORED], return_counts=True)
     ranked = np.sort(times)
     # At equal times, events come before the ends of records.

@@ -177,6 +177,22 @@ class Codebook:
 
 
 @dataclass(frozen=True)
+class Together:
+    """A question that the sites answered at home: what their tallies say together, and the same from all predictions.
+
+    `figures` are (name, merged with the interval in which the pooled one must lie, pooled); `pooled_predictions` counts
+    what the pooled figures are of.
+    """
+
+    question: str
+    sites: tuple[str, ...]
+    predictions: float
+    pooled_predictions: int
+    figures: tuple[tuple[str, Figure, float | None], ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything that a study has to say.
 
@@ -195,6 +211,7 @@ class Report:
         command: what makes this report again.
         versions, hashes: (term, text), for the same purpose.
         notes: what else a reader must know.
+        together: questions that sites answered themselves.
     """
 
     title: str
@@ -212,6 +229,7 @@ class Report:
     hashes: tuple[tuple[str, str], ...]
     notes: tuple[str, ...] = ()
     created: str = ""
+    together: tuple[Together, ...] = ()
 
 
 def ask(

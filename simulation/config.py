@@ -233,12 +233,30 @@ class Question(_Section):
     trajectories: _Positive | None = None
 
 
+class AtSites(_Section):
+    """Questions answered at the sites of the federated arm, told as tallies and merged; see docs/privacy.md.
+
+    `every` rounds, 0 only at the end. Cells stand for `floor` patients or more, or have `noise` (with `bins` 256 at
+    most, and `floor` 1) on counts of `most_per_patient` predictions of each patient. The report has merged and pooled
+    figures side by side.
+    """
+
+    every: Annotated[int, Field(ge=0)] = 0
+    split: Literal["tuning", "held_out"] = "held_out"
+    bins: Annotated[int, Field(ge=16, le=65_536)] = 4096
+    floor: _Positive = 10
+    noise: Annotated[float, Field(ge=0.0)] = 0.0
+    most_per_patient: _Positive = 1
+    delta: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-6
+
+
 class Evaluation(_Section):
     """How the questions are answered: trajectories for each patient, their cap, the bootstrap."""
 
     trajectories: _Positive = 64
     max_tokens: _Positive = 256
     resamples: Annotated[int, Field(ge=100)] = 2000
+    at_sites: AtSites | None = None
 
 
 Arm = Literal["federated", "alone", "pooled", "ensemble"]

@@ -9,9 +9,10 @@ import pytest
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
 from client.archive import Archive
+from client.budget import FILE, Budget, State
 from client.site import SiteFiles
 from federation import accountant, protection
-from federation.manifest import TaskEvaluation
+from federation.manifest import LocalWork, TaskEvaluation
 from federation.messages import AssessReply, AssessRequest
 from federation.tallies import Form, tally
 from model import checkpoint
@@ -94,26 +95,31 @@ def test_under_masks_the_sum_says_the_same(ram_path: Path) -> None:
     assert [line["kind"] for line in lines if line["answers"] == "evaluate.tasks"] == ["kept"]
 
 
-def test_noised_tallies_are_charged_before_they_leave_and_are_in_what_the_run_states(ram_path: Path) -> None:
-    asked = dataclasses.replace(ASKED, form=Form(bins=32, floor=1, noise=5.0))
-    privacy = PrivacyPlan(sampling_rate=0.25, noise_multiplier=2.0, delta=1e-5)
-    outcome, files = played(ram_path, tasks=asked, privacy=privacy)
-    manifest = outcome.manifest
-    assert manifest.privacy is not None
-    assert protection.of_tallies(asked, 2, 2) == (accountant.DiscreteGaussian(25.0, 1.0),)
-    without = privacy.promise(manifest.local, manifest.rounds)
-    assert manifest.privacy.epsilon > without.epsilon
+NOISED = dataclasses.replace(ASKED, form=Form(bins=32, floor=1, noise=5.0), delta=1e-5)
+PRIVACY = PrivacyPlan(sampling_rate=0.25, noise_multiplier=2.0, delta=1e-5)
+
+
+def test_noised_tallies_are_charged_before_they_leave(ram_path: Path) -> None:
+    _, files = played(ram_path, rounds=1, tasks=NOISED)
     lines = [json.loads(line)["message"] for path in (files[0].state / "outbound").glob("*.jsonl")
              for line in path.read_text().splitlines()]  # fmt: skip
     (sent,) = [line for line in lines if line["kind"] == "evaluate.tasks.reply"]
-    alone = accountant.epsilon(protection.of_tallies(asked, 2, 2), 1e-5)
-    assert sent["epsilon"] == pytest.approx(alone)
-    assert assessed(ram_path).questions["lab"].noise == pytest.approx(5.0 * 3**0.5)
+    assert protection.of_tallies(NOISED, 2, 2) == (accountant.DiscreteGaussian(25.0, 1.0),)
+    assert sent["epsilon"] == pytest.approx(accountant.epsilon(protection.of_tallies(NOISED, 1, 1), 1e-5))
+    with Budget.open(files[0].state / FILE) as budget:
+        (charge,) = budget.charges()
+    assert (charge.release.purpose, charge.state) == ("statistics", State.RELEASED)
+    assert assessed(ram_path, 1).questions["lab"].noise == pytest.approx(5.0 * 3**0.5)
+
+
+def test_what_answers_cost_is_in_what_a_private_run_states() -> None:
+    work = LocalWork(steps=2, batch_tokens=512)
+    assert PRIVACY.promise(work, 4, NOISED).epsilon > PRIVACY.promise(work, 4).epsilon + 0.1
 
 
 def test_a_private_run_without_noise_on_its_answers_is_refused(ram_path: Path) -> None:
     with pytest.raises(ConfigError, match="noise only"):
-        played(ram_path, privacy=PrivacyPlan(sampling_rate=0.25, noise_multiplier=2.0, delta=1e-5))
+        played(ram_path, privacy=PRIVACY)
 
 
 def reply(request: AssessRequest, site: str, tallies: np.ndarray) -> AssessReply:
@@ -131,7 +137,7 @@ def test_one_site_with_nonsense_does_not_spoil_the_others(outcome: Outcome) -> N
     labels, risks = (rng.random(60) < 0.4).astype(int), rng.random(60)
     good = tally(labels, risks, np.arange(60), ASKED.form)
     half, sums, huge = good.copy(), good.copy(), good.copy()
-    half[np.argmax(half)] += 0.5
+    half[np.flatnonzero(half)[0]] += 0.5
     sums[-1] = 1000.0
     huge[0] = np.inf
     answers = {
