@@ -259,7 +259,7 @@ class Evaluation(_Section):
     at_sites: AtSites | None = None
 
 
-Arm = Literal["federated", "alone", "pooled", "ensemble"]
+Arm = Literal["federated", "alone", "pooled", "ensemble", "supervised"]
 
 
 class Study(_Section):

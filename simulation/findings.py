@@ -25,6 +25,7 @@ from server.results import Codebook as CodebookSummary
 from server.results import Figure, Kind, Outbound, Question, Report, Round, SiteSummary, Together, Training, ask
 from server.rounds import TUNING
 from simulation.arms import FEDERATED, POOLED, Arm
+from simulation.baselines import BOOSTING, LOGISTIC
 from simulation.config import Study
 from simulation.questions import ENSEMBLE, MODEL, TRUTH, Answers
 from simulation.study import Result
@@ -309,7 +310,7 @@ def _kind(arm: str) -> Kind:
         ENSEMBLE: "ensemble",
         TRUTH: "truth",
     }
-    return kinds.get(arm, "alone")
+    return "supervised" if arm.startswith((LOGISTIC, BOOSTING)) else kinds.get(arm, "alone")
 
 
 def _training(arm: Arm) -> Training:

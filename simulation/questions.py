@@ -26,6 +26,7 @@ from model.estimate import estimate
 from model.tasks import Cohort, Task, cohort, join
 from server.futures import Model
 from simulation.arms import FEDERATED, Arm
+from simulation.baselines import baselines
 from simulation.config import Study
 from simulation.pool import Pool
 from tokenizer import durable
@@ -97,8 +98,22 @@ def answer(
         unresolved = {
             name: float(1 - resolved.mean()) if len(resolved) else 0.0 for name, (_, resolved) in found.items()
         }
+        if "supervised" in study.arms:
+            risks |= _supervised(question, sites, federated.outcome.manifest, codebook, study)
         answers.append(replace(question, risks={**risks, **question.risks}, unresolved=unresolved))
     return tuple(answers)
+
+
+def _supervised(
+    question: Answers, sites: tuple[SiteFiles, ...], manifest: Manifest, codebook: Codebook, study: Study
+) -> dict[str, NDArray[np.float64]]:
+    """What models trained for the question only answer."""
+    stores = {}
+    for site in sites:
+        archive = Archive(site.state)
+        if (agreement := archive.run(manifest.hash).agreement()) is not None:
+            stores[site.name] = TokenStore.open(archive.store_path(agreement.store), codebook.hash)
+    return baselines(question.task, stores, codebook, question.cohort, study.seed)
 
 
 def _ask(
