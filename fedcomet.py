@@ -910,6 +910,31 @@ def evaluate(
 
 
 @app.command(rich_help_panel=_RESEARCH)
+def score(
+    predictions: Annotated[Path, typer.Argument(help="A Parquet table of predictions: subject_id, task, label, risk.")],
+    group: Annotated[
+        list[str] | None, typer.Option(help="A column whose values split the patients, such as sex; repeatable.")
+    ] = None,
+    horizon: Annotated[float | None, typer.Option(help="Days at which the AUC over time is taken.")] = None,
+    resamples: Annotated[int, typer.Option(min=50, help="Draws of patients for the intervals.")] = 500,
+    out: Annotated[Path | None, typer.Option(help="Write all figures, with intervals, to this JSON file.")] = None,
+) -> None:
+    """Measure predictions for all patients and by group, with intervals over patients."""
+    import polars as pl
+    from rich.console import Console
+
+    from federation import canonical
+    from server.scorecard import scorecards, table
+    from tokenizer import durable
+
+    cards = scorecards(pl.read_parquet(predictions), group or (), horizon_days=horizon, resamples=resamples)
+    for card in cards:
+        Console().print(table(card))
+    if out is not None:
+        durable.write_bytes(out, canonical.encode(cards))
+
+
+@app.command(rich_help_panel=_RESEARCH)
 def plausibility(
     futures: Annotated[Path, typer.Argument(help="What fedcomet rollout wrote: a MEDS dataset of simulated futures.")],
     records: Annotated[Path, typer.Argument(help="A MEDS dataset with the records of the same patients.")],
