@@ -27,9 +27,9 @@ from tokenizer.errors import ConfigError, DataError
 SPAN = 10.0
 """Log-odds beyond ±SPAN count as that; a risk of 4.5e-5, or of 1 less that."""
 
-BINS = 4096
-"""Of the shared grid. With exact cells of this width (0.0049 in log-odds) the AUROC's bound is 0.0024 times the
-integral of the product of the two labels' densities: below 0.002 unless both lie within about a third of a log-odd."""
+BINS = 16_384
+"""Of the shared grid. With exact cells of this width (0.0012 in log-odds) the AUROC's bound is 0.0006 times the
+integral of the product of the two labels' densities: below 0.002 unless all risks lie within about a third of a log-odd."""
 
 MOST_NOISED_BINS = 256
 MOMENTS = 4

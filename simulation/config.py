@@ -243,7 +243,7 @@ class AtSites(_Section):
 
     every: Annotated[int, Field(ge=0)] = 0
     split: Literal["tuning", "held_out"] = "held_out"
-    bins: Annotated[int, Field(ge=16, le=65_536)] = 4096
+    bins: Annotated[int, Field(ge=16, le=65_536)] = 16_384
     floor: _Positive = 10
     noise: Annotated[float, Field(ge=0.0)] = 0.0
     most_per_patient: _Positive = 1

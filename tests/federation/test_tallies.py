@@ -82,7 +82,7 @@ def test_every_pooled_figure_lies_within_the_bounds_of_the_sum(
     check_bounds(found, labels, risk, form)
 
 
-@pytest.mark.parametrize("spread", [0.4, 1.0, 2.5])
+@pytest.mark.parametrize("spread", [0.1, 0.4, 1.0, 2.5])
 def test_the_default_bins_tell_the_auroc_to_within_two_thousandths(spread: float) -> None:
     rng = np.random.default_rng(5)
     sites = [site(rng, size, share, spread, 12) for size, share in ((3000, 0.1), (1500, 0.3), (400, 0.02))]
