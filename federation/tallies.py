@@ -29,7 +29,7 @@ SPAN = 10.0
 
 BINS = 16_384
 """Of the shared grid. With exact cells of this width (0.0012 in log-odds) the AUROC's bound is 0.0006 times the
-integral of the product of the two labels' densities: below 0.002 unless all risks lie within about a third of a log-odd."""
+integral of the product of the two labels' densities: below 0.002 unless risks lie within about a third of a log-odd."""
 
 MOST_NOISED_BINS = 256
 MOMENTS = 4
