@@ -915,6 +915,56 @@ def evaluate(
         console.print(f"all predictions: {out}")
 
 
+@app.command(rich_help_panel=_RESEARCH)
+def score(
+    predictions: Annotated[Path, typer.Argument(help="A Parquet table of predictions: subject_id, task, label, risk.")],
+    group: Annotated[
+        list[str] | None, typer.Option(help="A column whose values split the patients, such as sex; repeatable.")
+    ] = None,
+    horizon: Annotated[float | None, typer.Option(help="Days at which the AUC over time is taken.")] = None,
+    resamples: Annotated[int, typer.Option(min=50, help="Draws of patients for the intervals.")] = 500,
+    out: Annotated[Path | None, typer.Option(help="Write all figures, with intervals, to this JSON file.")] = None,
+) -> None:
+    """Measure predictions for all patients and by group, with intervals over patients."""
+    import polars as pl
+    from rich.console import Console
+
+    from federation import canonical
+    from server.scorecard import scorecards, table
+    from tokenizer import durable
+
+    cards = scorecards(pl.read_parquet(predictions), group or (), horizon_days=horizon, resamples=resamples)
+    for card in cards:
+        Console().print(table(card))
+    if out is not None:
+        durable.write_bytes(out, canonical.encode(cards))
+
+
+@app.command(rich_help_panel=_RESEARCH)
+def plausibility(
+    futures: Annotated[Path, typer.Argument(help="What fedcomet rollout wrote: a MEDS dataset of simulated futures.")],
+    records: Annotated[Path, typer.Argument(help="A MEDS dataset with the records of the same patients.")],
+    days: Annotated[float, typer.Option(help="How far the rollouts looked, in days.")],
+    out: Annotated[Path | None, typer.Option(help="Write the HTML page here, and JSON beside it.")] = None,
+) -> None:
+    """Hold simulated futures against what the records say of the same spans of time."""
+    import polars as pl
+    from rich.console import Console
+
+    from server.plausibility import plausibility as compare
+    from server.plausibility_page import table, write_page
+    from tokenizer.events import MedsDataset
+
+    told = futures / "trajectories.parquet"
+    if not told.is_file():
+        raise typer.BadParameter(f"{told} is missing; name what fedcomet rollout wrote", param_hint="FUTURES")
+    made, real = ([part.read(shard) for shard in part.shards] for part in map(MedsDataset.open, (futures, records)))
+    found = compare(pl.concat(real), pl.concat(made), pl.read_parquet(told), days)
+    Console().print(table(found))
+    if out is not None:
+        write_page(out, found, f"Simulated futures of {days:g} days")
+
+
 @app.command("audit", rich_help_panel=_RESEARCH)
 def audit_by_attack(
     run: Annotated[

@@ -59,6 +59,12 @@ def evaluate(message: Message, context: Context) -> Message:
     return _answer(message, context)
 
 
+@app.evaluate("tasks")
+def assess(message: Message, context: Context) -> Message:
+    """Answer a request for the answers to the run's questions."""
+    return _answer(message, context)
+
+
 @app.query("mask_keys")
 def mask_keys(message: Message, context: Context) -> Message:
     """Answer the first request of a masked sum."""

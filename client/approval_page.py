@@ -72,6 +72,7 @@ def _what_leaves(manifest: Manifest) -> list[tuple[str, str]]:
         ("a survey, before", f"counts and histograms on {floor} patients or more (fedcomet site check shows it)"),
         *_sizes_and_figures(manifest),
         ("an update per round", f"{rounds:,} times {_bytes(size)}, {_bytes(rounds * size)} in all; {shown}"),
+        *_questions(manifest),
         ("never", "records, tokens of patients, identifiers (docs/privacy.md has the whole list)"),
     ]
 
@@ -89,6 +90,19 @@ def _sizes_and_figures(manifest: Manifest) -> list[tuple[str, str]]:
         ("sizes, once", "exact numbers of patients, events and tokens per split"),
         ("figures per round", "tokens, steps, training loss, seconds; tuning loss and its tokens"),
     ]
+
+
+def _questions(manifest: Manifest) -> list[tuple[str, str]]:
+    """What a run tells of answers to questions about the site's own patients."""
+    if (asked := manifest.tasks) is None:
+        return []
+    times = sum(asked.due(number, manifest.rounds) for number in range(1, manifest.rounds + 1))
+    form, names = asked.form, ", ".join(task.name for task in asked.tasks)
+    how = f"cells of {form.floor} patients or more"
+    if form.noise:
+        how = f"noise of deviation {form.noise * form.most_per_patient:g} on every count"
+    told = f"{times:,} times, of {names}: counts of {asked.split} patients' risks by label, {how}"
+    return [("statistics of questions", told)]
 
 
 def _losses(manifest: Manifest) -> list[tuple[str, str]]:

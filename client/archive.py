@@ -13,6 +13,7 @@
                          residuals/0007.safetensors  what rounding took from the update of round 7 (of the last two)
                          weights.f32            the weights that were evaluated last, until others come
                          scores/0007-tuning.json   the evaluation of round 7, in a run with secure aggregation
+                         assessments/0007.safetensors   the answers to the run's questions after round 7
                          held/train.json        the secrets of the last masked sum of updates; for its owner only
                          local.safetensors      where the round that is being worked on stood, until it is answered
 
@@ -38,7 +39,17 @@ from torch import Tensor
 
 from federation import canonical
 from federation.manifest import Manifest
-from federation.messages import EvaluateReply, ProtocolError, TrainReply, Vector, Wire, from_wire, sha256_of, to_wire
+from federation.messages import (
+    AssessReply,
+    EvaluateReply,
+    ProtocolError,
+    TrainReply,
+    Vector,
+    Wire,
+    from_wire,
+    sha256_of,
+    to_wire,
+)
 from model.machine import Precision
 from tokenizer import durable
 from tokenizer.codebook import Codebook
@@ -256,6 +267,25 @@ class RunArchive:
         path = self._score(reply.round, reply.split)
         durable.write_bytes(path, canonical.encode(reply))
         for other in path.parent.glob(f"[0-9]*-{reply.split}.json"):
+            if other < path:
+                other.unlink()
+
+    def assessment(self, number: int) -> AssessReply | None:
+        """Give the kept answers to the run's questions after a round."""
+        path = self.path / "assessments" / f"{number:04d}.safetensors"
+        if not path.exists():
+            return None
+        reply = from_wire(Wire(canonical.encode(self._header(path)), safetensors.numpy.load_file(path)))
+        if not isinstance(reply, AssessReply):
+            raise DataError(f"{path} holds no answers to questions; remove it.")
+        return reply
+
+    def keep_assessment(self, reply: AssessReply) -> None:
+        """Keep answers to the run's questions, and drop those of rounds before."""
+        path, wire = self.path / "assessments" / f"{reply.round:04d}.safetensors", to_wire(reply)
+        data = safetensors.numpy.save(dict(wire.payloads), {"header": wire.header.decode()})  # type: ignore[arg-type]
+        durable.write_bytes(path, data)
+        for other in path.parent.glob("[0-9]*.safetensors"):
             if other < path:
                 other.unlink()
 

@@ -49,7 +49,7 @@ FILE = "budget.sqlite"
 
 _PRAGMAS = ("journal_mode=DELETE", "synchronous=EXTRA", "secure_delete=ON")
 
-Purpose = Literal["survey", "training", "evaluation"]
+Purpose = Literal["survey", "training", "evaluation", "statistics"]
 
 
 class BudgetExhausted(SiteRefusal):

@@ -24,6 +24,8 @@ from federation import accountant, canonical, masking
 from federation.identity import Identity, signed_by
 from federation.manifest import Manifest
 from federation.messages import (
+    AssessReply,
+    AssessRequest,
     EvaluateReply,
     EvaluateRequest,
     PrepareRequest,
@@ -99,7 +101,7 @@ class Gate:
                 manifest = Manifest.from_bytes(request.manifest)
                 broken += self._too_dear(policy, manifest)
                 self._admit_run(policy, manifest, coordinator, broken)
-            case TrainRequest() | EvaluateRequest():
+            case TrainRequest() | EvaluateRequest() | AssessRequest():
                 run = self.archive.run(request.manifest_hash)
                 if isinstance(request, TrainRequest):
                     broken += self._too_much(policy, request.weights.nbytes)
@@ -246,7 +248,7 @@ class Gate:
         Raises:
             DataError: it would.
         """
-        if isinstance(reply, TrainReply | EvaluateReply):
+        if isinstance(reply, TrainReply | EvaluateReply | AssessReply):
             manifest = self.archive.run(reply.manifest_hash).manifest()
             if manifest.secure_aggregation is not None:
                 raise DataError(f"A {reply.kind} of a run with secure aggregation must not leave without masks.")
@@ -263,6 +265,8 @@ class Gate:
                     return _Due(*where, "training", manifest.privacy.delta, digest_of_answer(reply))
             case EvaluateReply():
                 return self._due_evaluation(reply)
+            case AssessReply():
+                return self._due_assessment(reply)
             case masking.Masked() if place is not None:
                 return self._due_masked(place)
         return None
@@ -273,9 +277,22 @@ class Gate:
             return None
         return _Due(manifest.hash, reply.round, "evaluation", manifest.privacy.delta, digest_of_answer(reply))
 
+    def _due_assessment(self, reply: AssessReply) -> "_Due | None":
+        manifest = self.archive.run(reply.manifest_hash).manifest()
+        if manifest.tasks is None or not manifest.tasks.form.noise:
+            return None
+        delta = manifest.tasks.delta if manifest.privacy is None else manifest.privacy.delta
+        return _Due(manifest.hash, reply.round, "statistics", delta, digest_of_answer(reply))
+
     def _due_masked(self, place: masking.Place) -> "_Due | None":
         """What was charged is what stands under the masks, which the site keeps."""
         run = self.archive.run(place.manifest_hash)
+        if place.purpose == "evaluate tasks":
+            if (told := run.assessment(place.round)) is None:
+                raise DataError(
+                    f"What is masked for round {place.round} ({place.purpose}) is not kept; it must not leave."
+                )
+            return self._due_assessment(told)
         if (privacy := run.manifest().privacy) is None:
             return None
         kept: TrainReply | EvaluateReply | None = run.reply(place.round)
@@ -314,8 +331,8 @@ class _Due:
     sha256: str
 
 
-def digest_of_answer(reply: SurveyReply | TrainReply | EvaluateReply, noise_key: bytes = b"") -> str:
-    """The sha256 under which a private answer is charged: of the survey, of the sum of losses, or of the update.
+def digest_of_answer(reply: SurveyReply | TrainReply | EvaluateReply | AssessReply, noise_key: bytes = b"") -> str:
+    """The sha256 under which a private answer is charged: of the survey, the sum of losses, the tallies or the update.
 
     With the update's goes the key of the noise that is added to it later, if there is one.
     """
@@ -324,6 +341,8 @@ def digest_of_answer(reply: SurveyReply | TrainReply | EvaluateReply, noise_key:
             data: bytes | memoryview = reply.survey
         case TrainReply():
             data = reply.update.astype("<f4", copy=False).data
+        case AssessReply():
+            data = reply.tallies.astype("<f4", copy=False).data
         case EvaluateReply():
             data = canonical.encode({"nll": reply.nll, "tokens": reply.tokens})
     digest = hashlib.sha256(data)

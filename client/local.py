@@ -22,14 +22,17 @@ from torch import Tensor
 from client.archive import Agreement, Archive, Choices, RunArchive, Snapshot
 from federation import protection
 from federation.coding import Coding, round_
-from federation.manifest import Manifest
+from federation.manifest import Manifest, TaskEvaluation
 from federation.messages import ProtocolError, SiteRefusal, TrainReply, TrainRequest, Vector
 from federation.update import cut_, to_decoder, to_vector
+from model.cohort import Cohort, cohort
+from model.estimate import estimate
 from model.feed import ahead
 from model.losses import patient_losses
 from model.machine import Machine, Precision, choose_precision
 from model.parallel import ALONE, Team
 from model.private import PrivateOptions, PrivateTrainer, Secret, noised_update
+from model.tasks import Task as Question
 from model.train import StepResult, Trainer, TrainingDiverged, TrainOptions, evaluate
 from tokenizer.codebook import Codebook
 from tokenizer.errors import ConfigError
@@ -357,6 +360,34 @@ class Work:
         """Give the mean nll in nats and the number of targets."""
         decoder = to_decoder(self._manifest.model, weights, device)
         return evaluate(decoder, ahead(self._split_windows(split).epoch(0), device), precision)
+
+    def cohort(self, task: Question, split: str) -> Cohort:
+        """Find the predictions of a split that a question asks for and the records answer."""
+        return cohort(task, self._store.split(split), self._codebook).labelled()
+
+    def estimate(
+        self,
+        task: Question,
+        asked: Cohort,
+        weights: Vector,
+        device: str,
+        options: TaskEvaluation,
+        progress: Callable[[int, int], None],
+    ) -> "NDArray[np.float64]":
+        """Answer a question by rollouts: risks, float64 [P]. Draws follow from the run's seed, patient and time."""
+        decoder = to_decoder(self._manifest.model, weights, device)
+        found = estimate(
+            decoder,
+            self._codebook,
+            asked,
+            task,
+            trajectories=task.trajectories or options.trajectories,
+            seed=self._manifest.seed,
+            max_tokens=options.max_tokens,
+            progress=progress,
+            target_se=task.target_se,
+        )
+        return found.risk
 
     def patient_losses(self, split: str, weights: Vector, device: str, precision: Precision) -> "NDArray[np.float64]":
         """Give each patient's mean loss per target, float64 [P] in nats; nan where there is nothing to predict."""

@@ -22,7 +22,15 @@ from federation import masking, protection
 from federation.accountant import Mechanism, epsilon
 from federation.identity import is_public_key
 from federation.manifest import Manifest
-from federation.messages import EvaluateRequest, PrepareRequest, Request, SiteRefusal, SurveyRequest, TrainRequest
+from federation.messages import (
+    AssessRequest,
+    EvaluateRequest,
+    PrepareRequest,
+    Request,
+    SiteRefusal,
+    SurveyRequest,
+    TrainRequest,
+)
 from federation.summed import update_bytes
 from tokenizer.errors import ConfigError
 from tokenizer.noisy_survey import SurveyPrivacy
@@ -61,11 +69,14 @@ class _Runs(_Section):
 class _Tasks(_Section):
     """What may be asked: `allowed` requests, and questions that the model may be made for (None: any)."""
 
-    allowed: Annotated[tuple[Literal["survey", "train", "evaluate tuning", "evaluate held_out"], ...], _Tuple] = (
+    allowed: Annotated[
+        tuple[Literal["survey", "train", "evaluate tuning", "evaluate held_out", "evaluate tasks"], ...], _Tuple
+    ] = (
         "survey",
         "train",
         "evaluate tuning",
         "evaluate held_out",
+        "evaluate tasks",
     )
     purposes: Annotated[tuple[str, ...] | None, _Tuple] = None
 
@@ -313,10 +324,13 @@ class Policy(_Section):
         if isinstance(runs.manifests, tuple) and manifest.hash not in runs.manifests:
             yield Broken("runs.manifests", f"the manifest {manifest.hash} is not listed")
         if self.tasks.purposes is not None:
-            for purpose in manifest.purposes:
+            asked = () if manifest.tasks is None else tuple(task.name for task in manifest.tasks.tasks)
+            for purpose in dict.fromkeys((*manifest.purposes, *asked)):
                 if purpose not in self.tasks.purposes:
                     yield Broken("tasks.purposes", f"{purpose!r} is not among them")
         yield from self._wrong_floor(manifest.tokenizer.min_patients)
+        if manifest.tasks is not None and not manifest.tasks.form.noise:
+            yield from _below("statistics.floor", "tasks.form.floor", manifest.tasks.form.floor, self.statistics.floor)
 
     def _wrong_privacy(self, manifest: Manifest) -> Iterator[Broken]:
         rules, asked = self.privacy, manifest.privacy
@@ -371,6 +385,8 @@ def _task(request: Request | masking.Request) -> str | None:
             return "train"
         case EvaluateRequest():
             return f"evaluate {request.split}"
+        case AssessRequest():
+            return "evaluate tasks"
         case PrepareRequest():
             return None
         case _:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from client import evaluation, torchrun
+from client import assessment, evaluation, torchrun
 from client.approval import site_key
 from client.archive import Agreement, Archive, RunArchive
 from client.budget import Budget, Release, State
@@ -23,6 +23,8 @@ from federation import accountant, canonical, masking, protection, summed
 from federation.identity import Identity
 from federation.manifest import Manifest, Privacy, software_version
 from federation.messages import (
+    AssessReply,
+    AssessRequest,
     EvaluateReply,
     EvaluateRequest,
     Kept,
@@ -38,6 +40,7 @@ from federation.messages import (
     SurveyRequest,
     TrainReply,
     TrainRequest,
+    Weighted,
     is_site_name,
 )
 from federation.update import Layout
@@ -135,7 +138,7 @@ class Site:
             FedcometError: whatever else stands in the way; its text may speak of records and must stay here.
         """
         self.gate.admit(request)
-        if isinstance(request, TrainRequest | EvaluateRequest):
+        if isinstance(request, Weighted):
             whole = self._whole(request)
             if whole is None:
                 return Lacking(self.files.name, request.manifest_hash, request.digest)
@@ -145,12 +148,17 @@ class Site:
                 return self.survey(request)
             case PrepareRequest():
                 return self.prepare(request)
-            case TrainRequest():
-                return self._kept(request) if self._masked(request) else self.train(request)
-            case EvaluateRequest():
-                return self._kept(request) if self._masked(request) else self.evaluate(request)
+            case TrainRequest() | EvaluateRequest() | AssessRequest():
+                return self._worked(request)
             case _:
                 return self.sum(request)
+
+    def _worked(self, request: Weighted) -> Reply:
+        if self._masked(request):
+            return self._kept(request)
+        if isinstance(request, TrainRequest):
+            return self.train(request)
+        return self.evaluate(request) if isinstance(request, EvaluateRequest) else self.assess(request)
 
     def survey(self, request: SurveyRequest) -> SurveyReply:
         """Tell what may be told about the codes of the patients that train."""
@@ -215,7 +223,7 @@ class Site:
         with run.working():
             return Summing(self.files.name, run, self._identity, self.gate.least_summed).answer(request)
 
-    def _whole(self, request: TrainRequest | EvaluateRequest) -> TrainRequest | EvaluateRequest | None:
+    def _whole(self, request: Weighted) -> Weighted | None:
         """Give a request with its weights, if need be from what the site keeps; None if it doesn't have them."""
         run = self.archive.run(request.manifest_hash)
         agreement_of(run, self.files.name)
@@ -225,17 +233,20 @@ class Site:
         if request.known:
             weights = run.weights(request.known)
             return None if weights is None else replace(request, weights=weights)
-        if isinstance(request, EvaluateRequest) and request.round < manifest.rounds:
+        again = request.round < manifest.rounds or (isinstance(request, EvaluateRequest) and manifest.tasks is not None)
+        if isinstance(request, EvaluateRequest | AssessRequest) and again:
             run.keep_weights(request.weights)
         return request
 
-    def _kept(self, request: TrainRequest | EvaluateRequest) -> Kept:
+    def _kept(self, request: Weighted) -> Kept:
         """Do the work that is asked for, keep what it came to, and tell only that."""
         run, name = self.archive.run(request.manifest_hash), self.files.name
         if isinstance(request, TrainRequest):
             reply = self.train(request)
             if wrong := summed.objection(run.manifest(), reply):
                 raise SiteRefusal(f"{name} keeps its update of round {request.round} out of the sum: {wrong}.")
+        elif isinstance(request, AssessRequest):
+            self.assess(request)
         else:
             score = self.evaluate(request)
             if run.manifest().privacy is None:  # else it is kept, and charged, already
@@ -243,7 +254,7 @@ class Site:
                     run.keep_score(score)
         return Kept(name, request.manifest_hash, request.round, request.digest)
 
-    def _masked(self, request: TrainRequest | EvaluateRequest) -> bool:
+    def _masked(self, request: Weighted) -> bool:
         run = self.archive.run(request.manifest_hash)
         agreement_of(run, self.files.name)
         return run.manifest().secure_aggregation is not None
@@ -340,6 +351,19 @@ class Site:
         nll = mean * tokens if tokens else 0.0
         about = (self.files.name, request.manifest_hash, request.round, request.split, request.digest)
         return EvaluateReply(*about, nll, tokens)
+
+    def assess(self, request: AssessRequest) -> AssessReply:
+        """Answer the run's questions about the site's own patients, and tell how well; the answer is kept."""
+        self._in_time(request.deadline_s)
+        run = self.archive.run(request.manifest_hash)
+        work = open_work(self.archive, run, self.files.name)
+
+        def watch(done: int, total: int) -> None:
+            self._in_time(request.deadline_s)
+            self.gate.admit_time()
+
+        with run.working():
+            return assessment.assess(self.files.name, run, request, self.gate, work, self.files.machine.device, watch)
 
     def _private_survey(self, records: Records, request: SurveyRequest, privacy: SurveyPrivacy) -> bytes:
         """Charge the survey and draw its noise once for good: the same request gets the same bytes, no other any."""

@@ -20,7 +20,7 @@ from federation.masking import (
     SharesRequest,
 )
 from federation.messages import EvaluateReply, SiteRefusal
-from federation.summed import Summand, aggregation_of, agreement_of, score_of, update_of
+from federation.summed import Summand, aggregation_of, agreement_of, assessment_of, score_of, update_of
 
 
 class Summing:
@@ -74,6 +74,9 @@ class Summing:
         """Give the digest of the request whose answer was kept."""
         if place.purpose == "train":
             digest = self._run.answered().get(place.round)
+        elif place.purpose == "evaluate tasks":
+            told = self._run.assessment(place.round)
+            digest = None if told is None else told.request_digest
         else:
             score = self._score(place)
             digest = None if score is None else score.request_digest
@@ -83,7 +86,11 @@ class Summing:
 
     def _summand(self, place: Place) -> Summand:
         """Give what was kept, in memory of its own: it is masked in place."""
-        if place.purpose != "train":
+        if place.purpose == "evaluate tasks":
+            told = self._run.assessment(place.round)
+            if told is not None:
+                return assessment_of(told)
+        elif place.purpose != "train":
             score = self._score(place)
             if score is not None:
                 return score_of(self._manifest, score)

@@ -7,7 +7,7 @@ agreed to refuses. A field or a version that this software doesn't know is refus
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
 from typing import Literal
@@ -16,7 +16,9 @@ from federation import canonical
 from federation.coding import Coding
 from federation.masking import MaskingOptions, TooFewSites, check_roster
 from federation.messages import ProtocolError
+from federation.tallies import Form
 from model.decoder import DecoderConfig
+from model.tasks import Task
 from model.train import TrainOptions
 from tokenizer.codebook import TokenizerOptions
 from tokenizer.errors import ConfigError
@@ -197,6 +199,50 @@ class Privacy:
 
 
 @dataclass(frozen=True)
+class TaskEvaluation:
+    """The questions that every site answers about its own patients, by rollouts, and how it tells how well.
+
+    Attributes:
+        tasks: the questions; names are unique.
+        every: rounds between two evaluations; 0 is never before the end. At the end, the round that the run is known
+            by (the one with the lowest tuning loss) is evaluated.
+        split: whose patients; those that chose the round are no fair judges of it.
+        trajectories, max_tokens: of a prediction's rollout, where its task doesn't say how many.
+        form: what is told.
+        delta: at which the cost of noised statistics is told, in a run that is not private otherwise.
+    """
+
+    tasks: tuple[Task, ...]
+    every: int = 0
+    split: Literal["tuning", "held_out"] = "held_out"
+    trajectories: int = 32
+    max_tokens: int = 256
+    form: Form = field(default_factory=Form)
+    delta: float = 1e-6
+
+    def __post_init__(self) -> None:
+        names = [task.name for task in self.tasks]
+        rules = {
+            "tasks must not be empty": bool(self.tasks),
+            "every task needs a name of its own": len(set(names)) == len(names),
+            "every must not be negative": self.every >= 0,
+            "trajectories and max_tokens must be at least 1": min(self.trajectories, self.max_tokens) >= 1,
+            "delta must be above 0 and below 1": 0 < self.delta < 1,
+        }
+        if wrong := [rule for rule, holds in rules.items() if not holds]:
+            raise ConfigError(f"tasks: {'; '.join(wrong)}.")
+
+    @property
+    def size(self) -> int:
+        """The length of a site's answer: a tally per task."""
+        return len(self.tasks) * self.form.size
+
+    def due(self, number: int, rounds: int) -> bool:
+        """Tell whether a round of so many is followed by an evaluation."""
+        return number == rounds or (self.every > 0 and number % self.every == 0)
+
+
+@dataclass(frozen=True)
 class SecureAggregation:
     """How updates are summed so that nobody sees a single one.
 
@@ -249,6 +295,7 @@ class Manifest:
         purposes: the questions that the trained model will be asked.
         privacy: differential privacy of what sites give; None is none.
         secure_aggregation: how updates are summed; None leaves them in clear.
+        tasks: the questions that sites answer about their own patients; None asks none.
         software: the version of this software on both sides.
     """
 
@@ -271,6 +318,7 @@ class Manifest:
     purposes: tuple[str, ...] = ()
     privacy: Privacy | None = None
     secure_aggregation: SecureAggregation | None = None
+    tasks: TaskEvaluation | None = None
     software: str = ""
     version: int = VERSION
 

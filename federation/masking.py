@@ -27,8 +27,8 @@ from tokenizer.errors import ConfigError
 WEIGHT, CLIPPED = "weight", "clipped"
 """The totals that every sum has: the sites' weights, and how many values were beyond the clip."""
 
-Purpose = Literal["train", "evaluate tuning", "evaluate held_out"]
-"""What is summed: updates, or the losses on a split."""
+Purpose = Literal["train", "evaluate tuning", "evaluate held_out", "evaluate tasks"]
+"""What is summed: updates, the losses on a split, or tallies of answers to questions."""
 
 _DOMAIN = b"fedcomet masking 1\n"
 _SIGNED = "masking"

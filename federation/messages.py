@@ -1,4 +1,4 @@
-"""What the two sides of a federation say to each other: four questions, their answers, and the refusal.
+"""What the two sides of a federation say to each other: five questions, their answers, and the refusal.
 
 A message is a frozen dataclass. On the wire it is a JSON header (every plain field, the kind and the version) and named
 payloads (every field of bytes or of float32). Whoever reads one trusts nothing: a header or payload that does not fit
@@ -207,6 +207,46 @@ class EvaluateReply:
     tokens: int
 
 
+@dataclass(frozen=True, eq=False)
+class AssessRequest:
+    """Asks how well the weights, float32 [P], answer the manifest's questions about the site's patients.
+
+    `round` is the one after which it is asked; `known` is as in `TrainRequest`.
+    """
+
+    kind: ClassVar[str] = "evaluate.tasks"
+    manifest_hash: str
+    round: int
+    weights: Vector
+    deadline_s: float
+    coding: Coding = "float32"
+    known: str = ""
+    coordinator: str = ""
+    signature: str = ""
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """The sha256 of the weights' little-endian float32 bytes."""
+        return self.known or sha256_of(self.weights)
+
+    @cached_property
+    def digest(self) -> str:
+        """Name what is asked: equal work has an equal digest, whenever it is due."""
+        return _digest(self.kind, self.manifest_hash, str(self.round), self.weights_sha256)
+
+
+@dataclass(frozen=True, eq=False)
+class AssessReply:
+    """The site's tallies (`federation.tallies`) of the manifest's questions, one after another: float32 [Q x size]."""
+
+    kind: ClassVar[str] = "evaluate.tasks.reply"
+    site: str
+    manifest_hash: str
+    round: int
+    request_digest: str
+    tallies: Vector
+
+
 @dataclass(frozen=True)
 class Kept:
     """In a run with secure aggregation: the update or the evaluation is made, and stays at the site until it is masked.
@@ -240,8 +280,10 @@ class Refusal:
     reason: str
 
 
-Request = SurveyRequest | PrepareRequest | TrainRequest | EvaluateRequest
-Reply = SurveyReply | PrepareReply | TrainReply | EvaluateReply | Kept | Lacking | Refusal
+Weighted = TrainRequest | EvaluateRequest | AssessRequest
+"""Requests that bring the global weights."""
+Request = SurveyRequest | PrepareRequest | TrainRequest | EvaluateRequest | AssessRequest
+Reply = SurveyReply | PrepareReply | TrainReply | EvaluateReply | AssessReply | Kept | Lacking | Refusal
 Message = Request | Reply
 
 KINDS: Mapping[str, type[Any]] = {kind.kind: kind for kind in (*Request.__args__, *Reply.__args__)}

@@ -24,7 +24,7 @@ two sets of records. That the sum is told modulo a word's size is post-processin
 import math
 
 from federation.accountant import DiscreteGaussian, Gaussian, Mechanism, Mechanisms, epsilon
-from federation.manifest import LocalWork, Manifest, Privacy, PrivateEvaluation
+from federation.manifest import LocalWork, Manifest, Privacy, PrivateEvaluation, TaskEvaluation
 from federation.messages import ProtocolError
 from federation.summed import aggregation_of, numbers_of
 from tokenizer.errors import ConfigError
@@ -99,12 +99,25 @@ def up_to(manifest: Manifest, number: int) -> Mechanisms:
     privacy = privacy_of(manifest)
     training = of_releases(manifest, releases_of_round(privacy, manifest.local) * number)
     told = sum(evaluated(manifest, each) for each in range(1, number + 1))
-    return Mechanisms((*training.all, *(of_evaluations(privacy, told).all if told else ())))
+    losses = of_evaluations(privacy, told).all if told else ()
+    return Mechanisms((*training.all, *losses, *of_tallies(manifest.tasks, number, manifest.rounds)))
 
 
 def evaluated(manifest: Manifest, number: int) -> bool:
     """Tell whether a private run's tuning losses are told, with noise, after a round."""
     return is_due(privacy_of(manifest).evaluation, number, manifest.rounds)
+
+
+def of_tallies(tasks: TaskEvaluation | None, number: int, rounds: int) -> tuple[Mechanism, ...]:
+    """Give what noised answers to questions cost until a round of so many is over; none where nothing is told so."""
+    times = 0 if tasks is None else sum(tasks.due(each, rounds) for each in range(1, number + 1))
+    return () if tasks is None or not tasks.form.noise or not times else (of_one_tally(tasks, times),)
+
+
+def of_one_tally(tasks: TaskEvaluation, times: int = 1) -> Mechanism:
+    """Give what one evaluation of all questions is to the accountant (`federation.tallies` has the sensitivity)."""
+    form = tasks.form
+    return DiscreteGaussian(form.variance, float(form.most_per_patient), steps=len(tasks.tasks) * times)
 
 
 def is_due(evaluation: PrivateEvaluation | None, number: int, rounds: int) -> bool:
@@ -153,6 +166,11 @@ def check(manifest: Manifest) -> None:
         )
     if privacy.mechanism == "distributed":
         _check_shared(manifest, privacy)
+    if manifest.tasks is not None and not manifest.tasks.form.noise:
+        raise ProtocolError(
+            "A private run tells answers to questions with noise only: set tasks.form.noise (and floor 1, bins 256 at "
+            "most), or leave tasks out."
+        )
     cost = epsilon(of_run(manifest).all, privacy.delta)
     if cost > privacy.epsilon:
         raise ProtocolError(

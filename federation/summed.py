@@ -2,7 +2,7 @@
 
 An update counts by the tokens it was made of (in private runs: by the patients that were drawn on average), or all
 count the same; tokens, steps and losses ride in the same sum. An evaluation is a sum of its own, of losses and tokens
-only. Checks that need a single update are made here too, for the site to make: the coordinator sees none.
+only, or of tallies. Checks that need a single update are made here too, for the site: the coordinator sees none.
 
 Where noise is shared out over the sites, a sum tells nothing of records but its noisy update: all weights are equal,
 and the totals are constants.
@@ -16,7 +16,7 @@ import numpy as np
 from federation.fixed_point import FixedPoint, Total
 from federation.manifest import Manifest, SecureAggregation
 from federation.masking import Agreement, MaskingOptions, Place
-from federation.messages import EvaluateReply, ProtocolError, TrainReply, Vector
+from federation.messages import AssessReply, EvaluateReply, ProtocolError, TrainReply, Vector
 from federation.update import norm
 
 TOKENS, STEPS, LOSS = "tokens", "steps", "loss"
@@ -25,6 +25,7 @@ TOKENS, STEPS, LOSS = "tokens", "steps", "loss"
 _MOST_LOSS = 64.0  # nats per target: far above a model that knows nothing; what is more counts as that
 _MOST_STEPS = 2**31
 _MOST_EVALUATED = 2**34  # targets of a split
+_MOST_TOLD = 2.0**24  # predictions in a cell, or a sum of risks: float32 has all whole numbers up to it
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,9 +63,15 @@ def agreement_of(manifest: Manifest, place: Place, work: str) -> Agreement:
     chosen = aggregation_of(manifest)
     if place.manifest_hash != manifest.hash or not 1 <= place.round <= manifest.rounds or place.attempt < 1:
         raise ProtocolError(f"Run {manifest.hash} has no sum for round {place.round}, attempt {place.attempt}.")
-    training = place.purpose == "train"
-    options = _of_updates(manifest, chosen.masking) if training else _of_losses(chosen)
-    size = manifest.model.parameters() if training else 1
+    match place.purpose:
+        case "train":
+            options, size = _of_updates(manifest, chosen.masking), manifest.model.parameters()
+        case "evaluate tasks":
+            if manifest.tasks is None:
+                raise ProtocolError(f"Run {manifest.hash} asks no questions at its sites.")
+            options, size = _of_tallies(chosen), manifest.tasks.size
+        case _:
+            options, size = _of_losses(chosen), 1
     return Agreement(place, work, size, chosen.roster, options)
 
 
@@ -99,6 +106,11 @@ def score_of(manifest: Manifest, reply: EvaluateReply) -> Summand:
     return Summand(np.zeros(1, np.float32), 1, {TOKENS: reply.tokens, LOSS: loss})
 
 
+def assessment_of(reply: AssessReply) -> Summand:
+    """Give what tallies add to the sum."""
+    return Summand(reply.tallies, 1, {TOKENS: 0, LOSS: 0.0})
+
+
 def shares_noise(manifest: Manifest) -> bool:
     """Tell whether every site adds a share of the noise to its update before it is masked."""
     return manifest.privacy is not None and manifest.privacy.mechanism == "distributed"
@@ -129,6 +141,11 @@ def _of_updates(manifest: Manifest, options: MaskingOptions) -> MaskingOptions:
     weight = most if manifest.outer.weights == "tokens" else 1
     noise = 0.0 if manifest.privacy is None else manifest.privacy.share
     return replace(options, max_weight=weight, totals=totals, noise=noise)
+
+
+def _of_tallies(chosen: SecureAggregation) -> MaskingOptions:
+    # A step of 2^-16: counts are exact, and sums of risks as good as float32.
+    return replace(_of_losses(chosen), clip=_MOST_TOLD, precision_bits=40)
 
 
 def _of_losses(chosen: SecureAggregation) -> MaskingOptions:

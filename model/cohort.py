@@ -219,7 +219,9 @@ def _columns(task: Task, made: Sequence[Decision]) -> dict[str, NDArray]:
     kinds: dict[str, type] = {"time_days": np.float64, "event": np.int8, "repeat": np.bool_}
     kinds |= {"count": np.float64} if task.kind == "count" else {}
     kinds |= {"value": np.float64} if task.kind == "value" else {}
-    columns = {name: np.array([each.told[name] for each in made], kind) for name, kind in kinds.items()}
+    columns: dict[str, NDArray] = {
+        name: np.array([each.told[name] for each in made], kind) for name, kind in kinds.items()
+    }
     if task.kind == "set":
         codes = [np.asarray(each.told["codes"]) for each in made]
         columns["codes"] = np.array(codes, np.int8).reshape(len(made), len(task.outcome))
@@ -315,7 +317,7 @@ class Finder:
         else:
             starts = np.unique(story.triggers)
         starts = {"first": starts[:1], "last": starts[-1:]}.get(task.occurrence, starts) if task.trigger else starts
-        asked = []
+        asked: list[tuple[int, int, float | None]] = []
         for start in starts.tolist():
             first = start + round(task.after_hours * _HOUR_US)
             step = None if task.every_days is None else round(task.every_days * _DAY_US)

@@ -121,21 +121,71 @@ def recalibration(labels: ArrayLike, scores: ArrayLike) -> tuple[float, float]:
     """
     truth = _labels(labels)
     risk = np.clip(_scores("scores", scores, len(truth)), _LEAST_RISK, 1 - _LEAST_RISK)
-    nan = float("nan")
-    if not 0 < truth.sum() < len(truth) or np.ptp(risk) == 0:
-        return nan, nan
-    design = np.stack([np.log(risk / (1 - risk)), np.ones_like(risk)], axis=1)
+    return fit_logistic(np.log(risk / (1 - risk)), truth, np.ones_like(truth)) or (float("nan"), float("nan"))
+
+
+def fit_logistic(log_odds: Floats, truth: Floats, weights: Floats) -> tuple[float, float] | None:
+    """Fit slope and intercept of the logistic regression of 0 and 1 on one variable, float64 [n] each, by Newton.
+
+    None where a class has no weight, the variable doesn't differ, or separates the classes.
+    """
+    used = weights > 0
+    log_odds, truth, weights = log_odds[used], truth[used], weights[used]
+    if not 0 < truth.sum() < len(truth) or np.ptp(log_odds) == 0:
+        return None
+    design = np.stack([log_odds, np.ones_like(log_odds)], axis=1)
     found = np.zeros(2)
     for _ in range(_NEWTON_STEPS):
         fitted = 1 / (1 + np.exp(-np.clip(design @ found, -30, 30)))
-        curvature = design.T @ (design * (fitted * (1 - fitted))[:, None])
-        if np.linalg.cond(curvature) > 1e12:
-            return nan, nan
-        step = np.linalg.solve(curvature, design.T @ (truth - fitted))
+        curvature = design.T @ (design * (weights * fitted * (1 - fitted))[:, None])
+        if np.trace(curvature) ** 2 > 1e12 * max(np.linalg.det(curvature), 0.0):  # as if singular
+            return None
+        step = np.linalg.solve(curvature, design.T @ (weights * (truth - fitted)))
         found += step * min(1.0, 5.0 / max(np.abs(step).max(), 1e-12))
         if np.abs(step).max() < 1e-10:
             return float(found[0]), float(found[1])
-    return nan, nan
+    return None
+
+
+def weighted_auroc(labels: ArrayLike, scores: ArrayLike, weights: ArrayLike) -> float:
+    """AUROC where predictions count by weights, float64 [n]; nan if a class is missing."""
+    truth, values = checked(labels, scores)
+    return float(_auroc(_Points(truth, values), np.asarray(weights, np.float64)[None])[0])
+
+
+def mae(truth: ArrayLike, told: ArrayLike) -> float:
+    """Mean absolute error of counts, times or values, in their unit; nan of nothing."""
+    off = np.abs(np.asarray(truth, np.float64) - np.asarray(told, np.float64))
+    return float(off.mean()) if len(off) else float("nan")
+
+
+def rmsle(truth: ArrayLike, told: ArrayLike) -> float:
+    """Root mean squared error of log(1 + x): for what is 0 or more and spans magnitudes; nan of nothing."""
+    off = np.log1p(np.asarray(truth, np.float64)) - np.log1p(np.asarray(told, np.float64))
+    return float(np.sqrt((off**2).mean())) if len(off) else float("nan")
+
+
+def interval(value: float, drawn: Floats) -> Measure:
+    """Give a figure its 95 % percentile interval over resamples [R], of which some may be undefined (nan)."""
+    nan = float("nan")
+    defined = drawn[~np.isnan(drawn)]
+    if np.isnan(value):
+        return Measure(nan, nan, nan, "not defined: too few patients, or only one answer")
+    if not len(defined):
+        return Measure(value, nan, nan, "no resample in which it is defined")
+    low, high = np.percentile(defined, [2.5, 97.5])
+    note = "" if len(defined) == len(drawn) else f"defined in {len(defined)} of {len(drawn)} resamples"
+    return Measure(value, float(low), float(high), note)
+
+
+def checked(labels: ArrayLike, scores: ArrayLike) -> tuple[Floats, Floats]:
+    """Give labels and scores as float64 [n].
+
+    Raises:
+        DataError: labels other than 0 and 1, lengths that differ, scores that aren't finite.
+    """
+    truth = _labels(labels)
+    return truth, _scores("scores", scores, len(truth))
 
 
 def compare(

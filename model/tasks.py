@@ -66,6 +66,9 @@ class Eligible:
     min_history_days: float = 0.0
     min_events: int = 0
 
+    def __post_init__(self) -> None:
+        _make_floats(self)
+
 
 @dataclass(frozen=True)
 class Late:
@@ -146,6 +149,7 @@ class Task:
     version: int = VERSION
 
     def __post_init__(self) -> None:
+        _make_floats(self)
         if problem := next((text for bad, text in _problems(self) if bad), None):
             raise ConfigError(f"task {self.name!r}: {problem}")
 
@@ -177,6 +181,14 @@ class Task:
     def hash(self) -> str:
         """SHA-256 (hex) of the canonical JSON."""
         return hashlib.sha256(self.to_json()).hexdigest()
+
+
+def _make_floats(made: "Task | Eligible") -> None:
+    """30 and 30.0 mean the same, so they must be the same bytes in a manifest."""
+    for name, hint in get_type_hints(type(made)).items():
+        value = getattr(made, name)
+        if type(value) is int and float in (hint, *get_args(hint)):
+            object.__setattr__(made, name, float(value))
 
 
 def _floats(value: Any) -> Any:

@@ -17,7 +17,7 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +30,7 @@ from federation.manifest import Manifest
 from federation.masking import MaskingError
 from federation.messages import Kept, ProtocolError, SurveyReply, SurveyRequest, TrainRequest, is_site_name, printable
 from federation.update import Layout
+from server import assessment
 from server.home import CoordinatorHome
 from server.journal import GIVEN_UP, Journal, Phase
 from server.ledger import Ledger
@@ -276,7 +277,29 @@ def _lead_round(rounds: Rounds, roster: Roster, post: Post, plan: FederationPlan
         rounds.score_sum(losses.entry)
     else:
         rounds.score(evaluation, answers)
+    _assess(rounds, nodes, post)
     rounds.commit()
+
+
+def _assess(rounds: Rounds, nodes: Mapping[str, int], post: Post) -> None:
+    """Put the run's questions to the sites, where they are due; without their answers the run goes on."""
+    request = rounds.assessment(post.deadline())
+    if request is None:
+        return
+    names = {node: site for site, node in nodes.items()}
+    answers: dict[str, Answer | None] = dict.fromkeys(nodes)
+    for node, answer in post.ask(list(nodes.values()), request, f"{rounds.number}/tasks"):
+        answers[names[node]] = answer
+    if not rounds.masked:
+        rounds.assessed(assessment.of_answers(rounds.manifest, request, answers))
+        return
+    kept = [site for site, answer in answers.items() if isinstance(answer, Kept)]
+    try:
+        opening = open_sum(rounds.sum_of(request), nodes, kept, post)
+    except MaskingError as problem:
+        rounds.assessed(assessment.Assessment(rounds.number, (), reason=printable(str(problem))))
+    else:
+        rounds.assessed(assessment.of_opening(rounds.manifest, rounds.number, opening))
 
 
 def _opened(rounds: Rounds, request: TrainRequest, roster: Roster, post: Post, wait_s: float) -> Opening:

@@ -319,6 +319,18 @@ class Journal:
 
         self._ledger.write(work)
 
+    def note_assessment(self, number: int, left_out: Mapping[str, str], figures: Mapping[str, float]) -> None:
+        """Note what the sites' answers to the run's questions say together, and why some sites are not in it."""
+
+        def work(session: Session) -> None:
+            run = self._get(session).id
+            for site, reason in left_out.items():
+                _refuse(session, run, number, site, "evaluate tasks", reason)
+            _measure(session, run, number, figures)
+            note(session, "coordinator", "round.assessed", run, number)
+
+        self._ledger.write(work)
+
     def scores(self) -> list[ScoreEntry]:
         """Give all evaluations, by round, split and site."""
         entries = [

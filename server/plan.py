@@ -20,6 +20,7 @@ from federation.manifest import (
     Privacy,
     PrivateEvaluation,
     SecureAggregation,
+    TaskEvaluation,
     Transport,
     software_version,
 )
@@ -66,12 +67,13 @@ class PrivacyPlan:
         # What can be out of range is checked where it is checked for sites, too.
         self._stated(self.epsilon or 1.0, self.noise_multiplier or 1.0)
 
-    def promise(self, local: LocalWork, rounds: int) -> Privacy:
+    def promise(self, local: LocalWork, rounds: int, tasks: TaskEvaluation | None = None) -> Privacy:
         """Work out what the manifest states: the noise for the wanted epsilon, or the epsilon of the given noise."""
         noise, cost = self.noise_multiplier, self.epsilon
         releases = protection.releases_of_round(self._stated(1.0, 1.0), local) * rounds
         told = sum(protection.is_due(self.evaluation, number, rounds) for number in range(1, rounds + 1))
-        beside = protection.of_evaluations(self._stated(1.0, 1.0), told).all if told else ()
+        losses = protection.of_evaluations(self._stated(1.0, 1.0), told).all if told else ()
+        beside = (*losses, *protection.of_tallies(tasks, rounds, rounds))
         if noise is None:
             noise = noise_for(
                 cost or 0.0,
@@ -135,6 +137,8 @@ class FederationPlan:
             five times. At most `deadline_s`.
         signed_wait_s: how long to wait, before the run ends, for sites that have signed a sum and then left: nobody can
             take their place.
+        tasks: the questions that sites answer about their own patients; of a private run with noise, for which
+            `privacy.epsilon` pays, too.
         codebook: a fixed codebook's bytes; without, one is built from the sites' surveys.
     """
 
@@ -162,6 +166,7 @@ class FederationPlan:
     secure_aggregation: SecureAggregation | None = None
     stage_deadline_s: float = 600.0
     signed_wait_s: float = 0.0
+    tasks: TaskEvaluation | None = None
     codebook: bytes | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -206,7 +211,7 @@ class FederationPlan:
             raise ConfigError(
                 f"local.batch_tokens is {self.local.batch_tokens}; it must hold a window of {model.context} tokens."
             )
-        privacy = None if self.privacy is None else self.privacy.promise(self.local, self.rounds)
+        privacy = None if self.privacy is None else self.privacy.promise(self.local, self.rounds, self.tasks)
         manifest = Manifest(
             name=self.name,
             seed=self.seed,
@@ -227,6 +232,7 @@ class FederationPlan:
             purposes=self.purposes,
             privacy=privacy,
             secure_aggregation=self.secure_aggregation,
+            tasks=self.tasks,
             software=software_version(),
         )
         try:

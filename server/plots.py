@@ -21,15 +21,22 @@ if TYPE_CHECKING:
 
 # Stand-ins that matplotlib draws with, and the CSS variables that take their place.
 _INK, _SOFT, _LINE = "#010101", "#020202", "#030303"
-_COLOURS = {"federated": "#040404", "pooled": "#050505", "ensemble": "#060606", "alone": "#070707", "truth": _INK}
+_COLOURS = {
+    "federated": "#040404",
+    "pooled": "#050505",
+    "ensemble": "#060606",
+    "alone": "#070707",
+    "supervised": "#080808",
+    "truth": _INK,
+}
 _VARIABLES = {_INK: "ink", _SOFT: "soft", _LINE: "line"} | {
     colour: f"arm-{kind}" for kind, colour in _COLOURS.items() if kind != "truth"
 }
 INKS = {
     "ink": _INK, "soft": _SOFT, "line": _LINE, "first": _COLOURS["federated"], "second": _COLOURS["alone"]
 }  # fmt: skip
-_MARKERS = {"federated": "o", "pooled": "s", "ensemble": "D", "alone": "v", "truth": "*"}
-_WIDTHS = {"federated": 2.4, "pooled": 1.6, "ensemble": 1.6, "alone": 1.0, "truth": 1.4}
+_MARKERS = {"federated": "o", "pooled": "s", "ensemble": "D", "alone": "v", "supervised": "P", "truth": "*"}
+_WIDTHS = {"federated": 2.4, "pooled": 1.6, "ensemble": 1.6, "alone": 1.0, "supervised": 1.2, "truth": 1.4}
 _SIDE = 4.1
 
 
@@ -122,7 +129,7 @@ def _roc(arms: Sequence["ArmResult"], name: str) -> str:
 def _calibration(arms: Sequence["ArmResult"], name: str) -> str:
     with _style():
         canvas, axes = _axes(_SIDE, _SIDE)
-        shown = [arm for arm in arms if arm.kind != "alone"]
+        shown = [arm for arm in arms if arm.kind not in ("alone", "supervised")]
         bins = [arm.calibration for arm in shown or arms]
         top = min(1.0, 1.08 * max(max(*bin_.predicted, *bin_.observed) for bin_ in bins))
         axes.plot([0, top], [0, top], color=_LINE, lw=1)

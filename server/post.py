@@ -11,6 +11,8 @@ from federation import canonical, flower, masking
 from federation.identity import Identity
 from federation.manifest import Manifest
 from federation.messages import (
+    AssessReply,
+    AssessRequest,
     DeliveryError,
     EvaluateReply,
     EvaluateRequest,
@@ -21,7 +23,7 @@ from federation.messages import (
     ProtocolError,
     Refusal,
     Request,
-    TrainRequest,
+    Weighted,
     printable,
 )
 from federation.polls import Polls
@@ -110,9 +112,7 @@ class Post:
 
         def send(node: int) -> bool:
             request = requests[node]
-            known = isinstance(request, TrainRequest | EvaluateRequest) and request.weights_sha256 == self._has.get(
-                node
-            )
+            known = isinstance(request, Weighted) and request.weights_sha256 == self._has.get(node)
             if (id(request), known) not in packed:
                 packed[id(request), known] = self._packed(_without_weights(request) if known else request)
             record, ttl_s = packed[id(request), known], deadline_s - self._clock() + _GRACE_S
@@ -148,7 +148,9 @@ class Post:
 
     def _note_weights(self, node: int, request: Request | masking.Request, answer: Answer) -> None:
         """Remember which weights a node keeps: those that it evaluated last."""
-        if isinstance(request, EvaluateRequest) and isinstance(answer, EvaluateReply | Kept):
+        if isinstance(request, EvaluateRequest | AssessRequest) and isinstance(
+            answer, EvaluateReply | AssessReply | Kept
+        ):
             self._has[node] = request.weights_sha256
 
     def _pull(self, name: str) -> Answer | None:
@@ -224,8 +226,8 @@ class Roster:
         self._post.tell(Event("site.refused", site=name, text=told))
 
 
-def _without_weights(request: Request | masking.Request) -> TrainRequest | EvaluateRequest:
-    assert isinstance(request, TrainRequest | EvaluateRequest)
+def _without_weights(request: Request | masking.Request) -> Weighted:
+    assert isinstance(request, Weighted)
     return dataclasses.replace(request, weights=np.zeros(0, np.float32), known=request.weights_sha256)
 
 

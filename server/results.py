@@ -16,7 +16,7 @@ from model import metrics
 from model.cohort import Counts
 from model.tasks import Task
 
-Kind = Literal["federated", "pooled", "ensemble", "alone", "truth"]
+Kind = Literal["federated", "pooled", "ensemble", "alone", "supervised", "truth"]
 
 # What an arm may stand for, in the order of tables, and what that means.
 KINDS: dict[Kind, str] = {
@@ -24,6 +24,7 @@ KINDS: dict[Kind, str] = {
     "pooled": "the records of all sites in one place: the ceiling that a federation can't have",
     "ensemble": "the mean of the risks that the sites' own models give",
     "alone": "one site trains by itself",
+    "supervised": "a model trained for this question only, on counts and last values, of all sites pooled or of one",
     "truth": "the risk by which the synthetic patients' fate was drawn: the best possible answer",
 }
 
@@ -77,12 +78,13 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class SiteResult:
-    """AUROC of every arm on one site's own patients."""
+    """AUROC of every arm on one site's own patients; `gain` is the reference arm's minus that of the site alone."""
 
     site: str
     predictions: int
     positives: int
     auroc: Mapping[str, Figure]
+    gain: Figure | None = None
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,22 @@ class Codebook:
 
 
 @dataclass(frozen=True)
+class Together:
+    """A question that the sites answered at home: what their tallies say together, and the same from all predictions.
+
+    `figures` are (name, merged with the interval in which the pooled one must lie, pooled); `pooled_predictions` counts
+    what the pooled figures are of.
+    """
+
+    question: str
+    sites: tuple[str, ...]
+    predictions: float
+    pooled_predictions: int
+    figures: tuple[tuple[str, Figure, float | None], ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything that a study has to say.
 
@@ -196,6 +214,7 @@ class Report:
         command: what makes this report again.
         versions, hashes: (term, text), for the same purpose.
         notes: what else a reader must know.
+        together: questions that sites answered themselves.
     """
 
     title: str
@@ -213,6 +232,7 @@ class Report:
     hashes: tuple[tuple[str, str], ...]
     notes: tuple[str, ...] = ()
     created: str = ""
+    together: tuple[Together, ...] = ()
 
 
 def ask(
@@ -272,9 +292,12 @@ def ask(
         mine = np.flatnonzero(sites[1] == number) if sites is not None else np.zeros(0, np.int64)
         if len(mine):
             here = {arm: risk[mine] for arm, risk in arms.items()}
-            rows = metrics.compare(truth[mine], here, seed=seed, resamples=resamples, subjects=subjects[mine]).rows
+            alone = f"{site} alone" if f"{site} alone" in here else against
+            options = {"seed": seed, "resamples": resamples, "reference": alone}
+            rows = metrics.compare(truth[mine], here, subjects=subjects[mine], **options).rows  # type: ignore[arg-type]
             figures = {row.arm: _figure(row.auroc) for row in rows}
-            own.append(SiteResult(site, len(mine), int(truth[mine].sum()), figures))
+            gains = [_figure(row.difference) for row in rows if row.arm == against and row.difference is not None]
+            own.append(SiteResult(site, len(mine), int(truth[mine].sum()), figures, gains[0] if gains else None))
     return Question(
         name=task.name,
         question=task.question,

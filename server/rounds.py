@@ -18,6 +18,7 @@ from federation import masking, protection
 from federation.coding import Coding, nearest
 from federation.manifest import Manifest
 from federation.messages import (
+    AssessRequest,
     DeliveryError,
     EvaluateReply,
     EvaluateRequest,
@@ -28,10 +29,12 @@ from federation.messages import (
     TrainReply,
     TrainRequest,
     Vector,
+    Weighted,
     printable,
 )
 from federation.update import norm
 from server.aggregate import Combined, GlobalState, TooFewUpdates, Update, combine, outer_step
+from server.assessment import Assessment
 from server.journal import GIVEN_UP, Checkpoint, Journal, Phase, ReplyEntry, ScoreEntry, Status, SumEntry, Work
 from server.sums import MaskedSum, SumStore
 from server.unmask import Opening
@@ -78,6 +81,9 @@ class Store(SumStore, Protocol):
 
     def update(self, number: int, site: str, sha256: str) -> Update:
         """Give back a kept update [P]; it may be a view of the file."""
+
+    def keep_assessment(self, number: int, data: bytes) -> None:
+        """Keep what the sites' answers to the run's questions say together."""
 
     def save(self, number: int, state: GlobalState, work: Work) -> Checkpoint:
         """Keep the state after a round, with the work behind it."""
@@ -198,11 +204,13 @@ class Rounds:
         """
         return [entry.site for entry in self._accepted()]
 
-    def sum_of(self, request: TrainRequest | EvaluateRequest) -> MaskedSum:
+    def sum_of(self, request: Weighted) -> MaskedSum:
         """Give the masked sum of what sites have kept for a request of the open round."""
         purpose: masking.Purpose = "train"
         if isinstance(request, EvaluateRequest):
             purpose = "evaluate tuning" if request.split == TUNING else "evaluate held_out"
+        elif isinstance(request, AssessRequest):
+            purpose = "evaluate tasks"
 
         def dropped(site: str, reason: str) -> None:
             self._tell("sum.dropped", site, reason)
@@ -298,6 +306,26 @@ class Rounds:
         loss = entry.nll / entry.tokens if entry.tokens else math.nan
         self._tell("round.evaluated", text=entry.reason, values={self._counted: entry.tokens, "loss": loss})
 
+    def assessment(self, deadline_s: float) -> AssessRequest | None:
+        """Give the request that puts the run's questions to the sites, of an evaluated round; None if there is none.
+
+        After the last round it is the best one's weights that are asked about: those that the run is known by.
+        """
+        tasks = self.manifest.tasks
+        if tasks is None or self.phase is not Phase.EVALUATED or not tasks.due(self.number, self.manifest.rounds):
+            return None
+        weights, best = self._told_weights(), self._best(self.number)
+        if self.number == self.manifest.rounds and best != self.number:
+            weights = nearest(self._load(best).weights, self.manifest.transport.weights)
+        return AssessRequest(self.manifest.hash, self.number, weights, deadline_s, self.manifest.transport.weights)
+
+    def assessed(self, found: Assessment) -> None:
+        """Note what the sites' answers to the run's questions say together."""
+        self._store.keep_assessment(self.number, found.to_bytes())
+        figures = found.figures()
+        self._journal.note_assessment(self.number, {s: printable(r) for s, r in found.left_out.items()}, figures)
+        self._tell("round.assessed", text=found.reason, values=figures)
+
     @property
     def given_up(self) -> bool:
         """Tell whether the coordinator has given up the open round's sum."""
@@ -336,7 +364,9 @@ class Rounds:
 
     def best(self) -> int:
         """Give the committed round with the lowest tuning loss; the last one when no round was evaluated."""
-        last = self.number - 1
+        return self._best(self.number - 1)
+
+    def _best(self, last: int) -> int:
         losses = {number: loss for number, loss in self._journal.losses(TUNING).items() if number <= last}
         return min(losses, key=lambda number: (losses[number], number), default=last)
 

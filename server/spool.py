@@ -4,6 +4,7 @@
     rounds/0007/train.sum             the masked sum of a round, until the next round is open
     rounds/0007/<site>.update         an update as it travelled, until the next round is open
     checkpoints/0007.safetensors      decoder, outer momentum, and what they belong to
+    assessments/0007.json             what the sites' answers to the run's questions say together
 
 Every file appears whole or not at all, and the ledger points at it only afterwards.
 """
@@ -83,6 +84,14 @@ class Spool:
         with safe_open(path, "np") as file:
             header, words = json.loads(file.metadata()["header"]), np.array(file.get_tensor("words"))
         return canonical.build(Collected, {**header, "words": words}, str(path), DataError)
+
+    def keep_assessment(self, number: int, data: bytes) -> None:
+        """Keep what the sites' answers to the run's questions say together."""
+        durable.write_bytes(self.assessment_path(number), data)
+
+    def assessment_path(self, number: int) -> Path:
+        """Tell where the answers to the run's questions after a round are."""
+        return self._dir / "assessments" / f"{number:04d}.json"
 
     def save(self, number: int, state: GlobalState, work: Work) -> Checkpoint:
         """Keep the state after a round as a checkpoint with its provenance."""

@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from client.site import SiteFiles
-from federation.manifest import LocalWork, OuterOptions, PrivateEvaluation, SecureAggregation, Transport
+from federation.manifest import LocalWork, OuterOptions, PrivateEvaluation, SecureAggregation, TaskEvaluation, Transport
 from federation.masking import MaskingOptions
+from federation.tallies import Form
 from model.train import TrainOptions
 from server.app import Outcome
 from server.plan import FederationPlan, PrivacyPlan
@@ -98,7 +99,7 @@ def _train_federated(
     progress = _Progress(FEDERATED, study.training.rounds, len(sites), watch)
     try:
         train = study.training
-        plan = _plan(study, FEDERATED, secure_aggregation=_summing(study, sites))
+        plan = _plan(study, FEDERATED, secure_aggregation=_summing(study, sites), tasks=_at_sites(study))
         outer = replace(
             plan.outer,
             max_share=train.max_share,
@@ -116,6 +117,21 @@ def _train_federated(
             ready.set_exception(error)
         raise
     return Arm(FEDERATED, folder, sites, outcome)
+
+
+def _at_sites(study: Study) -> TaskEvaluation | None:
+    """The questions that the federated arm's sites answer themselves."""
+    if (chosen := study.evaluation.at_sites) is None:
+        return None
+    return TaskEvaluation(
+        study.task,
+        every=chosen.every,
+        split=chosen.split,
+        trajectories=study.evaluation.trajectories,
+        max_tokens=study.evaluation.max_tokens,
+        form=Form(chosen.bins, chosen.floor, chosen.noise, chosen.most_per_patient),
+        delta=chosen.delta,
+    )
 
 
 def _train_single(study: Study, arm: Arm, codebook: bytes, share: int, pool: Pool, watch: Watch) -> Arm:

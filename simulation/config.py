@@ -217,12 +217,30 @@ class Summing(_Section):
     precision_bits: Annotated[int, Field(ge=1, le=44)] = 20
 
 
+class AtSites(_Section):
+    """Questions answered at the sites of the federated arm, told as tallies and merged; see docs/privacy.md.
+
+    `every` rounds, 0 only at the end. Cells stand for `floor` patients or more, or have `noise` (with `bins` 256 at
+    most, and `floor` 1) on counts of `most_per_patient` predictions of each patient. The report has merged and pooled
+    figures side by side.
+    """
+
+    every: Annotated[int, Field(ge=0)] = 0
+    split: Literal["tuning", "held_out"] = "held_out"
+    bins: Annotated[int, Field(ge=16, le=65_536)] = 16_384
+    floor: _Positive = 10
+    noise: Annotated[float, Field(ge=0.0)] = 0.0
+    most_per_patient: _Positive = 1
+    delta: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-6
+
+
 class Evaluation(_Section):
     """How the questions are answered: trajectories for each patient, their cap, the bootstrap."""
 
     trajectories: _Positive = 64
     max_tokens: _Positive = 256
     resamples: Annotated[int, Field(ge=100)] = 2000
+    at_sites: AtSites | None = None
 
 
 def _taken(tasks: Any) -> tuple[Task, ...]:
@@ -239,7 +257,7 @@ def _plain(tasks: tuple[Task, ...]) -> list[Any]:
 # Questions that rollouts answer; `model.tasks` knows their schema.
 _Tasks = Annotated[tuple[Task, ...], PlainValidator(_taken), PlainSerializer(_plain)]
 
-Arm = Literal["federated", "alone", "pooled", "ensemble"]
+Arm = Literal["federated", "alone", "pooled", "ensemble", "supervised"]
 
 
 class Study(_Section):

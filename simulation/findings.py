@@ -15,13 +15,17 @@ from client.site import SiteFiles
 from federation import protection
 from federation.accountant import epsilon
 from federation.manifest import Manifest, OuterOptions, software_version
+from federation.merged import Bounded, ece_at
 from federation.summed import update_bytes
+from model import metrics
 from server.app import Outcome
+from server.assessment import Assessment
 from server.journal import GIVEN_UP, Journal, Status
 from server.results import Codebook as CodebookSummary
-from server.results import Kind, Outbound, Question, Report, Round, SiteSummary, Training, ask
+from server.results import Figure, Kind, Outbound, Question, Report, Round, SiteSummary, Together, Training, ask
 from server.rounds import TUNING
 from simulation.arms import FEDERATED, POOLED, Arm
+from simulation.baselines import BOOSTING, LOGISTIC
 from simulation.config import Study
 from simulation.questions import ENSEMBLE, MODEL, TRUTH, Answers
 from simulation.study import Result
@@ -87,7 +91,43 @@ def report_of(result: Result, command: str) -> Report:
             ("ledger", outcome.ledger_fingerprint),
         ),
         notes=(*result.notes, *failures, *_reading_notes(result)),
+        together=_together(result, federated),
     )
+
+
+def _together(result: Result, federated: Arm) -> tuple[Together, ...]:
+    """What the sites' own answers say together, beside the same figures of all predictions in one place."""
+    asked = _outcome(federated).manifest.tasks
+    path = federated.folder / "assessments" / f"{_outcome(federated).manifest.rounds:04d}.json"
+    if asked is None or not path.exists():
+        return ()
+    found = Assessment.from_bytes(path.read_bytes(), str(path))
+    told = []
+    for answers in result.answers:
+        labels, risks = answers.cohort.labels, answers.risks[FEDERATED]
+        merged = found.questions.get(answers.task.name)
+        if merged is None or merged.auroc.value is None or not len(labels):
+            reason = found.reason or "no site has enough patients with and without the outcome"
+            told.append(Together(answers.task.name, found.sites, 0, len(labels), (), reason))
+            continue
+        slope, intercept = metrics.recalibration(labels, risks)
+        pooled = {
+            "auroc": metrics.auroc(labels, risks),
+            "auprc": metrics.auprc(labels, risks),
+            "brier": metrics.brier(labels, risks),
+            "ece": ece_at(labels, risks, asked.form, merged.cuts),
+            "slope": slope,
+            "intercept": intercept,
+        }
+        figures = []
+        for name, value in pooled.items():
+            part: Bounded = getattr(merged, name)
+            figures.append((name, Figure(part.value, part.low, part.high), None if math.isnan(value) else value))
+        same = merged.predictions == len(labels) and asked.split == SPLITS[2]
+        note = "" if same else "the pooled figures are of other predictions or rollouts than the sites' own"
+        row = (answers.task.name, found.sites, merged.predictions, len(labels), tuple(figures), note)
+        told.append(Together(*row))
+    return tuple(told)
 
 
 def _outcome(arm: Arm) -> Outcome:
@@ -269,7 +309,7 @@ def _kind(arm: str) -> Kind:
         ENSEMBLE: "ensemble",
         TRUTH: "truth",
     }
-    return kinds.get(arm, "alone")
+    return "supervised" if arm.startswith((LOGISTIC, BOOSTING)) else kinds.get(arm, "alone")
 
 
 def _training(arm: Arm) -> Training:

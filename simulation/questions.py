@@ -28,6 +28,7 @@ from model.predictions import joined, prediction_table
 from model.tasks import Task
 from server.futures import Model
 from simulation.arms import FEDERATED, Arm
+from simulation.baselines import baselines
 from simulation.config import Study
 from simulation.pool import Pool
 from tokenizer import durable
@@ -90,8 +91,22 @@ def answer(
         if ENSEMBLE in study.arms and alone:
             risks[ENSEMBLE] = np.mean(alone, axis=0)
         unresolved = {name: _unresolved(each) for name, each in found.items()}
+        if "supervised" in study.arms:
+            risks |= _supervised(question, sites, federated.outcome.manifest, codebook, study)
         answers.append(replace(question, risks={**risks, **question.risks}, unresolved=unresolved, estimates=found))
     return tuple(answers)
+
+
+def _supervised(
+    question: Answers, sites: tuple[SiteFiles, ...], manifest: Manifest, codebook: Codebook, study: Study
+) -> dict[str, NDArray[np.float64]]:
+    """What models trained for the question only answer."""
+    stores = {}
+    for site in sites:
+        archive = Archive(site.state)
+        if (agreement := archive.run(manifest.hash).agreement()) is not None:
+            stores[site.name] = TokenStore.open(archive.store_path(agreement.store), codebook.hash)
+    return baselines(question.task, stores, codebook, question.cohort, study.seed)
 
 
 def _ask(
@@ -182,14 +197,9 @@ def evaluate(
         asked.append((Answers(task, labelled, nowhere, len(found) - len(labelled), {}, {}), parts))
     answers = []
     for question, parts in asked:
-        found = _collect(parts)
+        told = _collect(parts)
         answers.append(
-            replace(
-                question,
-                risks={MODEL: found.risk},
-                unresolved={MODEL: _unresolved(found)},
-                estimates={MODEL: found},
-            )
+            replace(question, risks={MODEL: told.risk}, unresolved={MODEL: _unresolved(told)}, estimates={MODEL: told})
         )
     return tuple(answers)
 
@@ -273,7 +283,8 @@ class _Roll:
         if self.parts:
             found = _collect(self.parts)
             buffer = io.BytesIO()
-            np.savez(buffer, **{name: np.asarray(_kept(column)) for name, column in asdict(found).items()})
+            columns: dict[str, Any] = {name: np.asarray(_kept(column)) for name, column in asdict(found).items()}
+            np.savez(buffer, **columns)
             durable.write_bytes(self.path, buffer.getvalue())
             return found
         if not self.path.exists():
@@ -281,7 +292,7 @@ class _Roll:
         with np.load(self.path) as kept:
             columns = {name: kept[name] for name in kept.files}
         reasons, sampled = json.loads(str(columns.pop("reasons"))), int(columns.pop("tokens_sampled"))
-        return Estimates(**columns, reasons=reasons, tokens_sampled=sampled)  # type: ignore[arg-type]
+        return Estimates(**columns, reasons=reasons, tokens_sampled=sampled)
 
 
 def _kept(column: Any) -> Any:

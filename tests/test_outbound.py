@@ -151,6 +151,7 @@ def test_every_answer_is_one_of_the_listed_kinds() -> None:
         "PrepareReply",
         "TrainReply",
         "EvaluateReply",
+        "AssessReply",
         "Kept",
         "Lacking",
         "Refusal",

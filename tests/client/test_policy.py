@@ -19,7 +19,7 @@ from federation import protection
 from federation.accountant import Approximate, epsilon
 from federation.manifest import LocalWork, Manifest, OuterOptions, Privacy, SecureAggregation
 from federation.masking import MaskingOptions
-from federation.messages import EvaluateRequest, PrepareRequest, SurveyRequest, TrainRequest
+from federation.messages import AssessRequest, EvaluateRequest, PrepareRequest, SurveyRequest, TrainRequest
 from model.train import TrainOptions
 from tests import tiny
 from tests.sums import agreement
@@ -166,6 +166,7 @@ REQUESTS = {
     "train": TrainRequest("0" * 64, 1, np.zeros(1, np.float32), 1.0),
     "evaluate tuning": EvaluateRequest("0" * 64, 1, "tuning", np.zeros(1, np.float32), 1.0),
     "evaluate held_out": EvaluateRequest("0" * 64, 1, "held_out", np.zeros(1, np.float32), 1.0),
+    "evaluate tasks": AssessRequest("0" * 64, 1, np.zeros(1, np.float32), 1.0),
 }
 
 

@@ -13,6 +13,8 @@ from hypothesis.extra import numpy as hnp
 
 from federation import flower
 from federation.messages import (
+    AssessReply,
+    AssessRequest,
     DeliveryError,
     EvaluateReply,
     EvaluateRequest,
@@ -49,6 +51,8 @@ messages = st.one_of(
     st.builds(TrainReply, names, texts, whole, texts, vectors, whole, whole, finite, finite),
     st.builds(EvaluateRequest, texts, whole, texts, vectors, finite),
     st.builds(EvaluateReply, names, texts, whole, texts, texts, finite, whole),
+    st.builds(AssessRequest, texts, whole, vectors, finite),
+    st.builds(AssessReply, names, texts, whole, texts, vectors),
     st.builds(Refusal, names, texts),
 )
 

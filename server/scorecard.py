@@ -1,0 +1,170 @@
+"""All measures of a table of predictions, for all patients and for groups of them: as JSON, and for a terminal.
+
+The table has a row per prediction: `subject_id`, `task`, `label` (-1 censored, 0, 1) and `risk`; with `time_days` and
+`event` (0 censored, 1 outcome, 2 competing) it is also measured by time; with `count` and `count_mean`, `value` and
+`value_mean` by how far numbers are off. Every column that is asked for as a group (sex, race, age, site) splits the
+patients; a group's figures stand beside their difference from the rest (`model.subgroups`).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from model import decisions, metrics, survival
+from model.metrics import Measure
+from model.subgroups import Figure, by_group
+from server.results import Figure as Told
+from tokenizer.errors import DataError
+
+_ALERTS = 0.1
+
+
+@dataclass(frozen=True)
+class GroupScore:
+    """A group's figures, and how they differ from everybody else's; empty for all patients together."""
+
+    name: str
+    patients: int
+    predictions: int
+    figures: Mapping[str, Told]
+    difference: Mapping[str, Told]
+
+
+@dataclass(frozen=True)
+class Scorecard:
+    """One task's measures; the decision curve is net benefit of the model and of treating all, by threshold."""
+
+    task: str
+    groups: tuple[GroupScore, ...]
+    thresholds: tuple[float, ...]
+    net_benefit: tuple[float, ...]
+    treat_all: tuple[float, ...]
+    notes: tuple[str, ...] = ()
+
+
+def scorecards(
+    predictions: pl.DataFrame,
+    groups: Sequence[str] = (),
+    *,
+    horizon_days: float | None = None,
+    seed: int = 0,
+    resamples: int = 500,
+    least: int = 20,
+) -> tuple[Scorecard, ...]:
+    """Measure every task of a table.
+
+    Args:
+        predictions: see the module.
+        groups: columns whose values split the patients.
+        horizon_days: of the AUC over time; none leaves it out.
+        seed, resamples: of the bootstrap over patients.
+        least: the fewest patients of a group that is shown.
+
+    Raises:
+        DataError: a column is missing.
+    """
+    wanted = ("subject_id", "task", "label", "risk", *groups)
+    if missing := [name for name in wanted if name not in predictions.columns]:
+        raise DataError(f"the predictions have no column {missing[0]!r}; they have {', '.join(predictions.columns)}")
+    tasks = predictions.partition_by("task", as_dict=True, maintain_order=True)
+    options = (horizon_days, seed, resamples, least)
+    return tuple(_scorecard(str(name), table, groups, *options) for (name,), table in tasks.items())
+
+
+def table(card: Scorecard) -> Table:
+    """Give a task's figures as a table for a terminal: groups by row."""
+    names = list(card.groups[0].figures)
+    told = Table(title=escape(card.task), box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("", "patients", *names):
+        told.add_column(escape(heading), justify="left" if not heading else "right")
+    for group in card.groups:
+        cells = ("–" if (figure := group.figures[name]).value is None else f"{figure.value:.3f}" for name in names)
+        told.add_row(escape(group.name), str(group.patients), *cells)
+    return told
+
+
+def _scorecard(
+    task: str,
+    table_: pl.DataFrame,
+    groups: Sequence[str],
+    horizon_days: float | None,
+    seed: int,
+    resamples: int,
+    least: int,
+) -> Scorecard:
+    columns = {name: table_[name].to_numpy() for name in table_.columns if table_[name].dtype.is_numeric()}
+    masks = {
+        f"{column}: {value}": (table_[column] == value).fill_null(value=False).to_numpy()
+        for column in groups
+        for value in table_[column].drop_nulls().unique().sort().to_list()
+    }
+    subjects = columns["subject_id"]
+    found = by_group(_figures(columns, horizon_days), masks, subjects, seed=seed, resamples=resamples, least=least)
+    told = tuple(
+        GroupScore(each.name, each.patients, each.rows, _told(each.figures), _told(each.difference)) for each in found
+    )
+    known = columns["label"] >= 0
+    labels, risks = columns["label"][known], columns["risk"][known]
+    curves = (decisions.net_benefit(labels, risks), decisions.treat_all(labels))
+    notes = () if known.all() else (f"{int((~known).sum())} predictions are censored: only figures by time use them",)
+    thresholds, ours, everybody = (tuple(curve.tolist()) for curve in (decisions.THRESHOLDS, *curves))
+    return Scorecard(task, told, thresholds, ours, everybody, notes)
+
+
+def _figures(columns: Mapping[str, NDArray], horizon_days: float | None) -> dict[str, Figure]:
+    label, risk = columns["label"], columns["risk"]
+
+    def of_known(measure: Figure) -> Figure:
+        return lambda rows: measure(rows[label[rows] >= 0])
+
+    def nan_if_none(measure: Figure) -> Figure:
+        return lambda rows: measure(rows) if len(rows) else float("nan")
+
+    found: dict[str, Figure] = {
+        "AUROC": lambda rows: metrics.auroc(label[rows], risk[rows]),
+        "AUPRC": lambda rows: metrics.auprc(label[rows], risk[rows]),
+        "Brier": lambda rows: metrics.brier(label[rows], risk[rows]),
+        "ECE": lambda rows: metrics.ece(label[rows], risk[rows]),
+        "slope": lambda rows: metrics.recalibration(label[rows], risk[rows])[0],
+        "intercept": lambda rows: metrics.recalibration(label[rows], risk[rows])[1],
+        f"sensitivity at {_ALERTS:.0%}": lambda rows: decisions.sensitivity_at(label[rows], risk[rows], _ALERTS),
+    }
+    found = {name: of_known(nan_if_none(measure)) for name, measure in found.items()}
+    if {"time_days", "event"} <= set(columns):
+        time, event = columns["time_days"], columns["event"]
+        found["C-index"] = lambda rows: survival.concordance(time[rows], event[rows], risk[rows])
+        if horizon_days is not None:
+            day = horizon_days
+            found[f"AUC at {day:g} d"] = lambda rows: survival.auc_at(time[rows], event[rows], risk[rows], day)
+    for name in ("count", "value"):
+        if {name, f"{name}_mean"} <= set(columns):
+            truth, told = columns[name], columns[f"{name}_mean"]
+            found |= _of_numbers(name, truth, told)
+    return found
+
+
+def _of_numbers(name: str, truth: NDArray, told: NDArray) -> dict[str, Figure]:
+    def both(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return rows[np.isfinite(truth[rows]) & np.isfinite(told[rows])]
+
+    found: dict[str, Figure] = {f"MAE of {name}": lambda rows: metrics.mae(truth[both(rows)], told[both(rows)])}
+    if name == "count":
+        found["RMSLE of count"] = lambda rows: metrics.rmsle(truth[both(rows)], told[both(rows)])
+    return found
+
+
+def _told(figures: Mapping[str, Measure]) -> dict[str, Told]:
+    return {
+        name: Told(_defined(each.value), _defined(each.low), _defined(each.high), each.note)
+        for name, each in figures.items()
+    }
+
+
+def _defined(number: float) -> float | None:
+    return None if np.isnan(number) else float(number)
