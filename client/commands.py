@@ -5,10 +5,11 @@ from typing import Annotated
 
 import typer
 
-from client import run_commands, ui_commands
+from client import run_commands, status_commands, ui_commands
 
 app = typer.Typer()
 app.add_typer(run_commands.app)
+app.add_typer(status_commands.app)
 app.add_typer(ui_commands.app)
 
 Home = Annotated[

@@ -24,7 +24,7 @@ from tokenizer.events import write_meds
 REPOSITORY = Path(__file__).parents[1]
 HELP = Path(__file__).parent / "golden" / "help.txt"
 SITE = ("site", "site check", "site policy", "site approve", "site audit", "site key")
-MEMBERS = ("site join", "site renew", "site message", "site run", "site ui")
+MEMBERS = ("site join", "site renew", "site message", "site run", "site status", "site budget", "site ui")
 AUTHORITY = ("init", "invite", "revoke", "rotate", "fingerprints", "message")
 LEDGER = ("serve", "start", "pause", "resume", "stop", "status", "runs", "sites", "logs", "backup", "restore")
 PAGES = ("ui", "password")
