@@ -737,6 +737,21 @@ def free_reservations(
 
 
 @app.command(rich_help_panel=_RESEARCH)
+def synthesize(
+    hospital: Annotated[str, typer.Argument(help="heart, surgical, general or oncology.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write: records/ and truth.parquet.")],
+    form: Annotated[str, typer.Option(help="meds, omop, fhir or tables.")] = "meds",
+    patients: Annotated[int, typer.Option(min=0, help="How many.")] = 700,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 1,
+) -> None:
+    """Make up a hospital's records, with the true risk of every patient, to try everything out with."""
+    from simulation.forms import write
+
+    made = write(hospital, out, form=form, patients=patients, seed=seed)  # type: ignore[arg-type]
+    print(f"{made.patients:,} patients, {made.events:,} events: {made.records}")
+
+
+@app.command(rich_help_panel=_RESEARCH)
 def simulate(
     study: Annotated[Path, typer.Argument(help="A study file (TOML), such as those in examples/.")],
     data: Annotated[Path | None, typer.Option(help="The MEDS dataset to split into sites.")] = None,

@@ -4,7 +4,6 @@ All of it is read on the spot. Only texts of the coordinator's people have to be
 the list of what leaves as any other question; so they are read only where somebody wants them.
 """
 
-import http.client
 import json
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
@@ -21,7 +20,7 @@ from client.link import Link
 from client.outbound import Entry
 from client.policy import Policy
 from client.site_view import last_entries, troubles
-from federation import pki
+from federation import pki, vitals
 from federation.manifest import software_version
 from tokenizer.errors import FedcometError
 
@@ -90,14 +89,11 @@ def _certificate(home: SiteHome) -> Plain:
 
 def _daemon(port: int, site: str) -> Plain:
     """What the daemon says of itself; that of another site on the same port is none of ours."""
-    channel = http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE_S)
+    _, words = vitals.ask(port, _PATIENCE_S)
     try:
-        channel.request("GET", "/health")
-        told = json.loads(channel.getresponse().read())
-    except (OSError, http.client.HTTPException, ValueError):
-        return {"running": False, "healthy": False, "reason": f"nothing answers on port {port}"}
-    finally:
-        channel.close()
+        told = json.loads(words)
+    except ValueError:
+        return {"running": False, "healthy": False, "reason": words}
     if not isinstance(told, dict) or told.get("site") != site:
         return {"running": False, "healthy": False, "reason": f"port {port} is another program's"}
     return {"running": True, **told}

@@ -19,7 +19,7 @@ def status(
     ] = False,
     json: Json = False,
 ) -> None:
-    """See the site at a glance: certificate, daemon, policy, budget, what waits, what it last answered, what went wrong.
+    """See the site at a glance: certificate, daemon, policy, budget, what waits, last answers, what went wrong.
 
     The exit code is 1 where the daemon doesn't run or isn't well. Nothing leaves the machine unless --messages asks.
     """
@@ -41,7 +41,7 @@ def status(
 
 @app.command()
 def budget(home: Home, json: Json = False) -> None:
-    """See what private releases have cost, by run and mechanism, what is reserved, and what the policy's limit leaves."""
+    """See what private releases cost, by run and mechanism, what is reserved, and what the limit leaves."""
     import json as encoder
 
     from rich.console import Console

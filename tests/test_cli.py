@@ -26,7 +26,7 @@ HELP = Path(__file__).parent / "golden" / "help.txt"
 SITE = ("site", "site check", "site policy", "site approve", "site audit", "site key")
 MEMBERS = ("site join", "site renew", "site message", "site run", "site status", "site budget", "site ui")
 AUTHORITY = ("init", "invite", "revoke", "rotate", "fingerprints", "message")
-LEDGER = ("serve", "start", "pause", "resume", "stop", "status", "runs", "sites", "logs", "backup", "restore")
+LEDGER = ("plan", "serve", "start", "pause", "resume", "stop", "status", "runs", "sites", "logs", "backup", "restore")
 PAGES = ("ui", "password")
 PRIVACY = ("privacy", "privacy plan", "privacy budget", "privacy free")
 COMMANDS = ("tokenize", *SITE, *PRIVACY, "coordinator", "coordinator key", "coordinator give-up")
@@ -34,6 +34,7 @@ COMMANDS = (
     *COMMANDS,
     *MEMBERS,
     *(f"coordinator {each}" for each in (*AUTHORITY, *LEDGER, *PAGES)),
+    "synthesize",
     "simulate",
     "report",
     "rollout",
