@@ -200,10 +200,10 @@ def _budget_text(found: Plain | None) -> Text:
 
 
 def _answer_text(answer: Plain) -> Text:
-    about = answer["run"][:8] if answer["run"] else ""
-    number = f" round {answer['round']}" if answer["round"] else ""
+    number = answer["round"] and f"round {answer['round']}"
+    about = " ".join(filter(None, (answer["what"], (answer["run"] or "")[:8], number)))
     reason = f": {answer['reason']}" if answer["reason"] else ""
-    return Text(f"{answer['at'][:19]}  {answer['what']} {about}{number}, {answer['bytes']:,} bytes{reason}")
+    return Text(f"{answer['at'][:19]}  {about}, {answer['bytes']:,} bytes{reason}")
 
 
 def _lines(found: Any, show: Callable[[Plain], Text]) -> Iterable[Text]:
