@@ -49,7 +49,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Say in the last lines which tests were not run for want of a service."""
     found = [_service_of(report) for report in terminalreporter.stats.get("skipped", [])]
     for reason in sorted({*filter(None, found)}):
-        terminalreporter.write_line(f"{found.count(reason)} tests were not run: {reason}", yellow=True)
+        terminalreporter.write_line(f"tests not run, {found.count(reason)}: {reason}", yellow=True)
 
 
 def _service_of(report: Any) -> str:
