@@ -54,16 +54,17 @@ privacy = typer.Typer(help="What private releases cost, planned and spent.", no_
 app.add_typer(privacy, name="privacy", rich_help_panel=_SITE)
 
 
-def _mount(group: typer.Typer, room: str) -> None:
+def _mount(group: typer.Typer, room: str, commands: str = "commands") -> None:
     """Add a room's own commands; a hospital's installation may lack the coordinator's room."""
     try:
-        group.add_typer(import_module(f"{room}.commands").app)
+        group.add_typer(import_module(f"{room}.{commands}").app)
     except ModuleNotFoundError as missing:
-        if missing.name not in (room, f"{room}.commands"):
+        if missing.name not in (room, f"{room}.{commands}"):
             raise
 
 
 _mount(site, "client")
+_mount(app, "client", "task_commands")
 _mount(coordinator, "server")
 
 # What several commands take.
@@ -917,7 +918,10 @@ def evaluate(
     model: Annotated[Path, typer.Argument(help="A model's folder, such as runs/NAME/model.")],
     store: Annotated[Path, typer.Argument(help="A token store made with the model's codebook (fedcomet tokenize).")],
     study: Annotated[Path, typer.Argument(help="A study file; its questions and its [evaluation] are used.")],
-    split: Annotated[str, typer.Option(help="Whom to ask about: train, tuning or held_out.")] = "held_out",
+    split: Annotated[str, typer.Option(help="Whom to ask about: tuning or held_out.")] = "held_out",
+    labels: Annotated[
+        Path | None, typer.Option(help="A MEDS label file: predictions and answers of tasks with given = true.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write every prediction to this Parquet file, too.")] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Worker processes; as many as there are cores when not given.")
@@ -933,6 +937,7 @@ def evaluate(
     from simulation.pool import Pool
     from simulation.questions import evaluate as ask
     from simulation.questions import write
+    from tokenizer.labels import read_labels
     from tokenizer.split import SPLITS
     from tokenizer.store import TokenStore
 
@@ -940,7 +945,8 @@ def evaluate(
         raise typer.BadParameter(f"choose one of {', '.join(SPLITS)}", param_hint="--split")
     settings = config.read(study, records=False)
     with _bars() as watch, Pool(workers) as pool:
-        answers = ask(Model.at(model), TokenStore.open(store), settings, split, pool, watch)
+        given = None if labels is None else read_labels(labels)
+        answers = ask(Model.at(model), TokenStore.open(store), settings, split, pool, watch, given=given)
     console = Console()
     for found in answers:
         console.print(question_table(question_of(settings, found, ())))
@@ -1166,9 +1172,8 @@ def _time(text: str | None) -> "datetime | None":
 
 def _tasks(study: Path) -> "tuple[Task, ...]":
     from simulation import config
-    from simulation.questions import tasks
 
-    return tasks(config.read(study, records=False))
+    return config.read(study, records=False).task
 
 
 def _options_of(

@@ -19,10 +19,11 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from model.cohort import Cohort, cohort
 from model.decoder import Decoder, preset
 from model.metrics import auroc
 from model.rollout import Reason, Rollouts, Stop, rollout
-from model.tasks import Cohort, Task, cohort, task_tokens
+from model.tasks import Task, task_tokens
 from model.train import Trainer, TrainOptions
 from simulation.hospital import PROFILES, generate
 from tokenizer.codebook import Codebook, TokenizerOptions, merge

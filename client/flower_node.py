@@ -35,11 +35,12 @@ from flwr.supernode.nodestate.in_memory_nodestate import CLIENT_APP_CRASHED_ERRO
 from federation import bundle
 from federation.flower_tasks import RUNTIME, TASK_HEARTBEAT_S
 from federation.front import Door, Front
+from federation.polls import Polls
 from tokenizer import durable
 
 _LOOPBACK = "127.0.0.1"
-_POLL_S = 1.0
-_ANSWER_S = 0.2
+_POLLS = Polls(0.1, 1.0)
+_ANSWER_S = 0.02
 _HEARD_S = 5.0  # some times what a coordinator lets pass between two looks (`server.post`)
 
 _log = logging.getLogger(__name__)
@@ -91,6 +92,9 @@ class Node:
         self._states = NodeStateFactory(ObjectStoreFactory())
         self._state: Any = self._states.state()
         self._store = self._states.objectstore_factory.store()
+        # Objects come over TLS or from our own process, and the SuperLink checks what it is given: no need to hash all
+        # of it twice more here. What a request asks for is signed, weights included.
+        vars(self._store)["verify"] = False
 
     def open_runtime(self) -> None:
         """Serve app processes, in a thread.
@@ -123,13 +127,22 @@ class Node:
 
     def crashed(self, run: int) -> None:
         """Answer in the place of an app process that died, also of one that had not yet fetched its message."""
+        for name in self._replies():
+            if not self._is_whole(self._store.get_object_tree(name)):  # the rest of it will never come
+                self._state.delete_messages(message_ids=[name])
+                self._store.delete(name)
         self._state.get_messages_legacy(run_ids=[run], is_reply=False)  # Flower answers only what was fetched
         self._state._store_error_replies({run}, CLIENT_APP_CRASHED_ERROR)
 
-    def serve(self, stopping: threading.Event, limit_s: float) -> None:
+    def serve(self, stopping: threading.Event, limit_s: float, come: threading.Event) -> None:
         """Take part until told to stop; a message in work is finished first, for at most `limit_s`, or handed back.
 
         Handed back: the node signs off, so the coordinator hears at once that no answer comes.
+
+        Args:
+            stopping: set when it is to stop.
+            limit_s: see above.
+            come: set here when a message is there, whole.
 
         Raises:
             Refused: the coordinator does not let it in.
@@ -144,6 +157,7 @@ class Node:
             self._state.set_node_id(node)
             durable.write_bytes(options.memory, json.dumps({"node": node}).encode())
             self._told("waiting")
+            last = time.monotonic()
             try:
                 while not stopping.is_set():
                     run = inside._pull_and_store_message(
@@ -158,12 +172,14 @@ class Node:
                         trusted_entities=bundle.trusted_entities(options.coordinators()),
                     )
                     if run is None:
-                        stopping.wait(_POLL_S)
+                        stopping.wait(_POLLS.after(time.monotonic() - last))
                         continue
                     self._told("working")
+                    come.set()
                     if self._answered(stopping, limit_s):
                         inside._push_messages(self._state, self._store, send, push)
                     self._told("waiting")
+                    last = time.monotonic()
             except httpx.HTTPStatusError as error:  # kept, for the connection swallows what is raised inside
                 problem.append(error)
         if problem:
@@ -185,10 +201,21 @@ class Node:
         return True
 
     def _has_reply(self) -> bool:
-        """Tell whether an answer waits; Flower's own way to look takes it."""
+        """Tell whether an answer waits, whole: Flower's own way to look takes it, and then waits for its parts."""
+        names = self._replies()
+        return bool(names) and all(self._is_whole(self._store.get_object_tree(name)) for name in names)
+
+    def _replies(self) -> list[str]:
         with self._state.lock_msg_store:
             entries = list(self._state.msg_store.values())
-        return any(entry.message.metadata.reply_to_message_id and not entry.is_retrieved for entry in entries)
+        return [
+            entry.message.metadata.message_id
+            for entry in entries
+            if entry.message.metadata.reply_to_message_id and not entry.is_retrieved
+        ]
+
+    def _is_whole(self, tree: Any) -> bool:
+        return bool(self._store.get(tree.object_id)) and all(map(self._is_whole, tree.children))
 
     def _checked(self, fab: Fab) -> Fab:
         """Give a bundle to Flower; without its signatures, so that it refuses, if this site must not take it."""

@@ -23,6 +23,9 @@ from federation import pki, supervisor
 from federation.flower_tasks import TaskOptions, Tasks
 from tokenizer.errors import FedcometError
 
+APP_MODULES = ("client.app", "flwr.supernode.runtime.run_clientapp", "torch._dynamo")
+"""What a message's process needs; PyTorch's optimizers import the last one when the first of them is made."""
+
 _LATE_S = 10.0
 
 _log = logging.getLogger(__name__)
@@ -95,7 +98,7 @@ def _serve(home: SiteHome, folder: NodeFolder, stopping: threading.Event, limit_
     settings, secret = home.settings, secrets.token_bytes(32)
     trusted_coordinators(home)
     pki.pair(home.key, home.certificate)  # puts a renewed key in its place where a crash came in between
-    options = NodeOptions(
+    told = NodeOptions(
         superlink=f"{settings.coordinator.address}:{settings.coordinator.fleet_port}",
         authority=home.authority.read_bytes(),
         key=pki.read_key(home.key),
@@ -105,23 +108,16 @@ def _serve(home: SiteHome, folder: NodeFolder, stopping: threading.Event, limit_
         secret=secret,
         memory=folder.memory,
     )
-    node = Node(options, folder.write)
+    node = Node(told, folder.write)
     node.open_runtime()
-    tasks = Tasks(
-        TaskOptions(
-            side="site",
-            port=settings.daemon.runtime_port,
-            secret=secret,
-            folder=folder.root / "tasks",
-            environment={},
-            output=home.state / "app.log",
-        ),
-        crashed=node.crashed,
-    )
+    come = threading.Event()
+    port = settings.daemon.runtime_port
+    options = TaskOptions("site", port, secret, output=home.state / "app.log", modules=APP_MODULES)
+    tasks = Tasks(options, crashed=node.crashed, come=come)
     home.state.mkdir(mode=0o700, parents=True, exist_ok=True)
     tasks.start()
     try:
-        node.serve(stopping, limit_s)
+        node.serve(stopping, limit_s, come)
     finally:
         folder.write("stopping")
         tasks.stop()

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, RecordDict
 from flwr.app import Message as FlowerMessage
+from flwr.app.message.arraychunk import ArrayChunk
 from flwr.common.constant import ErrorCode
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
 from flwr.supercore.task_identity import TaskIdentity
@@ -23,6 +24,9 @@ from federation.messages import DeliveryError, Message, Payload, ProtocolError, 
 
 KINDS: Mapping[str, type[Any]] = {**messages.KINDS, **masking.KINDS}
 """Everything that is said: rounds, and the masked sums in them."""
+
+# A chunk never changes once it is cut; Flower would hash it again for each site that is sent the same weights.
+ArrayChunk.is_dirty = property(lambda chunk: False)  # type: ignore[method-assign, assignment]
 
 _RAW = "fedcomet.raw"
 _DTYPES = {"uint8": "u1", "float32": "<f4", "uint32": "<u4", "uint64": "<u8"}

@@ -1,8 +1,9 @@
-"""Starts Flower's app processes: what its SuperExec does, with secrets in files and a crash noticed within a second.
+"""Starts Flower's app processes: what its SuperExec does, with hidden secrets and a crash noticed within a second.
 
-The same loop serves a coordinator (ServerApps, which live on when the SuperLink is killed) and a site (ClientApps).
-Flower's own SuperExec hands tokens over on the command line, where every user of the machine can read them, and leaves
-it to a heartbeat of a minute to find that a process has died. Checked against flwr 1.41.
+The same loop serves a coordinator (ServerApps, which live on when the SuperLink is killed) and a site (ClientApps,
+which are forked: `federation.nursery`). Flower's own SuperExec hands tokens over on the command line, where every user
+of the machine can read them, and leaves it to a heartbeat of a minute to find that a process has died. Checked against
+flwr 1.41.
 """
 
 import contextlib
@@ -11,10 +12,10 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import httpx
 from flwr.common.constant import SubStatus
@@ -27,6 +28,7 @@ from flwr.supercore.interceptors import (
 )
 from flwr.supercore.runtime import RuntimeHttpClient
 
+from federation.nursery import Nursery, NurseryOptions
 from federation.supervisor import meaning, relay
 
 TASK_HEARTBEAT_S = 300
@@ -63,65 +65,66 @@ class TaskOptions:
         side: whose they are: only ServerApps run at a coordinator, only ClientApps at a site.
         port: of the runtime, on loopback.
         secret: proves to the runtime that it is us.
-        folder: for files with tokens; emptied at the beginning.
+        folder: for files with tokens; emptied at the beginning. None at a site.
         environment: beside this process's own.
-        output: a file for what they print, for its owner only; None logs it.
+        output: of a site: a file for what they print, for its owner only. What a coordinator's print is logged.
+        modules: of a site: what is imported before its processes are forked.
     """
 
     side: Literal["coordinator", "site"]
     port: int
     secret: bytes
-    folder: Path
-    environment: dict[str, str]
+    folder: Path | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
     output: Path | None = None
+    modules: Sequence[str] = ()
 
 
-@dataclass
-class _Task:
-    process: "subprocess.Popen[str]"
-    number: int
-    token: str
-    file: Path
+class _Launcher(Protocol):
+    def start(self) -> None: ...
+    def launch(self, number: int, token: str) -> None: ...
+    def ended(self) -> Iterator[tuple[int, int]]: ...
+    def stop(self) -> None: ...
 
 
 class Tasks:
-    """Takes tasks from a runtime and starts a process for each, in a thread of its own."""
+    """Takes tasks from a runtime and lets a process do each, in a thread of its own."""
 
-    def __init__(self, options: TaskOptions, crashed: Callable[[int], None] = lambda run: None) -> None:
+    def __init__(
+        self,
+        options: TaskOptions,
+        crashed: Callable[[int], None] = lambda run: None,
+        come: threading.Event | None = None,
+    ) -> None:
         """Take the options.
 
         Args:
             options: see there.
             crashed: called with the number of Flower's run when one of its processes has died.
+            come: set when a task has come; without it, the runtime is asked again and again.
         """
-        self._options, self._crashed = options, crashed
-        self._running: dict[int, _Task] = {}
-        self._runs: dict[int, int] = {}
+        self._options, self._crashed, self._come = options, crashed, come
+        self._launcher: _Launcher
+        if options.output is not None:
+            nursery = NurseryOptions(options.modules, options.port, options.environment, options.output)
+            self._launcher = Nursery(nursery)
+        else:
+            self._launcher = _Processes(options)
+        self._running: dict[int, tuple[int, str]] = {}  # Flower's run and the token by task
         self._unsaid: dict[str, int] = {}  # exit codes by token, of which the runtime has not heard
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="tasks", daemon=True)
 
     def start(self) -> None:
         """Begin."""
-        self._options.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for left_over in self._options.folder.glob("*.token"):
-            left_over.unlink()
+        self._launcher.start()
         self._thread.start()
 
     def stop(self) -> None:
         """Take no more tasks, and end the processes that run."""
         self._stopping.set()
         self._thread.join(_AWAY_S + 35)
-        for task in self._running.values():
-            with contextlib.suppress(ProcessLookupError):
-                task.process.terminate()
-        for task in list(self._running.values()):
-            try:
-                task.process.wait(_END_S)
-            except subprocess.TimeoutExpired:
-                task.process.kill()
-                task.process.wait()
-            task.file.unlink(missing_ok=True)
+        self._launcher.stop()
 
     @property
     def busy(self) -> int:
@@ -132,22 +135,37 @@ class Tasks:
         client = self._client(
             SuperExecAuthHttpInterceptor(master_secret=self._options.secret, protected_methods={_ACQUIRE})
         )
-        request = AcquireTaskRequest(supported_task_types=[_KINDS[self._options.side]])
         away = False
         while not self._stopping.is_set():
             self._look()
             wait_s = _LOOK_S
             try:
-                answer = client.AcquireTask(request)
-                if answer.HasField("task") and answer.token:
-                    self._launch(answer.task.task_id, answer.task.run_id, answer.token)
+                if self._come is None or self._come.is_set():
+                    self._take(client)
                 away = False
             except (httpx.HTTPError, OSError, ValueError) as error:
                 if not away:
                     _log.info("the runtime does not answer (%s); asking again", error)
                 away, wait_s = True, _AWAY_S
-            self._stopping.wait(wait_s)
+            if self._come is None or away:
+                self._stopping.wait(wait_s)
+            else:
+                self._come.wait(wait_s)
         client.close()
+
+    def _take(self, client: RuntimeHttpClient) -> None:
+        """Take one task, if there is one, and let a process do it."""
+        if self._come is not None:
+            self._come.clear()
+        more = True
+        try:
+            answer = client.AcquireTask(AcquireTaskRequest(supported_task_types=[_KINDS[self._options.side]]))
+            if more := answer.HasField("task") and bool(answer.token):
+                self._running[answer.task.task_id] = answer.task.run_id, answer.token
+                self._launcher.launch(answer.task.task_id, answer.token)
+        finally:
+            if more and self._come is not None:
+                self._come.set()
 
     def _client(self, *interceptors: object) -> RuntimeHttpClient:
         version = RuntimeVersionHttpInterceptor(component_name="SuperExec")
@@ -158,57 +176,15 @@ class Tasks:
             interceptors=[version, *interceptors],  # type: ignore[list-item]
         )
 
-    def _launch(self, number: int, run: int, token: str) -> None:
-        file = self._options.folder / f"{number}.token"
-        file.unlink(missing_ok=True)
-        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as opened:
-            opened.write(token)
-        program = Path(sys.executable).parent / TASK_TYPE_TO_COMMAND[_KINDS[self._options.side]]
-        address = f"127.0.0.1:{self._options.port}"
-        command = [str(program), "--runtime-api-address", address, "--insecure", "--token-file", str(file)]
-        process = self._start([*command, "--parent-pid", str(os.getpid())])
-        self._running[number], self._runs[number] = _Task(process, number, token, file), run
-
-    def _start(self, command: list[str]) -> "subprocess.Popen[str]":
-        environment = {**os.environ, **self._options.environment}
-        output = self._options.output
-        if output is None:
-            process = subprocess.Popen(
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-            )
-            threading.Thread(target=_relay_all, args=(process,), name="task-lines", daemon=True).start()
-            return process
-        # The last task's words only: a file that can't grow without end. They may tell of records, so no log has them.
-        with os.fdopen(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            return subprocess.Popen(
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-
     def _look(self) -> None:
-        """Clear up after processes that ended, and report those that died."""
-        for number, task in list(self._running.items()):
-            code = task.process.poll()
-            if code is None:
-                continue
-            del self._running[number]
-            run = self._runs.pop(number)
-            task.file.unlink(missing_ok=True)
+        """Report processes that died."""
+        for number, code in self._launcher.ended():
+            run, token = self._running.pop(number)
             if code == 0:
                 continue
             where = "" if self._options.output is None else f"; {self._options.output} has its last words"
             _log.warning("an app process ended (%s)%s", meaning(code), where)
-            self._unsaid[task.token] = code
+            self._unsaid[token] = code
             self._crashed(run)
         self._unsaid = {token: code for token, code in self._unsaid.items() if not self._said(token, code)}
 
@@ -225,6 +201,66 @@ class Tasks:
         finally:
             client.close()
         return True
+
+
+@dataclass
+class _Task:
+    process: "subprocess.Popen[str]"
+    file: Path
+
+
+class _Processes:
+    """A new program for each task, which logs what it prints."""
+
+    def __init__(self, options: TaskOptions) -> None:
+        assert options.folder is not None
+        self._options, self._folder = options, options.folder
+        self._tasks: dict[int, _Task] = {}
+
+    def start(self) -> None:
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for left_over in self._folder.glob("*.token"):
+            left_over.unlink()
+
+    def launch(self, number: int, token: str) -> None:
+        file = self._folder / f"{number}.token"
+        file.unlink(missing_ok=True)
+        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as opened:
+            opened.write(token)
+        program = Path(sys.executable).parent / TASK_TYPE_TO_COMMAND[_KINDS[self._options.side]]
+        address = f"127.0.0.1:{self._options.port}"
+        command = [str(program), "--runtime-api-address", address, "--insecure", "--token-file", str(file)]
+        process = subprocess.Popen(
+            [*command, "--parent-pid", str(os.getpid())],
+            env={**os.environ, **self._options.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        threading.Thread(target=_relay_all, args=(process,), name="task-lines", daemon=True).start()
+        self._tasks[number] = _Task(process, file)
+
+    def ended(self) -> Iterator[tuple[int, int]]:
+        for number, task in list(self._tasks.items()):
+            code = task.process.poll()
+            if code is not None:
+                del self._tasks[number]
+                task.file.unlink(missing_ok=True)
+                yield number, code
+
+    def stop(self) -> None:
+        for task in self._tasks.values():
+            with contextlib.suppress(ProcessLookupError):
+                task.process.terminate()
+        for task in self._tasks.values():
+            try:
+                task.process.wait(_END_S)
+            except subprocess.TimeoutExpired:
+                task.process.kill()
+                task.process.wait()
+            task.file.unlink(missing_ok=True)
 
 
 def _relay_all(process: "subprocess.Popen[str]") -> None:

@@ -208,12 +208,17 @@ def begin_child(quiet: Sequence[str] = ()) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-def end_with_parent(number: int = signal.SIGKILL) -> None:
-    """Ask the system for a signal when the parent ends; end now if it already has."""
+def end_with_parent(number: int = signal.SIGKILL, parent: int | None = None) -> None:
+    """Ask the system for a signal when the parent ends; end now if it already has.
+
+    Args:
+        number: the signal.
+        parent: the parent's process, where no `Supervisor` is the parent.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
-    parent = os.environ.get(_PARENT)
-    if parent is not None and parent != str(os.getppid()):
+    known = os.environ.get(_PARENT) if parent is None else str(parent)
+    if known is not None and known != str(os.getppid()):
         os.kill(os.getpid(), number)
 
 

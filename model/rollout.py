@@ -83,11 +83,13 @@ class Stop:
             with a mere clock); the first that holds an event counts.
         horizon_us: time from the prediction after which nothing is of interest; None is no limit.
         max_tokens: most tokens of one trajectory.
+        grid_us: ascending times from the prediction, by which chances are told apart; none for no such curve.
     """
 
     outcomes: Sequence[np.ndarray]
     horizon_us: int | None
     max_tokens: int
+    grid_us: tuple[int, ...] = ()
 
     @classmethod
     def at_encounter_end(cls, codebook: "Codebook", *, horizon_us: int | None = None, max_tokens: int) -> "Stop":
@@ -117,6 +119,8 @@ class Rollouts:
         altered: what made the draws differ from the model's own probabilities (temperature, top_p); empty if nothing.
         tokens: int32 [sum], all sampled tokens in the order of `offsets`; None unless kept.
         offsets: int64 [P * R + 1]; None unless kept.
+        curve: float64 [P, R, K, G], chances of each outcome by when it would come: cell g is behind `grid_us[g - 1]`
+            and by `grid_us[g]`; None without a grid.
     """
 
     reason: np.ndarray
@@ -127,6 +131,7 @@ class Rollouts:
     altered: str = ""
     tokens: np.ndarray | None = None
     offsets: np.ndarray | None = None
+    curve: np.ndarray | None = None
 
     def trajectory(self, prompt: int, trajectory: int) -> np.ndarray:
         """Sampled tokens, int32, of one trajectory.
@@ -149,6 +154,7 @@ def rollout(
     trajectories: int,
     stop: Stop,
     seed: int,
+    first: int = 0,
     temperature: float = 1.0,
     top_p: float = 1.0,
     batch_rows: int | None = None,
@@ -166,6 +172,7 @@ def rollout(
         trajectories: continuations per prompt (R).
         stop: when one ends.
         seed: of all draws.
+        first: number of the first trajectory: 8 from 0 and 8 from 8 are the same draws as 16 from 0.
         temperature: divides the scores; 1 samples what the model believes.
         top_p: draw only from the most probable tokens that together reach this probability, among those that the
             grammar allows; 1 draws from all.
@@ -187,7 +194,9 @@ def rollout(
     clock, rules = (codebook, None) if isinstance(codebook, Clock) else (Clock.of(codebook), codebook.grammar)
     if batch_rows is None:
         batch_rows = _ROWS if decoder.embed_tokens.weight.device.type == "cpu" else _ROWS_ON_DEVICES
-    settings = _Settings(stop, trajectories, batch_rows, seed, temperature, top_p, precision, keep_tokens, grammar)
+    settings = _Settings(
+        stop, trajectories, batch_rows, seed, first, temperature, top_p, precision, keep_tokens, grammar
+    )
     settings.check(decoder, clock, rules)
     _check_prompts(prompts, decoder.config.vocab)
     run = _Run(decoder, clock, rules, prompts, settings)
@@ -210,6 +219,7 @@ class _Settings:
     trajectories: int
     batch_rows: int
     seed: int
+    first: int
     temperature: float
     top_p: float
     precision: Literal["auto", "fp32", "bf16"]
@@ -236,6 +246,8 @@ class _Settings:
             raise ConfigError(f"rollout: top_p is {self.top_p}; it must lie in (0, 1]")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ConfigError(f"rollout: precision is auto, fp32 or bf16, not {self.precision!r}")
+        if list(stop.grid_us) != sorted(stop.grid_us):
+            raise ConfigError("rollout: the times of the grid must ascend")
         if stop.horizon_us is not None and stop.horizon_us < 0:
             raise ConfigError(f"rollout: the horizon is {stop.horizon_us} us; it must not be negative")
 
@@ -272,13 +284,15 @@ class _Run:
         self._passing = np.flatnonzero(clock.advance_us)
         keys = [place if prompt.key is None else prompt.key for place, prompt in enumerate(prompts)]
         self._key = np.repeat(np.array(keys, dtype=np.int64), trajectories)
-        self._trajectory = np.tile(np.arange(trajectories), len(prompts))
+        self._trajectory = settings.first + np.tile(np.arange(trajectories), len(prompts))
         rows = len(self._key)
         self._now_us = -np.repeat(np.array([prompt.elapsed_us for prompt in prompts], dtype=np.int64), trajectories)
         self._count = np.zeros(rows, dtype=np.int64)
         self._newest = np.zeros(rows, dtype=np.int64)
         self._event = np.full(rows, -1, dtype=np.int32)
         self._chances = np.zeros((rows, len(stop.outcomes) + 1))
+        self._grid = np.array(stop.grid_us, dtype=np.int64)
+        self._curve = np.zeros((rows, len(stop.outcomes), len(self._grid)))
         self.reason = np.full(rows, -1, dtype=np.int8)
         # Of rows under way: the tokens drawn, in a slot each; the window, and how many of the drawn ones it holds.
         self._drawn = np.empty((most, stop.max_tokens), dtype=np.int32)
@@ -322,6 +336,8 @@ class _Run:
         )
         chances = self._chances.reshape(*self._shape, self._chances.shape[1])
         result = Rollouts(reason, event, now_us, count, chances, self._settings.altered())
+        if len(self._grid):
+            result = replace(result, curve=self._curve.reshape(*self._shape, *self._curve.shape[1:]))
         if self._kept is None:
             return result
         offsets = np.concatenate([[0], np.cumsum(self._count)])
@@ -331,6 +347,9 @@ class _Run:
         """Draw a token for each of `rows`, move their clocks, and drop those that end from the cache."""
         token, end_chances = self._choose(rows, hidden_BD)
         self._chances[rows] += end_chances
+        cell = np.searchsorted(self._grid, np.maximum(self._now_us[rows], 0), side="left")
+        told = cell < len(self._grid)
+        self._curve[rows[told], :, cell[told]] += end_chances[told, :-1]
         event, before = self._guide.advance(rows, token)
         # A token that only told what the one before it was is no part of the trajectory.
         self._newest[rows] = token

@@ -1,7 +1,7 @@
 """The coordinator's adapter to the inside of Flower's SuperLink: the application, who its nodes are, and its control.
 
-Beside `federation.flower` (records), `federation.flower_tasks` (processes) and `client.flower_node` (a SuperNode)
-nothing touches Flower's inside. Checked against flwr 1.41; the version is pinned.
+Beside `federation.flower` (records), `federation.flower_tasks` and `federation.nursery` (processes) and
+`client.flower_node` (a SuperNode) nothing touches Flower's inside. Checked against flwr 1.41; the version is pinned.
 """
 
 import base64
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import sqlalchemy
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.common.config import get_app_presentation_metadata, get_fab_config
 from flwr.common.constant import NOOP_FLWR_AID, TIMESTAMP_HEADER, TRANSPORT_TYPE_GRPC_RERE, Status, SubStatus
@@ -74,6 +75,17 @@ _FLEET = (
 _RUNTIME = (*RUNTIME, "get-nodes")
 """What a ServerApp and whoever starts it ask; each bears a task's token or the signature of SuperExec's secret."""
 
+_PARTIAL = sqlalchemy.text("""
+    WITH RECURSIVE part (request, id) AS (
+        SELECT reply_to_message_id, message_id FROM message_res
+        WHERE reply_to_message_id IN :asked AND delivered_at = ''
+        UNION
+        SELECT part.request, child_id FROM part JOIN object_children ON parent_id = part.id
+    )
+    SELECT DISTINCT part.request FROM part JOIN objects ON object_id = part.id WHERE is_available = 0
+""").bindparams(sqlalchemy.bindparam("asked", expanding=True))
+"""The requests of which an answer is on its way, but not all of its objects have arrived."""
+
 _CONTROL = ("start-run", "stop-run", "list-runs", "register-node", "unregister-node", "list-nodes")
 
 
@@ -121,6 +133,7 @@ class SuperLink:
             warnings.simplefilter("ignore", DeprecationWarning)  # of alembic, about Flower's own migrations
             self._app = create_app(config, SuperLinkLifespan)
         self._state = self._app.state.linkstate_factory.state()
+        self._give_whole_answers_only()
 
     @property
     def application(self) -> Application:
@@ -156,6 +169,17 @@ class SuperLink:
             **{f"/v1/runtime/{name}": runtime for name in _RUNTIME},
             **{f"/v1/control/{name}": control for name in _CONTROL},
         }
+
+    def _give_whole_answers_only(self) -> None:
+        """Tell of an answer when all of it is there: Flower tells at once, and a slow site would hold up the others."""
+        given = self._state.get_message_res
+
+        def give(message_ids: set[str], run_id: int) -> Any:
+            with self._state.session() as session:
+                partial = set(session.scalars(_PARTIAL, {"asked": list(message_ids)})) if message_ids else set()
+            return given(message_ids - partial, run_id)
+
+        self._state.get_message_res = give
 
     def _node(self, headers: Headers) -> int | None:
         """Give the registered node that a request's headers prove; Flower looks again, at the request too."""

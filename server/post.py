@@ -24,6 +24,7 @@ from federation.messages import (
     TrainRequest,
     printable,
 )
+from federation.polls import Polls
 from server.journal import Journal, SiteEntry, Status
 from server.plan import FederationPlan
 from server.rounds import Answer, Event, Listener
@@ -31,6 +32,7 @@ from tokenizer.codebook import Codebook
 from tokenizer.errors import ConfigError, FedcometError
 
 _POLL_S = 1.0
+_POLLS = Polls(0.05, _POLL_S)
 _GRACE_S = 60.0
 
 
@@ -123,6 +125,7 @@ class Post:
         for node in requests:
             if not send(node):
                 yield node, DeliveryError("Flower did not take the request.")
+        last = self._clock()
         while pending:
             arrived = False
             for name in list(pending):
@@ -133,10 +136,12 @@ class Post:
                         continue
                     self._note_weights(node, requests[node], answer)
                     yield node, answer
-            if not arrived:
-                if self._clock() >= deadline_s:
-                    return
-                self._pause(_POLL_S)
+            if arrived:
+                last = self._clock()
+            elif self._clock() >= deadline_s:
+                return
+            else:
+                self._pause(_POLLS.after(self._clock() - last))
 
     def _packed(self, request: Request | masking.Request) -> RecordDict:
         return flower.to_record(request if self._identity is None else self._identity.sign_request(request))

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from model import metrics
-from model.tasks import Counts, Task
+from model.cohort import Counts
+from model.tasks import Task
 
 Kind = Literal["federated", "pooled", "ensemble", "alone", "truth"]
 

@@ -20,10 +20,12 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from model.cohort import Cohort, cohort
 from model.decoder import Decoder
 from model.estimate import summarize
+from model.history import prompt_at
 from model.rollout import Reason, Rollouts, Stop, rollout
-from model.tasks import Cohort, Task, cohort, prompt_at, task_tokens
+from model.tasks import Task, task_tokens
 from server.futures import Model, events_of, history_of
 from tokenizer import durable
 from tokenizer.codebook import STATIC, Codebook

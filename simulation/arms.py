@@ -82,7 +82,7 @@ def train(study: Study, sites: tuple[SiteFiles, ...], folder: Path, pool: Pool, 
 
 def _asked_for(study: Study) -> tuple[str, ...]:
     """The codes of the questions: without tokens of their own, their answers would hide among those of other codes."""
-    return tuple(code for task in study.task for code in (*task.trigger, *task.outcome, *task.competing))
+    return tuple(code for task in study.task for code in task.codes)
 
 
 def _train_federated(

@@ -11,8 +11,10 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError, model_validator
 
+from model.task_files import tasks_of
+from model.tasks import Task
 from tokenizer.errors import ConfigError
 
 _Share = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -215,24 +217,6 @@ class Summing(_Section):
     precision_bits: Annotated[int, Field(ge=1, le=44)] = 20
 
 
-class Question(_Section):
-    """A question that rollouts answer; see model/tasks.py.
-
-    `trajectories` are as many as the question needs, where the evaluation's number doesn't suit it: short futures are
-    cheap, and risks that differ little between patients need many.
-    """
-
-    name: str
-    question: str
-    trigger: tuple[str, ...]
-    after_hours: Annotated[float, Field(ge=0.0)] = 0.0
-    outcome: tuple[str, ...]
-    competing: tuple[str, ...] = ()
-    horizon_days: Annotated[float, Field(gt=0.0)] | None = None
-    occurrence: Literal["first", "last", "each"] = "first"
-    trajectories: _Positive | None = None
-
-
 class Evaluation(_Section):
     """How the questions are answered: trajectories for each patient, their cap, the bootstrap."""
 
@@ -240,6 +224,20 @@ class Evaluation(_Section):
     max_tokens: _Positive = 256
     resamples: Annotated[int, Field(ge=100)] = 2000
 
+
+def _taken(tasks: Any) -> tuple[Task, ...]:
+    if not isinstance(tasks, list | tuple) or not all(isinstance(task, Task) for task in tasks):
+        raise ValueError("write [[task]] tables, or a list of task files and names")
+    return tuple(tasks)
+
+
+def _plain(tasks: tuple[Task, ...]) -> list[Any]:
+    kept = [{"trajectories": task.trajectories, "target_se": task.target_se} for task in tasks]
+    return [{**json.loads(task.to_json()), **own} for task, own in zip(tasks, kept, strict=True)]
+
+
+# Questions that rollouts answer; `model.tasks` knows their schema.
+_Tasks = Annotated[tuple[Task, ...], PlainValidator(_taken), PlainSerializer(_plain)]
 
 Arm = Literal["federated", "alone", "pooled", "ensemble"]
 
@@ -259,7 +257,7 @@ class Study(_Section):
     privacy: Privacy | None = None
     secure_aggregation: Summing | None = None
     arms: tuple[Arm, ...] = ("federated",)
-    task: tuple[Question, ...]
+    task: _Tasks
     evaluation: Evaluation = Evaluation()
 
     @model_validator(mode="after")
@@ -286,7 +284,7 @@ class Study(_Section):
                 "round"
             )
         if not self.task:
-            raise ValueError("task: ask at least one question in a [[task]] table")
+            raise ValueError("task: ask at least one question in a [[task]] table, or name a task file")
         names = [task.name for task in self.task]
         if len(set(names)) != len(names):
             raise ValueError(f"task: every name may stand once, found {', '.join(names)}")
@@ -328,10 +326,16 @@ def read(path: Path, *, data: Path | None = None, records: bool = True) -> Study
         if data is not None:
             table["path"] = str(data.absolute())
         _anchor(table, path.parent)
+    problems: list[str] = []
+    if "task" in raw:
+        raw["task"], problems = tasks_of(raw["task"], str(path), path.parent)
     try:
         study = Study.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{path}: {_explain(e)}" for e in error.errors())) from error
+        told = [e for e in error.errors() if not (problems and "task: ask at least" in e["msg"])]
+        problems = [*(f"{path}: {_explain(e)}" for e in told), *problems]
+    if problems:
+        raise ConfigError("\n".join(problems))
     if records and study.data.kind == "meds" and study.data.path is None:
         raise ConfigError(f"{path}: data.path is missing; name a MEDS dataset there or with --data")
     if data is not None and study.data.kind != "meds":

@@ -9,10 +9,10 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -22,8 +22,10 @@ from client.archive import Archive
 from client.site import SiteFiles
 from federation.manifest import Manifest
 from model import checkpoint
-from model.estimate import estimate
-from model.tasks import Cohort, Task, cohort, join
+from model.cohort import Cohort, cohort, join, refuse_trained
+from model.estimate import Estimates, estimate
+from model.predictions import joined, prediction_table
+from model.tasks import Task
 from server.futures import Model
 from simulation.arms import FEDERATED, Arm
 from simulation.config import Study
@@ -31,12 +33,12 @@ from simulation.pool import Pool
 from tokenizer import durable
 from tokenizer.codebook import Codebook
 from tokenizer.errors import DataError
+from tokenizer.labels import Labels
 from tokenizer.progress import Step, Watch
+from tokenizer.split import SplitRule
 from tokenizer.store import TokenStore
 
 ENSEMBLE, TRUTH, MODEL = "ensemble", "true risk", "model"
-
-_Part: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 _CHUNK = 64
 """Predictions that one job rolls out."""
@@ -46,7 +48,8 @@ _CHUNK = 64
 class Answers:
     """A question, whom it was put to, and every arm's risks (float64 [P]) for the P predictions of `cohort`.
 
-    `sites` int64 [P] is the index of the site that each prediction comes from.
+    `sites` int64 [P] is the index of the site that each prediction comes from; `estimates` is all that each model
+    says, of which the risk is a part.
     """
 
     task: Task
@@ -55,15 +58,7 @@ class Answers:
     censored: int
     risks: Mapping[str, NDArray[np.float64]]
     unresolved: Mapping[str, float]
-
-
-def tasks(study: Study) -> tuple[Task, ...]:
-    """Give the questions of a study as `model.tasks` puts them.
-
-    Raises:
-        ConfigError: a question that contradicts itself.
-    """
-    return tuple(Task(**question.model_dump(exclude={"trajectories"})) for question in study.task)
+    estimates: Mapping[str, Estimates] = field(default_factory=dict)
 
 
 def answer(
@@ -82,7 +77,7 @@ def answer(
     federated = next(arm for arm in arms if arm.name == FEDERATED)
     assert federated.outcome is not None
     codebook = Codebook.load(federated.outcome.codebook)
-    asked = [_ask(task, sites, federated.outcome.manifest, codebook, study, folder) for task in tasks(study)]
+    asked = [_ask(task, sites, federated.outcome.manifest, codebook, study, folder) for task in study.task]
     trained = [arm for arm in arms if arm.outcome is not None]
     total = sum(len(question.cohort) for question in asked) * len(trained)
     tally = _Tally("rollouts", total, watch)
@@ -90,14 +85,12 @@ def answer(
     answers = []
     for question, rolls in zip(asked, jobs, strict=True):
         found = {roll.arm: roll.finish() for roll in rolls}
-        risks = {name: risk for name, (risk, _) in found.items()}
+        risks = {name: each.risk for name, each in found.items()}
         alone = [risks[arm.name] for arm in trained if arm.name.endswith(" alone")]
         if ENSEMBLE in study.arms and alone:
             risks[ENSEMBLE] = np.mean(alone, axis=0)
-        unresolved = {
-            name: float(1 - resolved.mean()) if len(resolved) else 0.0 for name, (_, resolved) in found.items()
-        }
-        answers.append(replace(question, risks={**risks, **question.risks}, unresolved=unresolved))
+        unresolved = {name: _unresolved(each) for name, each in found.items()}
+        answers.append(replace(question, risks={**risks, **question.risks}, unresolved=unresolved, estimates=found))
     return tuple(answers)
 
 
@@ -112,7 +105,9 @@ def _ask(
         if agreement is None:
             continue
         store = TokenStore.open(archive.store_path(agreement.store), codebook.hash)
-        cohorts.append(cohort(task, store.split("held_out"), codebook))
+        held_out = store.split("held_out")
+        refuse_trained(held_out, manifest.split)
+        cohorts.append(cohort(task, held_out, codebook))
         origin.append(np.full(len(cohorts[-1]), number))
     whole, places = join(cohorts), np.concatenate(origin)
     labelled = whole.labels >= 0
@@ -147,13 +142,7 @@ def _with_truth(answers: Answers, sites: Sequence[SiteFiles]) -> Answers:
         return answers  # a question that the hospitals' maker doesn't know the answer to
     rows = np.flatnonzero(known["complete"].fill_null(value=False).to_numpy())
     part = answers.cohort
-    kept = replace(
-        part,
-        subject_ids=part.subject_ids[rows],
-        prediction_us=part.prediction_us[rows],
-        prompts=tuple(part.prompts[row] for row in rows),
-        labels=part.labels[rows],
-    )
+    kept = part.part(rows)
     return replace(
         answers,
         cohort=kept,
@@ -164,7 +153,7 @@ def _with_truth(answers: Answers, sites: Sequence[SiteFiles]) -> Answers:
 
 
 def evaluate(
-    model: Model, store: TokenStore, study: Study, split: str, pool: Pool, watch: Watch
+    model: Model, store: TokenStore, study: Study, split: str, pool: Pool, watch: Watch, *, given: Labels | None = None
 ) -> tuple[Answers, ...]:
     """Put a study's questions to one trained model, about the patients of a store.
 
@@ -175,13 +164,15 @@ def evaluate(
         split: whom to ask about.
         pool: who rolls out.
         watch: told of every part, from several threads.
+        given: predictions and answers of the tasks that have them in a file.
 
     Raises:
-        DataError: the store was made with another codebook.
+        DataError: the store was made with another codebook, or some of the patients train by the study's split.
     """
     codebook = Codebook.load(model.codebook)
     patients = TokenStore.open(store.path, codebook.hash).split(split)
-    cohorts = [(task, cohort(task, patients, codebook)) for task in tasks(study)]
+    refuse_trained(patients, SplitRule(**study.split.model_dump()))
+    cohorts = [(task, cohort(task, patients, codebook, given=given if task.given else None)) for task in study.task]
     tally = _Tally("rollouts", sum(int((found.labels >= 0).sum()) for _, found in cohorts), watch)
     asked = []
     for task, found in cohorts:
@@ -191,26 +182,38 @@ def evaluate(
         asked.append((Answers(task, labelled, nowhere, len(found) - len(labelled), {}, {}), parts))
     answers = []
     for question, parts in asked:
-        risk, resolved = _collect(parts)
-        unresolved = {MODEL: float(1 - resolved.mean()) if len(resolved) else 0.0}
-        answers.append(replace(question, risks={MODEL: risk}, unresolved=unresolved))
+        found = _collect(parts)
+        answers.append(
+            replace(
+                question,
+                risks={MODEL: found.risk},
+                unresolved={MODEL: _unresolved(found)},
+                estimates={MODEL: found},
+            )
+        )
     return tuple(answers)
 
 
+def _unresolved(found: Estimates) -> float:
+    return float(1 - found.resolved.mean()) if len(found.resolved) else 0.0
+
+
 def write(path: Path, answers: Sequence[Answers]) -> None:
-    """Write every prediction to a Parquet file: task, subject_id, prediction_time, label, and a risk column per arm."""
-    tables = [
-        pl.DataFrame(
-            {
-                "task": [found.task.name] * len(found.cohort),
-                "subject_id": found.cohort.subject_ids,
-                "prediction_time": pl.Series(found.cohort.prediction_us).cast(pl.Datetime("us")),
-                "label": found.cohort.labels,
-                **found.risks,
-            }
-        )
-        for found in answers
-    ]
+    """Write every prediction to a Parquet file: the answers, and each arm's risks in a column of its own.
+
+    Where one model answers, its column is called `risk`, and all its estimates are there, as `model.predictions` says.
+    """
+    tables = []
+    for found in answers:
+        columns = dict(prediction_table(found.task, found.cohort, next(iter(found.estimates.values()))))
+        if len(found.risks) > 1 or MODEL not in found.risks:
+            own = set(columns) - {"subject_id", "prediction_time", "task", "task_hash", "label", *found.cohort.told}
+            columns = {name: column for name, column in columns.items() if name not in own} | dict(found.risks)
+        listed = {
+            name: pl.Series(name, column.tolist()) if column.ndim > 1 else pl.Series(name, column)
+            for name, column in columns.items()
+        }
+        tables.append(pl.DataFrame(listed).with_columns(pl.col("prediction_time").cast(pl.Datetime("us"))))
     buffer = io.BytesIO()
     pl.concat(tables, how="diagonal").write_parquet(buffer)
     durable.write_bytes(path, buffer.getvalue())
@@ -237,7 +240,7 @@ class _Roll:
 
     arm: str
     path: Path
-    parts: Sequence["Future[_Part]"]
+    parts: Sequence["Future[Estimates]"]
 
     @classmethod
     def start(
@@ -247,8 +250,9 @@ class _Roll:
         best = arm.outcome.best_checkpoint
         spec = {
             "checkpoint": hashlib.sha256(best.read_bytes()).hexdigest(),
-            "task": study.model_dump(mode="json")["task"],
-            "name": question.task.name,
+            "task": question.task.hash,
+            "trajectories": study.trajectories(question.task.name),
+            "target_se": question.task.target_se,
             "evaluation": study.evaluation.model_dump(),
             "seed": study.seed,
             "predictions": hashlib.sha256(
@@ -264,44 +268,68 @@ class _Roll:
         parts = _start(model, question.task, question.cohort, study, pool, tally)
         return cls(arm.name, path, parts)
 
-    def finish(self) -> _Part:
-        """Wait for the risks and the resolved shares, float64 [P] each, and keep them."""
+    def finish(self) -> Estimates:
+        """Wait for the estimates, and keep them."""
         if self.parts:
-            risk, resolved = _collect(self.parts)
+            found = _collect(self.parts)
             buffer = io.BytesIO()
-            np.savez(buffer, risk=risk, resolved=resolved)
+            np.savez(buffer, **{name: np.asarray(_kept(column)) for name, column in asdict(found).items()})
             durable.write_bytes(self.path, buffer.getvalue())
-            return risk, resolved
+            return found
         if not self.path.exists():
-            return np.zeros(0), np.zeros(0)
+            return _nothing()
         with np.load(self.path) as kept:
-            return kept["risk"], kept["resolved"]
+            columns = {name: kept[name] for name in kept.files}
+        reasons, sampled = json.loads(str(columns.pop("reasons"))), int(columns.pop("tokens_sampled"))
+        return Estimates(**columns, reasons=reasons, tokens_sampled=sampled)  # type: ignore[arg-type]
 
 
-def _start(model: Model, task: Task, cohort: Cohort, study: Study, pool: Pool, tally: _Tally) -> list["Future[_Part]"]:
+def _kept(column: Any) -> Any:
+    return json.dumps(column) if isinstance(column, dict) else column
+
+
+def _nothing() -> Estimates:
+    none = np.zeros(0)
+    return Estimates(none, none, {}, np.zeros(0, np.int64), 0, none)
+
+
+def _start(
+    model: Model, task: Task, cohort: Cohort, study: Study, pool: Pool, tally: _Tally
+) -> list["Future[Estimates]"]:
     """Give the predictions of a cohort to the pool, in parts that don't depend on the number of workers."""
-    trajectories = study.trajectories(task.name)
     parts = []
-    for begin in range(0, len(cohort.prompts), _CHUNK):
-        part = replace(cohort, prompts=cohort.prompts[begin : begin + _CHUNK])
+    for begin in range(0, len(cohort), _CHUNK):
+        part = cohort.part(slice(begin, begin + _CHUNK))
         future = pool.submit(
-            "rollouts", roll_out, model, task, part, trajectories, study.evaluation.max_tokens, study.seed
+            "rollouts",
+            roll_out,
+            model,
+            task,
+            part,
+            study.trajectories(task.name),
+            study.evaluation.max_tokens,
+            study.seed,
         )
-        future.add_done_callback(partial(tally.note, len(part.prompts)))
+        future.add_done_callback(partial(tally.note, len(part)))
         parts.append(future)
     return parts
 
 
-def _collect(parts: Sequence["Future[_Part]"]) -> _Part:
-    if not parts:
-        return np.zeros(0), np.zeros(0)
-    risk, resolved = (np.concatenate(columns) for columns in zip(*(part.result() for part in parts), strict=True))
-    return risk, resolved
+def _collect(parts: Sequence["Future[Estimates]"]) -> Estimates:
+    return joined([part.result() for part in parts]) if parts else _nothing()
 
 
-def roll_out(model: Model, task: Task, part: Cohort, trajectories: int, max_tokens: int, seed: int) -> _Part:
-    """Answer a question for some predictions, in a worker process: risks and resolved shares, float64 [P] each."""
+def roll_out(model: Model, task: Task, part: Cohort, trajectories: int, max_tokens: int, seed: int) -> Estimates:
+    """Answer a question for some predictions, in a worker process."""
     words = Codebook.load(model.codebook)
     decoder = checkpoint.load(model.checkpoint, words.hash).decoder
-    found = estimate(decoder, words, part, task, trajectories=trajectories, seed=seed, max_tokens=max_tokens)
-    return found.risk, found.resolved
+    return estimate(
+        decoder,
+        words,
+        part,
+        task,
+        trajectories=trajectories,
+        seed=seed,
+        max_tokens=max_tokens,
+        target_se=task.target_se,
+    )

@@ -21,6 +21,7 @@ from tests import tiny
 from tests.typed import fedcomet
 from tokenizer.codebook import Codebook
 from tokenizer.events import write_meds
+from tokenizer.store import TokenStore
 
 REPOSITORY = Path(__file__).parents[1]
 HELP = Path(__file__).parent / "golden" / "help.txt"
@@ -41,6 +42,8 @@ COMMANDS = (
     "rollout",
     "evaluate",
     "audit",
+    "tasks",
+    *(f"tasks {each}" for each in ("list", "show", "check", "explain")),
     "model",
     "model show",
     "model export",
@@ -257,13 +260,28 @@ def test_futures_of_a_split_are_written_as_records(root: Path, finished: Path, t
 
 
 def test_a_model_is_evaluated_on_a_store(root: Path, finished: Path, tokens: Path, tmp_path: Path) -> None:
-    arguments = (finished / "model", tokens, root / "study.toml", "--split", "train", "--workers", 1)
+    arguments = (finished / "model", tokens, root / "study.toml", "--workers", 1)
     done = fedcomet("evaluate", *arguments, "--out", tmp_path / "risks.parquet")
     assert done.returncode == 0, done.stderr
     assert "AUROC" in done.stdout
     risks = pl.read_parquet(tmp_path / "risks.parquet")
-    assert risks.height > 50
-    assert risks["model"].is_between(0, 1).all()
+    assert risks.height > 10
+    assert risks["risk"].is_between(0, 1).all()
+    assert {"task_hash", "se", "risk_curve", "time_days", "event"} <= set(risks.columns)
+    done = fedcomet("evaluate", *arguments, "--split", "train")
+    assert done.returncode == 1
+    assert "patients train by the split rule" in done.stderr
+
+
+def test_a_cohort_is_counted_and_explained_patient_by_patient(tokens: Path) -> None:
+    counted = fedcomet("tasks", "check", tokens, "--task", "operations", "--split", "train")
+    assert counted.returncode == 0, counted.stderr
+    assert "no trigger in the record" in counted.stdout or "readmission_30d" in counted.stdout
+    patient = TokenStore.open(tokens).split("train").subject_ids[0]
+    told = fedcomet("tasks", "explain", tokens, "--patient", patient, "--task", "readmission_30d")
+    assert told.returncode == 0, told.stderr
+    assert "ends with: " in told.stdout or "out: " in told.stdout
+    assert fedcomet("tasks", "explain", tokens, "--patient", -5, "--task", "icu").returncode == 1
 
 
 def test_a_privacy_plan_compares_batch_sizes() -> None:

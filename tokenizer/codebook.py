@@ -331,6 +331,11 @@ class Codebook:
         except KeyError:
             raise DataError(f"The codebook {self.hash[:12]} has no {token}.") from None
 
+    @cached_property
+    def kinds(self) -> NDArray[np.str_]:
+        """Each token's kind, [V]."""
+        return np.array([token.kind for token in self.tokens])
+
     def first_id(self, kind: str) -> int:
         """Id of the first token of a kind (age, interval, value), which the others of its kind follow."""
         return next(place for place, token in enumerate(self.tokens) if token.kind == kind)

@@ -1,9 +1,11 @@
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from model.tasks import DECIDED, NO_TRIGGER, TOO_SHORT, Cohort, Task, cohort, join, task_tokens
+from model.cohort import DECIDED, NO_TRIGGER, TOO_SHORT, Cohort, cohort, join
+from model.tasks import Task, task_tokens
 from tests.tokenizer.hospital import frame, spelling_codebook
 from tokenizer.codebook import INTERVALS, STATIC, Codebook, Token, TokenizerOptions
 from tokenizer.encode import encode
@@ -103,13 +105,14 @@ def test_who_is_decided_or_gone_before_the_prediction_is_excluded_and_counted(co
     split = _split(
         codebook,
         [ICU, (47, "MEDS_DEATH")],
-        [ICU, (48, "HOSPITAL_DISCHARGE//HOME")],  # known at the prediction, so nothing is left to predict
+        [ICU, (48, "HOSPITAL_DISCHARGE//HOME")],  # at the prediction: still to come, unless it is known
         [ICU, (20, "LAB//HR")],
         [HR],
         [],
         [ICU, (48.01, "MEDS_DEATH")],
     )
-    found = cohort(DYING, split, codebook)
+    assert cohort(DYING, split, codebook).subject_ids.tolist() == [101, 105]
+    found = cohort(replace(DYING, known="at"), split, codebook)
     assert found.subject_ids.tolist() == [105]
     counts = found.counts()
     assert counts.excluded == {NO_TRIGGER: 2, TOO_SHORT: 1, DECIDED: 2}
@@ -217,7 +220,7 @@ def test_an_empty_split_gives_an_empty_cohort(codebook: Codebook):
         ({"trigger": ()}, "trigger is empty"),
         ({"outcome": ()}, "outcome is empty"),
         ({"competing": ("MEDS_DEATH",)}, "MEDS_DEATH is both outcome and competing"),
-        ({"after_hours": -1.0}, "after_hours is -1"),
+        ({"known": "trigger"}, 'known = "trigger" needs a prediction at the trigger'),
         ({"horizon_days": 0.0}, "horizon_days is 0"),
         ({"competing": ()}, "could never be no"),
         ({"occurrence": "second"}, "must be first, last or each"),

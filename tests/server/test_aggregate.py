@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -140,3 +142,32 @@ def test_too_few_updates_for_the_rule_are_told(rule: str, least: int) -> None:
     combine(seven()[:least], [1.0] * least, options)
     with pytest.raises(TooFewUpdates, match=f"at least {least} updates, there are {least - 1}"):
         combine(seven()[: least - 1], [1.0] * (least - 1), options)
+
+
+def test_memory_is_one_model_and_one_buffer_whatever_the_number_of_sites() -> None:
+    size = 1 << 20
+    packed = Packed(pack(np.ones(size, np.float32), "bfloat16"), "bfloat16")
+    state = GlobalState(np.zeros(size, np.float32))
+
+    def peak(sites: int) -> int:
+        tracemalloc.start()
+        try:
+            outer_step(state, combine([packed] * sites, [1.0] * sites, OuterOptions(clip_norm=1.0)), OuterOptions())
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    few, many = peak(2), peak(64)
+    assert many < few + 100_000
+    # The new weights, and a few chunks of a quarter of a million values in float64; a second model would not fit.
+    assert many < 4 * size + 5 * (8 << 18)
+
+
+def test_the_measure_of_memory_sees_vectors_that_are_held() -> None:
+    packed = Packed(pack(np.ones(1 << 20, np.float32), "bfloat16"), "bfloat16")
+    tracemalloc.start()
+    try:
+        held = [packed[0 : 1 << 20] for _ in range(8)]
+        assert tracemalloc.get_traced_memory()[1] > 8 * held[0].nbytes
+    finally:
+        tracemalloc.stop()

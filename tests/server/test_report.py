@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from model import metrics
-from model.tasks import Counts, Task
+from model.cohort import Counts
+from model.tasks import Task
 from server.report import headline, load, render, show_figure, terminal_tables, write_report
 from server.results import (
     Codebook,

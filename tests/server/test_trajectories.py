@@ -8,9 +8,10 @@ import polars as pl
 import pytest
 
 from model import checkpoint
+from model.cohort import cohort
 from model.decoder import Decoder, DecoderConfig
 from model.estimate import estimate
-from model.tasks import Task, cohort
+from model.tasks import Task
 from server.futures import Model
 from server.trajectories import NO_EVENT, Moment, Sampling, write_trajectories
 from tests import tiny

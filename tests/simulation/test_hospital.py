@@ -6,7 +6,8 @@ import polars as pl
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from model.tasks import Task, cohort
+from model.cohort import cohort
+from model.tasks import Task
 from simulation.hospital import PROFILES, Records, generate, write_hospital
 from tokenizer.codebook import Codebook, TokenizerOptions
 from tokenizer.errors import ConfigError
