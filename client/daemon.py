@@ -22,6 +22,7 @@ from client.supernode import NodeFolder, trusted_coordinators
 from federation import logs, pki, supervisor, vitals
 from federation.manifest import software_version
 from federation.vitals import notify
+from tokenizer import durable
 from tokenizer.errors import ConfigError, FedcometError
 
 _TICK_S = 1.0
@@ -89,7 +90,8 @@ class _Daemon:
 
     def _health(self) -> tuple[bool, Mapping[str, Any]]:
         node, condition = self._folder.read(), self._supervisor.conditions()[_NODE]
-        well = condition.running and node.state in _GOOD
+        free = durable.free_bytes(self._home.state)
+        well = condition.running and node.state in _GOOD and free >= durable.LEAST_FREE
         told = {
             "site": self._home.name,
             "node": node.state,
@@ -97,7 +99,9 @@ class _Daemon:
             "restarts": condition.ends,
             "control": self._line.problem or "fine",
         }
-        if not well:
+        if free < durable.LEAST_FREE:
+            told["reason"] = durable.full(self._home.state)
+        elif not well:
             told["reason"] = node.reason or (
                 "the node is about to connect" if condition.running else "the node is started again in a moment"
             )
@@ -110,9 +114,7 @@ class _Daemon:
         board.set("working", node.state == "working", "1 while a message of the coordinator is worked on")
         board.set("node_restarts", condition.ends, "How often the node ended by itself since the daemon began")
         board.set("uptime_seconds", time.time() - self._began, "Since the daemon began")
-        used = os.statvfs(self._home.state) if self._home.state.exists() else None
-        if used is not None:
-            board.set("disk_free_bytes", used.f_bavail * used.f_frsize, "Free on the disk of the state folder")
+        board.set("disk_free_bytes", durable.free_bytes(self._home.state), "Free on the disk of the state folder")
 
 
 class _Line(threading.Thread):

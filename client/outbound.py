@@ -149,7 +149,9 @@ class Outbound:
         if not name or size >= self._full:
             name, size = f"{entry.sequence:012d}.jsonl", 0
         with open(self.folder / name, "ab", buffering=0) as file:
-            file.write(line + b"\n")
+            left = memoryview(line + b"\n")
+            while left:  # a disk that fills up takes a part, and refuses the rest only when asked again
+                left = left[file.write(left) :]
             os.fsync(file.fileno())
         durable.sync_directory(self.folder)
         end = Head(entry.sequence, hashlib.sha256(line).hexdigest(), name, size + len(line) + 1)

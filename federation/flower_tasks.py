@@ -27,7 +27,7 @@ from flwr.supercore.interceptors import (
 )
 from flwr.supercore.runtime import RuntimeHttpClient
 
-from federation.supervisor import meaning, relay
+from federation.supervisor import NOT_STARTABLE, meaning, relay
 
 TASK_HEARTBEAT_S = 300
 """How long an app process may be silent, in seconds; twice that once it has begun."""
@@ -140,7 +140,7 @@ class Tasks:
             try:
                 answer = client.AcquireTask(request)
                 if answer.HasField("task") and answer.token:
-                    self._launch(answer.task.task_id, answer.task.run_id, answer.token)
+                    self._try(answer.task.task_id, answer.task.run_id, answer.token)
                 away = False
             except (httpx.HTTPError, OSError, ValueError) as error:
                 if not away:
@@ -157,6 +157,15 @@ class Tasks:
             root_certificates=None,
             interceptors=[version, *interceptors],  # type: ignore[list-item]
         )
+
+    def _try(self, number: int, run: int, token: str) -> None:
+        """Start a task's process; where the system refuses, such as on a full disk, it is reported as one that died."""
+        try:
+            self._launch(number, run, token)
+        except OSError as problem:
+            _log.error("an app process can't be started (%s)", problem)
+            self._unsaid[token] = NOT_STARTABLE
+            self._crashed(run)
 
     def _launch(self, number: int, run: int, token: str) -> None:
         file = self._options.folder / f"{number}.token"
