@@ -50,7 +50,7 @@ FILE = "budget.sqlite"
 
 _PRAGMAS = ("journal_mode=DELETE", "synchronous=EXTRA", "secure_delete=ON")
 
-Purpose = Literal["survey", "training", "evaluation"]
+Purpose = Literal["survey", "training", "evaluation", "restored"]
 
 
 class BudgetExhausted(SiteRefusal):

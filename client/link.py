@@ -22,6 +22,7 @@ from client.budget_report import report
 from client.home import SiteHome
 from client.outbound import Leaving, Outbound
 from client.policy import Policy
+from client.witness import Witnessed, refuse_restored
 from federation import control_pb2 as wire
 from federation import pki
 from federation.calls import CONTROL
@@ -62,19 +63,33 @@ class Link:
     # --- what it tells ---
 
     def report_health(self) -> None:
-        """Tell that the site is there: its version, runs that wait for approval, and free disk space.
+        """Tell that the site is there: its version, runs that wait for approval, free disk space, where its list is.
+
+        The answer shows whether the site's state was restored from an older copy (`client.witness`).
 
         Raises:
             CallError: the coordinator can't be reached, or refuses.
             DataError: the list of what leaves can't be written; nothing was sent.
+            SiteRefusal: the state was restored; from here on the site answers no run.
         """
         free = shutil.disk_usage(self.home.state).free // _GIGABYTE
         waiting = len(Approvals(self.home.state).waiting())
         name = self.home.name
-        self._send(
-            "ReportHealth",
-            wire.HealthReport(site=name, version=software_version(), queue=waiting, free_gigabytes=min(free, 1 << 31)),
+        witnessed = Witnessed(self.home.state)
+        head = witnessed.head()
+        told = wire.HealthReport(
+            site=name,
+            version=software_version(),
+            queue=waiting,
+            free_gigabytes=min(free, 1 << 31),
+            entries=head.sequence,
+            entries_sha256=head.sha256,
+            known_sha256=witnessed.known(),
         )
+        heard = self._send("ReportHealth", told)
+        budget = (heard.epsilon, heard.delta) if heard.HasField("epsilon") else (None, None)
+        witnessed.check(heard.entries, heard.sha256, *budget)
+        refuse_restored(name, self.home.state)
 
     def report_budget(self) -> bool:
         """Tell what the privacy budget holds and its limit; False if there is no budget yet, and nothing was sent.

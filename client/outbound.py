@@ -228,6 +228,16 @@ def read_head(folder: Path) -> Head:
         raise DataError(f"{path} can't be read ({cause.strerror}); {_DAMAGED}") from None
 
 
+def sha256_at(folder: Path, head: Head, sequence: int) -> str | None:
+    """Give the sha256 of an entry's line by its number, `FIRST` for 0; None behind the end."""
+    if not 0 < sequence <= head.sequence:
+        return None if sequence else FIRST
+    path = max(path for path in files(folder) if int(path.stem) <= sequence)
+    data = path.read_bytes()
+    data = data[: head.bytes] if path.name == head.file else data
+    return hashlib.sha256(data.split(b"\n")[sequence - int(path.stem)]).hexdigest()
+
+
 def behind(folder: Path, head: Head) -> bytes:
     """Give what stands behind the noted end: at most one entry, whose message never left."""
     parts = []

@@ -84,7 +84,8 @@ def found_federation(root: Path, address: str = "127.0.0.1", database: str = "")
         listen=Listen(host=address),
         database=Database(url=database),
     )
-    return CoordinatorHome.init(root / "coordinator", settings, None)
+    (root / "office").mkdir(exist_ok=True)
+    return CoordinatorHome.init(root / "office/coordinator", settings, None)
 
 
 def join_site(

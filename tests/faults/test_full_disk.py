@@ -18,7 +18,7 @@ _FULL_S = 40.0
 def test_full_disks_are_said_and_waited_for(tmp_path: Path) -> None:
     with (
         small_disk(tmp_path / "homes/icu", 24) as at_site,
-        small_disk(tmp_path / "coordinator", 64) as at_coordinator,
+        small_disk(tmp_path / "office", 64) as at_coordinator,
         federation(tmp_path) as field,
     ):
         journal = field.begin("first", rounds=6, min_sites=1, evaluate_every=0)
