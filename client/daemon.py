@@ -111,8 +111,10 @@ class _Daemon:
         elif not self._line.asked.is_set():
             told["reason"] = self._line.problem or "the coordinator is about to be asked what it has heard of this site"
         elif not well:
-            told["reason"] = node.reason or (
-                "the node is about to connect" if condition.running else "the node is started again in a moment"
+            told["reason"] = (
+                self._line.clock
+                or node.reason
+                or ("the node is about to connect" if condition.running else "the node is started again in a moment")
             )
         return well, told
 
@@ -137,7 +139,7 @@ class _Line(threading.Thread):
     def __init__(self, home: SiteHome) -> None:
         super().__init__(name="line", daemon=True)
         self._home, self._stopping = home, threading.Event()
-        self.problem, self.refused, self.asked = "", "", threading.Event()
+        self.problem, self.refused, self.clock, self.asked = "", "", "", threading.Event()
 
     def run(self) -> None:
         while not self._stopping.is_set():
@@ -166,6 +168,9 @@ class _Line(threading.Thread):
             _log.warning("%s", warning)
         link.report_health()
         self.asked.set()
+        self.clock = link.wrong_clock() or ""
+        if self.clock:
+            _log.error("%s", self.clock)
         link.report_budget()
 
     def stop(self) -> None:

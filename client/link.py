@@ -32,6 +32,7 @@ from federation.messages import ProtocolError
 from federation.pki import Validity
 
 _GIGABYTE = 1 << 30
+_MOST_AHEAD_S = 300
 
 
 class Link:
@@ -45,6 +46,7 @@ class Link:
         """
         self.home, self._clock = home, clock
         self._identity = home.identity
+        self.ahead_s = 0.0
         self._outbound = Outbound(home.state / "outbound", self._identity)
         self._channel = self._connect()
 
@@ -76,7 +78,7 @@ class Link:
         waiting = len(Approvals(self.home.state).waiting())
         name = self.home.name
         witnessed = Witnessed(self.home.state)
-        head = witnessed.head()
+        head, (known, accepted) = witnessed.head(), witnessed.known()
         told = wire.HealthReport(
             site=name,
             version=software_version(),
@@ -84,9 +86,11 @@ class Link:
             free_gigabytes=min(free, 1 << 31),
             entries=head.sequence,
             entries_sha256=head.sha256,
-            known_sha256=witnessed.known(),
+            known_sha256=known,
+            restored=accepted,
         )
         heard = self._send("ReportHealth", told)
+        self.ahead_s = self._clock().timestamp() - heard.time if heard.time else 0.0
         budget = (heard.epsilon, heard.delta) if heard.HasField("epsilon") else (None, None)
         witnessed.check(heard.entries, heard.sha256, *budget)
         refuse_restored(name, self.home.state)
@@ -154,6 +158,17 @@ class Link:
         self._note(asked)
         with closing(self._channel.stream(CONTROL["WatchEvents"], asked)) as events:  # type: ignore[type-var]
             yield from events
+
+    def wrong_clock(self) -> str | None:
+        """Say what to do about a clock that, at the last report, differed so much that Flower refuses the node."""
+        if abs(self.ahead_s) < _MOST_AHEAD_S:
+            return None
+        where = "ahead of" if self.ahead_s > 0 else "behind"
+        there = datetime.fromtimestamp(self._clock().timestamp() - self.ahead_s, UTC)
+        return (
+            f"this machine's clock is {abs(self.ahead_s):,.0f} s {where} the coordinator's ({there:%Y-%m-%d %H:%M} UTC "
+            f"there), and nodes that differ by more than {_MOST_AHEAD_S} s are refused; set it right, with NTP or chrony"
+        )
 
     # --- its certificate ---
 

@@ -46,7 +46,10 @@ class Restored:
 
 @dataclass(frozen=True)
 class _Known:
+    """The last place that the coordinator told; the list holds it, or (`restored`) people accepted that it doesn't."""
+
     sha256: str = ""
+    restored: bool = False
 
 
 class Witnessed:
@@ -60,10 +63,14 @@ class Witnessed:
         """Give where the list is."""
         return read_head(self._list) if files(self._list) else Head()
 
-    def known(self) -> str:
-        """Give the sha256 of the last place that the coordinator told and the list was found to hold."""
+    def known(self) -> tuple[str, bool]:
+        """Give the sha256 of the last place that the coordinator told, and whether people accepted that it is lost."""
+        found = self._known()
+        return found.sha256, found.restored
+
+    def _known(self) -> _Known:
         path = self._state / _KNOWN
-        return canonical.decode(_Known, path.read_bytes(), str(path), DataError).sha256 if path.exists() else ""
+        return canonical.decode(_Known, path.read_bytes(), str(path), DataError) if path.exists() else _Known()
 
     def restored(self) -> Restored | None:
         """Give what is known if the state was found to be restored, and nobody has said yet what to do."""
@@ -85,7 +92,7 @@ class Witnessed:
             found = Restored(entries, sha256, head.sequence, moment, epsilon, delta)
             durable.write_bytes(self._state / _FILE, canonical.encode(found))
             return False
-        if sha256 and sha256 != self.known():
+        if sha256 and self._known() != _Known(sha256):
             durable.write_bytes(self._state / _KNOWN, canonical.encode(_Known(sha256)))
         return True
 
@@ -116,7 +123,7 @@ class Witnessed:
             unlimited = Budget(budget._engine, None)  # what was spent was spent, whatever the limit is
             unlimited.reserve(release)
             unlimited.charge(release, b"")
-        durable.write_bytes(self._state / _KNOWN, canonical.encode(_Known(found.sha256)))
+        durable.write_bytes(self._state / _KNOWN, canonical.encode(_Known(found.sha256, restored=True)))
         (self._state / _FILE).unlink()
         durable.sync_directory(self._state)
         return cost

@@ -193,7 +193,7 @@ class BudgetReport(_message.Message):
     def __init__(self, site: _Optional[str] = ..., epsilon: _Optional[float] = ..., delta: _Optional[float] = ..., limit_epsilon: _Optional[float] = ..., limit_delta: _Optional[float] = ...) -> None: ...
 
 class HealthReport(_message.Message):
-    __slots__ = ("site", "version", "queue", "free_gigabytes", "entries", "entries_sha256", "known_sha256")
+    __slots__ = ("site", "version", "queue", "free_gigabytes", "entries", "entries_sha256", "known_sha256", "restored")
     SITE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     QUEUE_FIELD_NUMBER: _ClassVar[int]
@@ -201,6 +201,7 @@ class HealthReport(_message.Message):
     ENTRIES_FIELD_NUMBER: _ClassVar[int]
     ENTRIES_SHA256_FIELD_NUMBER: _ClassVar[int]
     KNOWN_SHA256_FIELD_NUMBER: _ClassVar[int]
+    RESTORED_FIELD_NUMBER: _ClassVar[int]
     site: str
     version: str
     queue: int
@@ -208,19 +209,22 @@ class HealthReport(_message.Message):
     entries: int
     entries_sha256: str
     known_sha256: str
-    def __init__(self, site: _Optional[str] = ..., version: _Optional[str] = ..., queue: _Optional[int] = ..., free_gigabytes: _Optional[int] = ..., entries: _Optional[int] = ..., entries_sha256: _Optional[str] = ..., known_sha256: _Optional[str] = ...) -> None: ...
+    restored: bool
+    def __init__(self, site: _Optional[str] = ..., version: _Optional[str] = ..., queue: _Optional[int] = ..., free_gigabytes: _Optional[int] = ..., entries: _Optional[int] = ..., entries_sha256: _Optional[str] = ..., known_sha256: _Optional[str] = ..., restored: _Optional[bool] = ...) -> None: ...
 
 class Witness(_message.Message):
-    __slots__ = ("entries", "sha256", "epsilon", "delta")
+    __slots__ = ("entries", "sha256", "epsilon", "delta", "time")
     ENTRIES_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
     EPSILON_FIELD_NUMBER: _ClassVar[int]
     DELTA_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
     entries: int
     sha256: str
     epsilon: float
     delta: float
-    def __init__(self, entries: _Optional[int] = ..., sha256: _Optional[str] = ..., epsilon: _Optional[float] = ..., delta: _Optional[float] = ...) -> None: ...
+    time: float
+    def __init__(self, entries: _Optional[int] = ..., sha256: _Optional[str] = ..., epsilon: _Optional[float] = ..., delta: _Optional[float] = ..., time: _Optional[float] = ...) -> None: ...
 
 class Text(_message.Message):
     __slots__ = ("site", "text")

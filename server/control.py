@@ -6,6 +6,7 @@ of itself only, and learns of other sites no more than that something happened.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -230,12 +231,15 @@ class Control:
 
     def _witness(self, caller: Caller, told: wire.HealthReport) -> wire.Witness:
         """Tell a site what it said of its list before, so that it sees whether it has forgotten some of it."""
+        now = time.time()
         if not told.entries_sha256:
-            return wire.Witness()
+            return wire.Witness(time=now)
         if not _is_sha256(told.entries_sha256) or (told.known_sha256 and not _is_sha256(told.known_sha256)):
             raise Wrong("A sha256 has 64 hexadecimal digits.")
-        stands = self._ledger.members.witness(caller.name, told.entries, told.entries_sha256, told.known_sha256)
-        found = wire.Witness(entries=stands.entries, sha256=stands.sha256)
+        stands = self._ledger.members.witness(
+            caller.name, told.entries, told.entries_sha256, told.known_sha256, told.restored
+        )
+        found = wire.Witness(entries=stands.entries, sha256=stands.sha256, time=now)
         if stands.sha256 != told.entries_sha256 and (budgets := self._ledger.budgets(caller.name)):
             found.epsilon, found.delta = budgets[-1].epsilon, budgets[-1].delta
         return found

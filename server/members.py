@@ -122,7 +122,7 @@ class Members:
 
         self._ledger.write(work)
 
-    def witness(self, site: str, entries: int, sha256: str, known: str) -> WitnessEntry:
+    def witness(self, site: str, entries: int, sha256: str, known: str, restored: bool = False) -> WitnessEntry:
         """Bear witness of where a site's list of what leaves is, and give the place that stands.
 
         A new place is noted only from a site that knows the old one: it has looked whether its list still holds that.
@@ -132,6 +132,7 @@ class Members:
             site: its name.
             entries, sha256: where its list is now.
             known: the sha256 of the old place.
+            restored: its people have accepted that its list lacks that.
         """
 
         def work(session: Session) -> WitnessEntry:
@@ -142,7 +143,7 @@ class Members:
             if row is None:
                 row = tables.Witness(site=site)
                 session.add(row)
-            elif entries < row.entries:
+            elif restored:
                 told = f"its list has {entries:,} entries and had {row.entries:,}; its people have accepted that"
                 note(session, site, "site.restored", site=site, told=told)
             row.entries, row.sha256, row.at = entries, sha256, self._ledger.now(session)

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -176,11 +176,27 @@ def test_a_lost_answer_and_a_coordinator_that_is_put_back_are_no_restored_site(
                 link.report_health()
         for _ in range(3):
             link.report_health()
-        assert stands(coordinator).sha256 == Witnessed(home.state).known()
+        assert (stands(coordinator).sha256, False) == Witnessed(home.state).known()
         coordinator.ledger.transactions.write(lambda session: session.execute(text("DELETE FROM witness")))
         link.report_health()
         link.report_health()
-        assert stands(coordinator).sha256 == Witnessed(home.state).known()
+        assert (stands(coordinator).sha256, False) == Witnessed(home.state).known()
+
+
+@pytest.mark.parametrize(("shift_s", "words"), [(3600.0, "ahead of"), (-3600.0, "behind")])
+def test_a_clock_that_flower_would_refuse_is_named(
+    home: SiteHome, coordinator: Coordinator, shift_s: float, words: str
+) -> None:
+    with Link(home, lambda: datetime.now(UTC) + timedelta(seconds=shift_s)) as link:
+        assert link.wrong_clock() is None
+        link.report_health()
+        told = link.wrong_clock() or ""
+    assert f"s {words} the coordinator's" in told
+    assert abs(float(told.split()[4].replace(",", "")) - 3600) < 60
+    assert "set it right, with NTP or chrony" in told
+    with Link(home) as link:
+        link.report_health()
+        assert link.wrong_clock() is None
 
 
 @settings(max_examples=10)
