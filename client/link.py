@@ -167,7 +167,7 @@ class Link:
         there = datetime.fromtimestamp(self._clock().timestamp() - self.ahead_s, UTC)
         return (
             f"this machine's clock is {abs(self.ahead_s):,.0f} s {where} the coordinator's ({there:%Y-%m-%d %H:%M} UTC "
-            f"there), and nodes that differ by more than {_MOST_AHEAD_S} s are refused; set it right, with NTP or chrony"
+            f"there); nodes that differ by more than {_MOST_AHEAD_S} s are refused: set it right, with NTP or chrony"
         )
 
     # --- its certificate ---
@@ -203,16 +203,27 @@ class Link:
         return self.validity()
 
     def renew_if_due(self) -> bool:
-        """Renew the certificate when a third of its time is left; tell whether it was."""
-        if not self.validity().due:
+        """Renew the certificate when a third of its time is left; tell whether it was.
+
+        Raises:
+            CertificateError: it has expired, so that nobody can renew it; says what to do.
+            CallError, ProtocolError: as `renew`.
+        """
+        validity = self.validity()
+        if not validity.due:
             return False
+        if validity.days_left <= 0:
+            raise pki.CertificateError(self.warning())
         self.renew()
         return True
 
     def warning(self) -> str | None:
         """Say what to do about a certificate that should have been renewed; None if nothing is."""
         validity = self.validity()
-        todo = "run fedcomet site renew" if validity.days_left > 0 else "ask the coordinator for a new invitation"
+        again = (
+            "ask the coordinator for a new invitation and run fedcomet site join with it in this home, which keeps all"
+        )
+        todo = "run fedcomet site renew" if validity.days_left > 0 else again
         return validity.warning(self.home.name, todo)
 
     def _connect(self) -> Channel:

@@ -48,7 +48,7 @@ class Far:
 
 @contextmanager
 def far(quality: str) -> Iterator[Far]:
-    """Make a namespace whose link is as bad as netem is told, in both directions."""
+    """Make a namespace whose link is as bad as netem is told, in both directions; a good one if that is empty."""
     number = os.getpid() % 250
     made = Far(f"fedcomet{number}", f"fc{number}b", f"10.231.{number}.1")
     _run("ip", "netns", "add", made.name)
@@ -59,11 +59,12 @@ def far(quality: str) -> Iterator[Far]:
         made.inside("ip", "address", "add", f"10.231.{number}.2/30", "dev", made.link)
         for device in ("lo", made.link):
             made.inside("ip", "link", "set", device, "up")
-        try:
-            _run("tc", "qdisc", "add", "dev", f"fc{number}a", "root", "netem", *quality.split())
-            made.inside("tc", "qdisc", "add", "dev", made.link, "root", "netem", *quality.split())
-        except AssertionError as problem:
-            pytest.skip(f"the kernel has no netem ({problem})")
+        if quality:
+            try:
+                _run("tc", "qdisc", "add", "dev", f"fc{number}a", "root", "netem", *quality.split())
+                made.inside("tc", "qdisc", "add", "dev", made.link, "root", "netem", *quality.split())
+            except AssertionError as problem:
+                pytest.skip(f"the kernel has no netem ({problem})")
         yield made
     finally:
         _run("ip", "netns", "delete", made.name)
@@ -74,8 +75,9 @@ def _run(*command: str) -> None:
     assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
 
 
-def test_a_site_behind_a_bad_line_takes_part_and_one_that_is_cut_off_comes_back(tmp_path: Path) -> None:
-    with far("delay 150ms 50ms loss 3% rate 4mbit") as line, federation(tmp_path, (), address=line.address) as field:
+@pytest.mark.parametrize("quality", ["", "delay 150ms 50ms loss 3% rate 4mbit"], ids=["good line", "bad line"])
+def test_a_run_goes_on_without_a_site_that_is_cut_off_and_with_it_when_it_is_back(tmp_path: Path, quality: str) -> None:
+    with far(quality) as line, federation(tmp_path, (), address=line.address) as field:
         field.join("far")
         field.join("near")
         field.run_site("far", "ip", "netns", "exec", line.name)
