@@ -12,6 +12,8 @@ Notable choices:
 - Only layers that are known here get a gradient, and every parameter must belong to one: anything else is refused,
   because a parameter that is passed over would make the bound on a patient's share void without a sign.
 - A patient's share is scaled by its own norm, and made smaller by more than rounding can make it larger.
+- On CPUs a few threads take windows side by side, each with its part of the cores: the product of one short window is
+  too small for all of them. Which thread takes which windows, and the order of sums, follow from lengths and threads.
 - Dropout is refused: masks go by the place in the batch, so one patient more would change what others give.
 
 What each patient gives depends on that patient's window only, but for rounding: which windows share a product can
@@ -23,7 +25,9 @@ arXiv 2210.00038, call it book-keeping where norms are taken without it.
 Shapes: N flat tokens, S windows (one of each patient), P parameters, D width, V vocabulary.
 """
 
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -46,6 +50,8 @@ if TYPE_CHECKING:
 BUDGET_BYTES = {"cpu": 256 << 20, "other": 4 << 30}
 # Tokens that go through the decoder together, so that activations and rows don't add up to more than a plain step.
 _GROUP_TOKENS = {"cpu": 2048, "other": 32768}
+# Threads that take windows side by side. Between operations they wait for the interpreter's lock, so more gain little.
+_MOST_TEAMS = 4
 # Shares are made smaller by this part of themselves, more than float32 rounds norms down and shares up by.
 _SAFETY = 2.0**-16
 
@@ -101,51 +107,75 @@ def clipped_sum(
         raise ConfigError(f"clipping: the norm must be positive, not {clip}")
     if decoder.config.dropout:
         raise ConfigError("clipping: dropout masks would let one patient change others' shares; set dropout to 0")
-    book = _Book(decoder, factored)
-    total = torch.zeros(book.places.size, device=decoder.embed_tokens.weight.device)
-    kind = "cpu" if total.device.type == "cpu" else "other"
+    weights = dict(decoder.named_parameters())
+    _refuse_strangers(decoder, weights)
+    places = Places(list(weights.values()))
+    threads = torch.get_num_threads()
+    device = decoder.embed_tokens.weight.device
+    on_cpu = device.type == "cpu"
+    teams = max(1, min(_MOST_TEAMS, threads, len(batch.lengths))) if on_cpu and not factored else 1
+    held = BUDGET_BYTES["cpu" if on_cpu else "other"] if budget_bytes is None else budget_bytes
+    most = len(batch.lengths) if factored else max(1, held // (places.size * 4 * teams))
+    shifts = _shifts(batch.lengths, teams, most, _GROUP_TOKENS["cpu" if on_cpu else "other"] // teams)
     norms, losses = np.zeros(len(batch.lengths)), np.zeros(len(batch.lengths))
-    held = BUDGET_BYTES[kind] if budget_bytes is None else budget_bytes
-    most = max(1, held // (book.places.size * 4)) if isinstance(book.kept, Rows) else len(norms)
-    groups = list(_groups(batch, most, _GROUP_TOKENS[kind]))
-    for places in groups:  # grows
-        losses[places] = book.fill(batch, places, autocast)
-        norm = book.kept.squares().sqrt()
-        norms[places] = norm.cpu().numpy()
-        scale = (clip * (1.0 - _SAFETY) / norm.clamp(min=clip)).float()
-        if (wrong := ~np.isfinite(norms[places])).any():
-            # Whether it was this patient or one beside it is seen when each is alone; such a share is nothing.
-            groups += [places[[at]] for at in np.flatnonzero(wrong)] if len(places) > 1 else []
-            scale[torch.from_numpy(wrong)] = 0.0
-        book.kept.add_(total, scale)
-    return Clipped(book.places.split(total), norms, losses)
+    with _watched(decoder) as watch:
+
+        def work(groups: list[np.ndarray]) -> Tensor:
+            watch.book = book = _Book(decoder, places, factored)
+            total = torch.zeros(places.size, device=device)
+            for some in groups:  # grows
+                losses[some] = book.fill(batch, some, autocast)
+                groups += book.share(some, clip, norms, total)
+            return total
+
+        if teams == 1:
+            return Clipped(places.split(work(shifts[0])), norms, losses)
+        torch.set_num_threads(threads // teams)
+        try:
+            with ThreadPoolExecutor(teams) as pool:
+                total, *others = pool.map(work, shifts)
+        finally:
+            torch.set_num_threads(threads)
+    for other in others:
+        total += other
+    return Clipped(places.split(total), norms, losses)
 
 
-def _groups(batch: "Batch", most: int, tokens: int) -> Iterator[np.ndarray]:
-    """Places of windows that go together, of similar length: at most so many, with at most so many tokens or one."""
-    order = np.argsort(-batch.lengths, kind="stable")
-    ends = np.cumsum(batch.lengths[order])
-    first = 0
-    while first < len(order):
-        before = ends[first - 1] if first else 0
-        fit = int(np.searchsorted(ends, before + tokens, side="right")) - first
-        last = first + min(max(fit, 1), most)
-        yield order[first:last]
-        first = last
+def _shifts(lengths: np.ndarray, teams: int, most: int, tokens: int) -> list[list[np.ndarray]]:
+    """What each team has to do: about as many tokens each, in groups of places that go together.
+
+    A group has at most `most` windows of similar length, with at most so many tokens together, or one.
+    """
+    shifts: list[list[np.ndarray]] = [[] for _ in range(teams)]
+    mine: list[list[int]] = [[] for _ in range(teams)]
+    loads = [0] * teams
+    for place in np.argsort(-lengths, kind="stable").tolist():
+        team = loads.index(min(loads))
+        mine[team].append(place)
+        loads[team] += int(lengths[place])
+    for shift, places in zip(shifts, mine, strict=True):
+        ends = np.cumsum(lengths[places])
+        first = 0
+        while first < len(places):
+            before = ends[first - 1] if first else 0
+            fit = int(np.searchsorted(ends, before + tokens, side="right")) - first
+            last = first + min(max(fit, 1), most)
+            shift.append(np.array(places[first:last]))
+            first = last
+    return shifts
 
 
 class _Book:
-    """The rules that give each patient's gradient, layer by layer, to what keeps them."""
+    """The rules that give each patient's gradient, layer by layer, to what keeps them; one for each thread."""
 
-    def __init__(self, decoder: Decoder, factored: bool) -> None:
+    def __init__(self, decoder: Decoder, places: Places, factored: bool) -> None:
         self._decoder = decoder
         self._device = decoder.embed_tokens.weight.device
-        weights = dict(decoder.named_parameters())
-        _refuse_strangers(decoder, weights)
-        self.places = Places(list(weights.values()))
-        self.kept: Rows | Factored = Factored(self.places) if factored else Rows(self.places)
+        self._places = places
+        self._kept: Rows | Factored = Factored(places) if factored else Rows(places)
         self._written: list[int] = []
         self._members_SN = torch.zeros(0, 0)
+        self._leaf_ND = torch.zeros(0, 0)
 
     def fill(self, batch: "Batch", places: np.ndarray, autocast: Autocast) -> np.ndarray:
         """Keep the gradients of some windows' mean losses; gives these losses, float64 [S]."""
@@ -153,22 +183,36 @@ class _Book:
         starts = np.cumsum(part.lengths) - part.lengths
         windows = Pass(part.lengths, np.add.reduceat(part.targets >= 0, starts, dtype=np.int64), self._device)
         self._written, self._members_SN = [], windows.members()
-        self.kept.open(windows)
+        self._kept.open(windows)
         tokens = torch.from_numpy(part.tokens).to(self._device)
-        with _frozen(self._decoder), self._watching() as leaves, autocast():
+        with autocast():
             hidden = self._decoder(tokens, torch.from_numpy(part.lengths))
             losses, grad = self._head(hidden.detach(), torch.from_numpy(part.targets).to(self._device), windows.asked)
         hidden.backward(grad)
-        self._embedding(tokens, leaves[0].grad)
-        if sorted(self._written) != sorted(self.places.starts):
+        self._embedding(tokens, self._leaf_ND.grad)
+        if sorted(self._written) != sorted(self._places.starts):
             raise ConfigError("clipping: a layer took no part in the step, or took part twice; its norm is unknown")
         return losses
+
+    def share(self, places: np.ndarray, clip: float, norms: np.ndarray, total: Tensor) -> list[np.ndarray]:
+        """Add clipped gradients of the windows that are kept to `total` [P] and note their norms.
+
+        Returns:
+            Windows to look at again, each alone: one of them is not finite, and which is seen only then.
+        """
+        norm = self._kept.squares().sqrt()
+        norms[places] = norm.cpu().numpy()
+        scale = (clip * (1.0 - _SAFETY) / norm.clamp(min=clip)).float()
+        wrong = ~np.isfinite(norms[places])
+        scale[torch.from_numpy(wrong)] = 0.0
+        self._kept.add_(total, scale)
+        return [places[[at]] for at in np.flatnonzero(wrong)] if len(places) > 1 else []
 
     def _head(self, hidden_ND: Tensor, targets: Tensor, counts: np.ndarray) -> tuple[np.ndarray, Tensor]:
         """Each window's mean loss, and the gradient of their sum; the output layer's own gradients are kept."""
         weight = self._wrote(self._decoder.head_weight)
         layer = OutputLayer(weight, products_of(weight))
-        self.kept.begin_head(weight, layer)
+        self._kept.begin_head(weight, layer)
         asked = (targets >= 0).nonzero().squeeze(1)
         part_A1 = torch.from_numpy(np.repeat(1.0 / np.maximum(counts, 1), counts)).to(hidden_ND)[:, None]
         nll_A = torch.empty(len(asked), device=self._device)
@@ -179,7 +223,7 @@ class _Book:
                 h_CD = hidden_ND[some]
                 nll_A[chunk], g_CW = layer.surprise(h_CD, targets[some])
                 grad_ND[some] = layer.back(g_CW).mul_(part_A1[chunk]).to(grad_ND.dtype)
-                self.kept.head(chunk, g_CW, h_CD.mul_(part_A1[chunk]))
+                self._kept.head(chunk, g_CW, h_CD.mul_(part_A1[chunk]))
         shares = (nll_A * part_A1[:, 0]).double().cpu().split(counts.tolist())
         return np.array([float(share.sum()) for share in shares]), grad_ND
 
@@ -188,45 +232,31 @@ class _Book:
         weight, tied = self._decoder.embed_tokens.weight, self._decoder.lm_head is None
         if not tied:
             self._wrote(weight)
-        self.kept.embedding(weight, tokens, grad_ND, tied)
+        self._kept.embedding(weight, tokens, grad_ND, tied)
 
-    @contextmanager
-    def _watching(self) -> Iterator[list[Tensor]]:
-        """Write gradients down as they come; gives the embedded tokens, the leaf that everything follows from."""
-        leaves: list[Tensor] = []
+    def embedded(self, out_ND: Tensor) -> Tensor:
+        """Take the embedded tokens; gives the leaf that everything follows from."""
+        self._leaf_ND = out_ND.detach().requires_grad_()
+        return self._leaf_ND
 
-        def embedded(_module: nn.Module, _inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
-            leaves.append(out.detach().requires_grad_())
-            return leaves[0]
-
-        handles = [self._decoder.embed_tokens.register_forward_hook(embedded)]
-        for module in self._decoder.modules():
-            if isinstance(module, nn.Linear) and module is not self._decoder.lm_head:
-                handles.append(module.register_forward_hook(self._linear))
-            elif isinstance(module, RMSNorm):
-                handles.append(module.register_forward_hook(self._norm))
-        try:
-            yield leaves
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _linear(self, module: nn.Linear, inputs: tuple[Tensor, ...], out: Tensor) -> None:
-        x_NI = inputs[0].detach()
+    def linear(self, module: nn.Linear, x_NI: Tensor, out: Tensor) -> None:
+        """Write the gradients of a layer down as soon as that of its output comes."""
+        x_NI = x_NI.detach()
 
         def arrived(g_NO: Tensor) -> None:
-            self.kept.linear(self._wrote(module.weight), g_NO, x_NI)
+            self._kept.linear(self._wrote(module.weight), g_NO, x_NI)
             if module.bias is not None:
-                self.kept.summed(self._wrote(module.bias), self._members_SN @ g_NO.float())
+                self._kept.summed(self._wrote(module.bias), self._members_SN @ g_NO.float())
 
         out.register_hook(arrived)
 
-    def _norm(self, module: RMSNorm, inputs: tuple[Tensor, ...], out: Tensor) -> None:
-        x_ND = inputs[0].detach()
+    def norm(self, module: RMSNorm, x_ND: Tensor, out: Tensor) -> None:
+        """Write the gradient of a norm's weight down as soon as that of its output comes."""
+        x_ND = x_ND.detach()
 
         def arrived(g_ND: Tensor) -> None:
             unit_ND = F.rms_norm(x_ND.float(), (x_ND.shape[-1],), eps=module.eps)
-            self.kept.summed(self._wrote(module.weight), self._members_SN @ unit_ND.mul_(g_ND))
+            self._kept.summed(self._wrote(module.weight), self._members_SN @ unit_ND.mul_(g_ND))
 
         out.register_hook(arrived)
 
@@ -256,14 +286,29 @@ def _picked(batch: "Batch", places: np.ndarray) -> "Batch":
     )  # fmt: skip
 
 
+class _Watch(threading.local):
+    """Whose gradients a thread makes: hooks are the decoder's, which all threads share."""
+
+    book: _Book
+
+
 @contextmanager
-def _frozen(decoder: Decoder) -> Iterator[None]:
-    """No gradient of a weight is computed: only those of activations."""
+def _watched(decoder: Decoder) -> Iterator[_Watch]:
+    """Hand what layers do to the book of the thread that does it; no gradient of a weight is computed otherwise."""
+    watch = _Watch()
+    handles = [decoder.embed_tokens.register_forward_hook(lambda _module, _inputs, out: watch.book.embedded(out))]
+    for module in decoder.modules():
+        if isinstance(module, nn.Linear) and module is not decoder.lm_head:
+            handles.append(module.register_forward_hook(lambda layer, x, out: watch.book.linear(layer, x[0], out)))
+        elif isinstance(module, RMSNorm):
+            handles.append(module.register_forward_hook(lambda layer, x, out: watch.book.norm(layer, x[0], out)))
     weights = [weight for weight in decoder.parameters() if weight.requires_grad]
     for weight in weights:
         weight.requires_grad_(False)
     try:
-        yield
+        yield watch
     finally:
         for weight in weights:
             weight.requires_grad_(True)
+        for handle in handles:
+            handle.remove()

@@ -95,11 +95,13 @@ class Rows:
     def linear(self, weight: Tensor, g_NO: Tensor, x_NI: Tensor) -> None:
         """Take a layer's gradient: that of its outputs, and its inputs."""
         rows = self._places.of(self._rows, weight)
-        for row, span in enumerate(self._spans):
+        # Views made all at once: one by one they would take as long as a small product.
+        lengths = self._windows.lengths.tolist()
+        for row_OI, g_OT, x_TI in zip(rows.unbind(), g_NO.T.split(lengths, 1), x_NI.split(lengths), strict=True):
             if g_NO.dtype == x_NI.dtype == torch.float32:
-                torch.mm(g_NO[span].T, x_NI[span], out=rows[row])
+                torch.mm(g_OT, x_TI, out=row_OI)
             else:
-                rows[row] = g_NO[span].T @ x_NI[span].to(g_NO.dtype)
+                row_OI.copy_(g_OT @ x_TI.to(g_NO.dtype))
         self._measure(rows)
 
     def summed(self, weight: Tensor, sums_SI: Tensor) -> None:
@@ -112,7 +114,8 @@ class Rows:
         """Say which matrix the output layer has, before its gradients come."""
         self._head, self._layer, asked = self._places.of(self._rows, weight), layer, self._windows.asked
         self._lengths_SV = torch.zeros(len(asked), len(weight), device=self._windows.device)
-        self._head[torch.from_numpy(asked == 0)] = 0.0
+        for row in np.flatnonzero(asked == 0):
+            self._head[row].zero_()
 
     def head(self, chunk: slice, g_CW: Tensor, h_CD: Tensor) -> None:
         """Take the output layer's gradient from some of the positions with a target, in their order."""
@@ -144,7 +147,8 @@ class Rows:
 
     def add_(self, total: Tensor, factors_S: Tensor) -> None:
         """Add every window's gradient times its factor to `total` [P]; factor 0 is nothing at all."""
-        self._rows[factors_S == 0] = 0.0
+        # By index: a mask would pass over the whole buffer.
+        self._rows.index_fill_(0, (factors_S == 0).nonzero()[:, 0], 0.0)
         total.addmv_(self._rows.T, factors_S)
 
     def _measure(self, rows: Tensor) -> None:

@@ -1,5 +1,6 @@
 """Per-patient gradients are those of a loop over patients, and one patient moves their sum by the clip at most."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -59,6 +60,44 @@ def one_by_one(decoder: Decoder, batch: Batch) -> list[list[torch.Tensor]]:
 
 def norm_of(gradients: list[torch.Tensor]) -> float:
     return float(torch.cat([g.double().flatten() for g in gradients]).norm())
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Whatever a test sets is gone afterwards."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+def test_threads_change_rounding_at_most_and_the_same_threads_nothing() -> None:
+    decoder = decoder_of(BASE)
+    batch = batch_of([5, 1, 17, 30, 2, 9, 9, 12, 3, 8, 21], decoder.config.vocab)
+    found = {}
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        found[threads], again = clipped_sum(decoder, batch, 1.0), clipped_sum(decoder, batch, 1.0)
+        assert torch.get_num_threads() == threads
+        np.testing.assert_array_equal(found[threads].norms, again.norms)
+        for one, other in zip(found[threads].gradients, again.gradients, strict=True):
+            assert torch.equal(one, other)
+        np.testing.assert_allclose(found[threads].norms, found[1].norms, rtol=1e-5)
+        for one, other in zip(found[threads].gradients, found[1].gradients, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("threads")
+def test_an_error_in_a_thread_arrives_and_leaves_the_decoder_as_it_was() -> None:
+    torch.set_num_threads(2)
+    decoder = decoder_of(BASE)
+    batch = batch_of([5, 9, 17, 30], decoder.config.vocab)
+    batch.tokens[-1] = decoder.config.vocab
+    with pytest.raises(IndexError):
+        clipped_sum(decoder, batch, 1.0)
+    assert torch.get_num_threads() == 2
+    assert all(weight.requires_grad for weight in decoder.parameters())
+    assert not decoder.embed_tokens._forward_hooks
 
 
 @pytest.mark.parametrize("together", [1, 3, 100])
