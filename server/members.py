@@ -137,16 +137,16 @@ class Members:
 
         def work(session: Session) -> WitnessEntry:
             _get_member(session, site)
-            row = session.get(tables.Witness, site)
+            row, now = session.get(tables.Witness, site), self._ledger.now(session)
             if row is not None and row.sha256 != known:
                 return entry_of(WitnessEntry, row)
             if row is None:
-                row = tables.Witness(site=site)
+                row = tables.Witness(site=site, entries=entries, sha256=sha256, at=now)
                 session.add(row)
             elif restored:
                 told = f"its list has {entries:,} entries and had {row.entries:,}; its people have accepted that"
                 note(session, site, "site.restored", site=site, told=told)
-            row.entries, row.sha256, row.at = entries, sha256, self._ledger.now(session)
+            row.entries, row.sha256, row.at = entries, sha256, now
             return entry_of(WitnessEntry, row)
 
         return self._ledger.write(work)
