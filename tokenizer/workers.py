@@ -115,7 +115,7 @@ class Pool:
             try:
                 good, result = worker.answer(work)
             except Exception as error:  # whatever it is, the slot must go on with a fresh worker
-                self._living.discard(worker)
+                self._forget(worker)
                 code = worker.stop()
                 future.set_exception(WorkerDied(f"The worker of {label} ended with code {code} ({error!r})."))
                 worker = self._start()
@@ -124,8 +124,12 @@ class Pool:
                     future.set_result(result)
                 else:
                     future.set_exception(result)
-        self._living.discard(worker)
+        self._forget(worker)
         worker.stop()
+
+    def _forget(self, worker: "_Worker") -> None:
+        with self._changing:
+            self._living.discard(worker)
 
     def _start(self) -> "_Worker":
         with self._changing:
