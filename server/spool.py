@@ -3,7 +3,7 @@
     plan.json  codebook.json  manifest.json  ledger.sqlite
     rounds/0007/train.sum             the masked sum of a round, until the next round is open
     rounds/0007/<site>.update         an update as it travelled, until the next round is open
-    checkpoints/0007.safetensors      decoder, outer momentum, and what they belong to
+    checkpoints/0007.safetensors      decoder, outer moments, and what they belong to
     assessments/0007.json             what the sites' answers to the run's questions say together
 
 Every file appears whole or not at all, and the ledger points at it only afterwards.
@@ -34,7 +34,7 @@ from server.unmask import Collected
 from tokenizer import durable
 from tokenizer.errors import DataError
 
-_MOMENTUM = "outer.momentum"
+_MOMENTUM, _SECOND = "outer.momentum", "outer.second"
 
 
 class Spool:
@@ -96,7 +96,8 @@ class Spool:
     def save(self, number: int, state: GlobalState, work: Work) -> Checkpoint:
         """Keep the state after a round as a checkpoint with its provenance."""
         decoder = to_decoder(self._manifest.model, state.weights)
-        momentum = {} if state.momentum is None else {_MOMENTUM: torch.from_numpy(state.momentum)}
+        moments = {_MOMENTUM: state.momentum, _SECOND: state.second}
+        kept = {name: torch.from_numpy(vector) for name, vector in moments.items() if vector is not None}
         manifest = self._manifest
         provenance = checkpoint.Provenance(
             codebook_hash=manifest.codebook_hash,
@@ -111,7 +112,7 @@ class Spool:
         )
         path = self.checkpoint_path(number)
         path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.save(path, decoder, extra=asdict(provenance), arrays=momentum)
+        checkpoint.save(path, decoder, extra=asdict(provenance), arrays=kept)
         return Checkpoint(str(path.relative_to(self._dir)), _sha256(path), path.stat().st_size)
 
     def load(self, number: int, sha256: str) -> GlobalState:
@@ -128,8 +129,8 @@ class Spool:
         decoder, extra, arrays = checkpoint.load(path, self._manifest.codebook_hash)
         if extra.get("manifest_hash") != self._manifest.hash:
             raise DataError(f"{path}: belongs to run {extra.get('manifest_hash')}, not {self._manifest.hash}.")
-        momentum = arrays.get(_MOMENTUM)
-        return GlobalState(to_vector(decoder), None if momentum is None else momentum.numpy())
+        moments = (arrays.get(name) for name in (_MOMENTUM, _SECOND))
+        return GlobalState(to_vector(decoder), *(None if each is None else each.numpy() for each in moments))
 
     def sweep(self, keep: Collection[int], open_round: int) -> None:
         """Drop what belongs neither to the open round nor, of checkpoints, to `keep`; and half-written files."""

@@ -137,6 +137,8 @@ def _at_sites(study: Study) -> TaskEvaluation | None:
 def _train_single(study: Study, arm: Arm, codebook: bytes, share: int, pool: Pool, watch: Watch) -> Arm:
     """Train one site by itself; `share` times the local steps, where steps are the measure, for equal tokens."""
     plan = _plan(study, arm.name, codebook=codebook, outer=OuterOptions(), min_sites=1)
+    # One site can't drift from itself.
+    plan = replace(plan, local=replace(plan.local, proximal=0.0, correct_drift=False))
     if plan.privacy is not None and plan.privacy.mechanism == "distributed":
         # There is nobody to share the noise with.
         plan = replace(plan, privacy=replace(plan.privacy, mechanism="local", honest_sites=None))
@@ -218,13 +220,16 @@ def train_options(training: Training) -> TrainOptions:
 def _plan(study: Study, name: str, **changes: object) -> FederationPlan:
     """Translate a study's settings for one arm."""
     train = study.training
-    outer = OuterOptions()
+    outer = OuterOptions(lr=train.outer_learning_rate or 1.0)
     if train.outer == "nesterov":
         outer = OuterOptions.nesterov(train.outer_learning_rate or 0.7, train.outer_momentum)
-    elif train.outer_learning_rate is not None:
-        outer = OuterOptions(lr=train.outer_learning_rate)
+    elif train.outer != "fedavg":
+        outer = OuterOptions.adaptive(train.outer, train.outer_learning_rate or 1e-2, train.outer_momentum)
+        outer = replace(outer, second=train.outer_second, floor=train.outer_floor)
     if study.privacy is not None and study.privacy.mechanism == "distributed":
         outer = replace(outer, weights="uniform")
+    else:
+        outer = replace(outer, weights=train.weights)
     plan = FederationPlan(
         name=f"{study.name}/{name}",
         rounds=train.rounds,
@@ -236,6 +241,8 @@ def _plan(study: Study, name: str, **changes: object) -> FederationPlan:
             windows_per_patient=train.windows_per_patient,
             warmup_share=train.warmup_share,
             optimizer_state=train.optimizer_state,
+            proximal=train.proximal,
+            correct_drift=train.correct_drift,
         ),
         model=study.model.preset,
         context=study.model.context,

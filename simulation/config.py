@@ -115,7 +115,8 @@ class Training(_Section):
 
     In the federated arm, `sites_per_round` sites are drawn for each round (all if left out), no site's weight is more
     than `max_share` of all, and updates, cut to `clip_norm`, become one by `outer_rule`, which bears `byzantine`
-    hostile or broken sites; see docs/rounds.md.
+    hostile or broken sites; `proximal` is FedProx's μ, and `correct_drift` corrects every step as SCAFFOLD does (which
+    needs `optimizer = "sgd"`, `local_steps` and `weights = "uniform"`); see docs/rounds.md.
 
     Every `evaluate_every` rounds, and after the last, the loss of the tuning patients is measured; an arm ends with the
     best of these rounds.
@@ -126,16 +127,21 @@ class Training(_Section):
     local_steps: _Positive | None = None
     batch_tokens: _Positive = 8192
     windows_per_patient: _Positive | None = None
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0.0)] = 3e-3
     min_learning_rate_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
     warmup_share: _Share = 0.03
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
     clip: Annotated[float, Field(gt=0.0)] = 1.0
     optimizer_state: Literal["keep", "reset"] = "keep"
-    outer: Literal["fedavg", "nesterov"] = "fedavg"
+    proximal: Annotated[float, Field(ge=0.0)] = 0.0
+    correct_drift: bool = False
+    outer: Literal["fedavg", "nesterov", "adam", "yogi"] = "fedavg"
     outer_learning_rate: Annotated[float, Field(gt=0.0)] | None = None
     outer_momentum: _Share = 0.9
+    outer_second: _Share = 0.99
+    outer_floor: Annotated[float, Field(gt=0.0)] = 1e-3
+    weights: Literal["tokens", "uniform"] = "tokens"
     outer_rule: Literal["mean", "median", "trimmed_mean", "krum"] = "mean"
     byzantine: Annotated[int, Field(ge=0)] = 0
     clip_norm: Annotated[float, Field(gt=0.0)] | None = None

@@ -154,9 +154,16 @@ def _settings(result: Result, federated: Arm) -> tuple[tuple[str, str], ...]:
     manifest = _outcome(federated).manifest
     work = f"{train.local_epochs:g} passes" if train.local_epochs is not None else f"{train.local_steps} steps"
     outer = manifest.outer
-    optimizer = {"adamw": "AdamW", "muon": "Muon"}[train.optimizer]
+    optimizer = {"adamw": "AdamW", "muon": "Muon", "sgd": "SGD"}[train.optimizer]
     futures = "; ".join(f"{study.trajectories(task.name)} for {task.name}" for task in study.task)
-    how = "FedAvg" if outer.name == "fedavg" else f"Nesterov momentum {outer.momentum:g}, learning rate {outer.lr:g}"
+    names = {"nesterov": "Nesterov", "adam": "FedAdam", "yogi": "FedYogi"}
+    how = "FedAvg"
+    if outer.name != "fedavg":
+        how = f"{names[outer.name]}, momentum {outer.momentum:g}, learning rate {outer.lr:g}"
+    if train.proximal:
+        how += f"; FedProx with mu {train.proximal:g}"
+    if train.correct_drift:
+        how += "; drift corrected (SCAFFOLD)"
     return (
         (
             "Model",
