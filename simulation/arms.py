@@ -244,7 +244,7 @@ def _plan(study: Study, name: str, **changes: object) -> FederationPlan:
             proximal=train.proximal,
             correct_drift=train.correct_drift,
         ),
-        model=study.model.preset,
+        model=study.model.shape(),
         context=study.model.context,
         dropout=study.model.dropout,
         train=train_options(train),

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError, model_validator
 
+from model.decoder import DecoderConfig
 from model.task_files import tasks_of
 from model.tasks import Task
 from tokenizer.errors import ConfigError
@@ -103,11 +104,30 @@ class Tokenizer(_Section):
 
 
 class Model(_Section):
-    """The decoder: a preset by its size, the longest context, dropout."""
+    """The decoder: a preset by its size, or a shape of its own (`layers`, `width`, `heads`, `ff`); context, dropout."""
 
     preset: str = "0.3m"
     context: Annotated[int, Field(ge=16)] = 1024
     dropout: _Share = 0.0
+    layers: _Positive | None = None
+    width: _Positive | None = None
+    heads: _Positive | None = None
+    ff: _Positive | None = None
+
+    @model_validator(mode="after")
+    def _whole_shape(self) -> Self:
+        given = [value is not None for value in (self.layers, self.width, self.heads, self.ff)]
+        if any(given) and not all(given):
+            raise ValueError("layers, width, heads and ff belong together: give all of them, or a preset")
+        return self
+
+    def shape(self) -> str | DecoderConfig:
+        """Give the preset's name, or the shape, whose vocabulary is set by the codebook."""
+        if self.layers and self.width and self.heads and self.ff:
+            return DecoderConfig(
+                8, self.layers, self.width, self.heads, self.heads, self.ff, context=self.context, dropout=self.dropout
+            )
+        return self.preset
 
 
 class Training(_Section):

@@ -167,7 +167,7 @@ def _settings(result: Result, federated: Arm) -> tuple[tuple[str, str], ...]:
     return (
         (
             "Model",
-            f"{study.model.preset}: {manifest.model.parameters():,} parameters, context {manifest.model.context}",
+            f"{study.model.preset if not study.model.layers else 'own shape'}: {manifest.model.parameters():,} parameters, context {manifest.model.context}",
         ),
         ("Values", f"{study.tokenizer.values}, {study.tokenizer.value_bins} bins"),
         ("Rounds", f"{train.rounds}, each with {work} over a site's own patients"),

@@ -7,8 +7,8 @@ Everything lies under one folder, and the same call on the same folder goes on w
 
 import fcntl
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,8 @@ from tokenizer.errors import ConfigError
 from tokenizer.events import MedsDataset
 from tokenizer.progress import Step, Watch
 
+PoolFor = Callable[[tuple[SiteFiles, ...]], Pool]
+
 
 @dataclass(frozen=True)
 class Result:
@@ -38,7 +40,15 @@ class Result:
     notes: tuple[str, ...] = ()
 
 
-def run_study(study: Study, folder: Path, *, workers: int | None = None, watch: Watch = lambda step: None) -> Result:
+def run_study(
+    study: Study,
+    folder: Path,
+    *,
+    workers: int | None = None,
+    watch: Watch = lambda step: None,
+    pool: PoolFor | None = None,
+    ask: bool = True,
+) -> Result:
     """Run a study to its end; after a crash or a kill, the same call goes on where it stopped.
 
     Args:
@@ -46,6 +56,8 @@ def run_study(study: Study, folder: Path, *, workers: int | None = None, watch: 
         folder: where all of it lies.
         workers: processes that play sites and roll out; as many as there are cores when not given.
         watch: told how far the work is, from any thread.
+        pool: gives the pool that plays these sites, and stays open; without, the study has one of its own.
+        ask: whether the questions are put to the arms.
 
     Raises:
         ConfigError: the folder is in use, or belongs to another study.
@@ -53,10 +65,10 @@ def run_study(study: Study, folder: Path, *, workers: int | None = None, watch: 
     """
     with _claimed(folder, study):
         sites, notes = _sites(study, folder, watch)
-        with Pool(workers) as pool:
-            arms = train(study, sites, folder, pool, watch)
+        with Pool(workers) if pool is None else nullcontext(pool(sites)) as players:
+            arms = train(study, sites, folder, players, watch)
             _release(arms, folder)
-            answers = answer(study, sites, arms, folder, pool, watch)
+            answers = answer(study, sites, arms, folder, players, watch) if ask else ()
         return Result(study, folder, sites, arms, answers, notes)
 
 
