@@ -66,6 +66,7 @@ def _mount(group: typer.Typer, room: str, commands: str = "commands") -> None:
 _mount(site, "client")
 _mount(app, "client", "task_commands")
 _mount(coordinator, "server")
+_mount(app, "simulation", "studies.commands")
 
 # What several commands take.
 Records = Annotated[

@@ -156,6 +156,7 @@ def _settings(result: Result, federated: Arm) -> tuple[tuple[str, str], ...]:
     outer = manifest.outer
     optimizer = {"adamw": "AdamW", "muon": "Muon", "sgd": "SGD"}[train.optimizer]
     futures = "; ".join(f"{study.trajectories(task.name)} for {task.name}" for task in study.task)
+    preset = "own shape" if study.model.layers else study.model.preset
     names = {"nesterov": "Nesterov", "adam": "FedAdam", "yogi": "FedYogi"}
     how = "FedAvg"
     if outer.name != "fedavg":
@@ -167,7 +168,7 @@ def _settings(result: Result, federated: Arm) -> tuple[tuple[str, str], ...]:
     return (
         (
             "Model",
-            f"{study.model.preset if not study.model.layers else 'own shape'}: {manifest.model.parameters():,} parameters, context {manifest.model.context}",
+            f"{preset}: {manifest.model.parameters():,} parameters, context {manifest.model.context}",
         ),
         ("Values", f"{study.tokenizer.values}, {study.tokenizer.value_bins} bins"),
         ("Rounds", f"{train.rounds}, each with {work} over a site's own patients"),

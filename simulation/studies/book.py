@@ -5,6 +5,7 @@ The ledger is what counts; `results.parquet` is made from it after each cell, fo
 
 import io
 import json
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -63,6 +64,7 @@ class Book:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
+        self._copying = threading.Lock()
         self._engine = connect(
             address(folder / "study.sqlite"), ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON")
         )
@@ -119,7 +121,7 @@ class Book:
             self._close(connection, digest, FAILED, reason, seconds)
 
     def table(self, cells: Sequence[Cell]) -> pl.DataFrame:
-        """Give the figures of these cells: columns digest, seed, arm, measure, value, and one for each axis (labels)."""
+        """Give the figures of these cells: digest, seed, arm, measure, value, and a column of labels for each axis."""
         wanted = {cell.digest: cell for cell in cells}
         with reading(self._engine).begin() as connection:
             rows = [row for row in connection.execute(select(_figures)) if row.digest in wanted]
@@ -143,12 +145,13 @@ class Book:
 
     def _copy(self) -> None:
         """Write all cells and figures to the Parquet file."""
-        joined = select(_cells, _figures.c.arm, _figures.c.measure, _figures.c.value).join(_figures)
-        with reading(self._engine).begin() as connection:
-            rows = [dict(row._mapping) for row in connection.execute(joined)]
-        buffer = io.BytesIO()
-        pl.DataFrame(rows, infer_schema_length=None).write_parquet(buffer)
-        durable.write_bytes(self._folder / "results.parquet", buffer.getvalue())
+        with self._copying:
+            joined = select(_cells, _figures.c.arm, _figures.c.measure, _figures.c.value).join(_figures)
+            with reading(self._engine).begin() as connection:
+                rows = [dict(row._mapping) for row in connection.execute(joined)]
+            buffer = io.BytesIO()
+            pl.DataFrame(rows, infer_schema_length=None).write_parquet(buffer)
+            durable.write_bytes(self._folder / "results.parquet", buffer.getvalue())
 
 
 def _row(cell: Cell) -> dict[str, Any]:

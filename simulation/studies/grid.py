@@ -21,8 +21,8 @@
     x = "local steps"
     y = ["loss", "bytes up"]
 
-A cell is a point of every axis and a seed; its digest is that of the study that it is, so that a change of the file runs
-only what is new. Keys under `hostile.` are of `simulation.studies.hostile`, all others of the study's file.
+A cell is a point of every axis and a seed; its digest is that of the study that it is, so that a change of the file
+runs only what is new. Keys under `hostile.` are of `simulation.studies.hostile`, all others of the study's file.
 """
 
 import hashlib
@@ -70,7 +70,7 @@ class Axis(_Section):
 
 
 class Plot(_Section):
-    """What the report draws: an axis along x, measures along y, one line for each point of the other axes and each arm."""
+    """What is drawn: an axis along x, measures along y, a line for each point of the other axes and each arm."""
 
     x: str
     y: tuple[str, ...]

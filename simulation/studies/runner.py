@@ -1,4 +1,4 @@
-"""Run a grid's cells side by side over one pool of workers; what is done stays done, and what fails stops nothing else."""
+"""Run a grid's cells side by side over one pool of workers; what is done stays, and what fails stops nothing else."""
 
 import fcntl
 import shutil
@@ -49,6 +49,9 @@ def run(
         book.expect(cells)
         known = book.entries()
         passed = (DONE,) if again else (DONE, FAILED)
+        for cell in cells:
+            if known[cell.digest].state == DONE and not keep:  # what a kill left behind
+                shutil.rmtree(folder / "cells" / cell.digest, ignore_errors=True)
         left = [cell for cell in cells if known[cell.digest].state not in passed]
         done = len(cells) - len(left)
         watch(Step("cells", done, len(cells)))
