@@ -9,10 +9,12 @@ Every arm is a run of `server.app` with a ledger of its own, so a killed study g
 side by side over one pool, and each ends with its best round by the loss of its own tuning patients.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import polars as pl
 
 from client.site import SiteFiles
 from federation.manifest import LocalWork, OuterOptions, PrivateEvaluation, SecureAggregation, TaskEvaluation, Transport
@@ -196,14 +198,16 @@ def _pool_records(study: Study, sites: Sequence[SiteFiles], folder: Path) -> Pat
         return study.data.path
     path = folder / "pooled" / "records"
     if not path.exists():
-        shards = (
-            (f"{site.name}-{number}", dataset.read(shard))
-            for site in sites
-            for dataset in [MedsDataset.open(site.data)]
-            for number, shard in enumerate(dataset.shards)
-        )
-        write_meds(path, shards, name="the records of all sites")
+        write_meds(path, shards_of({site.name: site.data for site in sites}), name="the records of all sites")
     return path
+
+
+def shards_of(records: Mapping[str, Path]) -> Iterator[tuple[str, pl.DataFrame]]:
+    """Give the shards of several MEDS datasets, one after the other, under names of their own."""
+    for name, path in records.items():
+        dataset = MedsDataset.open(path)
+        for number, shard in enumerate(dataset.shards):
+            yield f"{name}-{number}", dataset.read(shard)
 
 
 def train_options(training: Training) -> TrainOptions:

@@ -6,15 +6,18 @@ Everything lies under one folder, and the same call on the same folder goes on w
 """
 
 import fcntl
+import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import polars as pl
+
 from client.site import SiteFiles
 from server.futures import Model
-from simulation.arms import Arm, train
+from simulation.arms import Arm, shards_of, train
 from simulation.config import Study
 from simulation.hospital import PROFILES, write_hospital
 from simulation.partition import OTHER, Parts, partition
@@ -22,7 +25,7 @@ from simulation.pool import Pool
 from simulation.questions import Answers, answer
 from tokenizer import durable
 from tokenizer.errors import ConfigError
-from tokenizer.events import MedsDataset
+from tokenizer.events import MedsDataset, write_meds
 from tokenizer.progress import Step, Watch
 
 PoolFor = Callable[[tuple[SiteFiles, ...]], Pool]
@@ -120,6 +123,11 @@ def _sites(study: Study, folder: Path, watch: Watch) -> tuple[tuple[SiteFiles, .
             if not (home / name / "truth.parquet").exists():
                 write_hospital(home / name, PROFILES[name], data.patients, study.seed)
             watch(Step("records", done, len(names), f"{name}: {data.patients} patients"))
+        if data.partition is not None:
+            mixed = _mixed(records, home)
+            parts = partition(MedsDataset.open(mixed), data.partition, home / "sites", seed=study.seed)
+            records = {site.name: site.path for site in parts.sites}
+            notes = _partition_notes(parts)
     else:
         if data.path is None or data.partition is None:
             raise ConfigError("data.path and [data.partition] are needed to split a dataset")
@@ -133,6 +141,19 @@ def _sites(study: Study, folder: Path, watch: Watch) -> tuple[tuple[SiteFiles, .
         records = {site.name: site.path for site in parts.sites}
         notes = _partition_notes(parts)
     return tuple(SiteFiles(name, records[name], folder / "state" / name) for name in sorted(records)), notes
+
+
+def _mixed(records: Mapping[str, Path], home: Path) -> Path:
+    """Put made-up hospitals' patients in one dataset, to be split anew; their true risks go where the sites will be."""
+    mixed = home / "mixed"
+    if not mixed.exists():
+        (home / "sites").mkdir(exist_ok=True)
+        truth = pl.concat([pl.read_parquet(path.parent / "truth.parquet") for path in records.values()])
+        buffer = io.BytesIO()
+        truth.write_parquet(buffer)
+        durable.write_bytes(home / "sites" / "truth.parquet", buffer.getvalue())
+        write_meds(mixed, shards_of(records), name="the patients of all hospitals")
+    return mixed
 
 
 def _partition_notes(parts: Parts) -> tuple[str, ...]:
