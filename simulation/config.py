@@ -57,8 +57,8 @@ class Partition(_Section):
 class Data(_Section):
     """Where the records come from.
 
-    `synthetic` makes hospitals up, with known risks (and, with a `partition`, splits their patients anew); `meds` splits one MEDS dataset into sites; `sites` takes one MEDS
-    dataset for each site as it is.
+    `synthetic` makes hospitals up, with known risks (and, with a `partition`, splits their patients anew); `meds`
+    splits one MEDS dataset into sites; `sites` takes one MEDS dataset for each site as it is.
     """
 
     kind: Literal["synthetic", "meds", "sites"]

@@ -79,10 +79,10 @@ class Plot(_Section):
 
 
 class Scaling(_Section):
-    """Fit scaling laws to the cells of each point of the axis `by` (of all cells without)."""
+    """Fit scaling laws to each arm's cells, apart for each point of the axis `by` (together without)."""
 
     by: str = ""
-    arm: str = "federated"
+    arms: tuple[str, ...] = ("federated",)
     resamples: int = Field(default=200, ge=20)
 
 

@@ -74,24 +74,18 @@ def runs_by(grid: Grid, table: pl.DataFrame, cells: Sequence[Cell]) -> dict[str,
     """Give the trained models of each label of the axis that scaling laws are fitted by."""
     if (asked := grid.scaling) is None:
         return {}
-    wide: dict[str, dict[str, float]] = {}
+    wide: dict[tuple[str, str], dict[str, float]] = {}
     for digest, arm, measure, value in table.select("digest", "arm", "measure", "value").iter_rows():
-        if arm == asked.arm:
-            wide.setdefault(digest, {})[measure] = value
+        wide.setdefault((digest, arm), {})[measure] = value
     found: dict[str, list[Run]] = {}
-    for cell in cells:
-        label = cell.place[asked.by].label if asked.by else "all"
-        told = wide.get(cell.digest, {})
-        if {"parameters", "tokens", "loss"} <= set(told):
-            # Private runs tell no tokens: their compute is what was agreed on.
-            tokens = told["tokens"] or _agreed_tokens(cell)
-            found.setdefault(label, []).append(Run(told["parameters"], tokens, told["loss"]))
+    for arm in asked.arms:
+        for cell in cells:
+            told = wide.get((cell.digest, arm), {})
+            # Private runs tell no tokens.
+            if {"parameters", "tokens", "loss"} <= set(told) and told["tokens"] > 0:
+                label = f"{cell.place[asked.by].label}, {arm}" if asked.by else arm
+                found.setdefault(label, []).append(Run(told["parameters"], told["tokens"], told["loss"]))
     return found
-
-
-def _agreed_tokens(cell: Cell) -> float:
-    train = cell.study.training
-    return float((train.local_steps or 0) * train.rounds * train.batch_tokens)
 
 
 def _number(value: float) -> str:
