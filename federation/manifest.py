@@ -313,6 +313,7 @@ class Manifest:
             part of any claim of privacy.
         transport: how vectors travel.
         purposes: the questions that the trained model will be asked.
+        initial: sha256 of the checkpoint whose weights the run begins with; empty to draw them by `seed`.
         privacy: differential privacy of what sites give; None is none.
         secure_aggregation: how updates are summed; None leaves them in clear.
         tasks: the questions that sites answer about their own patients; None asks none.
@@ -336,6 +337,7 @@ class Manifest:
     sites_per_round: int | None = None
     transport: Transport = Transport()
     purposes: tuple[str, ...] = ()
+    initial: str = ""
     privacy: Privacy | None = None
     secure_aggregation: SecureAggregation | None = None
     tasks: TaskEvaluation | None = None

@@ -1,6 +1,7 @@
 """The files of a run directory: accepted updates of the open round, checkpoints of the last rounds.
 
     plan.json  codebook.json  manifest.json  ledger.sqlite
+    initial.safetensors               the checkpoint that the run begins with, if it names one
     rounds/0007/train.sum             the masked sum of a round, until the next round is open
     rounds/0007/<site>.update         an update as it travelled, until the next round is open
     checkpoints/0007.safetensors      decoder, outer moments, and what they belong to
@@ -116,11 +117,13 @@ class Spool:
         return Checkpoint(str(path.relative_to(self._dir)), _sha256(path), path.stat().st_size)
 
     def load(self, number: int, sha256: str) -> GlobalState:
-        """Give back the state after a round; round 0 is the beginning, which follows from the manifest's seed.
+        """Give back the state after a round; round 0 is the beginning, which follows from the manifest.
 
         Raises:
             DataError: the checkpoint is missing, changed, or belongs to another run.
         """
+        if number == 0 and self._manifest.initial:
+            return self._initial()
         if number == 0:
             return GlobalState(to_vector(Decoder.create(self._manifest.model, self._manifest.seed)))
         path = self.checkpoint_path(number)
@@ -131,6 +134,16 @@ class Spool:
             raise DataError(f"{path}: belongs to run {extra.get('manifest_hash')}, not {self._manifest.hash}.")
         moments = (arrays.get(name) for name in (_MOMENTUM, _SECOND))
         return GlobalState(to_vector(decoder), *(None if each is None else each.numpy() for each in moments))
+
+    def _initial(self) -> GlobalState:
+        """The weights of the checkpoint that the manifest names; outer moments begin anew."""
+        path = self._dir / "initial.safetensors"
+        if _sha256(path) != self._manifest.initial:
+            raise DataError(f"{path}: is not the checkpoint that the run begins with ({self._manifest.initial}).")
+        decoder = checkpoint.load(path, self._manifest.codebook_hash)[0]
+        if decoder.config != self._manifest.model:
+            raise DataError(f"{path}: holds a decoder of another shape than the run's.")
+        return GlobalState(to_vector(decoder))
 
     def sweep(self, keep: Collection[int], open_round: int) -> None:
         """Drop what belongs neither to the open round nor, of checkpoints, to `keep`; and half-written files."""

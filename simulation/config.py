@@ -140,6 +140,8 @@ class Training(_Section):
     hostile or broken sites; `proximal` is FedProx's μ, and `correct_drift` corrects every step as SCAFFOLD does (which
     needs `optimizer = "sgd"`, `local_steps` and `weights = "uniform"`); see docs/rounds.md.
 
+    In the arm "personal" every site goes on alone from the federation's best model, for `personal_rounds`.
+
     Every `evaluate_every` rounds, and after the last, the loss of the tuning patients is measured; an arm ends with the
     best of these rounds.
     """
@@ -170,6 +172,7 @@ class Training(_Section):
     max_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     min_sites: _Positive = 1
     sites_per_round: _Positive | None = None
+    personal_rounds: _Positive = 1
     evaluate_every: _Positive = 1
     round_deadline_minutes: Annotated[float, Field(gt=0.0)] = 120.0
 
@@ -296,7 +299,7 @@ def _given(table: dict[str, Any]) -> dict[str, Any]:
 # Questions that rollouts answer; `model.tasks` knows their schema.
 _Tasks = Annotated[tuple[Task, ...], PlainValidator(_taken), PlainSerializer(_plain)]
 
-Arm = Literal["federated", "alone", "pooled", "ensemble", "supervised"]
+Arm = Literal["federated", "alone", "personal", "pooled", "ensemble", "supervised"]
 
 
 class Study(_Section):

@@ -220,7 +220,7 @@ def _course(
     training, download, upload = (np.max([phase[i] for phase in phases], axis=0) for i in range(3))
     count = sum(site.count for site in sites)
     summing = count * up / draw(agreed.server_bytes_per_s)
-    whole = np.max([sum(phase) for phase in phases], axis=0) + summing
+    whole = np.max(np.sum(phases, axis=1), axis=0) + summing
     lines = [
         _line("steps of the middle site", steps, "", "its tokens x passes / batch_tokens"),
         _line("rounds", rounds, "", f"steps / local_steps ({agreed.local_steps})"),

@@ -1,7 +1,9 @@
 """Run one cell of a grid, and read its figures: what it cost, what it learned, how well it answers.
 
 Losses are nats per token on the held-out patients of all sites, which neither trained nor chose the round, so every arm
-is measured on the same tokens. Bytes are counted per run: up is what sites send of updates, down the weights they get.
+is measured on the same tokens; "loss at home" is the mean over sites of the loss on a site's own ones (of a model that
+belongs to one site, on that site's). Bytes are counted per run: up is what sites send of updates, down the weights that
+they get.
 """
 
 import math
@@ -31,8 +33,8 @@ from tokenizer.progress import Watch
 from tokenizer.store import TokenStore
 from tokenizer.windows import Windows
 
-ALONE = "alone"
-"""The name under which the sites' own models are told: the mean over them."""
+OWN = ("alone", "personal")
+"""Arms of which each site has one; told as the mean over sites."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,11 @@ def _of_arm(arm: Arm, result: Result, pool: Pool) -> list[Figure]:
     up = update_bytes(manifest) * len(replies) if masked else sum(reply.bytes for reply in replies)
     width = {"float32": 4, "bfloat16": 2}[manifest.transport.weights]
     nodes, total = len(arm.sites), model.parameters()
+    told = pool.submit(f"{arm.name}, held out", held_out, arm, result.sites, result.arms[0]).result()
+    home = [told[site.name] for site in arm.sites if site.name in told] or list(told.values())
     found = {
-        "loss": pool.submit(f"{arm.name}, held out", held_out_loss, arm, result.sites, result.arms[0]).result(),
+        "loss": sum(nll for nll, _ in told.values()) / max(1, sum(count for _, count in told.values())),
+        "loss at home": float(np.mean([nll / count for nll, count in home if count])),
         "tuning loss": min(losses.values(), default=math.nan),
         "tokens": float(work.tokens),
         "parameters": float(total),
@@ -106,14 +111,14 @@ def _of_arm(arm: Arm, result: Result, pool: Pool) -> list[Figure]:
     return [Figure(arm.name, name, value) for name, value in found.items() if math.isfinite(value)]
 
 
-def held_out_loss(arm: Arm, sites: tuple[SiteFiles, ...], federated: Arm) -> float:
-    """Give an arm's loss on the held-out patients of all sites, in nats per token."""
+def held_out(arm: Arm, sites: tuple[SiteFiles, ...], federated: Arm) -> dict[str, tuple[float, int]]:
+    """Give an arm's summed loss in nats on each site's held-out patients, and the number of tokens."""
     assert arm.outcome is not None
     assert federated.outcome is not None
     manifest = federated.outcome.manifest
     codebook = Codebook.load(federated.outcome.codebook)
     decoder = checkpoint.load(arm.outcome.best_checkpoint, codebook.hash)[0]
-    total, tokens = 0.0, 0
+    told = {}
     for site in sites:
         archive = Archive(site.state)
         if (agreement := archive.run(manifest.hash).agreement()) is None:
@@ -127,20 +132,20 @@ def held_out_loss(arm: Arm, sites: tuple[SiteFiles, ...], federated: Arm) -> flo
             seed=0,
         )
         loss, count = evaluate(decoder, windows.epoch(0))
-        total += loss * count if count else 0.0
-        tokens += count
-    return total / tokens if tokens else math.nan
+        told[site.name] = (loss * count if count else 0.0, count)
+    return told
 
 
 def _together(figures: list[Figure]) -> tuple[Figure, ...]:
     """Put the sites' own models together: the mean of every measure over them."""
-    kept, alone = [], dict[str, list[float]]()
+    kept, own = [], dict[tuple[str, str], list[float]]()
     for figure in figures:
-        if figure.arm.endswith(" alone"):
-            alone.setdefault(figure.measure, []).append(figure.value)
+        kind = figure.arm.rpartition(" ")[2]
+        if kind in OWN and figure.arm != kind:
+            own.setdefault((kind, figure.measure), []).append(figure.value)
         else:
             kept.append(figure)
-    return (*kept, *(Figure(ALONE, measure, float(np.mean(values))) for measure, values in alone.items()))
+    return (*kept, *(Figure(kind, measure, float(np.mean(values))) for (kind, measure), values in own.items()))
 
 
 Runner = Callable[[Cell, Path, Pool, Watch], tuple[Figure, ...]]

@@ -51,7 +51,7 @@ class Hostile:
             length = float(np.linalg.norm(update)) * self.factor
             made: Vector = (noise * (length / np.linalg.norm(noise))).astype(np.float32)
             return made
-        moved: Vector = update - np.float32(self.factor * float(update.std())) * np.sign(update)
+        moved: Vector = (update - self.factor * float(update.std()) * np.sign(update)).astype(np.float32)
         return moved
 
 

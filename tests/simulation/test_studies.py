@@ -196,6 +196,21 @@ def test_a_flipped_update_harms_the_mean_and_not_the_median(tmp_path: Path) -> N
     assert abs(loss["flipped", "median"] - loss["none", "median"]) < 0.1
 
 
+@pytest.mark.slow
+def test_personal_models_begin_with_the_federations_and_are_better_at_home(tmp_path: Path) -> None:
+    text = GRID.split("[[axis]]", maxsplit=1)[0].replace("seeds = [1, 2]", "seeds = [1]") + (
+        '[set]\narms = ["federated", "personal"]\n"training.local_steps" = 10\n"training.learning_rate" = 0.01\n'
+        '"training.personal_rounds" = 1\n'
+    )
+    (cell,) = grid.cells(grid.read(written(tmp_path, text)))
+    with Pool(1) as pool:
+        found = {(f.arm, f.measure): f.value for f in one.run(cell, tmp_path / "cell", pool)}
+        again = {(f.arm, f.measure): f.value for f in one.run(cell, tmp_path / "cell", pool)}
+    assert found == again, "a finished cell is read again and not trained again"
+    assert found["personal", "loss at home"] < found["federated", "loss at home"]
+    assert found["personal", "tokens"] < found["federated", "tokens"] / 3
+
+
 @pytest.mark.parametrize("attack", ["scaled", "flipped", "noise", "hidden"])
 def test_attacks_are_what_they_say(attack: str) -> None:
     honest = np.random.default_rng(0).normal(size=1000).astype(np.float32)
