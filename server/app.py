@@ -169,9 +169,10 @@ def main(grid: Grid, context: Context) -> None:
     log = logging.getLogger("flwr")
 
     def listen(event: Event) -> None:
-        # Who dropped out of a sum, and why one failed; other texts may be long.
-        told = f" {event.site} {event.text}" if event.kind.startswith("sum.") else ""
-        log.info("%s round %d%s", event.kind, event.round, told)
+        # What is asked, who refuses and why, who dropped out of a sum; other texts are in the ledger, and may be long.
+        telling = event.kind == "asked" or event.kind.startswith("sum.") or event.kind.endswith(".refused")
+        number = f"round {event.round}" if event.round else ""
+        log.info("%s", " ".join(filter(None, (event.kind, number, event.site, event.text if telling else ""))))
 
     identity = Identity.at(coordinator_key(Path(root)))
     with _ledger(Path(root)) as ledger:

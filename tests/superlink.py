@@ -118,6 +118,10 @@ class Service:
         for pid in doomed:
             tiny.kill(pid)
 
+    def terminate(self) -> None:
+        """Tell it to end."""
+        self._process.terminate()
+
     def stop(self) -> None:
         self._process.terminate()
         try:

@@ -74,3 +74,15 @@ def test_nodes_are_the_sites_by_name(ram_path: Path, pool: Pool) -> None:
     grid = LocalGrid(pool, files[::-1])
     assert list(grid.get_node_ids()) == [1, 2, 3]
     assert grid._sites[1].name == "site-0"
+
+
+@pytest.mark.slow
+def test_fifty_sites_on_one_machine_take_part_in_every_round(ram_path: Path, pool: Pool) -> None:
+    files = tiny.sites(ram_path, 50)
+    outcome = run_federation(tiny.plan(rounds=2, min_sites=50), files, ram_path / "fifty", pool)
+    with Journal(ram_path / "fifty/ledger.sqlite") as journal:
+        assert journal.committed() == 2
+        for number in (1, 2):
+            accepted = {entry.site for entry in journal.replies(number) if entry.status == Status.ACCEPTED}
+            assert len(accepted) == 50
+    assert outcome.checkpoint.exists()
