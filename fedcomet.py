@@ -66,6 +66,8 @@ def _mount(group: typer.Typer, room: str, commands: str = "commands") -> None:
 _mount(site, "client")
 _mount(app, "client", "task_commands")
 _mount(coordinator, "server")
+_mount(app, "simulation", "studies.commands")
+_mount(app, "simulation", "sizing_commands")
 
 # What several commands take.
 Records = Annotated[

@@ -11,6 +11,7 @@
                          optimizer/0007.safetensors  AdamW's state after round 7 (only of the last two)
                          choices.json           what this machine chose when the run began, and found since
                          residuals/0007.safetensors  what rounding took from the update of round 7 (of the last two)
+                         drift/0007.safetensors    what drift correction keeps of round 7 (of the last two)
                          weights.f32            the weights that were evaluated last, until others come
                          scores/0007-tuning.json   the evaluation of round 7, in a run with secure aggregation
                          assessments/0007.safetensors   the answers to the run's questions after round 7
@@ -37,6 +38,7 @@ import safetensors.numpy
 import safetensors.torch
 from torch import Tensor
 
+from client.drift import Drift
 from federation import canonical
 from federation.manifest import Manifest
 from federation.messages import (
@@ -223,8 +225,9 @@ class RunArchive:
         optimizer: dict[str, Tensor] | None,
         residual: Vector | None = None,
         noise_key: bytes = b"",
+        drift: Drift | None = None,
     ) -> None:
-        """Keep a round's answer with the key of its noise; before it, optimizer's state and update's residual.
+        """Keep a round's answer with the key of its noise; before it, optimizer's state, update's residual and drift.
 
         Then drop what is too old.
         """
@@ -235,6 +238,9 @@ class RunArchive:
         if optimizer is not None:
             data = safetensors.torch.save(optimizer)
             durable.write_bytes(self.path / "optimizer" / f"{number:04d}.safetensors", data)
+        if drift is not None:
+            data = safetensors.numpy.save({"drift": drift.drift, "ended": drift.ended})
+            durable.write_bytes(self.path / "drift" / f"{number:04d}.safetensors", data)
         wire = to_wire(reply)
         told = {"header": wire.header.decode(), **({"noise_key": noise_key.hex()} if noise_key else {})}
         durable.write_bytes(self._round(number), safetensors.numpy.save(dict(wire.payloads), told))  # type: ignore[arg-type]
@@ -242,8 +248,8 @@ class RunArchive:
         self._sweep(number - _KEPT_ROUNDS)
 
     def forget(self, number: int) -> None:
-        """Drop a round's answer, the optimizer's state after it, and its update's residual."""
-        for folder in ("rounds", "optimizer", "residuals"):
+        """Drop a round's answer, the optimizer's state after it, its update's residual, and its drift."""
+        for folder in ("rounds", "optimizer", "residuals", "drift"):
             (self.path / folder / f"{number:04d}.safetensors").unlink(missing_ok=True)
 
     def held(self, purpose: str) -> bytes | None:
@@ -299,6 +305,11 @@ class RunArchive:
         path = self._of_last_before(number, "residuals")
         return safetensors.numpy.load_file(path)["residual"] if path.exists() else None
 
+    def drift_before(self, number: int) -> Drift | None:
+        """Give what drift correction kept of the last answered round before this one."""
+        path = self._of_last_before(number, "drift")
+        return Drift(int(path.stem), **safetensors.numpy.load_file(path)) if path.exists() else None
+
     def keep_weights(self, weights: Vector) -> None:
         """Keep weights that are likely to be asked about again."""
         durable.write_bytes(self.path / "weights.f32", np.ascontiguousarray(weights, "<f4").data)
@@ -331,7 +342,7 @@ class RunArchive:
             if int(path.stem) <= last:
                 durable.write_bytes(path.with_suffix(".digest"), self._header(path)["request_digest"].encode())
                 path.unlink()
-        for kind in ("optimizer", "residuals"):
+        for kind in ("optimizer", "residuals", "drift"):
             for path in (self.path / kind).glob("[0-9]*.safetensors"):
                 if int(path.stem) <= last:
                     path.unlink()

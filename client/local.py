@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from client.archive import Agreement, Archive, Choices, RunArchive, Snapshot
+from client.drift import Drift, next_drift
 from federation import protection
 from federation.coding import Coding, round_
 from federation.manifest import Manifest, TaskEvaluation
@@ -32,8 +33,9 @@ from model.losses import patient_losses
 from model.machine import Machine, Precision, choose_precision
 from model.parallel import ALONE, Team
 from model.private import PrivateOptions, PrivateTrainer, Secret, noised_update
+from model.pull import Pull
 from model.tasks import Task as Question
-from model.train import StepResult, Trainer, TrainingDiverged, TrainOptions, evaluate
+from model.train import StepResult, Trainer, TrainingDiverged, TrainOptions, evaluate, learning_rate
 from tokenizer.codebook import Codebook
 from tokenizer.errors import ConfigError
 from tokenizer.store import TokenStore
@@ -119,15 +121,21 @@ class LocalRound:
         self._seconds = kept.seconds if kept else 0.0
         self._lost = False
         self.residual: Vector | None = None
+        self._drift: Vector | None = None
+        if work.manifest.local.correct_drift:
+            rates = work.rates(request.round - 1)
+            self._drift = next_drift(run.drift_before(request.round), request.round, request.weights, rates)
         if kept is None:
             optimizer = run.optimizer_before(request.round) if work.keeps_optimizer else None
             self.trainer = work.trainer(request.round, request.weights, machine, optimizer, team, task.key)
+            self._pull_back()
             return
         weights = kept.tensors["weights"].numpy()
         self.trainer = work.trainer(request.round, weights, machine, None, team, task.key)
         self.trainer.load_state_dict(
             {k.removeprefix(_OPTIMIZER): v for k, v in kept.tensors.items() if k.startswith(_OPTIMIZER)}
         )
+        self._pull_back()
         steps = zip(kept.tensors["losses"].tolist(), kept.tensors["tokens"].tolist(), strict=True)
         self._results = [StepResult(loss, tokens, 0.0, 0.0) for loss, tokens in steps]
 
@@ -197,6 +205,18 @@ class LocalRound:
     def choices(self) -> Choices:
         """What the work is done with by now."""
         return Choices(self.trainer.precision, self.trainer.micro_tokens)
+
+    def drift(self, reply: TrainReply) -> Drift | None:
+        """What drift correction must not forget of the round; None in a run without it."""
+        if self._drift is None:
+            return None
+        return Drift(reply.round, self._drift, self._task.request.weights + reply.update)
+
+    def _pull_back(self) -> None:
+        """Add the agreed terms to every gradient of the round."""
+        proximal = self._work.manifest.local.proximal
+        if proximal or self._drift is not None:
+            self.trainer.pull = Pull(self.trainer.decoder, self._task.request.weights, proximal, self._drift)
 
     def _step(self, batch: Batch) -> StepResult:
         """Take a step, and rest as long as the device's share of time asks for."""
@@ -300,6 +320,13 @@ class Work:
             trainer.load_state_dict(optimizer)
             trainer.global_step = starts[number - 1]
         return trainer
+
+    def rates(self, number: int) -> float:
+        """The sum of the learning rates of a round's steps; 0 of round 0."""
+        starts = self._starts()
+        options = self._train_options(starts[-1])
+        steps = range(starts[number - 1], starts[number]) if number else range(0)
+        return math.fsum(learning_rate(options, step) for step in steps)
 
     def batches(self, number: int, trainer: Trainer, done: int = 0) -> Iterator[Batch]:
         """Walk through a round's batches, but for those that are done; a private trainer draws its own."""

@@ -132,7 +132,7 @@ class _Work(_Section):
     max_epochs_per_round: float | None = Field(default=None, gt=0)
     max_batch_tokens: int | None = Field(default=None, ge=1)
     max_parameters: int | None = Field(default=None, ge=1)
-    optimizers: Annotated[tuple[Literal["adamw", "muon"], ...], _Tuple] = ("adamw", "muon")
+    optimizers: Annotated[tuple[Literal["adamw", "muon", "sgd"], ...], _Tuple] = ("adamw", "muon", "sgd")
 
 
 class _Machine(_Section):

@@ -321,7 +321,13 @@ class Site:
         reply = local.reply(self.files.name)
         # The ledger forgets the key with the charge; noise that is added under masks needs it until then.
         noise_key = key if summed.shares_noise(run.manifest()) else b""
-        run.keep(reply, local.trainer.state_dict() if work.keeps_optimizer else None, local.residual, noise_key)
+        run.keep(
+            reply,
+            local.trainer.state_dict() if work.keeps_optimizer else None,
+            local.residual,
+            noise_key,
+            local.drift(reply),
+        )
         if local.choices != run.choices():
             run.choose(local.choices)
         return reply

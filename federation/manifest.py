@@ -39,6 +39,9 @@ class LocalWork:
             `tokenizer.windows`.
         warmup_share: share of the site's steps in the whole run with a rising learning rate.
         optimizer_state: AdamW's moments are kept from round to round at the site, or start anew.
+        proximal: FedProx's μ: the loss gets μ/2 times the squared distance from the weights that the round began with.
+        correct_drift: SCAFFOLD: every gradient loses what this site's differ by from those of all sites, which a site
+            works out from consecutive global weights alone (`client.drift`), so no more bytes travel.
     """
 
     steps: int | None = None
@@ -47,8 +50,15 @@ class LocalWork:
     windows_per_patient: int | None = None
     warmup_share: float = 0.03
     optimizer_state: Literal["keep", "reset"] = "keep"
+    proximal: float = 0.0
+    correct_drift: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "proximal", float(self.proximal))
+        if not 0 <= self.proximal < math.inf:
+            raise ConfigError("local.proximal must not be negative.")
+        if self.correct_drift and self.steps is None:
+            raise ConfigError("local.correct_drift needs local.steps: sites that take as many steps as one another.")
         if self.epochs is not None:
             # 1 and 1.0 mean the same, so they must be the same bytes.
             object.__setattr__(self, "epochs", float(self.epochs))
@@ -68,7 +78,8 @@ class OuterOptions:
     """How the coordinator makes one update of the sites' and applies it; see `server.aggregate` for the formulas.
 
     Attributes:
-        name, lr, momentum: the optimizer.
+        name, lr, momentum: the optimizer; of "adam" and "yogi" (FedAdam, FedYogi), `momentum` is β₁.
+        second, floor: of "adam" and "yogi": β₂, and τ, which bounds the step where updates are small.
         weights: whether sites count by the tokens they trained on or all the same; the median and the trimmed mean
             take all the same.
         max_share: the most that one site's weight may be of all weights; where that can't be, all count the same.
@@ -77,9 +88,11 @@ class OuterOptions:
         clip_norm: an update with a larger L2 norm is cut to it; None cuts none.
     """
 
-    name: Literal["fedavg", "nesterov"] = "fedavg"
+    name: Literal["fedavg", "nesterov", "adam", "yogi"] = "fedavg"
     lr: float = 1.0
     momentum: float = 0.0
+    second: float = 0.99
+    floor: float = 1e-3
     weights: Literal["tokens", "uniform"] = "tokens"
     max_share: float = 1.0
     rule: Literal["mean", "median", "trimmed_mean", "krum"] = "mean"
@@ -99,12 +112,19 @@ class OuterOptions:
         if not 0 <= self.momentum < 1:
             raise ConfigError("outer.momentum must be at least 0 and below 1.")
         if self.name == "fedavg" and self.momentum != 0:
-            raise ConfigError("outer.momentum belongs to the nesterov optimizer; fedavg has none.")
+            raise ConfigError("outer.momentum belongs to the nesterov, adam and yogi optimizers; fedavg has none.")
+        if not 0 <= self.second < 1 or not 0 < self.floor < math.inf:
+            raise ConfigError("outer.second must be at least 0 and below 1, outer.floor above 0.")
 
     @classmethod
     def nesterov(cls, lr: float = 0.7, momentum: float = 0.9) -> "OuterOptions":
         """The outer optimizer of DiLoCo with the values of its paper (arXiv 2311.08105, section 3.1)."""
         return cls("nesterov", lr, momentum)
+
+    @classmethod
+    def adaptive(cls, name: Literal["adam", "yogi"], lr: float = 1e-2, momentum: float = 0.9) -> "OuterOptions":
+        """FedAdam or FedYogi with β₂ = 0.99 and τ = 1e-3, as most often best in Reddi et al. (arXiv 2003.00295)."""
+        return cls(name, lr, momentum)
 
 
 @dataclass(frozen=True)
@@ -293,6 +313,7 @@ class Manifest:
             part of any claim of privacy.
         transport: how vectors travel.
         purposes: the questions that the trained model will be asked.
+        initial: sha256 of the checkpoint whose weights the run begins with; empty to draw them by `seed`.
         privacy: differential privacy of what sites give; None is none.
         secure_aggregation: how updates are summed; None leaves them in clear.
         tasks: the questions that sites answer about their own patients; None asks none.
@@ -316,6 +337,7 @@ class Manifest:
     sites_per_round: int | None = None
     transport: Transport = Transport()
     purposes: tuple[str, ...] = ()
+    initial: str = ""
     privacy: Privacy | None = None
     secure_aggregation: SecureAggregation | None = None
     tasks: TaskEvaluation | None = None
@@ -325,6 +347,8 @@ class Manifest:
     def __post_init__(self) -> None:
         if self.sites_per_round is not None and self.sites_per_round < max(1, self.min_sites):
             raise ConfigError("sites_per_round must be at least min_sites, or absent.")
+        if self.local.correct_drift:
+            self._check_drift()
         if self.secure_aggregation is None:
             return
         if self.transport.update != "float32":
@@ -338,6 +362,21 @@ class Manifest:
             )
         if self.sites_per_round is not None and self.sites_per_round < self.secure_aggregation.min_sites:
             raise ConfigError("sites_per_round must be at least secure_aggregation.min_sites, or absent.")
+
+    def _check_drift(self) -> None:
+        """Refuse what drift correction does not fit: corrections of all sites must add up to nothing."""
+        rules = {
+            "train.optimizer must be sgd": self.train.optimizer == "sgd",
+            "outer must be fedavg with lr 1": (self.outer.name, self.outer.lr) == ("fedavg", 1.0),
+            "outer.rule must be mean and outer.weights uniform": (
+                (self.outer.rule, self.outer.weights) == ("mean", "uniform")
+            ),
+            "outer.clip_norm must be absent": self.outer.clip_norm is None,
+            "transport.weights must be float32": self.transport.weights == "float32",
+            "privacy must be absent": self.privacy is None,
+        }
+        if wrong := [rule for rule, holds in rules.items() if not holds]:
+            raise ConfigError(f"local.correct_drift: {'; '.join(wrong)}.")
 
     def to_bytes(self) -> bytes:
         """Give the canonical bytes."""

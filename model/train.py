@@ -1,4 +1,4 @@
-"""The training step: AdamW or Muon, a schedule over the global step, clipping, and a loud end on divergence.
+"""The training step: AdamW, Muon or plain SGD, a schedule over the global step, clipping, and a loud end on divergence.
 
 Notable choices:
 - The learning rate, and the dropout masks, depend only on the options and the global step. A run that was stopped and
@@ -29,6 +29,7 @@ from model.decoder import Decoder, Dropout, hide_from_compiler
 from model.machine import Machine, Precision, choose_precision
 from model.muon import Muon
 from model.parallel import ALONE, Team, shares
+from model.pull import Pull
 from tokenizer.errors import ConfigError, DataError, FedcometError
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class TrainOptions:
     """How to train.
 
     Attributes:
-        optimizer: of the blocks' matrices; everything else is trained by AdamW.
+        optimizer: of the blocks' matrices; everything else is trained by AdamW. "sgd" trains all of it, without
+            momentum, as drift correction needs it; its weight decay is not decoupled.
         lr: peak learning rate.
         min_lr_ratio: share of the peak that the cosine ends at.
         warmup_steps: steps of linear warm-up.
@@ -61,7 +63,7 @@ class TrainOptions:
         ConfigError: for a value out of range.
     """
 
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
     lr: float = 1e-3
     min_lr_ratio: float = 0.1
     warmup_steps: int = 100
@@ -74,7 +76,7 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         checks = {
-            "optimizer is adamw or muon": self.optimizer in ("adamw", "muon"),
+            "optimizer is adamw, muon or sgd": self.optimizer in ("adamw", "muon", "sgd"),
             "lr must be positive": self.lr > 0,
             "min_lr_ratio must lie in [0, 1]": 0 <= self.min_lr_ratio <= 1,
             "warmup_steps must not be negative": self.warmup_steps >= 0,
@@ -126,6 +128,7 @@ class Trainer:
     Attributes:
         micro_tokens: most tokens of a pass, 0 while nothing has asked for a limit.
         precision: what it computes in.
+        pull: terms that are added to every gradient; None adds none.
 
     Raises:
         ConfigError: options that don't go together.
@@ -155,6 +158,7 @@ class Trainer:
             compile_blocks_(decoder, self.precision)
         self._names = [name for name, _ in decoder.named_parameters()]
         self._optimizers = list(_optimizers(decoder, options))
+        self.pull: Pull | None = None
 
     def step(self, batch: "Batch") -> StepResult:
         """Take one optimizer step on a batch; a batch without targets counts as a step that changes nothing.
@@ -178,6 +182,8 @@ class Trainer:
 
     def _update(self, lr: float) -> float:
         """Clip the gradient, follow it, and count the step; gives the norm before clipping."""
+        if self.pull is not None:
+            self.pull.add_(self.decoder)
         norm = self._clip()
         if not math.isfinite(norm):
             raise TrainingDiverged(self._diverged("gradient norm", norm, lr))
@@ -279,6 +285,8 @@ class Trainer:
         self.global_step = int(state["global_step"])
         for optimizer in self._optimizers:
             optimizer.state.clear()
+            if isinstance(optimizer, torch.optim.SGD):
+                continue
             keys = ("momentum_buffer",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
             held = {weight for group in optimizer.param_groups for weight in group["params"]}
             for name, weight in self.decoder.named_parameters():
@@ -292,7 +300,8 @@ class Trainer:
 
     def _state_of(self, weight: Tensor) -> dict[str, Tensor]:
         """What the optimizers remember of a parameter; empty before its first step."""
-        return {key: value for o in self._optimizers for key, value in o.state.get(weight, {}).items()}
+        plain = (o for o in self._optimizers if not isinstance(o, torch.optim.SGD))  # which remembers nothing
+        return {key: value for o in plain for key, value in o.state.get(weight, {}).items()}
 
     def _clip(self) -> float:
         grads = [p.grad for p in self.decoder.parameters() if p.grad is not None]
@@ -368,6 +377,9 @@ def _optimizers(decoder: Decoder, options: TrainOptions) -> Iterable[torch.optim
         matrices = [p for p in matrices if p is decoder.head_weight]
         yield Muon(inner, options.lr, weight_decay=options.weight_decay)
     groups.append({"params": matrices, "weight_decay": options.weight_decay})
+    if options.optimizer == "sgd":
+        yield torch.optim.SGD(groups, lr=options.lr)
+        return
     yield torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, fused=True)
 
 

@@ -28,10 +28,11 @@ class TooFewUpdates(FedcometError):
 
 @dataclass(frozen=True, eq=False)
 class GlobalState:
-    """The global weights, float32 [P], and the outer optimizer's momentum, float32 [P] or none yet."""
+    """The global weights, float32 [P], and the outer optimizer's first and second moment, float32 [P] or none yet."""
 
     weights: Vector
     momentum: Vector | None = None
+    second: Vector | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,31 +106,55 @@ def combine(updates: Sequence[Update], weights: Sequence[float], options: OuterO
 def outer_step(state: GlobalState, update: Combined, options: OuterOptions) -> GlobalState:
     """Apply the combined update to the global weights.
 
-    With θ the weights, Δ the update (local − global), η the outer learning rate, μ the momentum:
+    With θ the weights, Δ the update (local − global), η the outer learning rate, μ the momentum, and of the last two
+    β₁ = μ, β₂ = `second`, τ = `floor`:
         fedavg: θ ← θ + η Δ
         nesterov: g = −Δ; v ← μ v + g; θ ← θ − η (g + μ v)
+        adam: m ← β₁ m + (1 − β₁) Δ; v ← β₂ v + (1 − β₂) Δ²; θ ← θ + η m / (√v + τ)
+        yogi: the same with v ← v − (1 − β₂) Δ² sign(v − Δ²)
+    v begins with τ², m with 0.
 
     Args:
-        state: the global weights and momentum; not changed.
+        state: the global weights and moments; not changed.
         update: what the sites' updates came to.
         options: which optimizer, its η and μ.
 
-    Source: nesterov is the outer optimizer of DiLoCo (arXiv 2311.08105, algorithm 1), in the form of torch.optim.SGD.
+    Source: nesterov is the outer optimizer of DiLoCo (arXiv 2311.08105, algorithm 1), in the form of torch.optim.SGD;
+    adam and yogi are FedAdam and FedYogi (Reddi et al., ICLR 2021, arXiv 2003.00295, algorithm 2).
     """
     weights = np.empty_like(state.weights)
-    keeps = options.name == "nesterov"
+    keeps, adapts = options.name != "fedavg", options.name in ("adam", "yogi")
     momentum = np.empty_like(state.weights) if keeps else None
+    second = np.empty_like(state.weights) if adapts else None
     for start in range(0, state.weights.size, _CHUNK):
         part = slice(start, min(start + _CHUNK, state.weights.size))
-        gradient = -update[part]
-        step = gradient
+        change = update[part]
+        step = change
         if momentum is not None:
             old = 0.0 if state.momentum is None else state.momentum[part].astype(np.float64)
-            velocity = options.momentum * old + gradient
-            momentum[part] = velocity
-            step = gradient + options.momentum * velocity
-        weights[part] = state.weights[part] - options.lr * step
-    return GlobalState(weights, momentum)
+            if second is None:
+                velocity = options.momentum * old - change
+                momentum[part] = velocity
+                step = change - options.momentum * velocity
+            else:
+                mean = options.momentum * old + (1 - options.momentum) * change
+                before = options.floor**2 if state.second is None else state.second[part].astype(np.float64)
+                square = _second(before, change, options)
+                momentum[part], second[part] = mean, square
+                step = mean / (np.sqrt(square) + options.floor)
+        weights[part] = state.weights[part] + options.lr * step
+    return GlobalState(weights, momentum, second)
+
+
+def _second(
+    before: NDArray[np.float64] | float, change: NDArray[np.float64], options: OuterOptions
+) -> NDArray[np.float64]:
+    """Give the second moment of FedAdam or FedYogi after an update."""
+    square = change**2
+    if options.name == "yogi":
+        yogi: NDArray[np.float64] = before - (1 - options.second) * square * np.sign(before - square)
+        return yogi
+    return options.second * before + (1 - options.second) * square
 
 
 def _capped(weights: Sequence[float], most: float) -> list[float]:

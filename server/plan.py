@@ -129,6 +129,8 @@ class FederationPlan:
         max_norm: the largest L2 norm of an accepted update.
         sites_per_round, transport: as in `federation.manifest`.
         purposes: the questions that the trained model will be asked.
+        initial: sha256 of a checkpoint with the same codebook and shape, whose weights the run begins with; it lies in
+            the run directory as `initial.safetensors`. Empty to draw weights by `seed`.
         privacy: private training. The sites' losses then stay where they are unless `privacy.evaluation` is given; with
             private steps, the gradient as a whole is not clipped and there is no dropout.
         secure_aggregation: how updates and losses are summed under masks, and among whom; without, they are told in
@@ -162,6 +164,7 @@ class FederationPlan:
     sites_per_round: int | None = None
     transport: Transport = field(default_factory=Transport)
     purposes: tuple[str, ...] = ()
+    initial: str = ""
     privacy: PrivacyPlan | None = None
     secure_aggregation: SecureAggregation | None = None
     stage_deadline_s: float = 600.0
@@ -230,6 +233,7 @@ class FederationPlan:
             sites_per_round=self.sites_per_round,
             transport=self.transport,
             purposes=self.purposes,
+            initial=self.initial,
             privacy=privacy,
             secure_aggregation=self.secure_aggregation,
             tasks=self.tasks,

@@ -33,7 +33,8 @@ _VARIABLES = {_INK: "ink", _SOFT: "soft", _LINE: "line"} | {
     colour: f"arm-{kind}" for kind, colour in _COLOURS.items() if kind != "truth"
 }
 INKS = {
-    "ink": _INK, "soft": _SOFT, "line": _LINE, "first": _COLOURS["federated"], "second": _COLOURS["alone"]
+    "ink": _INK, "soft": _SOFT, "line": _LINE, "first": _COLOURS["federated"], "second": _COLOURS["alone"],
+    "third": _COLOURS["pooled"], "fourth": _COLOURS["ensemble"], "fifth": _COLOURS["supervised"],
 }  # fmt: skip
 _MARKERS = {"federated": "o", "pooled": "s", "ensemble": "D", "alone": "v", "supervised": "P", "truth": "*"}
 _WIDTHS = {"federated": 2.4, "pooled": 1.6, "ensemble": 1.6, "alone": 1.0, "supervised": 1.2, "truth": 1.4}
@@ -86,7 +87,8 @@ def picture(
         grid: lines along both axes, or `x`, or `y`.
 
     Returns:
-        An `<svg>` element whose colours are the page's variables `ink`, `soft`, `line`, `arm-federated`, `arm-alone`.
+        An `<svg>` element whose colours are the page's variables `ink`, `soft`, `line`, `arm-federated`, `arm-alone`,
+        `arm-pooled`, `arm-ensemble`, `arm-supervised`.
     """
     with _style():
         canvas, axes = _axes(width, height, grid)

@@ -1,9 +1,10 @@
 """The files of a run directory: accepted updates of the open round, checkpoints of the last rounds.
 
     plan.json  codebook.json  manifest.json  ledger.sqlite
+    initial.safetensors               the checkpoint that the run begins with, if it names one
     rounds/0007/train.sum             the masked sum of a round, until the next round is open
     rounds/0007/<site>.update         an update as it travelled, until the next round is open
-    checkpoints/0007.safetensors      decoder, outer momentum, and what they belong to
+    checkpoints/0007.safetensors      decoder, outer moments, and what they belong to
     assessments/0007.json             what the sites' answers to the run's questions say together
 
 Every file appears whole or not at all, and the ledger points at it only afterwards.
@@ -34,7 +35,7 @@ from server.unmask import Collected
 from tokenizer import durable
 from tokenizer.errors import DataError
 
-_MOMENTUM = "outer.momentum"
+_MOMENTUM, _SECOND = "outer.momentum", "outer.second"
 
 
 class Spool:
@@ -96,7 +97,8 @@ class Spool:
     def save(self, number: int, state: GlobalState, work: Work) -> Checkpoint:
         """Keep the state after a round as a checkpoint with its provenance."""
         decoder = to_decoder(self._manifest.model, state.weights)
-        momentum = {} if state.momentum is None else {_MOMENTUM: torch.from_numpy(state.momentum)}
+        moments = {_MOMENTUM: state.momentum, _SECOND: state.second}
+        kept = {name: torch.from_numpy(vector) for name, vector in moments.items() if vector is not None}
         manifest = self._manifest
         provenance = checkpoint.Provenance(
             codebook_hash=manifest.codebook_hash,
@@ -111,15 +113,17 @@ class Spool:
         )
         path = self.checkpoint_path(number)
         path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.save(path, decoder, extra=asdict(provenance), arrays=momentum)
+        checkpoint.save(path, decoder, extra=asdict(provenance), arrays=kept)
         return Checkpoint(str(path.relative_to(self._dir)), _sha256(path), path.stat().st_size)
 
     def load(self, number: int, sha256: str) -> GlobalState:
-        """Give back the state after a round; round 0 is the beginning, which follows from the manifest's seed.
+        """Give back the state after a round; round 0 is the beginning, which follows from the manifest.
 
         Raises:
             DataError: the checkpoint is missing, changed, or belongs to another run.
         """
+        if number == 0 and self._manifest.initial:
+            return self._initial()
         if number == 0:
             return GlobalState(to_vector(Decoder.create(self._manifest.model, self._manifest.seed)))
         path = self.checkpoint_path(number)
@@ -128,8 +132,18 @@ class Spool:
         decoder, extra, arrays = checkpoint.load(path, self._manifest.codebook_hash)
         if extra.get("manifest_hash") != self._manifest.hash:
             raise DataError(f"{path}: belongs to run {extra.get('manifest_hash')}, not {self._manifest.hash}.")
-        momentum = arrays.get(_MOMENTUM)
-        return GlobalState(to_vector(decoder), None if momentum is None else momentum.numpy())
+        moments = (arrays.get(name) for name in (_MOMENTUM, _SECOND))
+        return GlobalState(to_vector(decoder), *(None if each is None else each.numpy() for each in moments))
+
+    def _initial(self) -> GlobalState:
+        """The weights of the checkpoint that the manifest names; outer moments begin anew."""
+        path = self._dir / "initial.safetensors"
+        if _sha256(path) != self._manifest.initial:
+            raise DataError(f"{path}: is not the checkpoint that the run begins with ({self._manifest.initial}).")
+        decoder = checkpoint.load(path, self._manifest.codebook_hash)[0]
+        if decoder.config != self._manifest.model:
+            raise DataError(f"{path}: holds a decoder of another shape than the run's.")
+        return GlobalState(to_vector(decoder))
 
     def sweep(self, keep: Collection[int], open_round: int) -> None:
         """Drop what belongs neither to the open round nor, of checkpoints, to `keep`; and half-written files."""

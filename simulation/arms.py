@@ -2,6 +2,7 @@
 
 - federated: all sites, through the round engine; it builds the codebook that all arms share.
 - alone: each site by itself, as a federation of one, with as many passes over its own patients.
+- personal: each site goes on by itself from the federation's best model, and keeps what it comes to.
 - pooled: the records of all sites in one place, which a real federation can't have: the ceiling. It trains on as many
   tokens as the federated arm.
 
@@ -9,10 +10,14 @@ Every arm is a run of `server.app` with a ledger of its own, so a killed study g
 side by side over one pool, and each ends with its best round by the loss of its own tuning patients.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
+
+import polars as pl
 
 from client.site import SiteFiles
 from federation.manifest import LocalWork, OuterOptions, PrivateEvaluation, SecureAggregation, TaskEvaluation, Transport
@@ -25,6 +30,7 @@ from server.rounds import Event
 from simulation.config import Study, Training
 from simulation.engine import roster_of, run_federation
 from simulation.pool import Pool
+from tokenizer import durable
 from tokenizer.codebook import TokenizerOptions
 from tokenizer.errors import FedcometError
 from tokenizer.events import MedsDataset, write_meds
@@ -78,7 +84,26 @@ def train(study: Study, sites: tuple[SiteFiles, ...], folder: Path, pool: Pool, 
             arm = Arm(POOLED, home / POOLED, (pooled,))
             futures[threads.submit(_train_single, study, arm, codebook, len(sites), pool, watch)] = arm.name
         trained = {futures[future]: future.result() for future in as_completed(futures)}
-    return tuple(trained[name] for name in [FEDERATED, *wanted])
+    found = [trained[name] for name in [FEDERATED, *wanted]]
+    if "personal" in study.arms:
+        found += _personal(study, sites, found[0], codebook, home, pool, watch)
+    return tuple(found)
+
+
+def _personal(
+    study: Study, sites: Sequence[SiteFiles], federated: Arm, codebook: bytes, home: Path, pool: Pool, watch: Watch
+) -> list[Arm]:
+    """Let every site go on from the federation's best model, side by side."""
+    assert federated.outcome is not None
+    best = federated.outcome.best_checkpoint.read_bytes()
+    begun = hashlib.sha256(best).hexdigest()
+    arms = [Arm(f"{site.name} personal", home / f"personal-{site.name}", (site,)) for site in sites]
+    for arm in arms:
+        durable.write_bytes(arm.folder / "initial.safetensors", best)
+    rounds = study.training.personal_rounds
+    with ThreadPoolExecutor(max_workers=len(arms)) as threads:
+        changes = {"initial": begun, "rounds": rounds}
+        return list(threads.map(lambda arm: _train_single(study, arm, codebook, 1, pool, watch, changes), arms))
 
 
 def _asked_for(study: Study) -> tuple[str, ...]:
@@ -134,15 +159,26 @@ def _at_sites(study: Study) -> TaskEvaluation | None:
     )
 
 
-def _train_single(study: Study, arm: Arm, codebook: bytes, share: int, pool: Pool, watch: Watch) -> Arm:
+def _train_single(
+    study: Study,
+    arm: Arm,
+    codebook: bytes,
+    share: int,
+    pool: Pool,
+    watch: Watch,
+    changes: Mapping[str, object] = MappingProxyType({}),
+) -> Arm:
     """Train one site by itself; `share` times the local steps, where steps are the measure, for equal tokens."""
     plan = _plan(study, arm.name, codebook=codebook, outer=OuterOptions(), min_sites=1)
+    # One site can't drift from itself.
+    plan = replace(plan, local=replace(plan.local, proximal=0.0, correct_drift=False))
     if plan.privacy is not None and plan.privacy.mechanism == "distributed":
         # There is nobody to share the noise with.
         plan = replace(plan, privacy=replace(plan.privacy, mechanism="local", honest_sites=None))
     if plan.local.steps is not None:
         plan = replace(plan, local=replace(plan.local, steps=plan.local.steps * share))
-    progress = _Progress(arm.name, study.training.rounds, 1, watch)
+    plan = replace(plan, **changes)  # type: ignore[arg-type]
+    progress = _Progress(arm.name, plan.rounds, 1, watch)
     try:
         return replace(arm, outcome=run_federation(plan, arm.sites, arm.folder, pool, progress))
     except FedcometError as error:
@@ -194,14 +230,16 @@ def _pool_records(study: Study, sites: Sequence[SiteFiles], folder: Path) -> Pat
         return study.data.path
     path = folder / "pooled" / "records"
     if not path.exists():
-        shards = (
-            (f"{site.name}-{number}", dataset.read(shard))
-            for site in sites
-            for dataset in [MedsDataset.open(site.data)]
-            for number, shard in enumerate(dataset.shards)
-        )
-        write_meds(path, shards, name="the records of all sites")
+        write_meds(path, shards_of({site.name: site.data for site in sites}), name="the records of all sites")
     return path
+
+
+def shards_of(records: Mapping[str, Path]) -> Iterator[tuple[str, pl.DataFrame]]:
+    """Give the shards of several MEDS datasets, one after the other, under names of their own."""
+    for name, path in records.items():
+        dataset = MedsDataset.open(path)
+        for number, shard in enumerate(dataset.shards):
+            yield f"{name}-{number}", dataset.read(shard)
 
 
 def train_options(training: Training) -> TrainOptions:
@@ -218,13 +256,16 @@ def train_options(training: Training) -> TrainOptions:
 def _plan(study: Study, name: str, **changes: object) -> FederationPlan:
     """Translate a study's settings for one arm."""
     train = study.training
-    outer = OuterOptions()
+    outer = OuterOptions(lr=train.outer_learning_rate or 1.0)
     if train.outer == "nesterov":
         outer = OuterOptions.nesterov(train.outer_learning_rate or 0.7, train.outer_momentum)
-    elif train.outer_learning_rate is not None:
-        outer = OuterOptions(lr=train.outer_learning_rate)
+    elif train.outer != "fedavg":
+        outer = OuterOptions.adaptive(train.outer, train.outer_learning_rate or 1e-2, train.outer_momentum)
+        outer = replace(outer, second=train.outer_second, floor=train.outer_floor)
     if study.privacy is not None and study.privacy.mechanism == "distributed":
         outer = replace(outer, weights="uniform")
+    else:
+        outer = replace(outer, weights=train.weights)
     plan = FederationPlan(
         name=f"{study.name}/{name}",
         rounds=train.rounds,
@@ -236,8 +277,10 @@ def _plan(study: Study, name: str, **changes: object) -> FederationPlan:
             windows_per_patient=train.windows_per_patient,
             warmup_share=train.warmup_share,
             optimizer_state=train.optimizer_state,
+            proximal=train.proximal,
+            correct_drift=train.correct_drift,
         ),
-        model=study.model.preset,
+        model=study.model.shape(),
         context=study.model.context,
         dropout=study.model.dropout,
         train=train_options(train),

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError, model_validator
 
+from model.decoder import DecoderConfig
 from model.task_files import tasks_of
 from model.tasks import Task, parse
 from tokenizer.errors import ConfigError
@@ -58,8 +59,8 @@ class Partition(_Section):
 class Data(_Section):
     """Where the records come from.
 
-    `synthetic` makes hospitals up, with known risks; `meds` splits one MEDS dataset into sites; `sites` takes one MEDS
-    dataset for each site as it is.
+    `synthetic` makes hospitals up, with known risks (and, with a `partition`, splits their patients anew); `meds`
+    splits one MEDS dataset into sites; `sites` takes one MEDS dataset for each site as it is.
     """
 
     kind: Literal["synthetic", "meds", "sites"]
@@ -105,11 +106,30 @@ class Tokenizer(_Section):
 
 
 class Model(_Section):
-    """The decoder: a preset by its size, the longest context, dropout."""
+    """The decoder: a preset by its size, or a shape of its own (`layers`, `width`, `heads`, `ff`); context, dropout."""
 
     preset: str = "0.3m"
     context: Annotated[int, Field(ge=16)] = 1024
     dropout: _Share = 0.0
+    layers: _Positive | None = None
+    width: _Positive | None = None
+    heads: _Positive | None = None
+    ff: _Positive | None = None
+
+    @model_validator(mode="after")
+    def _whole_shape(self) -> Self:
+        given = [value is not None for value in (self.layers, self.width, self.heads, self.ff)]
+        if any(given) and not all(given):
+            raise ValueError("layers, width, heads and ff belong together: give all of them, or a preset")
+        return self
+
+    def shape(self) -> str | DecoderConfig:
+        """Give the preset's name, or the shape, whose vocabulary is set by the codebook."""
+        if self.layers and self.width and self.heads and self.ff:
+            return DecoderConfig(
+                8, self.layers, self.width, self.heads, self.heads, self.ff, context=self.context, dropout=self.dropout
+            )
+        return self.preset
 
 
 class Training(_Section):
@@ -117,7 +137,10 @@ class Training(_Section):
 
     In the federated arm, `sites_per_round` sites are drawn for each round (all if left out), no site's weight is more
     than `max_share` of all, and updates, cut to `clip_norm`, become one by `outer_rule`, which bears `byzantine`
-    hostile or broken sites; see docs/rounds.md.
+    hostile or broken sites; `proximal` is FedProx's μ, and `correct_drift` corrects every step as SCAFFOLD does (which
+    needs `optimizer = "sgd"`, `local_steps` and `weights = "uniform"`); see docs/rounds.md.
+
+    In the arm "personal" every site goes on alone from the federation's best model, for `personal_rounds`.
 
     Every `evaluate_every` rounds, and after the last, the loss of the tuning patients is measured; an arm ends with the
     best of these rounds.
@@ -128,22 +151,28 @@ class Training(_Section):
     local_steps: _Positive | None = None
     batch_tokens: _Positive = 8192
     windows_per_patient: _Positive | None = None
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0.0)] = 3e-3
     min_learning_rate_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
     warmup_share: _Share = 0.03
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
     clip: Annotated[float, Field(gt=0.0)] = 1.0
     optimizer_state: Literal["keep", "reset"] = "keep"
-    outer: Literal["fedavg", "nesterov"] = "fedavg"
+    proximal: Annotated[float, Field(ge=0.0)] = 0.0
+    correct_drift: bool = False
+    outer: Literal["fedavg", "nesterov", "adam", "yogi"] = "fedavg"
     outer_learning_rate: Annotated[float, Field(gt=0.0)] | None = None
     outer_momentum: _Share = 0.9
+    outer_second: _Share = 0.99
+    outer_floor: Annotated[float, Field(gt=0.0)] = 1e-3
+    weights: Literal["tokens", "uniform"] = "tokens"
     outer_rule: Literal["mean", "median", "trimmed_mean", "krum"] = "mean"
     byzantine: Annotated[int, Field(ge=0)] = 0
     clip_norm: Annotated[float, Field(gt=0.0)] | None = None
     max_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     min_sites: _Positive = 1
     sites_per_round: _Positive | None = None
+    personal_rounds: _Positive = 1
     evaluate_every: _Positive = 1
     round_deadline_minutes: Annotated[float, Field(gt=0.0)] = 120.0
 
@@ -270,7 +299,7 @@ def _given(table: dict[str, Any]) -> dict[str, Any]:
 # Questions that rollouts answer; `model.tasks` knows their schema.
 _Tasks = Annotated[tuple[Task, ...], PlainValidator(_taken), PlainSerializer(_plain)]
 
-Arm = Literal["federated", "alone", "pooled", "ensemble", "supervised"]
+Arm = Literal["federated", "alone", "personal", "pooled", "ensemble", "supervised"]
 
 
 class Study(_Section):

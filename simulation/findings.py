@@ -154,13 +154,21 @@ def _settings(result: Result, federated: Arm) -> tuple[tuple[str, str], ...]:
     manifest = _outcome(federated).manifest
     work = f"{train.local_epochs:g} passes" if train.local_epochs is not None else f"{train.local_steps} steps"
     outer = manifest.outer
-    optimizer = {"adamw": "AdamW", "muon": "Muon"}[train.optimizer]
+    optimizer = {"adamw": "AdamW", "muon": "Muon", "sgd": "SGD"}[train.optimizer]
     futures = "; ".join(f"{study.trajectories(task.name)} for {task.name}" for task in study.task)
-    how = "FedAvg" if outer.name == "fedavg" else f"Nesterov momentum {outer.momentum:g}, learning rate {outer.lr:g}"
+    preset = "own shape" if study.model.layers else study.model.preset
+    names = {"nesterov": "Nesterov", "adam": "FedAdam", "yogi": "FedYogi"}
+    how = "FedAvg"
+    if outer.name != "fedavg":
+        how = f"{names[outer.name]}, momentum {outer.momentum:g}, learning rate {outer.lr:g}"
+    if train.proximal:
+        how += f"; FedProx with mu {train.proximal:g}"
+    if train.correct_drift:
+        how += "; drift corrected (SCAFFOLD)"
     return (
         (
             "Model",
-            f"{study.model.preset}: {manifest.model.parameters():,} parameters, context {manifest.model.context}",
+            f"{preset}: {manifest.model.parameters():,} parameters, context {manifest.model.context}",
         ),
         ("Values", f"{study.tokenizer.values}, {study.tokenizer.value_bins} bins"),
         ("Rounds", f"{train.rounds}, each with {work} over a site's own patients"),

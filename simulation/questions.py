@@ -138,7 +138,7 @@ def _with_truth(answers: Answers, sites: Sequence[SiteFiles]) -> Answers:
 
     Of a record that ends earlier only early outcomes have a label: to keep those would overstate the risk.
     """
-    truth = pl.concat([pl.read_parquet(site.data.parent / "truth.parquet") for site in sites])
+    truth = pl.concat([pl.read_parquet(site.data.parent / "truth.parquet") for site in sites]).unique()
     keys = pl.DataFrame(
         {
             "subject_id": answers.cohort.subject_ids,

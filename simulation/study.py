@@ -6,15 +6,18 @@ Everything lies under one folder, and the same call on the same folder goes on w
 """
 
 import fcntl
+import io
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import polars as pl
+
 from client.site import SiteFiles
 from server.futures import Model
-from simulation.arms import Arm, train
+from simulation.arms import Arm, shards_of, train
 from simulation.config import Study
 from simulation.hospital import PROFILES, write_hospital
 from simulation.partition import OTHER, Parts, partition
@@ -22,8 +25,10 @@ from simulation.pool import Pool
 from simulation.questions import Answers, answer
 from tokenizer import durable
 from tokenizer.errors import ConfigError
-from tokenizer.events import MedsDataset
+from tokenizer.events import MedsDataset, write_meds
 from tokenizer.progress import Step, Watch
+
+PoolFor = Callable[[tuple[SiteFiles, ...]], Pool]
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,15 @@ class Result:
     notes: tuple[str, ...] = ()
 
 
-def run_study(study: Study, folder: Path, *, workers: int | None = None, watch: Watch = lambda step: None) -> Result:
+def run_study(
+    study: Study,
+    folder: Path,
+    *,
+    workers: int | None = None,
+    watch: Watch = lambda step: None,
+    pool: PoolFor | None = None,
+    ask: bool = True,
+) -> Result:
     """Run a study to its end; after a crash or a kill, the same call goes on where it stopped.
 
     Args:
@@ -46,6 +59,8 @@ def run_study(study: Study, folder: Path, *, workers: int | None = None, watch: 
         folder: where all of it lies.
         workers: processes that play sites and roll out; as many as there are cores when not given.
         watch: told how far the work is, from any thread.
+        pool: gives the pool that plays these sites, and stays open; without, the study has one of its own.
+        ask: whether the questions are put to the arms.
 
     Raises:
         ConfigError: the folder is in use, or belongs to another study.
@@ -53,10 +68,10 @@ def run_study(study: Study, folder: Path, *, workers: int | None = None, watch: 
     """
     with _claimed(folder, study):
         sites, notes = _sites(study, folder, watch)
-        with Pool(workers) as pool:
-            arms = train(study, sites, folder, pool, watch)
+        with Pool(workers) if pool is None else nullcontext(pool(sites)) as players:
+            arms = train(study, sites, folder, players, watch)
             _release(arms, folder)
-            answers = answer(study, sites, arms, folder, pool, watch)
+            answers = answer(study, sites, arms, folder, players, watch) if ask else ()
         return Result(study, folder, sites, arms, answers, notes)
 
 
@@ -108,6 +123,11 @@ def _sites(study: Study, folder: Path, watch: Watch) -> tuple[tuple[SiteFiles, .
             if not (home / name / "truth.parquet").exists():
                 write_hospital(home / name, PROFILES[name], data.patients, study.seed)
             watch(Step("records", done, len(names), f"{name}: {data.patients} patients"))
+        if data.partition is not None:
+            mixed = _mixed(records, home)
+            parts = partition(MedsDataset.open(mixed), data.partition, home / "sites", seed=study.seed)
+            records = {site.name: site.path for site in parts.sites}
+            notes = _partition_notes(parts)
     else:
         if data.path is None or data.partition is None:
             raise ConfigError("data.path and [data.partition] are needed to split a dataset")
@@ -121,6 +141,19 @@ def _sites(study: Study, folder: Path, watch: Watch) -> tuple[tuple[SiteFiles, .
         records = {site.name: site.path for site in parts.sites}
         notes = _partition_notes(parts)
     return tuple(SiteFiles(name, records[name], folder / "state" / name) for name in sorted(records)), notes
+
+
+def _mixed(records: Mapping[str, Path], home: Path) -> Path:
+    """Put made-up hospitals' patients in one dataset, to be split anew; their true risks go where the sites will be."""
+    mixed = home / "mixed"
+    if not mixed.exists():
+        (home / "sites").mkdir(exist_ok=True)
+        truth = pl.concat([pl.read_parquet(path.parent / "truth.parquet") for path in records.values()])
+        buffer = io.BytesIO()
+        truth.write_parquet(buffer)
+        durable.write_bytes(home / "sites" / "truth.parquet", buffer.getvalue())
+        write_meds(mixed, shards_of(records), name="the patients of all hospitals")
+    return mixed
 
 
 def _partition_notes(parts: Parts) -> tuple[str, ...]:

@@ -11,12 +11,13 @@ import pytest
 from client import local
 from client.archive import Choices, RunArchive, Snapshot
 from client.site import Site, SiteFiles
-from federation.manifest import LocalWork, Manifest
+from federation.manifest import LocalWork, Manifest, OuterOptions
 from federation.messages import TrainReply
 from model.machine import Machine
 from model.train import StepResult, Trainer, TrainOptions
 from tests import tiny
 from tests.client.test_site import agree, ask, same
+from tokenizer.errors import ConfigError
 from tokenizer.windows import Batch
 
 DROPPING = dataclasses.replace(tiny.MODEL, dropout=0.2)
@@ -63,12 +64,28 @@ def two_rounds(site: Site, manifest: Manifest, again: Callable[[int], None] = la
     return replies
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+ALIKE = OuterOptions(weights="uniform")
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"train": TrainOptions(optimizer="muon")},
+        {"local": dataclasses.replace(WORK, proximal=0.5)},
+        {
+            "local": dataclasses.replace(WORK, correct_drift=True),
+            "train": TrainOptions(optimizer="sgd", lr=0.1),
+            "outer": ALIKE,
+        },
+    ],
+    ids=["adamw", "muon", "proximal", "drift"],
+)
 @pytest.mark.parametrize(("steps", "kept"), [(4, 4), (5, 2), (2, 0)], ids=["at a snapshot", "past one", "before any"])
 def test_a_round_that_was_stopped_in_the_middle_ends_with_the_same_bits(
-    ram_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: Any, steps: int, kept: int
+    ram_path: Path, monkeypatch: pytest.MonkeyPatch, extra: dict[str, Any], steps: int, kept: int
 ) -> None:
-    plan = {"local": WORK, "model": DROPPING, "train": TrainOptions(optimizer=optimizer)}
+    plan = {"local": WORK, "model": DROPPING, **extra}
     calm = Site(files_of(ram_path / "calm"))
     manifest, _, _ = agree(calm, **plan)
     expected = two_rounds(calm, manifest)
@@ -143,3 +160,23 @@ def test_a_site_may_choose_how_it_computes(ram_path: Path) -> None:
     np.testing.assert_allclose(found.update, expected.update, atol=2e-5)
     assert found.tokens == expected.tokens
     assert run_of(small, manifest).choices() == Choices("fp32", 100)
+
+
+def test_terms_change_what_a_round_comes_to_and_a_correction_waits_for_a_second_round(ram_path: Path) -> None:
+    def replies(name: str, **local: Any) -> list[TrainReply]:
+        site = Site(files_of(ram_path / name))
+        plan = {"local": dataclasses.replace(WORK, **local), "train": TrainOptions(optimizer="sgd"), "outer": ALIKE}
+        manifest, _, _ = agree(site, **plan)
+        return two_rounds(site, manifest)
+
+    plain, proximal, corrected = replies("plain"), replies("near", proximal=2.0), replies("drift", correct_drift=True)
+    assert np.linalg.norm(proximal[0].update) < np.linalg.norm(plain[0].update)
+    np.testing.assert_array_equal(corrected[0].update, plain[0].update)
+    assert not np.array_equal(corrected[1].update, plain[1].update)
+
+
+@pytest.mark.parametrize("changes", [{"outer": OuterOptions()}, {"train": TrainOptions()}])
+def test_a_correction_that_would_not_add_up_to_nothing_is_refused(ram_path: Path, changes: dict[str, Any]) -> None:
+    plan = {"local": dataclasses.replace(WORK, correct_drift=True), "train": TrainOptions(optimizer="sgd")}
+    with pytest.raises(ConfigError, match="correct_drift"):
+        agree(Site(files_of(ram_path)), **{**plan, "outer": ALIKE, **changes})

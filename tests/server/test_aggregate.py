@@ -1,4 +1,5 @@
 import tracemalloc
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -74,6 +75,28 @@ def test_nesterov_is_that_of_torch() -> None:
         sgd.step()
         state = outer_step(state, combine([update], [1.0], OuterOptions()), OuterOptions.nesterov())
         np.testing.assert_allclose(state.weights, parameter.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adam", "yogi"])
+def test_fedadam_and_fedyogi_are_those_of_their_paper(name: Literal["adam", "yogi"]) -> None:
+    # Reddi et al., arXiv 2003.00295, algorithm 2, value by value in plain floats.
+    rng = np.random.default_rng(0)
+    start = rng.normal(size=20).astype(np.float32)
+    options = OuterOptions.adaptive(name, lr=0.05)
+    state, x = GlobalState(start), start.astype(np.float64)
+    m, v, b1, b2, tau = np.zeros(20), np.full(20, 1e-6), 0.9, 0.99, 1e-3
+    for _ in range(6):
+        delta = rng.normal(size=20).astype(np.float32) * np.float32(0.01)
+        for i in range(20):
+            d = float(delta[i])
+            m[i] = b1 * m[i] + (1 - b1) * d
+            if name == "adam":
+                v[i] = b2 * v[i] + (1 - b2) * d * d
+            else:
+                v[i] = v[i] - (1 - b2) * d * d * np.sign(v[i] - d * d)
+            x[i] += 0.05 * m[i] / (np.sqrt(v[i]) + tau)
+        state = outer_step(state, combine([delta], [1.0], OuterOptions()), options)
+        np.testing.assert_allclose(state.weights, x, rtol=1e-5, atol=1e-6)
 
 
 def test_a_state_is_not_changed() -> None:
