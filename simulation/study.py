@@ -16,7 +16,7 @@ from client.site import SiteFiles
 from server.futures import Model
 from simulation.arms import Arm, train
 from simulation.config import Study
-from simulation.hospital import PROFILES, write_hospital
+from simulation.hospital import PROFILES, profile_of, write_hospital
 from simulation.partition import OTHER, Parts, partition
 from simulation.pool import Pool
 from simulation.questions import Answers, answer
@@ -101,12 +101,11 @@ def _sites(study: Study, folder: Path, watch: Watch) -> tuple[tuple[SiteFiles, .
     elif data.kind == "synthetic":
         records = {}
         names = data.hospitals or tuple(PROFILES)
-        if unknown := [name for name in names if name not in PROFILES]:
-            raise ConfigError(f"data.hospitals: there is no profile {unknown[0]!r}; there are {', '.join(PROFILES)}")
-        for done, name in enumerate(names, 1):
+        profiles = [profile_of(name) for name in names]
+        for done, (name, profile) in enumerate(zip(names, profiles, strict=True), 1):
             records[name] = home / name / "records"
             if not (home / name / "truth.parquet").exists():
-                write_hospital(home / name, PROFILES[name], data.patients, study.seed)
+                write_hospital(home / name, profile, data.patients, study.seed)
             watch(Step("records", done, len(names), f"{name}: {data.patients} patients"))
     else:
         if data.path is None or data.partition is None:
