@@ -362,7 +362,7 @@ def _pathway(sheet: _Sheet, pathway: Pathway, stays: Stays) -> None:
 
 
 def _answer(since: Ints, given: Bools) -> Floats:
-    """Return how far a drug works, [N, T] from 0 to 1: given 3 h after admission, it begins 6 h later and takes days."""
+    """Return how far a drug works, [N, T] from 0 to 1: 9 h after admission it begins, and takes days."""
     working = np.maximum(since - 9 * _HOUR, 0) / (36.0 * _HOUR)
     return np.asarray(given[:, None] * -np.expm1(-working))
 

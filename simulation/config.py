@@ -33,9 +33,13 @@ class Partition(_Section):
     `code`: one site per value of the first prefix in `prefixes` that the dataset has; groups smaller than
     `min_patients` are put together. `iid`: `sites` equal shares at random. `dirichlet`: shares of each value of the
     prefix drawn from Dirichlet(`alpha`). `column`: one site per value of an extra column of the MEDS files.
+    `chapters`: as `dirichlet`, by the ICD-10-CM chapter that a patient has most codes of (codes under `prefixes`).
+    `quantity`: sites of sizes drawn from Dirichlet(`alpha`), patients at random. `time`: `sites` equal shares in the
+    order of patients' first events. `system`: one site per prefix in `prefixes`, by that which most of a patient's
+    codes are under.
     """
 
-    by: Literal["code", "iid", "dirichlet", "column"]
+    by: Literal["code", "iid", "dirichlet", "column", "chapters", "quantity", "time", "system"]
     prefixes: tuple[str, ...] = ()
     column: str | None = None
     sites: Annotated[int, Field(ge=2)] | None = None
@@ -44,9 +48,9 @@ class Partition(_Section):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        if self.by in ("code", "dirichlet") and not self.prefixes:
+        if self.by in ("code", "dirichlet", "chapters", "system") and not self.prefixes:
             raise ValueError(f'by = "{self.by}" needs prefixes = ["..."]')
-        if self.by in ("iid", "dirichlet") and self.sites is None:
+        if self.by in ("iid", "dirichlet", "chapters", "quantity", "time") and self.sites is None:
             raise ValueError(f'by = "{self.by}" needs sites = N')
         if self.by == "column" and not self.column:
             raise ValueError('by = "column" needs column = "..."')

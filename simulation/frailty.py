@@ -2,9 +2,9 @@
 
 A patient is robust, usual or frail, for good. Nothing is written down about it. What can be known at a discharge is
 how likely each is, given all that the record shows: every stay's acuity, that it was survived, and after how many days
-each readmission came. These are the draws of `simulation.course` and nothing else depends on frailty, so the posterior
+each readmission came. These are the draws of `simulation.course`; nothing else depends on frailty, so the posterior
 is a product of their chances (Bayes' rule; a hidden Markov model whose state never changes), and the true risk given
-the record is the mean of the three classes' risks by it. Exact, and still the best that any reader of the record can do.
+the record is the mean of the three classes' risks by it. Exact, and the best that any reader of the record can do.
 """
 
 from dataclasses import dataclass, replace

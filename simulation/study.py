@@ -17,7 +17,7 @@ from server.futures import Model
 from simulation.arms import Arm, train
 from simulation.config import Study
 from simulation.hospital import PROFILES, profile_of, write_hospital
-from simulation.partition import OTHER, Parts, partition
+from simulation.partition import partition, told
 from simulation.pool import Pool
 from simulation.questions import Answers, answer
 from tokenizer import durable
@@ -118,18 +118,5 @@ def _sites(study: Study, folder: Path, watch: Watch) -> tuple[tuple[SiteFiles, .
             progress=lambda done, total: watch(Step("records", done, total)),
         )
         records = {site.name: site.path for site in parts.sites}
-        notes = _partition_notes(parts)
+        notes = told(parts, data.partition.by)
     return tuple(SiteFiles(name, records[name], folder / "state" / name) for name in sorted(records)), notes
-
-
-def _partition_notes(parts: Parts) -> tuple[str, ...]:
-    """Say how patients came to their sites, for the report."""
-    notes = [f"Sites are the groups by {parts.grouped_by}." if parts.grouped_by else "Sites are equal random shares."]
-    if parts.without:
-        notes.append(f"{parts.without} patients have no {parts.grouped_by}; they form the site {OTHER}.")
-    if parts.several:
-        notes.append(f"{parts.several} patients have several groups by {parts.grouped_by}; their first counts.")
-    if parts.put_together:
-        groups = ", ".join(f"{name} ({count})" for name, count in sorted(parts.put_together.items()))
-        notes.append(f"Groups too small for a site of their own are together in {OTHER}: {groups}.")
-    return tuple(notes)

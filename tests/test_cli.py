@@ -36,6 +36,7 @@ COMMANDS = (
     *MEMBERS,
     *(f"coordinator {each}" for each in (*AUTHORITY, *LEDGER, *PAGES)),
     "simulate",
+    "partition",
     "report",
     "rollout",
     "evaluate",
