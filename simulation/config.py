@@ -221,6 +221,32 @@ class Summing(_Section):
     precision_bits: Annotated[int, Field(ge=1, le=44)] = 20
 
 
+class Scenario(_Section):
+    """What goes wrong in the federated arm, decided by the study's seed; see simulation/scenario.py.
+
+    Every site drops out of a round with the chance `dropout`; of the others, a `straggler` share answers late, by an
+    exponential time of `straggler_minutes` on average (nobody waits for them: the clock is virtual); what comes after
+    `training.round_deadline_minutes` is lost. `absent` names rounds in which a site is away.
+    """
+
+    dropout: _Share = 0.0
+    straggler: _Share = 0.0
+    straggler_minutes: Annotated[float, Field(gt=0.0)] = 10.0
+    absent: dict[str, tuple[_Positive, ...]] = Field(default_factory=dict)
+
+
+class Engine(_Section):
+    """What plays the federated arm's sites: same apps, same results.
+
+    `local`: worker processes of this machine, with scenarios. `ray`: Flower's simulation on Ray, on one machine or a
+    cluster. `processes`: a SuperLink and a SuperNode for each site, as real federations have, over TLS on loopback.
+    `devices` are handed out to sites in turn (`["cuda:0", "cuda:1"]`); sites may share one.
+    """
+
+    kind: Literal["local", "ray", "processes"] = "local"
+    devices: tuple[str, ...] = ()
+
+
 class AtSites(_Section):
     """Questions answered at the sites of the federated arm, told as tallies and merged; see docs/privacy.md.
 
