@@ -302,6 +302,8 @@ class Study(_Section):
     model: Model = Model()
     training: Training
     transport: Transport = Transport()
+    engine: Engine = Engine()
+    scenario: Scenario | None = None
     privacy: Privacy | None = None
     secure_aggregation: Summing | None = None
     arms: tuple[Arm, ...] = ("federated",)
@@ -331,6 +333,8 @@ class Study(_Section):
                 "secure_aggregation.max_weight is missing: the most tokens (in private runs: patients) of a site in a "
                 "round"
             )
+        if self.scenario is not None and self.engine.kind == "processes":
+            raise ValueError('scenario: real processes have real troubles; take engine.kind = "local" or "ray"')
         if not self.task:
             raise ValueError("task: ask at least one question in a [[task]] table, or name a task file")
         names = [task.name for task in self.task]

@@ -182,7 +182,7 @@ class LocalGrid(Grid):
             self._seen = self._arrived
 
     def _fate(self, message: Message) -> Fate:
-        """Decide what becomes of a request; only those to train, whose group is the number of the round, may go astray."""
+        """Decide what becomes of a request: only those to train, whose group is the round's number, go astray."""
         metadata = message.metadata
         if metadata.message_type != MessageType.TRAIN:
             return Fate()

@@ -127,14 +127,15 @@ class _Process:
     def lines(self) -> Iterator[str]:
         """Give every line as it comes, until the process ends."""
         given = 0
-        while True:
-            with self._more:
-                self._more.wait_for(lambda: self._ended or len(self._lines) > given)
-                fresh = self._lines[given:]
-            if not fresh:
-                return
+        while fresh := self._after(given):
             yield from fresh
             given += len(fresh)
+
+    def _after(self, given: int) -> list[str]:
+        """Wait for more lines than so many; none means that the process has ended."""
+        with self._more:
+            self._more.wait_for(lambda: self._ended or len(self._lines) > given)
+            return self._lines[given:]
 
     def wait(self) -> int:
         """Wait for its end and give its exit code."""

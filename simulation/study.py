@@ -6,6 +6,7 @@ Everything lies under one folder, and the same call on the same folder goes on w
 """
 
 import fcntl
+import itertools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from client.site import SiteFiles
+from model.machine import Machine
 from server.futures import Model
 from simulation.arms import Arm, train
 from simulation.config import Study
@@ -119,4 +121,10 @@ def _sites(study: Study, folder: Path, watch: Watch) -> tuple[tuple[SiteFiles, .
         )
         records = {site.name: site.path for site in parts.sites}
         notes = told(parts, data.partition.by)
-    return tuple(SiteFiles(name, records[name], folder / "state" / name) for name in sorted(records)), notes
+    # Devices are handed out in turn, so that sites which are played at the same time seldom share one.
+    devices = study.engine.devices or ("cpu",)
+    machines = (Machine(device=device) for device in itertools.cycle(devices))
+    return tuple(
+        SiteFiles(name, records[name], folder / "state" / name, machine=machine)
+        for name, machine in zip(sorted(records), machines, strict=False)
+    ), notes
