@@ -83,7 +83,7 @@ def test_nodes_are_the_sites_by_name(ram_path: Path, pool: Pool) -> None:
 def test_a_scenario_is_the_same_every_time_and_costs_no_waiting(ram_path: Path, pool: Pool) -> None:
     files = tiny.sites(ram_path)
     scenario = Scenario(seed=3, straggler=0.5, straggler_s=3000.0, absent={"site-1": (2,)})
-    plan = tiny.plan(rounds=3, min_sites=2, deadline_s=3600.0)
+    plan = tiny.plan(rounds=3, min_sites=1, deadline_s=3600.0)
     outcomes, statuses = [], []
     for turn in range(2):
         fresh = [SiteFiles(f.name, f.data, ram_path / f"{turn}" / f.name) for f in files]
@@ -116,6 +116,7 @@ def test_fates_come_as_often_as_a_scenario_says() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ray forgets its own processes
 def test_ray_gives_what_this_machine_gives(ram_path: Path, pool: Pool) -> None:
     pytest.importorskip("ray", reason="fedcomet[ray] is not installed")
     from simulation.engine_ray import RayPlayers
