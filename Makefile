@@ -1,9 +1,11 @@
 # Everything a new machine needs: Python 3.11 or newer, git and make.
-#   make demo        the main job on four synthetic hospitals, under five minutes on two cores
-#   make test        the tests that need neither a GPU nor minutes (what CI runs)
-#   make test-slow   the tests on real Flower processes, long kills and, where there is one, a GPU
-#   make check       formatter, linter, types, import rules
-#   make proto       the Python of federation/control.proto, which is kept beside it
+#   make demo            the main job on four synthetic hospitals, under five minutes on two cores
+#   make test            the tests that need neither a GPU nor minutes (what CI runs)
+#   make test-services   PostgreSQL and Chromium, which some tests need (Debian, as root)
+#   make test-slow       the tests on real Flower processes, long kills and, where there is one, a GPU
+#   make check           formatter, linter, types, import rules
+#   make wheelhouse      a folder from which fedcomet is installed without a network (docs/deploy.md)
+#   make proto           the Python of federation/control.proto, which is kept beside it
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +15,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' requirements.lock)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-script-location
 
-.PHONY: demo install install-dev test test-slow check proto clean
+.PHONY: demo install install-dev test test-services test-slow check proto wheelhouse clean
 
 demo: install
 	$(BIN)/fedcomet simulate examples/demo.toml
@@ -37,6 +39,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.lock
 test: install-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
+test-services:
+	@sh tests/services.sh
+
 test-slow: install-dev
 	$(BIN)/python -m pytest -m 'slow or gpu'
 
@@ -48,6 +53,10 @@ check: install-dev
 
 proto: install-dev
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. federation/control.proto
+
+# WHEELS says what more pip is told, such as WHEELS="--extra-index-url URL" for another build of PyTorch.
+wheelhouse: install
+	$(BIN)/python deploy/wheelhouse.py wheelhouse $(shell grep '^psycopg' requirements-dev.lock) $(WHEELS)
 
 clean:
 	rm -rf $(VENV) demo

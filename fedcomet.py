@@ -162,8 +162,7 @@ Ray = Annotated[
     ),
 ]
 
-State = Annotated[Path, typer.Option(help="The site's state folder.", show_default="here")]
-StateArgument = Annotated[Path, typer.Argument(help="The site's state folder.")]
+SiteFolder = Annotated[Path, typer.Argument(help="The site's home, or its state folder alone.", envvar="FEDCOMET_HOME")]
 
 
 def main() -> None:
@@ -412,7 +411,13 @@ def approve(
             show_default=False,
         ),
     ] = "",
-    state: State = Path(),
+    home: Annotated[
+        Path | None,
+        typer.Option(
+            help="The site's home, whose site.toml says all that follows.", envvar="FEDCOMET_HOME", show_envvar=True
+        ),
+    ] = None,
+    state: Annotated[Path | None, typer.Option(help="Instead: the site's state folder.", show_default="here")] = None,
     policy: Annotated[Path | None, typer.Option(help="The site's policy, which the run must keep.")] = None,
     device: Annotated[str, typer.Option(help="Where the site would train: cpu, cuda.")] = "cpu",
     budget: Annotated[
@@ -423,7 +428,8 @@ def approve(
     """See what a run would do here, and sign it.
 
     What will run, what will leave, and what it costs a patient. A run that breaks the policy can't be signed. The
-    approval holds for this manifest and for no other, not even one that differs in a single bit.
+    approval holds for this manifest and for no other, not even one that differs in a single bit. With a home, the
+    coordinator is told at once.
     """
     from rich.console import Console
 
@@ -433,7 +439,15 @@ def approve(
     from client.policy import Policy, PolicyRefusal
     from federation import protection
 
-    console, approvals = Console(), Approvals(state)
+    opened = None
+    if home is not None and state is None:
+        from client.home import SiteHome
+
+        opened = SiteHome.open(home)
+        state, policy = opened.state, policy or opened.policy
+        device, budget = opened.settings.site.device, budget or opened.settings.site.budget
+    state = state or Path()
+    console, approvals = Console(soft_wrap=True), Approvals(state)
     if not manifest:
         for waiting in approvals.waiting():
             console.print(f"{waiting} waits for approval", highlight=False)
@@ -453,11 +467,22 @@ def approve(
         return
     approval = approvals.approve(asked.manifest, None if rules is None else rules.sha256)
     console.print(f"approved: {approval.manifest_hash}", highlight=False)
+    if opened is None:
+        return
+    from client.link import Link
+
+    try:
+        with Link(opened) as link:
+            link.approve(approval)
+    except FedcometError as error:
+        console.print(f"The coordinator could not be told ({error}) Tell it; the approval holds.", highlight=False)
+    else:
+        console.print("The coordinator knows; it asks again when it starts or resumes the run.")
 
 
 @site.command()
 def audit(
-    state: StateArgument,
+    home: SiteFolder,
     key: Annotated[
         str | None,
         typer.Option(
@@ -481,7 +506,7 @@ def audit(
     from client.audit import terminal
     from tokenizer.errors import DataError
 
-    found = check_list(state, key, expect)
+    found = check_list(_state_of(home), key, expect)
     if json:
         print(dumps(found.to_plain(), indent=2, ensure_ascii=False))
     else:
@@ -491,12 +516,12 @@ def audit(
 
 
 @site.command("key")
-def site_key(state: StateArgument) -> None:
+def site_key(home: SiteFolder) -> None:
     """Show the public key of a site, and make its key on first use."""
     from client.approval import site_key as place
     from federation.identity import Identity
 
-    print(Identity.at(place(state)).public)
+    print(Identity.at(place(_state_of(home))).public)
 
 
 @coordinator.command("key")
@@ -710,6 +735,21 @@ def free_reservations(
         freed = budget.free([each.release for each in found])
         after = budget.spent(delta)
     console.print(f"{len(freed)} freed; spent or reserved: epsilon {after:.3f} at delta {delta:g}, before {before:.3f}")
+
+
+@app.command(rich_help_panel=_RESEARCH)
+def synthesize(
+    hospital: Annotated[str, typer.Argument(help="heart, surgical, general or oncology.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write: records/ and truth.parquet.")],
+    form: Annotated[str, typer.Option(help="meds, omop, fhir or tables.")] = "meds",
+    patients: Annotated[int, typer.Option(min=0, help="How many.")] = 700,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 1,
+) -> None:
+    """Make up a hospital's records, with the true risk of every patient, to try everything out with."""
+    from simulation.forms import write
+
+    made = write(hospital, out, form=form, patients=patients, seed=seed)  # type: ignore[arg-type]
+    print(f"{made.patients:,} patients, {made.events:,} events: {made.records}")
 
 
 @app.command(rich_help_panel=_RESEARCH)
@@ -1203,6 +1243,15 @@ def import_model(
 
 def _file_of(checkpoint: Path) -> Path:
     return checkpoint / "checkpoint.safetensors" if checkpoint.is_dir() else checkpoint
+
+
+def _state_of(folder: Path) -> Path:
+    """The state folder of a site: of its home, or itself."""
+    if not (folder / "site.toml").exists():
+        return folder
+    from client.home import SiteHome
+
+    return SiteHome.open(folder).state
 
 
 def _time(text: str | None) -> "datetime | None":

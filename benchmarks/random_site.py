@@ -4,6 +4,7 @@ All the rest is a hospital's: connection, forked app processes, policy, rounding
 `benchmarks.transport` starts it.
 """
 
+import os
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -48,12 +49,14 @@ class RandomRound(local.LocalRound):
     @property
     def choices(self) -> Choices:
         """What a site would have chosen."""
-        return Choices("float32", 512)
+        return Choices("fp32", 512)
 
 
 if __name__ == "__main__":
     supernode.APP_MODULES = (*supernode.APP_MODULES, "benchmarks.random_site")
-    sys.exit(supernode.main(sys.argv[1]))
+    code = supernode.main(sys.argv[1])
+    sys.stdout.flush()
+    os._exit(code)  # as the node itself does
 elif sys.argv[0].endswith("nursery.py"):
     vars(site)["LocalRound"] = RandomRound
     vars(local)["to_vector"] = moved

@@ -283,6 +283,9 @@ def _site(place: Machine, home: CoordinatorHome, ledger: Ledger, number: int, no
     (joined.path / "policy.toml").write_text(POLICY.format(key=joined.settings.coordinator.key))
     SiteHome.open(joined.path)
     program = ("fedcomet", "site", "run") if noop else ("benchmarks.random_site",)
+    if not noop:  # nobody starts these nodes again, so they must not come before the coordinator knows them
+        log = place.root / "coordinator.log"
+        _patiently(lambda: log.read_text().index(f"{name} is a node now"))
     environment = {} if noop else supervisor.flower_environment(joined.path / "flower")
     place.start(sys.executable, "-m", *program, str(joined.path), env=environment, log=name)
 

@@ -27,6 +27,7 @@ from federation import flower, masking
 from federation.messages import ProtocolError, Refusal, Reply, Request, SiteRefusal
 from model.machine import Machine
 from model.train import TrainingDiverged
+from tokenizer import durable
 from tokenizer.errors import ConfigError, FedcometError
 from tokenizer.settings import STANDARD
 
@@ -157,8 +158,11 @@ def _send(site: Site, reply: Reply | masking.Reply, place: masking.Place | None,
         site.gate.released(reply, place)
     except Exception as error:
         _log(site, asked, error)
-        # The one text that leaves without being on the list, for the list is what's broken; it is always the same.
-        return flower.reply(Refusal(name, "This site can't write down what leaves, so it gives no answer."), to)
+        # The texts that leave without being on the list, for the list is what's broken: always one of these two.
+        why = "its disk is full" if durable.out_of_room(error) else "see its own log"
+        return flower.reply(
+            Refusal(name, f"This site can't write down what leaves ({why}), so it gives no answer."), to
+        )
     return answer
 
 
@@ -174,12 +178,18 @@ def _ask(site: Site, message: Message) -> tuple[Reply | masking.Reply, masking.P
     except _MAY_TRAVEL as error:
         _log(site, message.metadata.message_type, error)
         return Refusal(name, str(error)), place
-    except FedcometError as error:
+    except Exception as error:
         _log(site, message.metadata.message_type, error)
-        return Refusal(name, f"{name} can't use its records or files; its own log says which and why."), place
-    except Exception as error:  # the site must answer, and must not tell what it stumbled over
-        _log(site, message.metadata.message_type, error)
-        return Refusal(name, f"{name} ran into an unexpected {type(error).__name__}; its own log says more."), place
+        return Refusal(name, _told(name, error)), place
+
+
+def _told(name: str, error: Exception) -> str:
+    """What the coordinator hears of an error: its kind, and nothing that it may say of records."""
+    if durable.out_of_room(error):
+        return f"{name} has no room left on its disk; it takes part again when there is."
+    if isinstance(error, FedcometError):
+        return f"{name} can't use its records or files; its own log says which and why."
+    return f"{name} ran into an unexpected {type(error).__name__}; its own log says more."
 
 
 def _log(site: Site, task: str, error: BaseException) -> None:

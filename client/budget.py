@@ -39,6 +39,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from federation import accountant, canonical, database
 from federation.accountant import Mechanism, Mechanisms
 from federation.messages import SiteRefusal
+from tokenizer import durable
 from tokenizer.errors import ConfigError, DataError
 
 SCHEMA = 1
@@ -49,7 +50,7 @@ FILE = "budget.sqlite"
 
 _PRAGMAS = ("journal_mode=DELETE", "synchronous=EXTRA", "secure_delete=ON")
 
-Purpose = Literal["survey", "training", "evaluation", "statistics"]
+Purpose = Literal["survey", "training", "evaluation", "statistics", "restored"]
 
 
 class BudgetExhausted(SiteRefusal):
@@ -360,9 +361,17 @@ class Budget:
     @contextmanager
     def _transaction(self) -> Iterator[Session]:
         """One at a time, among all processes: SQLite by its lock, others by the ledger's row."""
-        with Session(self._engine) as session, session.begin():
-            session.get(_Ledger, 1, with_for_update=True)
-            yield session
+        try:
+            with Session(self._engine) as session, session.begin():
+                session.get(_Ledger, 1, with_for_update=True)
+                yield session
+        except DatabaseError as problem:
+            if durable.out_of_room(problem):
+                raise DataError(
+                    f"{database.told(self._engine.url)}: the privacy budget can't be written, as its disk is full; "
+                    "nothing private leaves. Make room, and the site goes on."
+                ) from problem
+            raise
 
 
 def _find(session: Session, release: Release) -> _Row | None:

@@ -5,10 +5,11 @@ from typing import Annotated
 
 import typer
 
-from client import run_commands, ui_commands
+from client import run_commands, status_commands, ui_commands
 
 app = typer.Typer()
 app.add_typer(run_commands.app)
+app.add_typer(status_commands.app)
 app.add_typer(ui_commands.app)
 
 Home = Annotated[
@@ -21,6 +22,13 @@ def join(
     address: Annotated[str, typer.Argument(help="The coordinator's host, with :PORT where it isn't the usual one.")],
     token: Annotated[str, typer.Argument(help="The invitation's token; - reads it from standard input.")],
     home: Home = Path(),
+    data: Annotated[
+        Path | None, typer.Option(help="The records, a MEDS dataset's folder.", show_default="data in the home")
+    ] = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(help="A policy that is there already.", show_default="a strict one is written into the home"),
+    ] = None,
     yes: Annotated[
         bool, typer.Option("--yes", help="Don't ask whether the fingerprints were compared (the token is checked).")
     ] = False,
@@ -46,7 +54,7 @@ def join(
         console.print(f"This site's fingerprint:      {spoken(prints.site)}")
         return yes or typer.confirm("Does the coordinator read you the same federation's fingerprint?")
 
-    made = enrol.join(home, address, sys.stdin.read() if token == "-" else token, agree)
+    made = enrol.join(home, address, sys.stdin.read() if token == "-" else token, agree, None, data, policy)
     console.print(
         f"[bold]{made.name}[/] has joined. Read this site's fingerprint to the coordinator, who sees the same"
     )

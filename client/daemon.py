@@ -21,11 +21,14 @@ from client.link import Link
 from client.supernode import NodeFolder, trusted_coordinators
 from federation import logs, pki, supervisor, vitals
 from federation.manifest import software_version
+from federation.messages import SiteRefusal
 from federation.vitals import notify
+from tokenizer import durable
 from tokenizer.errors import ConfigError, FedcometError
 
 _TICK_S = 1.0
 _TELL_S = 60.0
+_AGAIN_S = 5.0
 _NODE = "supernode"
 _GOOD = ("waiting", "working")
 
@@ -67,12 +70,14 @@ class _Daemon:
         wait = supervisor.until_signal()
         board = vitals.Vitals(self._home.settings.daemon.health_port, self._health, "fedcomet_site")
         self._folder.write("starting")
-        self._supervisor.start()
         self._line.start()
         _log.info("site %s runs, fedcomet %s", self._home.name, software_version())
-        ready = False
+        ready = started = False
         try:
             while not wait(_TICK_S):
+                if self._line.asked.is_set() and not started:
+                    started = True
+                    self._supervisor.start()
                 well, told = self._health()
                 self._measure(board, well)
                 if well and not ready:
@@ -89,7 +94,9 @@ class _Daemon:
 
     def _health(self) -> tuple[bool, Mapping[str, Any]]:
         node, condition = self._folder.read(), self._supervisor.conditions()[_NODE]
-        well = condition.running and node.state in _GOOD
+        free = durable.free_bytes(self._home.state)
+        well = condition.running and node.state in _GOOD and free >= durable.LEAST_FREE
+        well = well and not self._line.refused
         told = {
             "site": self._home.name,
             "node": node.state,
@@ -97,9 +104,17 @@ class _Daemon:
             "restarts": condition.ends,
             "control": self._line.problem or "fine",
         }
-        if not well:
-            told["reason"] = node.reason or (
-                "the node is about to connect" if condition.running else "the node is started again in a moment"
+        if free < durable.LEAST_FREE:
+            told["reason"] = durable.full(self._home.state)
+        elif refused := self._line.refused:
+            told["reason"] = refused
+        elif not self._line.asked.is_set():
+            told["reason"] = self._line.problem or "the coordinator is about to be asked what it has heard of this site"
+        elif not well:
+            told["reason"] = (
+                self._line.clock
+                or node.reason
+                or ("the node is about to connect" if condition.running else "the node is started again in a moment")
             )
         return well, told
 
@@ -110,21 +125,21 @@ class _Daemon:
         board.set("working", node.state == "working", "1 while a message of the coordinator is worked on")
         board.set("node_restarts", condition.ends, "How often the node ended by itself since the daemon began")
         board.set("uptime_seconds", time.time() - self._began, "Since the daemon began")
-        used = os.statvfs(self._home.state) if self._home.state.exists() else None
-        if used is not None:
-            board.set("disk_free_bytes", used.f_bavail * used.f_frsize, "Free on the disk of the state folder")
+        board.set("disk_free_bytes", durable.free_bytes(self._home.state), "Free on the disk of the state folder")
 
 
 class _Line(threading.Thread):
     """The line to the control service: the site's health and budget are told, and its certificate is renewed, in time.
 
-    A coordinator that is away costs nothing: the next minute is the next try.
+    No request of a run is taken before the coordinator was asked once what it has heard of this site, which shows a
+    state that was restored from an older copy. Later, a coordinator that is away costs nothing: the next minute is the
+    next try.
     """
 
     def __init__(self, home: SiteHome) -> None:
         super().__init__(name="line", daemon=True)
         self._home, self._stopping = home, threading.Event()
-        self.problem = ""
+        self.problem, self.refused, self.clock, self.asked = "", "", "", threading.Event()
 
     def run(self) -> None:
         while not self._stopping.is_set():
@@ -132,13 +147,19 @@ class _Line(threading.Thread):
                 with Link(self._home) as link:
                     while not self._stopping.is_set():
                         self._tell(link)
-                        self.problem = ""
+                        self.problem = self.refused = ""
                         self._stopping.wait(_TELL_S)
+            except SiteRefusal as restored:
+                self.asked.set()  # the runs hear of it, too
+                if not self.refused:
+                    _log.error("%s", restored)
+                self.problem, self.refused = "", str(restored)
+                self._stopping.wait(_AGAIN_S)
             except (FedcometError, OSError) as error:
                 if str(error) != self.problem:
                     _log.warning("%s", error)
                 self.problem = str(error)
-                self._stopping.wait(_TELL_S)
+                self._stopping.wait(_TELL_S if self.asked.is_set() else _AGAIN_S)
 
     def _tell(self, link: Link) -> None:
         if link.renew_if_due():
@@ -146,6 +167,10 @@ class _Line(threading.Thread):
         if warning := link.warning():
             _log.warning("%s", warning)
         link.report_health()
+        self.asked.set()
+        self.clock = link.wrong_clock() or ""
+        if self.clock:
+            _log.error("%s", self.clock)
         link.report_budget()
 
     def stop(self) -> None:

@@ -57,6 +57,8 @@ def join(
     token: str,
     agree: Callable[[Invitation, Fingerprints], bool] = lambda *_: True,
     now: datetime | None = None,
+    data: Path | None = None,
+    policy: Path | None = None,
 ) -> SiteHome:
     """Join a federation.
 
@@ -66,6 +68,7 @@ def join(
         token: as `fedcomet coordinator invite` gave it.
         agree: is shown both fingerprints before anything is sent; False ends it.
         now: the time.
+        data, policy: where records and policy are, if elsewhere than in the home; what site.toml says already, stays.
 
     Raises:
         ConfigError: the token or the address is none, or the home is another site's.
@@ -96,8 +99,9 @@ def join(
     coordinator = Coordinator(
         address=host, fleet_port=reply.fleet_port, control_port=reply.control_port, key=reply.coordinator
     )
-    _begin_policy(home / "policy.toml", reply.coordinator)
-    write_settings(home, invitation.name, coordinator)
+    if policy is None:
+        _begin_policy(home / "policy.toml", reply.coordinator)
+    write_settings(home, invitation.name, coordinator, data, policy)
     (home / "logs").mkdir(mode=0o700, exist_ok=True)
     return SiteHome.open(home)
 

@@ -41,6 +41,7 @@ from tokenizer import durable
 _LOOPBACK = "127.0.0.1"
 _POLLS = Polls(0.1, 1.0)
 _ANSWER_S = 0.02
+_HEARD_S = 5.0  # some times what a coordinator lets pass between two looks (`server.post`)
 
 _log = logging.getLogger(__name__)
 
@@ -183,6 +184,7 @@ class Node:
                 problem.append(error)
         if problem:
             raise Refused(_said(problem[0]))
+        options.memory.unlink(missing_ok=True)  # it has signed off by itself
 
     def _answered(self, stopping: threading.Event, limit_s: float) -> bool:
         """Wait until there is an answer to send; False if the time to stop came first."""
@@ -249,6 +251,9 @@ class Node:
             ) as client,
         ):
             client.DeactivateNode(DeactivateNodeRequest(node_id=number))
+            # What the predecessor had taken, nobody answers any more. Whoever waits for it is told so while no node is
+            # there, and would else wait until its deadline.
+            time.sleep(_HEARD_S)
 
 
 def _said(error: Exception) -> str:

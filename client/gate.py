@@ -20,6 +20,7 @@ from client.archive import Archive, RunArchive
 from client.budget import FILE, Budget, Purpose
 from client.outbound import Leaving, Outbound, content_of
 from client.policy import Broken, Policy, PolicyRefusal
+from client.witness import refuse_restored
 from federation import accountant, canonical, masking
 from federation.identity import Identity, signed_by
 from federation.manifest import Manifest
@@ -87,9 +88,10 @@ class Gate:
 
         Raises:
             PolicyRefusal: it breaks rules of the policy; all are named.
-            SiteRefusal: its run has not been approved.
+            SiteRefusal: its run has not been approved, or the site's state was restored from an older copy.
             ProtocolError: its manifest can't be read.
         """
+        refuse_restored(self.name, self.archive.path)
         if (policy := self.policy) is None:
             return
         coordinator = signed_by(request)

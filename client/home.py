@@ -175,10 +175,17 @@ class SiteHome:
 KEY, CERTIFICATE, AUTHORITY = "tls.key", "tls.crt", "federation.crt"
 
 
-def write_settings(path: Path, name: str, coordinator: Coordinator) -> None:
+def write_settings(
+    path: Path, name: str, coordinator: Coordinator, data: Path | None = None, policy: Path | None = None
+) -> None:
     """Write the site.toml of a site that has joined; of one that is there, only what is behind [coordinator]."""
     file = path / "site.toml"
-    before = file.read_text(encoding="utf-8") if file.exists() else _SITE.format(name=dumps(name), as_is=_AS_IS)
+    places = {
+        "data": dumps("data" if data is None else str(data.absolute())),
+        "policy": dumps("policy.toml" if policy is None else str(policy.absolute())),
+    }
+    new = _SITE.format(name=dumps(name), as_is=_AS_IS, **places)
+    before = file.read_text(encoding="utf-8") if file.exists() else new
     where = _COORDINATOR.format(
         address=dumps(coordinator.address),
         fleet=coordinator.fleet_port,
@@ -193,12 +200,16 @@ _SITE = """\
 # Paths are relative to this folder.
 [site]
 name = {name}
-data = "data"           # the records: a MEDS dataset's folder
+data = {data}  # the records: a MEDS dataset's folder
 state = "state"         # what the site must not forget; keep it, and never put back an old copy
-policy = "policy.toml"  # what the site allows; it must be there
+policy = {policy}  # what the site allows; it must be there
 settings = {as_is}       # what is done to the records first: a TOML file, "standard" or "none"
 budget = ""             # the privacy budget's database; a file in state if empty
 device = "cpu"          # where to train: cpu, cuda
+
+# [daemon]              # others where two sites share a machine
+# health_port = 8451
+# runtime_port = 8452
 """
 _COORDINATOR = """\
 [coordinator]  # from here on, joining again writes it anew

@@ -22,6 +22,7 @@ from client.budget_report import report
 from client.home import SiteHome
 from client.outbound import Leaving, Outbound
 from client.policy import Policy
+from client.witness import Witnessed, refuse_restored
 from federation import control_pb2 as wire
 from federation import pki
 from federation.calls import CONTROL
@@ -31,6 +32,7 @@ from federation.messages import ProtocolError
 from federation.pki import Validity
 
 _GIGABYTE = 1 << 30
+_MOST_AHEAD_S = 300
 
 
 class Link:
@@ -44,6 +46,7 @@ class Link:
         """
         self.home, self._clock = home, clock
         self._identity = home.identity
+        self.ahead_s = 0.0
         self._outbound = Outbound(home.state / "outbound", self._identity)
         self._channel = self._connect()
 
@@ -62,19 +65,35 @@ class Link:
     # --- what it tells ---
 
     def report_health(self) -> None:
-        """Tell that the site is there: its version, runs that wait for approval, and free disk space.
+        """Tell that the site is there: its version, runs that wait for approval, free disk space, where its list is.
+
+        The answer shows whether the site's state was restored from an older copy (`client.witness`).
 
         Raises:
             CallError: the coordinator can't be reached, or refuses.
             DataError: the list of what leaves can't be written; nothing was sent.
+            SiteRefusal: the state was restored; from here on the site answers no run.
         """
         free = shutil.disk_usage(self.home.state).free // _GIGABYTE
         waiting = len(Approvals(self.home.state).waiting())
         name = self.home.name
-        self._send(
-            "ReportHealth",
-            wire.HealthReport(site=name, version=software_version(), queue=waiting, free_gigabytes=min(free, 1 << 31)),
+        witnessed = Witnessed(self.home.state)
+        head, (known, accepted) = witnessed.head(), witnessed.known()
+        told = wire.HealthReport(
+            site=name,
+            version=software_version(),
+            queue=waiting,
+            free_gigabytes=min(free, 1 << 31),
+            entries=head.sequence,
+            entries_sha256=head.sha256,
+            known_sha256=known,
+            restored=accepted,
         )
+        heard = self._send("ReportHealth", told)
+        self.ahead_s = self._clock().timestamp() - heard.time if heard.time else 0.0
+        budget = (heard.epsilon, heard.delta) if heard.HasField("epsilon") else (None, None)
+        witnessed.check(heard.entries, heard.sha256, *budget)
+        refuse_restored(name, self.home.state)
 
     def report_budget(self) -> bool:
         """Tell what the privacy budget holds and its limit; False if there is no budget yet, and nothing was sent.
@@ -140,6 +159,17 @@ class Link:
         with closing(self._channel.stream(CONTROL["WatchEvents"], asked)) as events:  # type: ignore[type-var]
             yield from events
 
+    def wrong_clock(self) -> str | None:
+        """Say what to do about a clock that, at the last report, differed so much that Flower refuses the node."""
+        if abs(self.ahead_s) < _MOST_AHEAD_S:
+            return None
+        where = "ahead of" if self.ahead_s > 0 else "behind"
+        there = datetime.fromtimestamp(self._clock().timestamp() - self.ahead_s, UTC)
+        return (
+            f"this machine's clock is {abs(self.ahead_s):,.0f} s {where} the coordinator's ({there:%Y-%m-%d %H:%M} UTC "
+            f"there); nodes that differ by more than {_MOST_AHEAD_S} s are refused: set it right, with NTP or chrony"
+        )
+
     # --- its certificate ---
 
     def validity(self) -> Validity:
@@ -173,16 +203,27 @@ class Link:
         return self.validity()
 
     def renew_if_due(self) -> bool:
-        """Renew the certificate when a third of its time is left; tell whether it was."""
-        if not self.validity().due:
+        """Renew the certificate when a third of its time is left; tell whether it was.
+
+        Raises:
+            CertificateError: it has expired, so that nobody can renew it; says what to do.
+            CallError, ProtocolError: as `renew`.
+        """
+        validity = self.validity()
+        if not validity.due:
             return False
+        if validity.days_left <= 0:
+            raise pki.CertificateError(self.warning())
         self.renew()
         return True
 
     def warning(self) -> str | None:
         """Say what to do about a certificate that should have been renewed; None if nothing is."""
         validity = self.validity()
-        todo = "run fedcomet site renew" if validity.days_left > 0 else "ask the coordinator for a new invitation"
+        again = (
+            "ask the coordinator for a new invitation and run fedcomet site join with it in this home, which keeps all"
+        )
+        todo = "run fedcomet site renew" if validity.days_left > 0 else again
         return validity.warning(self.home.name, todo)
 
     def _connect(self) -> Channel:

@@ -149,7 +149,9 @@ class Outbound:
         if not name or size >= self._full:
             name, size = f"{entry.sequence:012d}.jsonl", 0
         with open(self.folder / name, "ab", buffering=0) as file:
-            file.write(line + b"\n")
+            left = memoryview(line + b"\n")
+            while left:  # a disk that fills up takes a part, and refuses the rest only when asked again
+                left = left[file.write(left) :]
             os.fsync(file.fileno())
         durable.sync_directory(self.folder)
         end = Head(entry.sequence, hashlib.sha256(line).hexdigest(), name, size + len(line) + 1)
@@ -224,6 +226,16 @@ def read_head(folder: Path) -> Head:
         return canonical.decode(Head, path.read_bytes(), str(path), DataError)
     except OSError as cause:
         raise DataError(f"{path} can't be read ({cause.strerror}); {_DAMAGED}") from None
+
+
+def sha256_at(folder: Path, head: Head, sequence: int) -> str | None:
+    """Give the sha256 of an entry's line by its number, `FIRST` for 0; None behind the end."""
+    if not 0 < sequence <= head.sequence:
+        return None if sequence else FIRST
+    path = max(path for path in files(folder) if int(path.stem) <= sequence)
+    data = path.read_bytes()
+    data = data[: head.bytes] if path.name == head.file else data
+    return hashlib.sha256(data.split(b"\n")[sequence - int(path.stem)]).hexdigest()
 
 
 def behind(folder: Path, head: Head) -> bytes:

@@ -5,7 +5,6 @@ Each part is looked at by itself: one that is damaged tells so in its place, and
 
 import json
 import shlex
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -120,7 +119,7 @@ class Window:
         # Whoever changes an old entry changes a file's time or size.
         stats = [path.stat() for path in sorted(folder.glob("*.json*"))]
         made_of = [(each.st_mtime_ns, each.st_size, each.st_ino) for each in stats]
-        return self._keep("outbound", made_of, lambda: Outbound(audit(self.home.state), _last(folder)))
+        return self._keep("outbound", made_of, lambda: Outbound(audit(self.home.state), last_entries(folder, _ENTRIES)))
 
     def _budget(self) -> BudgetReport:
         rules = Policy.read(self.home.policy)
@@ -152,10 +151,7 @@ class Window:
 
     def _command(self, digest: str) -> str:
         """What approves a manifest, as it is typed."""
-        work = self.home.settings.site
-        words = ["fedcomet", "site", "approve", digest[:16], "--state", str(self.home.state.absolute())]
-        words += ["--policy", str(self.home.policy.absolute()), "--device", work.device]
-        return shlex.join([*words, "--budget", work.budget] if work.budget else words)
+        return shlex.join(["fedcomet", "site", "approve", digest[:16], "--home", str(self.home.path.absolute())])
 
     def _keep(self, name: str, made_of: object, make: Callable[[], T]) -> T:
         known = self._kept.get(name)
@@ -177,6 +173,27 @@ def troubles(folder: Path) -> list[Trouble]:
     return found[::-1][:_ERRORS]
 
 
+def last_entries(folder: Path, most: int, but: str = "") -> tuple[Entry, ...]:
+    """Give the last entries of a list, the latest first; those that can't be read are left to the audit to tell of.
+
+    Args:
+        folder: the list's.
+        most: how many.
+        but: leave out what answers this kind of request ("control").
+    """
+    found: list[Entry] = []
+    for place, line in reversed(list(lines(folder, read_head(folder)))):
+        try:
+            entry = read_entry(line, place)
+        except DataError:
+            continue
+        if entry.message.answers != but:
+            found.append(entry)
+        if len(found) == most:
+            break
+    return tuple(found)
+
+
 def _trouble(line: bytes) -> Trouble | None:
     try:
         told = json.loads(line)
@@ -185,17 +202,6 @@ def _trouble(line: bytes) -> Trouble | None:
     if not isinstance(told, dict) or told.get("level") not in _BAD:
         return None
     return Trouble(*(str(told.get(name, "")) for name in ("time", "level", "program", "message")))
-
-
-def _last(folder: Path) -> tuple[Entry, ...]:
-    """The last entries of a list, the latest first; those that can't be read are left to the audit to tell of."""
-    found = []
-    for place, line in deque(lines(folder, read_head(folder)), maxlen=_ENTRIES):
-        try:
-            found.append(read_entry(line, place))
-        except DataError:
-            continue
-    return tuple(reversed(found))
 
 
 def _told(look: Callable[[], T]) -> T | str:

@@ -21,6 +21,7 @@ from client.home import SiteHome
 from client.policy import Policy
 from federation import pki, supervisor
 from federation.flower_tasks import TaskOptions, Tasks
+from tokenizer import durable
 from tokenizer.errors import FedcometError
 
 APP_MODULES = ("client.app", "flwr.supernode.runtime.run_clientapp", "torch._dynamo")
@@ -49,11 +50,16 @@ class NodeFolder:
         self.memory, self._state = self.root / "number.json", self.root / "node.json"
 
     def write(self, state: str, reason: str = "") -> None:
-        """Say what the node is doing."""
-        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        """Say what the node is doing; where the disk is full nothing is said, and the daemon says that."""
         aside = self._state.with_suffix(".partial")
-        aside.write_text(json.dumps({"state": state, "since": time.time(), "reason": reason}))
-        aside.replace(self._state)
+        try:
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            aside.write_text(json.dumps({"state": state, "since": time.time(), "reason": reason}))
+            aside.replace(self._state)
+        except OSError as problem:
+            if not durable.out_of_room(problem):
+                raise
+            aside.unlink(missing_ok=True)
 
     def read(self) -> NodeState:
         """Tell what the node is doing; "starting" when it has not said anything yet."""

@@ -193,16 +193,38 @@ class BudgetReport(_message.Message):
     def __init__(self, site: _Optional[str] = ..., epsilon: _Optional[float] = ..., delta: _Optional[float] = ..., limit_epsilon: _Optional[float] = ..., limit_delta: _Optional[float] = ...) -> None: ...
 
 class HealthReport(_message.Message):
-    __slots__ = ("site", "version", "queue", "free_gigabytes")
+    __slots__ = ("site", "version", "queue", "free_gigabytes", "entries", "entries_sha256", "known_sha256", "restored")
     SITE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     QUEUE_FIELD_NUMBER: _ClassVar[int]
     FREE_GIGABYTES_FIELD_NUMBER: _ClassVar[int]
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    ENTRIES_SHA256_FIELD_NUMBER: _ClassVar[int]
+    KNOWN_SHA256_FIELD_NUMBER: _ClassVar[int]
+    RESTORED_FIELD_NUMBER: _ClassVar[int]
     site: str
     version: str
     queue: int
     free_gigabytes: int
-    def __init__(self, site: _Optional[str] = ..., version: _Optional[str] = ..., queue: _Optional[int] = ..., free_gigabytes: _Optional[int] = ...) -> None: ...
+    entries: int
+    entries_sha256: str
+    known_sha256: str
+    restored: bool
+    def __init__(self, site: _Optional[str] = ..., version: _Optional[str] = ..., queue: _Optional[int] = ..., free_gigabytes: _Optional[int] = ..., entries: _Optional[int] = ..., entries_sha256: _Optional[str] = ..., known_sha256: _Optional[str] = ..., restored: _Optional[bool] = ...) -> None: ...
+
+class Witness(_message.Message):
+    __slots__ = ("entries", "sha256", "epsilon", "delta", "time")
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    EPSILON_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    entries: int
+    sha256: str
+    epsilon: float
+    delta: float
+    time: float
+    def __init__(self, entries: _Optional[int] = ..., sha256: _Optional[str] = ..., epsilon: _Optional[float] = ..., delta: _Optional[float] = ..., time: _Optional[float] = ...) -> None: ...
 
 class Text(_message.Message):
     __slots__ = ("site", "text")

@@ -15,6 +15,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, RecordDict
 from flwr.app import Message as FlowerMessage
 from flwr.app.message.arraychunk import ArrayChunk
+from flwr.common.constant import ErrorCode
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -96,6 +97,13 @@ def _twin(part: Any) -> Any:
     return ArrayRecord({name: Array(a.dtype, a.shape, a.stype, a.data) for name, a in part.items()})
 
 
+# What a person can make something of, for what happens at every crash.
+_SAID = {
+    ErrorCode.NODE_UNAVAILABLE: "the site went away before it answered; it is asked again when it is back",
+    ErrorCode.CLIENT_APP_CRASHED: "the site's process that did the work was killed; its own log may say why",
+}
+
+
 def failure(reason: str, to: FlowerMessage) -> FlowerMessage:
     """Answer a Flower message in the place of a node that can't do it itself."""
     return FlowerMessage(Error(code=0, reason=reason), reply_to=to)
@@ -109,6 +117,8 @@ def read(message: FlowerMessage) -> Message | masking.Request | masking.Reply:
         ProtocolError: the content is not a message of ours.
     """
     if message.has_error():
+        if known := _SAID.get(message.error.code):
+            raise DeliveryError(known)
         reason = " ".join(str(message.error.reason).split())
         raise DeliveryError(f"Flower reports error {message.error.code}: {reason[:300]}")
     try:

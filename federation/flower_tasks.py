@@ -29,7 +29,7 @@ from flwr.supercore.interceptors import (
 from flwr.supercore.runtime import RuntimeHttpClient
 
 from federation.nursery import Nursery, NurseryOptions
-from federation.supervisor import meaning, relay
+from federation.supervisor import NOT_STARTABLE, meaning, relay
 
 TASK_HEARTBEAT_S = 300
 """How long an app process may be silent, in seconds; twice that once it has begun."""
@@ -161,11 +161,21 @@ class Tasks:
         try:
             answer = client.AcquireTask(AcquireTaskRequest(supported_task_types=[_KINDS[self._options.side]]))
             if more := answer.HasField("task") and bool(answer.token):
-                self._running[answer.task.task_id] = answer.task.run_id, answer.token
-                self._launcher.launch(answer.task.task_id, answer.token)
+                self._try(answer.task.task_id, answer.task.run_id, answer.token)
         finally:
             if more and self._come is not None:
                 self._come.set()
+
+    def _try(self, number: int, run: int, token: str) -> None:
+        """Let a process do a task; one that the system refuses to start, as on a full disk, is reported as dead."""
+        self._running[number] = run, token
+        try:
+            self._launcher.launch(number, token)
+        except OSError as problem:
+            _log.error("an app process can't be started (%s)", problem)
+            self._running.pop(number)
+            self._unsaid[token] = NOT_STARTABLE
+            self._crashed(run)
 
     def _client(self, *interceptors: object) -> RuntimeHttpClient:
         version = RuntimeVersionHttpInterceptor(component_name="SuperExec")

@@ -3,7 +3,8 @@
 An ASGI application around another one. A request passes if it is a POST to exactly one of the paths (the bytes on the
 wire: no other spelling, no query), its headers are admitted *before* a byte of its body is read, and its body arrives
 whole, in time, within the bound, and suits whoever sent it. Everything else is answered here: 404 to what is no path,
-without a word on what there is; 401 to strangers; 408, 411 and 413 to bodies. `/health` tells that the process lives.
+without a word on what there is; 401 to strangers; 408, 411 and 413 to bodies; 503 when
+the disk inside is full. `/health` tells that the process lives.
 """
 
 import asyncio
@@ -14,6 +15,8 @@ from collections.abc import Awaitable, Callable, Hashable, Mapping, MutableMappi
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+
+from tokenizer import durable
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -109,7 +112,28 @@ class Front:
             body = await self._body(receive)
             if not await loop.run_in_executor(self._threads, door.suits, who, body):
                 raise _Refused(403)
-            await self._inside(scope, _again(body, receive), send)
+            await self._enter(scope, _again(body, receive), send)
+
+    async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request in; where the disk inside is full, 503 says that the same may be asked again later, not 500."""
+        held: list[MutableMapping[str, Any]] = []
+
+        async def hold(message: MutableMapping[str, Any]) -> None:
+            if held or message.get("status") == 500:
+                held.append(message)
+            else:
+                await send(message)
+
+        try:
+            await self._inside(scope, receive, hold)
+        except Exception as problem:
+            if durable.out_of_room(problem):
+                raise _Refused(503) from problem
+            for message in held:
+                await send(message)
+            raise
+        for message in held:
+            await send(message)
 
     def _check_length(self, headers: Headers) -> None:
         lengths = headers.get("content-length", ())

@@ -26,6 +26,9 @@ BAD_CONFIG = 78
 REFUSED = 77
 """Exit code of a program that the other side does not let in (EX_NOPERM)."""
 
+NOT_STARTABLE = 127
+"""Exit code that stands for a program that the system would not start, as in a shell."""
+
 _PARENT = "FEDCOMET_PARENT"
 _PR_SET_PDEATHSIG = 1
 _STEADY_S = 60.0
@@ -133,7 +136,7 @@ class _Keeper(threading.Thread):
                 )
             except OSError as error:
                 _log.error("%s can't be started: %s", self.program.name, error)
-                return 127
+                return NOT_STARTABLE
             self._process = process
         log = logging.getLogger(f"program.{self.program.name}")
         assert process.stdout is not None
@@ -190,7 +193,7 @@ def meaning(code: int) -> str:
         0: "done",
         REFUSED: "refused by the other side",
         BAD_CONFIG: "wrong configuration",
-        127: "not startable",
+        NOT_STARTABLE: "not startable",
     }.get(code, f"exit code {code}")
 
 

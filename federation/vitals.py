@@ -1,11 +1,15 @@
 """How a daemon tells that it lives: `/health` and Prometheus' `/metrics` on loopback, and systemd's notifications.
 
 `/health` is 200 with a JSON object when all is well, and 503 with the same object, which then says what is wrong.
+`python -m federation.vitals PORT` asks, prints the answer, and exits with 0 or 1: a probe for containers, from which
+nothing has to be reachable from outside.
 """
 
+import http.client
 import json
 import os
 import socket
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -104,3 +108,22 @@ def notify(state: str) -> None:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
         channel.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
+
+
+def ask(port: int, patience_s: float = 5.0) -> tuple[bool, str]:
+    """Ask the daemon at a port on loopback whether all is well; gives that, and what it says."""
+    channel = http.client.HTTPConnection(_LOOPBACK, port, timeout=patience_s)
+    try:
+        channel.request("GET", "/health")
+        answer = channel.getresponse()
+        return answer.status == 200, answer.read().decode(errors="replace")
+    except (OSError, http.client.HTTPException) as problem:
+        return False, f"nothing answers on port {port} ({problem})"
+    finally:
+        channel.close()
+
+
+if __name__ == "__main__":
+    good, words = ask(int(sys.argv[1]))
+    print(words)
+    sys.exit(0 if good else 1)

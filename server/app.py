@@ -141,6 +141,8 @@ def _told_to_the_end(journal: Journal) -> Iterator[None]:
     except (LeaseLost, LedgerUnreachable):
         raise  # it is another's run now, or nobody's to write about
     except Exception as problem:
+        if durable.out_of_room(problem):
+            raise  # it goes on when there is room
         kind = "" if isinstance(problem, FedcometError) else f"{type(problem).__name__}: "
         with contextlib.suppress(FedcometError):
             journal.end(RunState.FAILED, printable(f"{kind}{problem}"))

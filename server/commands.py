@@ -5,10 +5,11 @@ from typing import Annotated
 
 import typer
 
-from server import ledger_commands, run_commands, ui_commands
+from server import ledger_commands, plan_commands, run_commands, ui_commands
 
 app = typer.Typer()
 app.add_typer(ledger_commands.app)
+app.add_typer(plan_commands.app)
 app.add_typer(run_commands.app)
 app.add_typer(ui_commands.app)
 

@@ -6,6 +6,7 @@ of itself only, and learns of other sites no more than that something happened.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -217,7 +218,7 @@ class Control:
         self._ledger.report_budget(BudgetEntry(caller.name, told.epsilon, told.delta, epsilon_limit, delta_limit))
         return wire.Done()
 
-    def _health(self, caller: Caller, told: wire.HealthReport) -> wire.Done:
+    def _health(self, caller: Caller, told: wire.HealthReport) -> wire.Witness:
         self._own(caller, told.site)
         self._ledger.members.seen(caller.name, printable(told.version)[:64])
         # In steps of two, so that the ledger hears of what changes, not of every gigabyte.
@@ -226,7 +227,22 @@ class Control:
         if self._told.get(caller.name) != state:
             self._told[caller.name] = state
             self._ledger.note(caller.name, "site.health", site=caller.name, told=state)
-        return wire.Done()
+        return self._witness(caller, told)
+
+    def _witness(self, caller: Caller, told: wire.HealthReport) -> wire.Witness:
+        """Tell a site what it said of its list before, so that it sees whether it has forgotten some of it."""
+        now = time.time()
+        if not told.entries_sha256:
+            return wire.Witness(time=now)
+        if not _is_sha256(told.entries_sha256) or (told.known_sha256 and not _is_sha256(told.known_sha256)):
+            raise Wrong("A sha256 has 64 hexadecimal digits.")
+        stands = self._ledger.members.witness(
+            caller.name, told.entries, told.entries_sha256, told.known_sha256, told.restored
+        )
+        found = wire.Witness(entries=stands.entries, sha256=stands.sha256, time=now)
+        if stands.sha256 != told.entries_sha256 and (budgets := self._ledger.budgets(caller.name)):
+            found.epsilon, found.delta = budgets[-1].epsilon, budgets[-1].delta
+        return found
 
     def _say(self, caller: Caller, said: wire.Text) -> wire.Done:
         site = said.site or (caller.name if caller.is_site else "")
@@ -291,6 +307,10 @@ class Control:
     def _own(self, caller: Caller, site: str) -> None:
         if site != caller.name:
             raise Forbidden(f"{caller.name} may not speak or ask for {printable(site)!r}, only for itself.")
+
+
+def _is_sha256(text: str) -> bool:
+    return len(text) == 64 and set(text) <= set("0123456789abcdef")
 
 
 def _told(run: RunEntry) -> wire.Run:

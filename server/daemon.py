@@ -72,6 +72,7 @@ def serve(path: Path, *, wait: bool = False, passphrase: str | None = None) -> N
     lost = threading.Event()
     with Ledger.open(home.ledger_url, backups=home.path) as ledger:
         with ledger.lead(wait=wait, tell=lambda text: _log.info("%s", text), lost=lost) as token, ExitStack() as stack:
+            ledger.transactions.patience_s = _PATIENCE_S  # this loop comes back by itself, and must tell that it lives
             daemon = _Daemon(home, ledger, token, stack, Enrolment(ledger, authority, _welcome(home)))
             daemon.run(stopping, lost)
         if lost.is_set():
@@ -86,6 +87,10 @@ def _welcome(home: CoordinatorHome) -> Welcome:
         control_port=settings.ports.control,
         coordinator=Identity.at(home.signing_key).public,
     )
+
+
+class _NoRoom(FedcometError):
+    """The disk of the home is full."""
 
 
 class _Daemon:
@@ -108,7 +113,7 @@ class _Daemon:
             )
         )
         self._folder = folder
-        self._began, self._answered = time.time(), 0.0
+        self._began, self._answered, self._problem = time.time(), 0.0, ""
         self._nodes: dict[str, FlowerNode] = {}
         self._runs: list[RunEntry] = []
         self._link = LinkControl(settings.ports.runtime, folder.token())
@@ -173,16 +178,27 @@ class _Daemon:
                 self._keeper.begin()
             self._follow()
             self._runs = self._ledger.runs()
+            if durable.free_bytes(self._home.path) < durable.LEAST_FREE:
+                raise _NoRoom(durable.full(self._home.path))  # a process that leads a run would only end again
             for run in self._runs:
                 if run.state == RunState.READY:
                     self._write_plan(run.name)
             self._keeper.look(self._folder.bundle.read_text())
-            self._answered = time.time()
+            self._answered, self._problem = time.time(), ""
         except LinkError as error:
             if time.time() - max(self._answered, self._began) > _LATE_S:
-                _log.warning("%s", error)
-        except (LedgerUnreachable, OSError) as error:
+                self._warn("the SuperLink does not answer; logs/ says why", error)
+        except LedgerUnreachable as error:
+            away = self._ledger.transactions.away
+            self._warn(f"the ledger can't be reached ({away}); runs go on when its database is back", error)
+        except (_NoRoom, OSError) as error:
+            self._warn(durable.full(self._home.path) if durable.out_of_room(error) else str(error), error)
+
+    def _warn(self, problem: str, error: Exception) -> None:
+        """Say what is wrong: once in the log, and in the health as long as it is so."""
+        if problem != self._problem:
             _log.warning("%s", error)
+        self._problem = problem
 
     def _follow(self) -> None:
         self._nodes = nodes.follow(self._ledger.members.all(), self._link)
@@ -195,7 +211,7 @@ class _Daemon:
 
     def _health(self) -> tuple[bool, Mapping[str, Any]]:
         condition = self._supervisor.conditions()[_LINK]
-        well = condition.running and time.time() - self._answered < _LATE_S
+        well = condition.running and not self._problem and time.time() - self._answered < _LATE_S
         online = sum(node.online for node in self._nodes.values())
         told = {
             "superlink": condition.running,
@@ -203,7 +219,8 @@ class _Daemon:
             "online": online,
             "leading": self._tasks.busy,
         }
-        return well, told if well else {**told, "reason": "the SuperLink does not answer yet; logs/ says why"}
+        reason = self._problem or "the SuperLink does not answer yet; logs/ says why"
+        return well, told if well else {**told, "reason": reason}
 
     def _measure(self, well: bool) -> None:
         board, condition = self._board, self._supervisor.conditions()[_LINK]
@@ -216,5 +233,4 @@ class _Daemon:
         for state in RunState:
             count = sum(run.state == state for run in self._runs)
             board.set("runs", count, "Runs by state", state=state)
-        used = os.statvfs(self._home.path)
-        board.set("disk_free_bytes", used.f_bavail * used.f_frsize, "Free on the disk of the home")
+        board.set("disk_free_bytes", durable.free_bytes(self._home.path), "Free on the disk of the home")

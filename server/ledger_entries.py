@@ -65,6 +65,16 @@ class MemberEntry:
 
 
 @dataclass(frozen=True)
+class WitnessEntry:
+    """Where a site's list of what leaves was: its number of entries, the sha256 of the last one, and when."""
+
+    site: str
+    entries: int
+    sha256: str
+    at: float
+
+
+@dataclass(frozen=True)
 class InviteEntry:
     """An invitation; the token itself is known to whom it was given."""
 

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from federation.pki import Role
 from server import tables
-from server.ledger_entries import Identity, InviteEntry, LedgerRefusal, MemberEntry, entry_of
+from server.ledger_entries import Identity, InviteEntry, LedgerRefusal, MemberEntry, WitnessEntry, entry_of
 from server.tables import SiteStatus
 from server.transactions import Transactions, note
 
@@ -121,6 +121,35 @@ class Members:
                 note(session, site, f"site.{online_state}", site=site, told=member.version)
 
         self._ledger.write(work)
+
+    def witness(self, site: str, entries: int, sha256: str, known: str, restored: bool = False) -> WitnessEntry:
+        """Bear witness of where a site's list of what leaves is, and give the place that stands.
+
+        A new place is noted only from a site that knows the old one: it has looked whether its list still holds that.
+        One whose list doesn't, for its state was restored from an older copy, says so only when its people have.
+
+        Args:
+            site: its name.
+            entries, sha256: where its list is now.
+            known: the sha256 of the old place.
+            restored: its people have accepted that its list lacks that.
+        """
+
+        def work(session: Session) -> WitnessEntry:
+            _get_member(session, site)
+            row, now = session.get(tables.Witness, site), self._ledger.now(session)
+            if row is not None and row.sha256 != known:
+                return entry_of(WitnessEntry, row)
+            if row is None:
+                row = tables.Witness(site=site, entries=entries, sha256=sha256, at=now)
+                session.add(row)
+            elif restored:
+                told = f"its list has {entries:,} entries and had {row.entries:,}; its people have accepted that"
+                note(session, site, "site.restored", site=site, told=told)
+            row.entries, row.sha256, row.at = entries, sha256, now
+            return entry_of(WitnessEntry, row)
+
+        return self._ledger.write(work)
 
     def get(self, site: str) -> MemberEntry:
         """Give a member.

@@ -1,11 +1,12 @@
 """Which sites are Flower nodes: those that the ledger has as enrolled, by the keys of their certificates.
 
 Called every second by the daemon, and at once when a site is revoked. A site that is out is no node from its next
-request on; one that renewed its key is a new node.
+request on, one whose certificate has expired, too; one that renewed its key is a new node.
 """
 
 import logging
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -29,6 +30,8 @@ class Member(Protocol):
     def status(self) -> str: ...  # noqa: D102
     @property
     def node_key(self) -> str: ...  # noqa: D102
+    @property
+    def expires_at(self) -> float | None: ...  # noqa: D102
 
 
 class NodeRegister(Protocol):
@@ -39,24 +42,35 @@ class NodeRegister(Protocol):
     def unregister(self, number: int) -> None: ...  # noqa: D102
 
 
-def follow(members: Iterable[Member], control: NodeRegister) -> dict[str, FlowerNode]:
-    """Make the enrolled sites, and no others, nodes; gives those that are, by name.
+def follow(
+    members: Iterable[Member], control: NodeRegister, clock: Callable[[], float] = time.time
+) -> dict[str, FlowerNode]:
+    """Make the enrolled sites, and no others, nodes; gives those that are, by name. An expired certificate is none.
 
     Raises:
         LinkError: the SuperLink can't be reached.
     """
-    wanted = {_key(m.node_key): m.name for m in members if (m.role, m.status) == (Role.SITE, SiteStatus.ENROLLED)}
+    now = clock()
+    wanted = {_key(m.node_key): m.name for m in members if _may_be_node(m, now)}
     there = {node.key: node for node in control.nodes()}
     for key, node in there.items():
         if key not in wanted:
             control.unregister(node.number)
-            _log.warning("%s is no node any more: its key is not that of an enrolled site", node.name or node.number)
+            _log.warning(
+                "%s is no node any more: its key is not that of an enrolled site, or its certificate has expired",
+                node.name or node.number,
+            )
     for key, name in wanted.items():
         if key not in there:
             number = control.register(key, name)
             _log.info("%s is a node now", name)
             there[key] = FlowerNode(number, key, name, online=False, online_until=0.0)
     return {name: there[key] for key, name in wanted.items()}
+
+
+def _may_be_node(member: Member, now: float) -> bool:
+    enrolled = (member.role, member.status) == (Role.SITE, SiteStatus.ENROLLED)
+    return enrolled and (member.expires_at is None or member.expires_at > now)
 
 
 def _key(digits: str) -> bytes:

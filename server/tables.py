@@ -12,7 +12,7 @@ from enum import StrEnum
 from sqlalchemy import BigInteger, Double, ForeignKey, Integer, LargeBinary, MetaData
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-REVISION = "0001"
+REVISION = "0002"
 """The revision of the tables below: the newest in `server/migrations`."""
 
 # SQLite numbers rows by itself only in a column of exactly this type.
@@ -94,6 +94,16 @@ class Site(Base):
     last_seen: Mapped[float | None]
     version: Mapped[str] = mapped_column(default="")
     online_state: Mapped[str] = mapped_column(default="")
+
+
+class Witness(Base):
+    """Where a site's list of what leaves was, when it last showed that it still holds what was noted here before."""
+
+    __tablename__ = "witness"
+    site: Mapped[str] = mapped_column(primary_key=True)
+    entries: Mapped[int]
+    sha256: Mapped[str]
+    at: Mapped[float]
 
 
 class Invite(Base):

@@ -54,6 +54,8 @@ class Transactions:
         place: how messages name it.
         patience_s: how long to try again while it can't be reached.
         token: of the lease that this process writes under; without one, writes are not of a leader.
+        away: why the database can't be reached; empty while it can.
+        away_since: by `time.monotonic`.
     """
 
     engine: Engine
@@ -61,6 +63,8 @@ class Transactions:
     patience_s: float = PATIENCE_S
     token: int | None = None
     pause: Callable[[float], None] = field(default=time.sleep, repr=False)
+    away: str = ""
+    away_since: float = 0.0
 
     def close(self) -> None:
         """Let go of the database."""
@@ -133,7 +137,6 @@ class Transactions:
 
     def _until_done(self, attempt: Callable[[], T]) -> T:
         began, wait_s = time.monotonic(), _FIRST_S
-        failed = False
         while True:
             try:
                 result = attempt()
@@ -147,17 +150,16 @@ class Transactions:
                         "safe. Start the database again, or free its disk; then start the same command: it goes on "
                         "from what the ledger says."
                     ) from None
-                if not failed:
-                    _log.warning(
-                        "The ledger %s can't be reached (%s); trying again for %.0f s.",
-                        *(self.place, cause, self.patience_s),
-                    )
-                failed = True
+                if not self.away:
+                    self.away_since = time.monotonic()
+                    _log.warning("The ledger %s can't be reached (%s); trying again.", self.place, cause)
+                self.away = cause
                 self.pause(min(wait_s, self.patience_s))
                 wait_s = min(2 * wait_s, _LONGEST_S)
             else:
-                if failed:
-                    _log.warning("The ledger %s is back after %.0f s.", self.place, time.monotonic() - began)
+                if self.away:
+                    self.away = ""
+                    _log.warning("The ledger %s is back after %.0f s.", self.place, time.monotonic() - self.away_since)
                 return result
 
 

@@ -8,13 +8,15 @@ import difflib
 import hashlib
 import json
 import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError, model_validator
 
 from model.task_files import tasks_of
-from model.tasks import Task
+from model.tasks import Task, parse
 from tokenizer.errors import ConfigError
 
 _Share = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -274,14 +276,25 @@ class Evaluation(_Section):
 
 
 def _taken(tasks: Any) -> tuple[Task, ...]:
-    if not isinstance(tasks, list | tuple) or not all(isinstance(task, Task) for task in tasks):
+    if not isinstance(tasks, list | tuple) or not all(isinstance(task, Task | Mapping) for task in tasks):
         raise ValueError("write [[task]] tables, or a list of task files and names")
-    return tuple(tasks)
+    try:
+        return tuple(
+            task if isinstance(task, Task) else parse(task, f"task {number}") for number, task in enumerate(tasks, 1)
+        )
+    except ConfigError as problem:
+        raise ValueError(str(problem)) from None
 
 
 def _plain(tasks: tuple[Task, ...]) -> list[Any]:
-    kept = [{"trajectories": task.trajectories, "target_se": task.target_se} for task in tasks]
-    return [{**json.loads(task.to_json()), **own} for task, own in zip(tasks, kept, strict=True)]
+    return [_given(asdict(task)) for task in tasks]
+
+
+def _given(table: dict[str, Any]) -> dict[str, Any]:
+    """A table as a file could have it, which knows no null."""
+    return {
+        name: _given(value) if isinstance(value, dict) else value for name, value in table.items() if value is not None
+    }
 
 
 # Questions that rollouts answer; `model.tasks` knows their schema.

@@ -1,4 +1,8 @@
-"""Real services for tests, started on the spot and gone afterwards."""
+"""Real services for tests, started on the spot and gone afterwards.
+
+Tests that need what isn't installed are skipped with a reason that ends in `INSTALL`; tests/conftest.py names them in
+the last lines, or lets them fail where FEDCOMET_TEST_SERVICES says so.
+"""
 
 import os
 import pwd
@@ -10,6 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+
+INSTALL = "is missing: make test-services installs it"
+POSTGRES_MISSING, CHROMIUM_MISSING = f"PostgreSQL {INSTALL}", f"Chromium {INSTALL}"
+"""Why tests are skipped."""
 
 PASSWORD = "s3cret/pa:ss@word"
 """Of the database's user; tests look for it where it must not be."""

@@ -18,6 +18,7 @@ from federation.accountant import Approximate, Mechanisms
 from server.app import coordinate
 from server.post import TooFewSites
 from tests import tiny
+from tests.typed import fedcomet
 from tokenizer.codebook import Codebook
 from tokenizer.events import write_meds
 from tokenizer.store import TokenStore
@@ -25,9 +26,9 @@ from tokenizer.store import TokenStore
 REPOSITORY = Path(__file__).parents[1]
 HELP = Path(__file__).parent / "golden" / "help.txt"
 SITE = ("site", "site check", "site policy", "site approve", "site audit", "site key")
-MEMBERS = ("site join", "site renew", "site message", "site run", "site ui")
+MEMBERS = ("site join", "site renew", "site message", "site run", "site status", "site budget", "site ui")
 AUTHORITY = ("init", "invite", "revoke", "rotate", "fingerprints", "message")
-LEDGER = ("serve", "start", "pause", "resume", "stop", "status", "runs", "sites", "logs", "backup", "restore")
+LEDGER = ("plan", "serve", "start", "pause", "resume", "stop", "status", "runs", "sites", "logs", "backup", "restore")
 PAGES = ("ui", "password")
 PRIVACY = ("privacy", "privacy plan", "privacy budget", "privacy free")
 COMMANDS = ("tokenize", *SITE, *PRIVACY, "coordinator", "coordinator key", "coordinator give-up")
@@ -35,6 +36,7 @@ COMMANDS = (
     *COMMANDS,
     *MEMBERS,
     *(f"coordinator {each}" for each in (*AUTHORITY, *LEDGER, *PAGES)),
+    "synthesize",
     "simulate",
     "partition",
     "report",
@@ -78,7 +80,8 @@ resamples = 100
 """
 
 
-def fedcomet(*arguments: object, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+def process(*arguments: object, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+    """As a process of its own, which takes seconds; for what starts others, and to see that the script itself works."""
     environment = {**os.environ, "COLUMNS": "100", "TERM": "dumb", "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
     command = [sys.executable, str(REPOSITORY / "fedcomet.py"), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
@@ -93,7 +96,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(root: Path) -> Path:
     """A finished study's folder."""
     (root / "study.toml").write_text(STUDY)
-    done = fedcomet("simulate", "study.toml", "--workers", 2, cwd=root)
+    done = process("simulate", "study.toml", "--workers", 2, cwd=root)
     assert done.returncode == 0, done.stderr
     assert "0 yes" not in done.stdout
     for name in ("federated", "heart alone", "general alone", "pooled", "ensemble", "true risk"):
@@ -151,7 +154,7 @@ def test_tokenize_makes_a_codebook_of_its_own(tmp_path: Path) -> None:
 def test_workers_change_nothing(tmp_path: Path) -> None:
     site = tiny.site(tmp_path, "here", seed=1)
     for name, more in (("alone", ()), ("together", ("--workers", 2))):
-        done = fedcomet("tokenize", site.data, "--out", tmp_path / name, "--min-patients", 5, *more)
+        done = process("tokenize", site.data, "--out", tmp_path / name, "--min-patients", 5, *more)
         assert done.returncode == 0, done.stderr
     alone, together = (
         {file.relative_to(tmp_path / name): file.read_bytes() for file in (tmp_path / name).rglob("*.*")}
@@ -508,7 +511,7 @@ def test_wrong_arguments_have_exit_code_2(
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    assert "Traceback" in fedcomet("simulate", tmp_path / "none.toml", "--debug").stderr
+    assert "Traceback" in process("simulate", tmp_path / "none.toml", "--debug").stderr
 
 
 if __name__ == "__main__":

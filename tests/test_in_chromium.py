@@ -18,13 +18,12 @@ from client.dashboard import dashboard
 from server.dashboard import Dashboard
 from server.ledger import Ledger
 from server.run_entries import Phase, ReplyEntry, Status
+from tests import services
 from tests.chromium import PROGRAM, Tab, in_a_tab
 from tests.watched import ANNA, SITES, Watched, coordinator_home, site_home
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(PROGRAM is None, reason="needs Chromium (apt-get install chromium)"),
-]
+pytestmark = pytest.mark.skipif(PROGRAM is None, reason=services.CHROMIUM_MISSING)
+PHONE = (("phone", 360, "dark"),)
 LOOKS = (("light", 1200, "light"), ("dark", 1200, "dark"), ("phone", 360, "light"))
 SIGN_IN = """
 const name = document.getElementById("name");
@@ -80,9 +79,9 @@ def served(app: Any, pair: tuple[Path, Path] | None = None) -> Iterator[str]:
             thread.join()
 
 
-async def looks_well(tab: Tab, url: str, name: str) -> None:
+async def looks_well(tab: Tab, url: str, name: str, looks: tuple[tuple[str, int, str], ...] = LOOKS) -> None:
     folder = os.environ.get("FEDCOMET_SCREENSHOTS", "")
-    for look, width, scheme in LOOKS:
+    for look, width, scheme in looks:
         await tab.look(width, scheme)
         await tab.go(url)
         assert await tab.run("document.documentElement.scrollWidth <= innerWidth"), (name, look)
@@ -92,6 +91,28 @@ async def looks_well(tab: Tab, url: str, name: str) -> None:
             await tab.shoot(Path(folder) / f"{name}-{look}.png")
 
 
+def test_both_dashboards_work_in_a_browser_as_small_as_a_phone(ram_path: Path) -> None:
+    """The quick core of what follows: sign in, read, and no complaint of the browser."""
+    home, site = coordinator_home(ram_path / "home"), site_home(ram_path / "site")
+    with Ledger.open(home.ledger_url) as ledger:
+        watched = Watched(home, ledger)
+        watched.fill()
+        pair = home.server_key, home.server_certificate
+        with served(Dashboard(home, ledger).app(), pair) as ours, served(dashboard(site, "token")) as theirs:
+
+            async def visit(tab: Tab) -> None:
+                for base, path, name, secret in ((ours, f"/runs/{watched.run}", *ANNA), (theirs, "/", "", "token")):
+                    await tab.go(f"{base}/sign-in")
+                    await tab.run(SIGN_IN.format(name=name, secret=secret))
+                    await tab.until("location.pathname === '/' && document.readyState === 'complete'")
+                    await looks_well(tab, base + path, "core", PHONE)
+                    await tab.until("document.getElementById('live-told').textContent === 'Kept up to date.'")
+                assert tab.said == [], "the browser complains of nothing"
+
+            in_a_tab(visit)
+
+
+@pytest.mark.slow
 def test_a_federation_looks_well_and_is_kept_up_to_date(ram_path: Path) -> None:
     home = coordinator_home(ram_path / "home")
     with Ledger.open(home.ledger_url) as ledger:
@@ -129,6 +150,7 @@ async def kept_up_to_date(tab: Tab, base: str, watched: Watched) -> None:
     await tab.until("document.getElementById('said').textContent.includes('evaluating')")
 
 
+@pytest.mark.slow
 def test_a_site_s_page_looks_well_and_is_kept_up_to_date(ram_path: Path) -> None:
     home = site_home(ram_path / "site")
     with served(dashboard(home, "token")) as base:

@@ -280,7 +280,9 @@ def test_an_answer_that_can_not_be_written_down_does_not_leave(files: SiteFiles)
     (files.state / "outbound" / "head.json").write_bytes(b"{}")
     for answer in delivered(files, requests):
         reply = flower.read(answer)
-        assert reply == Refusal("icu", "This site can't write down what leaves, so it gives no answer.")
+        assert reply == Refusal(
+            "icu", "This site can't write down what leaves (see its own log), so it gives no answer."
+        )
     assert len(next((files.state / "outbound").glob("*.jsonl")).read_bytes().splitlines()) == 2
     assert "nothing may leave" not in json.dumps([str(flower.read(answer)) for answer in delivered(files, requests)])
     assert "head.json" in (files.state / "site.log").read_text()

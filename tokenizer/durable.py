@@ -5,11 +5,18 @@ crash, never sees half a file. Left-overs of a killed writer carry `.partial` in
 writer of the same destination.
 """
 
+import errno
 import os
 import shutil
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+LEAST_FREE = 1 << 20
+"""With fewer bytes free a disk is called full: databases and lists of what happens need a little at any time."""
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
@@ -83,3 +90,27 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def out_of_room(problem: BaseException | None) -> bool:
+    """Tell whether a full disk, or a used-up quota, stands behind an error, or behind what it came from."""
+    while problem is not None:
+        if isinstance(problem, OSError) and problem.errno in _NO_ROOM:
+            return True
+        if getattr(problem, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+            return True
+        problem = problem.__cause__ or problem.__context__
+    return False
+
+
+def free_bytes(path: Path) -> int:
+    """Give how much room is left for this user on the disk of a folder, or of the first one above it that is there."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    disk = os.statvfs(path)
+    return disk.f_bavail * disk.f_frsize
+
+
+def full(path: Path) -> str:
+    """Say that the disk of a folder is full, and what to do."""
+    return f"the disk of {path} is full ({free_bytes(path):,} bytes are left); make room, and all goes on by itself"

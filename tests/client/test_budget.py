@@ -355,7 +355,7 @@ TestLedger = Ledger.TestCase
 TestLedger.settings = settings(max_examples=15, stateful_step_count=15)
 
 
-@pytest.mark.skipif(services.postgres_programs() is None, reason="PostgreSQL is not installed")
+@pytest.mark.skipif(services.postgres_programs() is None, reason=services.POSTGRES_MISSING)
 def test_a_postgresql_keeps_the_ledger_too() -> None:
     with services.postgres(services.postgres_programs()) as server:  # type: ignore[arg-type]
         url = f"postgresql+psycopg://postgres:{quote(services.PASSWORD, safe='')}@/postgres?host={server}"

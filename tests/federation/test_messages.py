@@ -159,6 +159,8 @@ def test_an_error_of_flower_is_a_delivery_error() -> None:
         flower.read(flower.failure("the node is gone", message))
     with pytest.raises(DeliveryError, match="error 3"):
         flower.read(FlowerMessage(Error(3, "x"), reply_to=message))
+    with pytest.raises(DeliveryError, match="went away before it answered"):
+        flower.read(FlowerMessage(Error(5, "Node Unavailable"), reply_to=message))
 
 
 def test_texts_from_elsewhere_are_one_printable_line() -> None:

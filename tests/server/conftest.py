@@ -16,7 +16,7 @@ def postgres_server() -> Iterator[Path]:
     """The folder of a PostgreSQL server."""
     programs = services.postgres_programs()
     if programs is None:
-        pytest.skip("PostgreSQL is not installed")
+        pytest.skip(services.POSTGRES_MISSING)
     with services.postgres(programs) as folder:
         yield folder
 

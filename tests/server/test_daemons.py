@@ -5,103 +5,22 @@ process that leads the run and then the whole coordinator are killed, too. The r
 left are whole, the ledger says who refused and why, and a site that is revoked is out.
 """
 
-import json
 import os
 import signal
-import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from client.audit import audit
-from client.enrol import join
 from client.home import SiteHome
-from federation import pki
-from federation.pki import Role
-from server.enrolment import invite
-from server.home import CoordinatorHome, CoordinatorSettings, Federation, Listen, Ports
 from server.journal import Status
 from server.ledger import Ledger
 from server.tables import RunState
 from tests import tiny
-from tests.superlink import REPOSITORY, Machine, Service, free_ports, machine
+from tests.field import FEDCOMET, found_federation, health, join_site, process, until
+from tests.superlink import Service, machine
 
 pytestmark = pytest.mark.slow
-
-FEDCOMET = (sys.executable, str(REPOSITORY / "fedcomet.py"))
-LAX = """
-[privacy]
-training = "optional"
-[secure_aggregation]
-required = false
-[statistics]
-floor = 3
-"""
-PATIENCE_S = 1800.0
-
-
-def until(true: Callable[[], Any], what: str, seconds: float = PATIENCE_S) -> Any:
-    end = time.monotonic() + seconds
-    while not (found := true()):
-        assert time.monotonic() < end, what
-        time.sleep(0.5)
-    return found
-
-
-def health(port: int) -> dict[str, Any]:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=20) as answer:
-            return json.loads(answer.read())
-    except urllib.error.HTTPError as error:
-        with error:
-            return json.loads(error.read())
-    except OSError:
-        return {"healthy": False, "reason": "does not answer"}
-
-
-def process(place: Machine, marks: tuple[str, ...]) -> int | None:
-    """Find one of a machine's processes by words of its command line."""
-    for pid in place.processes():
-        try:
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode()
-        except OSError:
-            continue
-        if all(mark in words for mark in marks):
-            return pid
-    return None
-
-
-def found_federation(root: Path) -> CoordinatorHome:
-    fleet, control, enrol, ui, alive, runtime = free_ports(6)
-    settings = CoordinatorSettings(
-        federation=Federation(name="daemons", address="127.0.0.1"),
-        ports=Ports(fleet=fleet, control=control, enrol=enrol, ui=ui, health=alive, runtime=runtime),
-        listen=Listen(host="127.0.0.1"),
-    )
-    return CoordinatorHome.init(root / "coordinator", settings, None)
-
-
-def join_site(
-    root: Path, home: CoordinatorHome, ledger: Ledger, name: str, seed: int, lax: bool
-) -> tuple[SiteHome, int]:
-    print_ = pki.fingerprint(pki.read_certificate(home.authority))
-    token = invite(ledger, print_, name, Role.SITE, 1.0, "test")
-    joined = join(root / "homes" / name, f"127.0.0.1:{home.settings.ports.enrol}", token)
-    alive, runtime = free_ports(2)
-    made = tiny.site(root, name, seed)
-    text = (joined.path / "site.toml").read_text().replace('data = "data"', f'data = "{made.data}"')
-    text += f"\n[daemon]\nhealth_port = {alive}\nruntime_port = {runtime}\nstop_seconds = 20\n"
-    (joined.path / "site.toml").write_text(text)
-    key = joined.settings.coordinator.key
-    manifests = '"any"' if lax else '"ask"'
-    rules = f'version = 1\n[runs]\ncoordinators = ["{key}"]\nmanifests = {manifests}\n'
-    (joined.path / "policy.toml").write_text(rules + (LAX if lax else ""))
-    return SiteHome.open(joined.path), alive
 
 
 def test_a_federation_of_two_commands_survives_refusals_and_kills(tmp_path: Path) -> None:

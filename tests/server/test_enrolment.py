@@ -285,6 +285,10 @@ def test_an_expired_certificate_is_refused(tmp_path: Path, coordinator: Coordina
         call(coordinator, home)
     with Link(home) as link:
         assert "expired on" in (link.warning() or "")
+        with pytest.raises(
+            pki.CertificateError, match=r"of icu expired on .* UTC; .*new invitation.*fedcomet site join"
+        ):
+            link.renew_if_due()
 
 
 def test_a_connection_does_not_outlive_its_certificate(tmp_path: Path, coordinator: Coordinator) -> None:

@@ -161,6 +161,7 @@ class Member:
     node_key: str
     role: Role = Role.SITE
     status: SiteStatus = SiteStatus.ENROLLED
+    expires_at: float | None = None
 
 
 def test_enrolled_sites_are_nodes_and_nobody_else_is() -> None:
@@ -181,3 +182,12 @@ def test_enrolled_sites_are_nodes_and_nobody_else_is() -> None:
     out = [Member("icu", lines[0], status=SiteStatus.REVOKED), Member("ward", lines[4])]
     assert set(nodes.follow(out, flower)) == {"ward"}
     assert [node.key for node in flower.registered] == [node_key(keys[4])]
+
+
+def test_a_site_whose_certificate_has_expired_is_no_node_until_it_has_another() -> None:
+    flower = Flower()
+    key = pki.node_key(ec.generate_private_key(ec.SECP384R1()).public_key())
+    for expires_at, there in ((2000.0, {"icu"}), (1000.0, set()), (3000.0, {"icu"})):
+        found = nodes.follow([Member("icu", key, expires_at=expires_at)], flower, clock=lambda: 1500.0)
+        assert set(found) == there
+        assert len(flower.registered) == len(there)

@@ -198,3 +198,14 @@ def test_the_ledger_is_its_owners_alone(ram_path: Path) -> None:
     path = ram_path / "ledger.sqlite"
     Ledger.open(path).close()
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_site_moves_the_place_of_its_list_only_if_it_knows_the_one_before(opened: Open) -> None:
+    ledger = opened()
+    ledger.members.invite("icu", Role.SITE, "t" * 64, 60.0)
+    witness = ledger.members.witness
+    assert (witness("icu", 3, "a", known="").entries, witness("icu", 5, "b", known="a").sha256) == (3, "b")
+    assert witness("icu", 9, "c", known="").sha256 == "b"  # a state that has forgotten, or never knew
+    assert not ledger.events(what="site.restored")
+    assert witness("icu", 4, "d", known="b", restored=True).sha256 == "d"
+    assert len(ledger.events(what="site.restored")) == 1

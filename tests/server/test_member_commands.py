@@ -1,25 +1,15 @@
 """Founding a federation, inviting, joining and revoking, as people type it."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from client.home import SiteHome
 from server.home import CoordinatorHome
+from tests import typed
 from tests.joined import listening
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 def fedcomet(*arguments: object, status: int = 0, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, str(REPOSITORY / "fedcomet.py"), *map(str, arguments)],
-        env={**os.environ, "COLUMNS": "400", "TERM": "dumb", "NO_COLOR": "1", "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = typed.fedcomet(*arguments, **{"COLUMNS": "400", **environment})
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout if not status else done.stderr

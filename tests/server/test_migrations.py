@@ -23,7 +23,7 @@ SECOND = """
 import sqlalchemy as sa
 from alembic import op
 
-revision, down_revision, branch_labels, depends_on = "0002", "0001", None, None
+revision, down_revision, branch_labels, depends_on = "0003", "0002", None, None
 
 
 def upgrade():
@@ -35,15 +35,15 @@ def upgrade():
 
 @pytest.fixture
 def second(ram_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Lets the software be of a second revision, which adds a column."""
+    """Lets the software be of a further revision, which adds a column."""
 
     def update(more: str = "") -> None:
         folder = ram_path / "migrations"
         shutil.copytree(schema.MIGRATIONS, folder)
-        (folder / "versions/0002_note.py").write_text(SECOND.format(more=more))
+        (folder / "versions/0003_note.py").write_text(SECOND.format(more=more))
         monkeypatch.setattr(schema, "MIGRATIONS", folder)
         for module in (schema, restore):
-            monkeypatch.setattr(module, "REVISION", "0002")
+            monkeypatch.setattr(module, "REVISION", "0003")
 
     return update
 
@@ -80,11 +80,11 @@ def test_an_older_ledger_is_copied_and_migrated(
         assert notes(ledger.transactions) == ["none yet"] * 2
         assert ledger.journal("icu").committed() == 1
         assert ledger.note("somebody", "goes on") > 0
-    (copy,) = ram_path.glob("ledger-before-0002-*.backup")
+    (copy,) = ram_path.glob("ledger-before-0003-*.backup")
     found = backup.check(copy)
-    assert (found.revision, found.rows) == ("0001", rows)
+    assert (found.revision, found.rows) == ("0002", rows)
     # And what an older software has backed up is migrated on its way back.
-    schema.at(ram_path / "other.sqlite", "0002", "the other").close()
+    schema.at(ram_path / "other.sqlite", "0003", "the other").close()
     with Ledger.open(ram_path / "other.sqlite") as other:
         restore.restore(copy, other.transactions)
         assert notes(other.transactions) == ["none yet"] * 2
@@ -102,8 +102,8 @@ def test_a_migration_that_fails_changes_nothing(ram_path: Path, second: Callable
         Ledger.open(path)
     with closing(sqlite3.connect(path)) as connection:
         assert connection.execute("SELECT sql FROM sqlite_master ORDER BY name").fetchall() == before
-        assert connection.execute("SELECT version_num FROM alembic_version").fetchone() == ("0001",)
-    assert list(ram_path.glob("ledger-before-0002-*.backup"))
+        assert connection.execute("SELECT version_num FROM alembic_version").fetchone() == ("0002",)
+    assert list(ram_path.glob("ledger-before-0003-*.backup"))
 
 
 def test_a_newer_ledger_is_refused(ram_path: Path) -> None:

@@ -16,9 +16,7 @@ from tokenizer.errors import ConfigError, DataError, FedcometError
 from tokenizer.sources.omop import import_omop
 
 PROGRAMS = services.postgres_programs()
-needs_postgres = pytest.mark.skipif(
-    PROGRAMS is None, reason="PostgreSQL (initdb, pg_ctl) is not installed: apt-get install postgresql"
-)
+needs_postgres = pytest.mark.skipif(PROGRAMS is None, reason=services.POSTGRES_MISSING)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,110 @@
+"""What a coordinator's people type to begin a plan; imports stand inside the commands."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from federation.manifest import SecureAggregation
+
+app = typer.Typer()
+
+_MOST_TOKENS = 1 << 24
+
+
+@app.command()
+def plan(
+    run: Annotated[str, typer.Argument(help="The run's name.")],
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds.")] = 10,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of a site in a round.")] = 100,
+    batch_tokens: Annotated[int, typer.Option(min=16, help="Most tokens of a step's batch.")] = 8192,
+    model: Annotated[str, typer.Option(help="The preset to train.")] = "1m",
+    context: Annotated[
+        int | None, typer.Option(min=16, help="Most tokens that it sees at once.", show_default="the preset's")
+    ] = None,
+    min_sites: Annotated[int, typer.Option(min=1, help="Fewest sites of a round.")] = 3,
+    epsilon: Annotated[
+        float | None,
+        typer.Option(help="The most that the run may cost a patient.", show_default="no differential privacy"),
+    ] = None,
+    patients: Annotated[
+        int | None, typer.Option(min=2, help="With --epsilon: training patients of the smallest site.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="With --epsilon: patients of a step, on average.")] = 64,
+    in_clear: Annotated[
+        bool, typer.Option("--in-clear", help="Without secure aggregation: the coordinator reads single updates.")
+    ] = False,
+    home: Annotated[
+        Path,
+        typer.Option(
+            help="The coordinator's home, whose enrolled sites the sums are of.",
+            envvar="FEDCOMET_HOME",
+            show_default="here",
+            show_envvar=True,
+        ),
+    ] = Path(),
+) -> None:
+    """Print a plan (JSON) with every setting a run has, to be edited and started: ... > plan.json.
+
+    Updates are summed under masks over the sites that have joined. With --epsilon, training is private, and the noise
+    follows from it; a site's strict policy asks for both.
+    """
+    import json
+    import sys
+
+    from federation.manifest import LocalWork
+    from model.decoder import preset
+    from server.plan import FederationPlan, PrivacyPlan
+    from tokenizer.split import SplitRule
+
+    private = None
+    if epsilon is not None:
+        if patients is None:
+            raise typer.BadParameter("--epsilon needs it: noise depends on how rarely a patient is drawn", None, None,
+                                     "--patients")  # fmt: skip
+        private = PrivacyPlan(sampling_rate=min(1.0, batch / patients), delta=1e-6, epsilon=epsilon)
+    shape = preset(model, 100, context)
+    made = FederationPlan(
+        name=run,
+        rounds=rounds,
+        split=SplitRule("fedcomet"),
+        local=LocalWork(steps=steps, batch_tokens=max(batch_tokens, shape.context)),
+        model=model,
+        context=context,
+        min_sites=min_sites,
+        expect_sites=min_sites,
+        privacy=private,
+        secure_aggregation=None if in_clear else _sums(home, min_sites, patients),
+    )
+    print(json.dumps(json.loads(made.to_bytes()), indent=2))
+    for what, there in (("differential privacy (--epsilon)", private), ("secure aggregation", not in_clear)):
+        if not there:
+            print(f"The run is without {what}; sites whose policies demand it will refuse.", file=sys.stderr)
+
+
+def _sums(home: Path, min_sites: int, patients: int | None) -> "SecureAggregation":
+    """Sums over the sites that have joined.
+
+    Raises:
+        ConfigError: they are too few.
+    """
+    from federation.manifest import SecureAggregation
+    from federation.masking import MaskingOptions
+    from federation.pki import Role
+    from server.home import CoordinatorHome
+    from server.ledger import Ledger
+    from server.tables import SiteStatus
+    from tokenizer.errors import ConfigError
+
+    with Ledger.open(CoordinatorHome.open(home).ledger_url) as ledger:
+        enrolled = [each for each in ledger.members.all() if each.status == SiteStatus.ENROLLED]
+        roster = {each.name: each.ed25519 for each in enrolled if each.role == Role.SITE}
+    if len(roster) < max(3, min_sites):
+        raise ConfigError(
+            f"{len(roster)} sites have joined, too few for sums over {max(3, min_sites)}: "
+            "wait for more, or take --in-clear where all of them agree."
+        )
+    threshold = len(roster) // 2 + 1
+    options = MaskingOptions(threshold=threshold, clip=1.0, max_weight=patients or _MOST_TOKENS)
+    return SecureAggregation(max(min_sites, threshold), options, roster)

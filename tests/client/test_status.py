@@ -1,0 +1,108 @@
+"""What a site's people type to see how it stands, to approve with no more than their home, and to audit it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import fedcomet
+from client import status
+from client.approval import Approvals
+from client.home import SiteHome
+from federation.vitals import Vitals
+from tests.watched import site_home
+
+
+@pytest.fixture
+def home(ram_path: Path) -> SiteHome:
+    return site_home(ram_path / "site")
+
+
+def call(*arguments: object, given: str = "") -> Result:
+    runner = CliRunner(env={"COLUMNS": "300", "NO_COLOR": "1", "TERM": "dumb"})
+    return runner.invoke(fedcomet.app, [*map(str, arguments)], input=given, catch_exceptions=False)
+
+
+def with_health_port(home: SiteHome, port: int) -> SiteHome:
+    file = home.path / "site.toml"
+    file.write_text(file.read_text() + f"\n[daemon]\nhealth_port = {port}\n")
+    return SiteHome.open(home.path)
+
+
+def test_a_site_is_seen_at_a_glance(home: SiteHome) -> None:
+    vitals = Vitals(0, lambda: (True, {"site": "bergen", "node": "waiting", "control": "fine"}), "x")
+    try:
+        home = with_health_port(home, vitals.port)
+        shown, found = call("site", "status", home.path), json.loads(call("site", "status", home.path, "--json").output)
+    finally:
+        vitals.close()
+    assert shown.exit_code == 0
+    (waits,) = Approvals(home.state).waiting()
+    for told in (
+        "bergen",
+        "federation.example:1",
+        "89 days left",
+        "running, waiting",
+        "runs: ask; private training required, at most epsilon 4; sums of 3 sites or more",
+        waits[:16],
+        "train_reply 5a5a5a5a round 6, 4,300,512 bytes",
+        "the coordinator can't be reached; trying again",
+    ):
+        assert told in shown.output, told
+    assert found["waiting"] == [waits]
+    assert [answer["round"] for answer in found["answers"]] == [6, 5, 4, 3, 2]
+    assert found["budget"]["limit_epsilon"] == 4.0
+    assert 0 < found["budget"]["epsilon"] < 4
+    assert "messages" not in found, "nothing is asked over the network unless it is wanted"
+
+
+def test_a_daemon_that_is_away_or_another_s_is_told_by_the_exit_code(home: SiteHome) -> None:
+    vitals = Vitals(0, lambda: (True, {"site": "ghent", "node": "waiting", "control": "fine"}), "x")
+    try:
+        home = with_health_port(home, vitals.port)
+        other = call("site", "status", home.path)
+    finally:
+        vitals.close()
+    assert other.exit_code == 1
+    assert "another program" in other.output
+    away = call("site", "status", home.path)
+    assert away.exit_code == 1
+    assert "not running" in away.output
+
+
+def test_damage_in_one_part_hides_no_other(home: SiteHome) -> None:
+    home.policy.write_text("version = 2")
+    home.certificate.write_text("no certificate")
+    (home.state / "outbound" / "head.json").write_text("{}")
+    found = status.status(home)
+    for part in ("policy", "certificate", "answers"):
+        assert found[part]["problem"]
+    assert found["waiting"]
+    assert "head.json" in call("site", "status", home.path).output
+
+
+def test_the_budget_is_told_by_run_with_what_is_reserved(home: SiteHome) -> None:
+    found = json.loads(call("site", "budget", home.path, "--json").output)
+    assert [(line["run"], line["rounds"]) for line in found["lines"]] == [("5a" * 32, 3)]
+    assert found["limit"]["epsilon"] == 4.0
+    assert found["reserved"] == []
+    assert "600 steps of Gaussian noise 1.1" in call("site", "budget", home.path).output
+    (home.state / "budget.sqlite").unlink()
+    assert "nothing is spent" in call("site", "budget", home.path).output
+
+
+def test_an_approval_needs_no_more_than_the_home(home: SiteHome) -> None:
+    home.policy.write_text("version = 1\n[privacy]\ntraining = 'optional'\n[secure_aggregation]\nrequired = false\n")
+    (waits,) = Approvals(home.state).waiting()
+    assert waits in call("site", "approve", "--home", home.path).output
+    done = call("site", "approve", waits[:8], "--home", home.path, given="y\n")
+    assert f"approved: {waits}" in done.output
+    assert "The coordinator could not be told" in done.output, "it is away here; the approval holds"
+    assert Approvals(home.state).approved(waits)
+
+
+def test_an_audit_takes_the_home_as_well_as_the_state(home: SiteHome) -> None:
+    by_home = call("site", "audit", home.path, "--json").output
+    assert json.loads(by_home)["broken"] is None
+    assert json.loads(by_home) == json.loads(call("site", "audit", home.state, "--json").output)
