@@ -72,7 +72,7 @@ def run_as_processes(
         _start_superlink(place, port)
         for site, own in zip(sites, ports, strict=True):
             _start_supernode(place, site, port, own)
-        run = [_BIN / "flwr", "run", _CODE / "federation/flower_app", "here", "--stream"]
+        run: list[str | Path] = [_BIN / "flwr", "run", _CODE / "federation/flower_app", "here", "--stream"]
         leading = place.start("coordinator", *run, "--run-config", f'run="{run_dir.name}"')
         for line in leading.lines():
             if told := _TOLD.search(line):
