@@ -62,7 +62,7 @@ class Parts:
         sites: by name.
         grouped_by: what was used: a prefix, a column, `first event`; empty for `iid` and `quantity`.
         without: patients who have no such code or value.
-        several: patients who have more than one; their first counts.
+        several: patients who have more than one; their first, or that of most codes, counts.
         put_together: the groups below `min_patients` that became `other`, with their patients.
     """
 
@@ -166,7 +166,8 @@ def told(parts: Parts, by: str) -> tuple[str, ...]:
     if parts.without:
         notes.append(f"{parts.without} patients have no {parts.grouped_by}; they form the site {OTHER}.")
     if parts.several:
-        notes.append(f"{parts.several} patients have several groups by {parts.grouped_by}; their first counts.")
+        which = "that of most codes" if by in ("chapters", "system") else "their first"
+        notes.append(f"{parts.several} patients have several groups by {parts.grouped_by}; {which} counts.")
     if parts.put_together:
         groups = ", ".join(f"{name} ({count})" for name, count in sorted(parts.put_together.items()))
         notes.append(f"Groups too small for a site of their own are together in {OTHER}: {groups}.")
