@@ -142,7 +142,7 @@ def _distances(sites: Sequence[SiteSummary], distances: list[list[float]]) -> st
     if len(sites) < 2:
         return ""
     names = [site.name for site in sites]
-    return _shades("distances", "Jensen-Shannon divergence of codes between sites, in bits", sites, names, distances)
+    return _shades("distances", "Divergence of codes, in bits", sites, names, distances)
 
 
 def _shades(
@@ -161,7 +161,7 @@ def _shades(
         axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right")
         axes.set_xlim(-0.5, len(columns) - 0.5)
         axes.set_ylim(len(sites) - 0.5, -0.5)
-        axes.set_title(title, fontsize=11)
+        axes.set_title(title, fontsize=11, loc="left")
 
     told = "; ".join(
         f"{site.name}: " + ", ".join(f"{column} {number:.2f}" for column, number in zip(columns, row, strict=True))
