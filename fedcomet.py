@@ -781,6 +781,49 @@ def simulate(
 
 
 @app.command(rich_help_panel=_RESEARCH)
+def partition(
+    dataset: Annotated[Path, typer.Argument(help="A MEDS dataset.")],
+    out: Annotated[Path, typer.Option(help="The folder of the sites: each gets a MEDS dataset of its own.")],
+    by: Annotated[
+        str,
+        typer.Option(
+            help="code, column, system, iid, quantity, time, dirichlet or chapters (simulation/partition.py)."
+        ),
+    ] = "iid",
+    prefix: Annotated[
+        list[str] | None,
+        typer.Option(help="What codes begin with, for code, system, dirichlet and chapters; may be given again."),
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="An extra column of the files, for column.")] = None,
+    sites: Annotated[int | None, typer.Option(min=2, help="How many sites.")] = None,
+    alpha: Annotated[float, typer.Option(help="The smaller, the more sites differ.")] = 0.5,
+    min_patients: Annotated[int, typer.Option(min=0, help="Smaller groups are put together.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of all that is dealt out at random.")] = 0,
+) -> None:
+    """Split one dataset into sites, and show how they differ: a page partition.html beside them."""
+    from simulation.contrast import contrast, write_contrast
+    from simulation.partition import partition as split
+    from simulation.partition import rule_of
+    from simulation.partition import told as account
+    from tokenizer.events import MedsDataset
+
+    rule = rule_of(
+        by=by, prefixes=tuple(prefix or ()), column=column, sites=sites, alpha=alpha, min_patients=min_patients
+    )
+    source = MedsDataset.open(dataset)
+    parts = split(source, rule, out, seed=seed)
+    notes = account(parts, by)
+    write_contrast(
+        out / "partition.html", source.name or dataset.name, contrast({s.name: s.path for s in parts.sites}), notes
+    )
+    for site in parts.sites:
+        print(f"{site.name}: {site.patients} patients, {site.events} events")
+    for note in notes:
+        print(note)
+    print(out / "partition.html")
+
+
+@app.command(rich_help_panel=_RESEARCH)
 def report(
     folder: Annotated[Path, typer.Argument(help="A finished study's folder.")],
 ) -> None:

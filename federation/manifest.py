@@ -8,7 +8,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib import metadata
 from typing import Literal
 
@@ -394,12 +394,18 @@ class Manifest:
         Raises:
             ProtocolError: naming the unknown version or field, or the value that doesn't fit.
         """
-        manifest = canonical.decode(cls, data, "The run manifest", ProtocolError)
-        if manifest.version != VERSION:
-            raise ProtocolError(
-                f"The run manifest has version {manifest.version}; this software knows version {VERSION}: update it."
-            )
-        return manifest
+        return _read(data)
+
+
+@lru_cache(maxsize=16)
+def _read(data: bytes) -> Manifest:
+    """Read a manifest once: a site looks at its run's several times for every answer."""
+    manifest = canonical.decode(Manifest, data, "The run manifest", ProtocolError)
+    if manifest.version != VERSION:
+        raise ProtocolError(
+            f"The run manifest has version {manifest.version}; this software knows version {VERSION}: update it."
+        )
+    return manifest
 
 
 def software_version() -> str:

@@ -11,7 +11,7 @@ side by side over one pool, and each ends with its best round by the loss of its
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +29,10 @@ from server.plan import FederationPlan, PrivacyPlan
 from server.rounds import Event
 from simulation.config import Study, Training
 from simulation.engine import roster_of, run_federation
+from simulation.engine_processes import run_as_processes
+from simulation.engine_ray import RayPlayers
 from simulation.pool import Pool
+from simulation.scenario import Scenario
 from tokenizer import durable
 from tokenizer.codebook import TokenizerOptions
 from tokenizer.errors import FedcometError
@@ -134,7 +137,7 @@ def _train_federated(
         )
         transport = Transport(**study.transport.model_dump())
         plan = replace(plan, outer=outer, sites_per_round=train.sites_per_round, transport=transport)
-        outcome = run_federation(plan, sites, folder, pool, listen)
+        outcome = _run(study, plan, sites, folder, pool, listen)
         if not ready.done():  # every round was committed before
             ready.set_result((folder / "codebook.json").read_bytes())
     except BaseException as error:
@@ -142,6 +145,29 @@ def _train_federated(
             ready.set_exception(error)
         raise
     return Arm(FEDERATED, folder, sites, outcome)
+
+
+def _run(
+    study: Study,
+    plan: FederationPlan,
+    sites: tuple[SiteFiles, ...],
+    folder: Path,
+    pool: Pool,
+    listen: Callable[[Event], None],
+) -> Outcome:
+    """Run the federated arm on the engine that the study wants."""
+    if study.engine.kind == "processes":
+        return run_as_processes(plan, sites, folder, listen)
+    scenario = None
+    if (troubles := study.scenario) is not None:
+        scenario = Scenario(
+            study.seed, troubles.dropout, troubles.straggler, 60 * troubles.straggler_minutes, troubles.absent
+        )
+    if study.engine.kind == "ray":
+        # With devices of their own, sites share them as the study says; Ray only counts cores.
+        with RayPlayers(pool.workers) as players:
+            return run_federation(plan, sites, folder, None, listen, scenario, players.answer)
+    return run_federation(plan, sites, folder, pool, listen, scenario)
 
 
 def _at_sites(study: Study) -> TaskEvaluation | None:

@@ -8,7 +8,8 @@ likewise. No SNOMED CT code stands here.
 
 from dataclasses import dataclass
 
-from simulation.chart import CONDITION_CODES, REASONS
+from simulation.chart import CONDITION_CODES, OTHER_CODES, REASONS
+from simulation.pathway import INJURY
 
 RXNORM: dict[str, str] = {
     "FUROSEMIDE": "4603",
@@ -28,6 +29,8 @@ RXNORM: dict[str, str] = {
     "OXYCODONE": "7804",
     "CISPLATIN": "2555",
     "NITROGLYCERIN": "4917",
+    "LISINOPRIL": "29046",
+    "IBUPROFEN": "5640",
 }
 """RxNorm ingredient of each drug of the chart."""
 
@@ -51,13 +54,17 @@ QUANTITIES: dict[str, Quantity] = {
     "LAB//TROPONIN-T//ng/mL": Quantity("6598-7", "ng/mL", 3),
     "LAB//ALBUMIN//g/dL": Quantity("1751-7", "g/dL", 1),
     "LAB//BILIRUBIN//mg/dL": Quantity("1975-2", "mg/dL", 1),
+    "LAB//CREATININE//umol/L": Quantity("14682-9", "umol/L", 0),
+    "LAB//GLUCOSE//mmol/L": Quantity("14749-6", "mmol/L", 1),
+    "LAB//BILIRUBIN//umol/L": Quantity("14631-6", "umol/L", 1),
+    "LAB//HEMOGLOBIN//g/L": Quantity("718-7", "g/L", 0),
     "VITAL//HEART_RATE//bpm": Quantity("8867-4", "/min", 0),
     "VITAL//SYSTOLIC_BP//mmHg": Quantity("8480-6", "mm[Hg]", 0),
     "VITAL//SPO2//%": Quantity("59408-5", "%", 0),
 }
 """Each laboratory value and vital sign of the chart. Rounding keeps lactate inside the range that shows the acuity."""
 
-DIAGNOSES = (*CONDITION_CODES, *REASONS)
+DIAGNOSES = (*CONDITION_CODES, *REASONS, *OTHER_CODES, INJURY)
 """Every ICD-10-CM code of the chart."""
 
 SYSTOLIC, BLOOD_PRESSURE = "8480-6", "85354-9"

@@ -36,9 +36,13 @@ class Partition(_Section):
     `code`: one site per value of the first prefix in `prefixes` that the dataset has; groups smaller than
     `min_patients` are put together. `iid`: `sites` equal shares at random. `dirichlet`: shares of each value of the
     prefix drawn from Dirichlet(`alpha`). `column`: one site per value of an extra column of the MEDS files.
+    `chapters`: as `dirichlet`, by the ICD-10-CM chapter that a patient has most codes of (codes under `prefixes`).
+    `quantity`: sites of sizes drawn from Dirichlet(`alpha`), patients at random. `time`: `sites` equal shares in the
+    order of patients' first events. `system`: one site per prefix in `prefixes`, by that which most of a patient's
+    codes are under.
     """
 
-    by: Literal["code", "iid", "dirichlet", "column"]
+    by: Literal["code", "iid", "dirichlet", "column", "chapters", "quantity", "time", "system"]
     prefixes: tuple[str, ...] = ()
     column: str | None = None
     sites: Annotated[int, Field(ge=2)] | None = None
@@ -47,9 +51,9 @@ class Partition(_Section):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        if self.by in ("code", "dirichlet") and not self.prefixes:
+        if self.by in ("code", "dirichlet", "chapters", "system") and not self.prefixes:
             raise ValueError(f'by = "{self.by}" needs prefixes = ["..."]')
-        if self.by in ("iid", "dirichlet") and self.sites is None:
+        if self.by in ("iid", "dirichlet", "chapters", "quantity", "time") and self.sites is None:
             raise ValueError(f'by = "{self.by}" needs sites = N')
         if self.by == "column" and not self.column:
             raise ValueError('by = "column" needs column = "..."')
@@ -248,6 +252,32 @@ class Summing(_Section):
     precision_bits: Annotated[int, Field(ge=1, le=44)] = 20
 
 
+class Scenario(_Section):
+    """What goes wrong in the federated arm, decided by the study's seed; see simulation/scenario.py.
+
+    Every site drops out of a round with the chance `dropout`; of the others, a `straggler` share answers late, by an
+    exponential time of `straggler_minutes` on average (nobody waits for them: the clock is virtual); what comes after
+    `training.round_deadline_minutes` is lost. `absent` names rounds in which a site is away.
+    """
+
+    dropout: _Share = 0.0
+    straggler: _Share = 0.0
+    straggler_minutes: Annotated[float, Field(gt=0.0)] = 10.0
+    absent: dict[str, tuple[_Positive, ...]] = Field(default_factory=dict)
+
+
+class Engine(_Section):
+    """What plays the federated arm's sites: same apps, same results.
+
+    `local`: worker processes of this machine, with scenarios. `ray`: Flower's simulation on Ray, on one machine or a
+    cluster. `processes`: a SuperLink and a SuperNode for each site, as real federations have, over TLS on loopback.
+    `devices` are handed out to sites in turn (`["cuda:0", "cuda:1"]`); sites may share one.
+    """
+
+    kind: Literal["local", "ray", "processes"] = "local"
+    devices: tuple[str, ...] = ()
+
+
 class AtSites(_Section):
     """Questions answered at the sites of the federated arm, told as tallies and merged; see docs/privacy.md.
 
@@ -314,6 +344,8 @@ class Study(_Section):
     model: Model = Model()
     training: Training
     transport: Transport = Transport()
+    engine: Engine = Engine()
+    scenario: Scenario | None = None
     privacy: Privacy | None = None
     secure_aggregation: Summing | None = None
     arms: tuple[Arm, ...] = ("federated",)
@@ -343,6 +375,8 @@ class Study(_Section):
                 "secure_aggregation.max_weight is missing: the most tokens (in private runs: patients) of a site in a "
                 "round"
             )
+        if self.scenario is not None and self.engine.kind == "processes":
+            raise ValueError('scenario: real processes have real troubles; take engine.kind = "local" or "ray"')
         if not self.task:
             raise ValueError("task: ask at least one question in a [[task]] table, or name a task file")
         names = [task.name for task in self.task]

@@ -54,8 +54,10 @@ _IN_HOSPITAL_BASE, _IN_HOSPITAL_ACUITY, _IN_HOSPITAL_RUN = -5.4, (0.0, 1.2, 2.4)
 _DEATH_BASE, _DEATH_ACUITY, _DEATH_RUN = -9.2, (0.0, 0.8, 1.6), (0.0, 0.4, 0.8)
 _RETURN_BASE, _RETURN_ACUITY, _RETURN_RUN = -7.5, (0.0, 0.8, 1.5), (0.0, 0.7, 1.2)
 _MEAN_DAYS = (2.5, 4.0, 6.5)
+# What a unit of frailty adds to the log-odds of a graver stay and of death in it, and to the hazard of readmission.
+_FRAIL_SICKER, _FRAIL_FATAL, _FRAIL_RETURN = 0.5, 0.7, 0.7
 
-_BAND_ENDS = np.array([7, 30, 90])
+BAND_ENDS = np.array([7, 30, 90])
 _DEATH_BANDS = np.array([1.5, 1.0, 0.6, 0.12])
 _RETURN_BANDS = np.array([1.8, 1.0, 0.3, 0.08])
 
@@ -68,11 +70,13 @@ class Facts:
         age: float64 [P], years at entry into the record.
         conditions: bool [P, 8], in the order of `CONDITIONS`.
         acuity_shift: float64 [P], how much sicker the hospital's arrivals are (log-odds).
+        frailty: float64 [P], what no record states (log-hazard of death); none when left out. See `simulation.frailty`.
     """
 
     age: Floats
     conditions: Bools
     acuity_shift: Floats
+    frailty: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -128,25 +132,26 @@ class Stays:
 def law(facts: Facts) -> Law:
     """Turn recorded facts into hazards; patients with equal facts share a row."""
     band = np.searchsorted(_AGE_EDGES, facts.age, side="right")
-    rows = np.column_stack([band, facts.conditions, facts.acuity_shift])
+    frailty = np.zeros(len(band)) if facts.frailty is None else facts.frailty
+    rows = np.column_stack([band, facts.conditions, facts.acuity_shift, frailty])
     distinct, kind = np.unique(rows, axis=0, return_inverse=True)
-    age, ill, shift = distinct[:, 0].astype(np.int64), distinct[:, 1:-1], distinct[:, -1]
+    age, ill, shift, frail = distinct[:, 0].astype(np.int64), distinct[:, 1:-2], distinct[:, -2], distinct[:, -1]
 
     def grid(base: Floats, acuity: tuple[float, ...], run: tuple[float, ...]) -> Floats:
         return base[:, None, None] + np.array(acuity)[:, None] + np.array(run)
 
-    sicker = shift + ill @ _SICKER
+    sicker = shift + ill @ _SICKER + _FRAIL_SICKER * frail
     logits = np.zeros((len(distinct), RUNS, ACUITIES))
     logits[..., 1] = (-1.3 + sicker)[:, None] + 0.3 * np.arange(RUNS)
     logits[..., 2] = (-2.6 + 1.4 * sicker)[:, None] + 0.6 * np.arange(RUNS)
     odds = np.exp(logits)
     fatal = grid(
-        _IN_HOSPITAL_BASE + 0.7 * _AGE_DEATH[age] + ill @ _IN_HOSPITAL,
+        _IN_HOSPITAL_BASE + 0.7 * _AGE_DEATH[age] + ill @ _IN_HOSPITAL + _FRAIL_FATAL * frail,
         _IN_HOSPITAL_ACUITY,
         _IN_HOSPITAL_RUN,
     )
-    death = grid(_DEATH_BASE + _AGE_DEATH[age] + ill @ _AFTERWARDS, _DEATH_ACUITY, _DEATH_RUN)
-    back = grid(_RETURN_BASE + _AGE_RETURN[age] + ill @ _RETURN, _RETURN_ACUITY, _RETURN_RUN)
+    death = grid(_DEATH_BASE + _AGE_DEATH[age] + ill @ _AFTERWARDS + frail, _DEATH_ACUITY, _DEATH_RUN)
+    back = grid(_RETURN_BASE + _AGE_RETURN[age] + ill @ _RETURN + _FRAIL_RETURN * frail, _RETURN_ACUITY, _RETURN_RUN)
     return Law(
         kind=kind.reshape(-1).astype(np.int64),
         acuity=odds / odds.sum(-1, keepdims=True),
@@ -166,7 +171,7 @@ def _stay_days() -> Floats:
 
 def _band_of(day: Ints) -> Ints:
     """Return the hazard band of each day since discharge (1 is the first day)."""
-    return np.searchsorted(_BAND_ENDS, day, side="left").astype(np.int64)
+    return np.searchsorted(BAND_ENDS, day, side="left").astype(np.int64)
 
 
 def _draw_next(rng: np.random.Generator, death: Floats, back: Floats) -> tuple[Ints, Bools]:
@@ -181,12 +186,12 @@ def _draw_next(rng: np.random.Generator, death: Floats, back: Floats) -> tuple[I
         The day, int64 [n], at least 1 and possibly decades away; and bool [n], true for death.
     """
     total = death + back
-    widths = np.diff(np.concatenate([[0], _BAND_ENDS]))
+    widths = np.diff(np.concatenate([[0], BAND_ENDS]))
     passed = np.concatenate([np.zeros((len(total), 1)), np.cumsum(total[:, :-1] * widths, axis=1)], axis=1)
     target = rng.exponential(size=len(total))
     band = (target[:, None] >= passed[:, 1:]).sum(1)
     row = np.arange(len(total))
-    start = np.concatenate([[0], _BAND_ENDS])[band]
+    start = np.concatenate([[0], BAND_ENDS])[band]
     day = start + np.ceil((target - passed[row, band]) / total[row, band])
     dies = rng.random(len(total)) * total[row, band] < death[row, band]
     return np.maximum(day, start + 1).astype(np.int64), dies
@@ -249,7 +254,12 @@ def readmission_risk(law: Law, days: int) -> Floats:
 
 
 def death_risk(law: Law, days: int) -> Floats:
-    """Return the chance of death within `days` of a discharge, through any readmissions: float64 [U, acuity, run].
+    """Return the chance of death within `days` of a discharge, through any readmissions: float64 [U, acuity, run]."""
+    return np.asarray(death_curve(law, days)[days])
+
+
+def death_curve(law: Law, days: int) -> Floats:
+    """Return the chance of death within 0, 1, ..., `days` of a discharge: float64 [days + 1, U, acuity, run].
 
     With V_h(a, n) the chance of death within h days after a discharge and W_r(n) that within r days after the first
     day of a stay, both follow from shorter horizons only:
@@ -279,7 +289,7 @@ def death_risk(law: Law, days: int) -> Floats:
         survivors = np.einsum("al,luan->uan", length[:, 1 : reach + 1], later)
         inside = law.fatal * lasting[:, reach, None] + (1 - law.fatal) * survivors
         after_admission[horizon] = np.einsum("una,uan->un", law.acuity, inside)
-    return after_discharge[days]
+    return after_discharge
 
 
 def _incidence(law: Law, days: int) -> tuple[Floats, Floats, Floats]:

@@ -16,7 +16,7 @@ import polars as pl
 from simulation.csv_extract import TablesWriter
 from simulation.extract import Extract, events, extract
 from simulation.fhir_ndjson import FhirWriter
-from simulation.hospital import PROFILES, HospitalProfile, generate
+from simulation.hospital import HospitalProfile, generate, profile_of
 from simulation.omop_csv import OmopWriter
 from tokenizer import durable
 from tokenizer.errors import ConfigError
@@ -49,7 +49,7 @@ def write(hospital: str | HospitalProfile, folder: Path, *, form: Form, patients
     """Write a synthetic hospital; equal arguments but `form` give the same patients, events and true risks.
 
     Args:
-        hospital: a name of `simulation.hospital.PROFILES`, or a profile.
+        hospital: a name that `simulation.hospital.profile_of` knows, or a profile.
         folder: gets `records/` in the form that is asked for, and `truth.parquet`; what stands there is replaced.
         form: `meds` (a MEDS dataset), `omop` (csv files of the CDM 5.4), `fhir` (R4 ndjson), or `tables` (csv files and
             `mapping.toml`, which says what they mean).
@@ -82,9 +82,7 @@ def write(hospital: str | HospitalProfile, folder: Path, *, form: Form, patients
 def _profile(hospital: str | HospitalProfile) -> HospitalProfile:
     if isinstance(hospital, HospitalProfile):
         return hospital
-    if hospital not in PROFILES:
-        raise ConfigError(f"hospital {hospital!r} is not known; choose one of {', '.join(PROFILES)}.")
-    return PROFILES[hospital]
+    return profile_of(hospital)
 
 
 def _writer(form: Form, folder: Path, title: str) -> _Writer:

@@ -6,6 +6,12 @@ two questions exactly, at every live discharge:
 - `death_90d`: death within 90 days, in hospital or not;
 - `readmission_30d`: an admission within 30 days, death competing.
 
+The hospitals of `LIFELIKE` are harder to read: their patients have a frailty that no record states, so the exact risk
+is what the record tells of it (`simulation.frailty`), and a drug interaction in which only order and time matter brings
+a third question, at each patient's first live discharge (`simulation.pathway`):
+
+- `kidney_injury_90d`: acute kidney injury within 90 days, death competing.
+
 Hospitals differ in who comes and in what they measure, not in how patients die: that is what a federation can learn
 together. The truth is written beside the records, never in them.
 """
@@ -13,13 +19,14 @@ together. The truth is written beside the records, never in them.
 import io
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
-from simulation.chart import REASONS, Practice, chart
+from simulation import frailty, pathway
+from simulation.chart import REASONS, Practice, chart, winters
 from simulation.course import (
     CONDITIONS,
     DAY_US,
@@ -27,9 +34,8 @@ from simulation.course import (
     Facts,
     Floats,
     Ints,
-    Law,
     Stays,
-    death_risk,
+    death_curve,
     follow,
     law,
     readmission_risk,
@@ -40,6 +46,7 @@ from tokenizer.events import write_meds
 
 DEATH_DAYS = 90
 READMISSION_DAYS = 30
+INJURY_DAYS = 90
 
 _MINUTES_PER_DAY = 24 * 60
 _FIRST_DAY = 16_436  # 2015-01-01, days since the epoch
@@ -57,6 +64,8 @@ class HospitalProfile:
         prevalence: chance of each chronic condition, in the order of `simulation.course.CONDITIONS`.
         acuity: how much sicker than elsewhere its patients arrive (log-odds).
         practice: how it admits and measures.
+        frailty: whether its patients have one, which no record states.
+        pathway: whether they are prescribed what may hurt them.
     """
 
     name: str
@@ -65,6 +74,8 @@ class HospitalProfile:
     prevalence: tuple[float, ...]
     acuity: float
     practice: Practice
+    frailty: bool = False
+    pathway: bool = False
 
     def __post_init__(self) -> None:
         """Refuse chances that are none."""
@@ -121,6 +132,39 @@ PROFILES: dict[str, HospitalProfile] = {
 }
 
 
+#   coding habits, SI units, lost values, winter, hours of memory: what sites differ in besides who comes
+_HABITS: dict[str, dict[str, float]] = {
+    "heart": {"other_codes": 0.1, "missing": 0.05},
+    "surgical": {"other_codes": 0.8, "si": True},
+    "general": {"other_codes": 0.4, "missing": 0.3},
+    "oncology": {"other_codes": 0.95, "si": True, "missing": 0.1},
+}
+LIFELIKE: dict[str, HospitalProfile] = {
+    f"{name}-lifelike": replace(
+        profile,
+        name=f"{name}-lifelike",
+        first_subject_id=profile.first_subject_id + 40_000_000,
+        practice=replace(profile.practice, winter=0.4, memory_hours=36.0, **_HABITS[name]),  # type: ignore[arg-type]
+        frailty=True,
+        pathway=True,
+    )
+    for name, profile in PROFILES.items()
+}
+"""The same four hospitals, with all that makes records harder to read (docs/synthetic-hospitals.md)."""
+
+
+def profile_of(name: str) -> HospitalProfile:
+    """Find a hospital of `PROFILES` or `LIFELIKE`.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    known = PROFILES | LIFELIKE
+    if name not in known:
+        raise ConfigError(f"hospital {name!r} is not known; choose one of {', '.join(known)}.")
+    return known[name]
+
+
 @dataclass(frozen=True)
 class Records:
     """What a hospital knows, and what only its maker knows.
@@ -160,17 +204,45 @@ def generate(profile: HospitalProfile, patients: int, seed: int) -> Records:
         age=_ages(rng, profile, patients),
         conditions=rng.random((patients, len(CONDITIONS))) < np.array(profile.prevalence),
         acuity_shift=np.full(patients, profile.acuity),
+        frailty=frailty.draw(rng, patients) if profile.frailty else None,
     )
     minute = DAY_US // _MINUTES_PER_DAY
     entry = (_FIRST_DAY + rng.integers(0, 7 * 365, patients)) * DAY_US + rng.integers(540, 1020, patients) * minute
+    if profile.practice.winter:
+        # Half a year later for some who would come in summer makes the density 1 + winter * cos(season).
+        late = rng.random(patients) < -profile.practice.winter * winters(entry)
+        entry = np.where(late, entry + 182 * DAY_US, entry)
     # The calendar closes a record, whatever the patient's health: censoring tells nothing about risk.
     closed = entry + rng.integers(360 * 24, 900 * 24, patients) * 60 * minute
-    rules = law(facts)
-    stays, death = follow(rng, rules, entry, closed)
-    risks = {"death_90d": death_risk(rules, DEATH_DAYS), "readmission_30d": readmission_risk(rules, READMISSION_DAYS)}
-    outlook = risks["death_90d"][rules.kind[stays.patient], stays.acuity, stays.run]
-    events = chart(rng, profile.practice, facts, stays, entry=entry, death=death, closed=closed, outlook=outlook)
-    truth = _truth(rules, risks, stays, death, closed)
+    stays, death = follow(rng, law(facts), entry, closed)
+    beliefs = frailty.believe(facts, stays)
+    curves = tuple(death_curve(rules, DEATH_DAYS) for rules in beliefs.laws)
+    back = tuple(readmission_risk(rules, READMISSION_DAYS) for rules in beliefs.laws)
+    risks = {
+        "death_90d": frailty.expected(beliefs, stays, tuple(curve[-1] for curve in curves)),
+        "readmission_30d": frailty.expected(beliefs, stays, back),
+    }
+    path = None
+    if profile.pathway:
+        path = pathway.prescribe(rng, entry, stays, death)
+        tables = tuple(pathway.injury_risk(curve) for curve in curves)
+        hurt = np.zeros(len(stays.patient))
+        for count in range(pathway.EPISODES + 1):
+            risk = frailty.expected(beliefs, stays, tuple(table[count] for table in tables))
+            hurt = np.where(path.dangerous[stays.patient] == count, risk, hurt)
+        risks["kidney_injury_90d"] = hurt
+    events = chart(
+        rng,
+        profile.practice,
+        facts,
+        stays,
+        entry=entry,
+        death=death,
+        closed=closed,
+        outlook=risks["death_90d"],
+        pathway=path,
+    )
+    truth = _truth(risks, stays, death, closed, None if path is None else path.injury)
     number = pl.col("subject_id") + profile.first_subject_id
     return Records(events.with_columns(number), truth.with_columns(number))
 
@@ -197,19 +269,20 @@ def _ages(rng: np.random.Generator, profile: HospitalProfile, patients: int) -> 
     return np.clip(age, age // 5 * 5 + 0.02, age // 5 * 5 + 4.98)
 
 
-def _truth(rules: Law, risks: dict[str, Floats], stays: Stays, death: Ints, closed: Ints) -> pl.DataFrame:
-    """Tabulate the exact risks and what came to pass, at every live discharge within the record."""
+def _truth(risks: dict[str, Floats], stays: Stays, death: Ints, closed: Ints, injury: Ints | None) -> pl.DataFrame:
+    """Tabulate the exact risks and what came to pass, at live discharges within the record."""
     asked = np.nonzero(~stays.died & (stays.left <= closed[stays.patient]))[0]
-    who, left = stays.patient[asked], stays.left[asked]
-    cell = (rules.kind[who], stays.acuity[asked], stays.run[asked])
-    back, dies = stays.next_admission()[asked], death[who]
-    never = np.full(len(asked), NEVER)
-    questions = (
-        ("death_90d", DEATH_DAYS, dies, never),
-        ("readmission_30d", READMISSION_DAYS, back, dies),
-    )
+    first = asked[stays.first[asked]]
+    never = np.full(len(death), NEVER)
+    questions = [
+        ("death_90d", DEATH_DAYS, asked, death[stays.patient], never[stays.patient]),
+        ("readmission_30d", READMISSION_DAYS, asked, stays.next_admission(), death[stays.patient]),
+    ]
+    if injury is not None:
+        questions.append(("kidney_injury_90d", INJURY_DAYS, first, injury[stays.patient], death[stays.patient]))
     tables = []
-    for task, days, outcome, competing in questions:
+    for task, days, rows, outcomes, rivals in questions:
+        who, left, outcome, competing = stays.patient[rows], stays.left[rows], outcomes[rows], rivals[rows]
         horizon = left + days * DAY_US
         complete = closed[who] >= horizon
         seen = np.minimum(horizon, closed[who])
@@ -218,8 +291,8 @@ def _truth(rules: Law, risks: dict[str, Floats], stays: Stays, death: Ints, clos
         columns = {
             "subject_id": who,
             "prediction_time": pl.Series(left).cast(pl.Datetime("us")),
-            "task": np.full(len(asked), task),
-            "risk": risks[task][cell],
+            "task": np.full(len(rows), task),
+            "risk": risks[task][rows],
             "label": label.astype(np.int8),
             "complete": complete,
         }

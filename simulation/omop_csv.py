@@ -104,7 +104,10 @@ _CODED = (
     *(("ICD10PCS", code, "Procedure", "ICD10PCS", "") for code in coding.PROCEDURES.values()),
     *(("RxNorm", code, "Drug", "Ingredient", "S") for code in coding.RXNORM.values()),
     ("CVX", coding.INFLUENZA_VACCINE, "Drug", "CVX", "S"),
-    *(("LOINC", quantity.loinc, "Measurement", "Lab Test", "S") for quantity in coding.QUANTITIES.values()),
+    *(
+        ("LOINC", loinc, "Measurement", "Lab Test", "S")
+        for loinc in dict.fromkeys(quantity.loinc for quantity in coding.QUANTITIES.values())
+    ),
     ("LOINC", coding.TOBACCO, "Observation", "Clinical Observation", "S"),
     ("LOINC", coding.BLOOD_GROUP, "Observation", "Lab Test", "S"),
     ("LOINC", coding.COMPLAINT, "Observation", "Clinical Observation", "S"),

@@ -7,6 +7,7 @@ Everything lies under one folder, and the same call on the same folder goes on w
 
 import fcntl
 import io
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -16,11 +17,12 @@ from pathlib import Path
 import polars as pl
 
 from client.site import SiteFiles
+from model.machine import Machine
 from server.futures import Model
 from simulation.arms import Arm, shards_of, train
 from simulation.config import Study
-from simulation.hospital import PROFILES, write_hospital
-from simulation.partition import OTHER, Parts, partition
+from simulation.hospital import PROFILES, profile_of, write_hospital
+from simulation.partition import partition, told
 from simulation.pool import Pool
 from simulation.questions import Answers, answer
 from tokenizer import durable
@@ -116,18 +118,17 @@ def _sites(study: Study, folder: Path, watch: Watch) -> tuple[tuple[SiteFiles, .
     elif data.kind == "synthetic":
         records = {}
         names = data.hospitals or tuple(PROFILES)
-        if unknown := [name for name in names if name not in PROFILES]:
-            raise ConfigError(f"data.hospitals: there is no profile {unknown[0]!r}; there are {', '.join(PROFILES)}")
-        for done, name in enumerate(names, 1):
+        profiles = [profile_of(name) for name in names]
+        for done, (name, profile) in enumerate(zip(names, profiles, strict=True), 1):
             records[name] = home / name / "records"
             if not (home / name / "truth.parquet").exists():
-                write_hospital(home / name, PROFILES[name], data.patients, study.seed)
+                write_hospital(home / name, profile, data.patients, study.seed)
             watch(Step("records", done, len(names), f"{name}: {data.patients} patients"))
         if data.partition is not None:
             mixed = _mixed(records, home)
             parts = partition(MedsDataset.open(mixed), data.partition, home / "sites", seed=study.seed)
             records = {site.name: site.path for site in parts.sites}
-            notes = _partition_notes(parts)
+            notes = told(parts, data.partition.by)
     else:
         if data.path is None or data.partition is None:
             raise ConfigError("data.path and [data.partition] are needed to split a dataset")
@@ -139,8 +140,14 @@ def _sites(study: Study, folder: Path, watch: Watch) -> tuple[tuple[SiteFiles, .
             progress=lambda done, total: watch(Step("records", done, total)),
         )
         records = {site.name: site.path for site in parts.sites}
-        notes = _partition_notes(parts)
-    return tuple(SiteFiles(name, records[name], folder / "state" / name) for name in sorted(records)), notes
+        notes = told(parts, data.partition.by)
+    # Devices are handed out in turn, so that sites which are played at the same time seldom share one.
+    devices = study.engine.devices or ("cpu",)
+    machines = (Machine(device=device) for device in itertools.cycle(devices))
+    return tuple(
+        SiteFiles(name, records[name], folder / "state" / name, machine=machine)
+        for name, machine in zip(sorted(records), machines, strict=False)
+    ), notes
 
 
 def _mixed(records: Mapping[str, Path], home: Path) -> Path:
@@ -154,16 +161,3 @@ def _mixed(records: Mapping[str, Path], home: Path) -> Path:
         durable.write_bytes(home / "sites" / "truth.parquet", buffer.getvalue())
         write_meds(mixed, shards_of(records), name="the patients of all hospitals")
     return mixed
-
-
-def _partition_notes(parts: Parts) -> tuple[str, ...]:
-    """Say how patients came to their sites, for the report."""
-    notes = [f"Sites are the groups by {parts.grouped_by}." if parts.grouped_by else "Sites are equal random shares."]
-    if parts.without:
-        notes.append(f"{parts.without} patients have no {parts.grouped_by}; they form the site {OTHER}.")
-    if parts.several:
-        notes.append(f"{parts.several} patients have several groups by {parts.grouped_by}; their first counts.")
-    if parts.put_together:
-        groups = ", ".join(f"{name} ({count})" for name, count in sorted(parts.put_together.items()))
-        notes.append(f"Groups too small for a site of their own are together in {OTHER}: {groups}.")
-    return tuple(notes)

@@ -1,7 +1,5 @@
 """A SuperLink and SuperNodes as real processes on loopback, with TLS and node authentication; all end with a test."""
 
-import datetime as dt
-import ipaddress
 import os
 import select
 import signal
@@ -14,12 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
-
 from client.site import SiteFiles
+from simulation.engine_processes import write_certificates, write_node_key
 from tests import tiny
 
 REPOSITORY = Path(__file__).parents[1]
@@ -162,47 +156,6 @@ def free_ports(count: int) -> list[int]:
     for s in sockets:
         s.close()
     return ports
-
-
-def write_certificates(folder: Path) -> None:
-    """Write a CA and a server certificate for loopback."""
-    now = dt.datetime.now(dt.UTC)
-    ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    ca_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test federation")])
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-
-    def builder(subject: x509.Name, public: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
-        return (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(ca_name)
-            .public_key(public)
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - dt.timedelta(hours=1))
-            .not_valid_after(now + dt.timedelta(days=1))
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
-        )
-
-    basic = x509.BasicConstraints(ca=True, path_length=0)
-    usage = x509.KeyUsage(True, False, False, False, False, True, True, False, False)
-    ca = builder(ca_name, ca_key.public_key()).add_extension(basic, critical=True).add_extension(usage, critical=True)
-    names = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ipaddress.IPv4Address("127.0.0.1"))])
-    server = builder(name, key.public_key()).add_extension(names, critical=False)
-    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
-    (folder / "ca.crt").write_bytes(ca.sign(ca_key, hashes.SHA256()).public_bytes(pem))
-    (folder / "server.pem").write_bytes(server.sign(ca_key, hashes.SHA256()).public_bytes(pem))
-    (folder / "server.key").write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
-
-
-def write_node_key(path: Path) -> None:
-    """Write a SuperNode's key pair as `ssh-keygen -t ecdsa -b 384` does."""
-    key = ec.generate_private_key(ec.SECP384R1())
-    private = serialization.PrivateFormat.OpenSSH
-    path.write_bytes(key.private_bytes(serialization.Encoding.PEM, private, serialization.NoEncryption()))
-    path.chmod(0o600)
-    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    path.with_suffix(".pub").write_bytes(public + b"\n")
 
 
 def start_superlink(place: Machine, port: int) -> Service:

@@ -38,6 +38,7 @@ COMMANDS = (
     *(f"coordinator {each}" for each in (*AUTHORITY, *LEDGER, *PAGES)),
     "synthesize",
     "simulate",
+    "partition",
     "report",
     "rollout",
     "evaluate",

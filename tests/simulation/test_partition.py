@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simulation.config import Partition
+from simulation.contrast import contrast, divergences
 from simulation.hospital import PROFILES, generate
 from simulation.partition import OTHER, Parts, partition
 from tokenizer.errors import DataError
@@ -50,6 +51,12 @@ rules = st.one_of(
         sites=st.integers(2, 5),
         alpha=st.sampled_from([0.05, 1.0, 50.0]),
     ),
+    st.builds(
+        Partition,
+        by=st.sampled_from(["quantity", "time", "chapters"]),
+        prefixes=st.just(("UNIT", "DX")),
+        sites=st.integers(2, 5),
+    ),
     st.builds(Partition, by=st.just("code"), prefixes=st.just(("WARD", "UNIT")), min_patients=st.integers(0, 2)),
 )
 some_units = st.lists(st.sampled_from(["UNIT", "UNIT//A", "UNIT//B//1", "UNITED", "LAB//X"]), max_size=3)
@@ -58,7 +65,7 @@ some_units = st.lists(st.sampled_from(["UNIT", "UNIT//A", "UNIT//B//1", "UNITED"
 @given(rules, st.lists(some_units, max_size=10), st.integers(0, 5), st.integers(1, 3))
 @settings(max_examples=10, deadline=None)
 def test_every_patient_lands_whole_at_exactly_one_site(rule: Partition, units: list[list[str]], seed: int, shards: int):
-    people = dict(enumerate([["UNIT//A"], ["UNIT//A"], [], *units]))
+    people = dict(enumerate([["UNIT//A", "DX//I50.9"], ["UNIT//A"], [], *units]))
     frames = [_frame({s: people[s] for s in people if s % shards == n}) for n in range(shards)]
     with tempfile.TemporaryDirectory() as folder:
         whole = _dataset(Path(folder) / "all", *(frame for frame in frames if frame.height))
@@ -195,3 +202,50 @@ def test_a_synthetic_hospital_splits_by_diagnosis(tmp_path: Path):
     )
     assert sum(site.patients for site in parts.sites) == 200
     assert done == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_sizes_are_drawn_for_quantity_skew_and_late_patients_go_to_later_sites(tmp_path: Path):
+    dataset = _dataset(tmp_path / "all", _frame({subject: [] for subject in range(400)}).with_columns(
+        time=pl.col("time") + pl.duration(days=pl.col("subject_id"))
+    ))  # fmt: skip
+    skewed = partition(dataset, Partition(by="quantity", sites=4, alpha=0.5), tmp_path / "q", seed=0)
+    sizes = sorted(site.patients for site in skewed.sites)
+    assert sum(sizes) == 400
+    assert sizes[-1] > 2 * (400 / 4) > 10 * sizes[0]
+    parts = partition(dataset, Partition(by="time", sites=4), tmp_path / "t", seed=0)
+    assert _patients(parts) == {f"site-{n + 1}": set(range(100 * n, 100 * n + 100)) for n in range(4)}
+    assert parts.grouped_by == "first event"
+
+
+def test_most_codes_decide_the_system_and_the_chapter(tmp_path: Path):
+    codes = {
+        1: ["ICD9CM//428.0", "ICD9CM//250.00", "ICD10CM//I50.9"],
+        2: ["ICD10CM//I50.9", "ICD10CM//I10", "ICD10CM//E11.9"],
+        3: ["ICD10CM//E11.9"],
+        4: [],
+    }
+    dataset = _dataset(tmp_path / "all", _frame(codes))
+    rule = Partition(by="system", prefixes=("ICD9CM", "ICD10CM"))
+    parts = partition(dataset, rule, tmp_path / "system", seed=0)
+    assert _patients(parts) == {"system-icd9cm": {1}, "system-icd10cm": {2, 3}, OTHER: {4}}
+    assert (parts.without, parts.several) == (1, 1)
+    # With a tiny alpha each chapter goes to one site, so patients of a chapter stay together.
+    alike = _frame({n: ["ICD10CM//I50.9"] if n % 2 else ["ICD10CM//E11.9"] for n in range(60)})
+    rule = Partition(by="chapters", prefixes=("ICD10CM",), sites=2, alpha=1e-3)
+    parts = partition(_dataset(tmp_path / "more", alike), rule, tmp_path / "chapters", seed=1)
+    members = _patients(parts)
+    assert {n % 2 for n in members["site-1"]}.isdisjoint({n % 2 for n in members["site-2"]})
+    with pytest.raises(DataError, match="no patient has a ICD-10-CM code under UNIT"):
+        partition(dataset, rule.model_copy(update={"prefixes": ("UNIT",)}), tmp_path / "none", seed=0)
+
+
+def test_how_sites_differ_is_measured(tmp_path: Path):
+    frames = {"a": _frame({1: ["X//1"]}), "b": _frame({2: ["X//1"]}), "c": _frame({3: ["Y//1"]})}
+    sites = {name: _dataset(tmp_path / name, frame).path for name, frame in frames.items()}
+    found = contrast(sites)
+    assert [(site.name, site.patients, site.events) for site in found] == [("a", 1, 2), ("b", 1, 2), ("c", 1, 2)]
+    table = divergences(found)
+    assert table[0][1] == 0.0 == table[2][2]
+    # Half of the events differ: the Jensen-Shannon divergence is half a bit.
+    assert table[0][2] == pytest.approx(0.5)
+    assert table == [list(row) for row in zip(*table, strict=True)]
