@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from client import local, site, supernode
 from client.archive import Choices, RunArchive
+from federation.messages import TrainReply
 from model.parallel import ALONE, Team
 from model.train import StepResult
 
@@ -45,6 +46,9 @@ class RandomRound(local.LocalRound):
 
     def go(self, keep_end: bool = False) -> None:
         """Do nothing."""
+
+    def drift(self, reply: TrainReply) -> None:
+        """Correct nothing."""
 
     @property
     def choices(self) -> Choices:
