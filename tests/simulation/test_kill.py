@@ -63,6 +63,7 @@ def kill_at(root: Path, *moments: tuple[str, int, int]) -> Result:
     return end_of(start(root, NEVER, workers=1))
 
 
+@pytest.mark.slow
 def test_killed_in_the_first_round_and_before_a_commit_it_ends_the_same(tmp_path: Path, undisturbed: Result) -> None:
     tiny.sites(tmp_path)
     first_update_spooled, second_round_aggregated = ("update.accepted", 1, 1), ("round.aggregated", 2, 1)

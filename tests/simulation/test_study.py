@@ -100,6 +100,7 @@ def test_the_same_call_again_does_nothing_new(result: Result, root: Path, settin
     np.testing.assert_array_equal(again.answers[0].risks["federated"], result.answers[0].risks["federated"])
 
 
+@pytest.mark.slow
 def test_a_study_killed_anywhere_ends_the_same(result: Result, tmp_path: Path) -> None:
     tiny.sites(tmp_path)
     command = [sys.executable, str(REPOSITORY / "tests/simulation/studies.py"), str(tmp_path)]
