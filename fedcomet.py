@@ -59,7 +59,7 @@ def _mount(group: typer.Typer, room: str, commands: str = "commands") -> None:
     try:
         group.add_typer(import_module(f"{room}.{commands}").app)
     except ModuleNotFoundError as missing:
-        if missing.name not in (room, f"{room}.{commands}"):
+        if not f"{room}.{commands}.".startswith(f"{missing.name}."):
             raise
 
 

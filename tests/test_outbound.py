@@ -38,7 +38,7 @@ from federation.update import to_vector
 from model.decoder import Decoder
 from server.app import coordinate
 from server.control import RULES
-from simulation.engine import LocalGrid
+from simulation.engine import LocalGrid, play
 from simulation.pool import Pool
 from tests import tiny
 from tokenizer.codebook import Codebook, Survey
@@ -264,7 +264,7 @@ def test_what_crosses_the_processes_of_the_engine_is_what_the_sites_wrote_down(r
             return messages
 
     with Pool(1) as pool:
-        grid = Wire(pool, sites)
+        grid = Wire(lambda site, node, message: pool.submit(site.name, play, site, node, message), sites)
         coordinate(grid, ram_path / "run", tiny.plan(rounds=1), pause=grid.wait)
     assert sorted(received) == [1, 2]
     for node, site in enumerate(sites, 1):
