@@ -41,6 +41,7 @@ from flwr.supercore.constant import (
 )
 from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.corestate import sql_corestate
+from flwr.supercore.date import now
 from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supercore.interceptors.http.utils import add_headers
@@ -77,14 +78,17 @@ _RUNTIME = (*RUNTIME, "get-nodes")
 
 _PARTIAL = sqlalchemy.text("""
     WITH RECURSIVE part (request, id) AS (
-        SELECT reply_to_message_id, message_id FROM message_res
-        WHERE reply_to_message_id IN :asked AND delivered_at = ''
+        SELECT reply_to_message_id, message_id FROM message_res JOIN node ON node_id = src_node_id
+        WHERE reply_to_message_id IN :asked AND delivered_at = '' AND online_until >= :now
         UNION
         SELECT part.request, child_id FROM part JOIN object_children ON parent_id = part.id
     )
     SELECT DISTINCT part.request FROM part JOIN objects ON object_id = part.id WHERE is_available = 0
 """).bindparams(sqlalchemy.bindparam("asked", expanding=True))
-"""The requests of which an answer is on its way, but not all of its objects have arrived."""
+"""The requests of which an answer is on its way, but not all of its objects have arrived.
+
+Of a node that has signed off the rest will never come: Flower's own error takes the answer's place.
+"""
 
 _CONTROL = ("start-run", "stop-run", "list-runs", "register-node", "unregister-node", "list-nodes")
 
@@ -176,7 +180,8 @@ class SuperLink:
 
         def give(message_ids: set[str], run_id: int) -> Any:
             with self._state.session() as session:
-                partial = set(session.scalars(_PARTIAL, {"asked": list(message_ids)})) if message_ids else set()
+                told = {"asked": list(message_ids), "now": now().timestamp()}
+                partial = set(session.scalars(_PARTIAL, told)) if message_ids else set()
             return given(message_ids - partial, run_id)
 
         self._state.get_message_res = give
