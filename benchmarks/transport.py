@@ -128,13 +128,13 @@ clientapp = "average:client"
 
 @dataclass
 class Figures:
-    """What a side took: seconds of each timed round; in a round, processor seconds of all processes and MB to and from
-    sites; peaks in MB by kind of process.
+    """What a side took: seconds of each timed round; in a round, processor seconds by kind of process, and MB to and
+    from sites; peaks in MB by kind of process.
     """
 
     name: str
     seconds: list[float] = field(default_factory=list)
-    cpu_s: float = 0.0
+    cpu_s: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, float] = field(default_factory=dict)
     sent_mb: float = 0.0
     received_mb: float = 0.0
@@ -142,6 +142,10 @@ class Figures:
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
+
+    @property
+    def cpu(self) -> float:
+        return sum(self.cpu_s.values())
 
 
 def say(text: str) -> None:
@@ -169,14 +173,15 @@ class Machine:
         self._started.append(started)
         return started
 
-    def cpu_s(self) -> float:
-        """Processor seconds of all marked processes that live, with those of their children that have ended."""
-        total = 0
+    def cpu_s(self) -> dict[str, float]:
+        """Processor seconds of marked processes that live, by kind, with those of their children that have ended."""
+        total = dict.fromkeys((*KINDS, "other"), 0.0)
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 if self._mark.encode() in (entry / "environ").read_bytes():
-                    total += sum(map(int, (entry / "stat").read_text().rpartition(")")[2].split()[11:15]))
-        return total / os.sysconf("SC_CLK_TCK")
+                    ticks = sum(map(int, (entry / "stat").read_text().rpartition(")")[2].split()[11:15]))
+                    total[_kind(entry)] += ticks / os.sysconf("SC_CLK_TCK")
+        return total
 
     def _look(self) -> None:
         kinds: dict[int, str | None] = {}
@@ -188,9 +193,7 @@ class Machine:
                         if self._mark.encode() not in (entry / "environ").read_bytes():
                             kinds[pid] = None
                             continue
-                        words = (entry / "cmdline").read_bytes().decode()
-                        found = (kind for kind, marks in KINDS.items() if any(mark in words for mark in marks))
-                        kinds[pid] = next(found, "other")
+                        kinds[pid] = _kind(entry)
                     if kind := kinds[pid]:
                         lines = (entry / "status").read_text().splitlines()
                         peak = max((int(x.split()[1]) / 1024 for x in lines if x.startswith("VmHWM")), default=0.0)
@@ -208,6 +211,15 @@ class Machine:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _kind(process: Path) -> str:
+    words = (process / "cmdline").read_bytes().decode()
+    return next((kind for kind, marks in KINDS.items() if any(mark in words for mark in marks)), "other")
+
+
+def _per_round(before: dict[str, float], after: dict[str, float], rounds: int) -> dict[str, float]:
+    return {kind: (after[kind] - before[kind]) / rounds for kind in after}
 
 
 @contextmanager
@@ -301,9 +313,9 @@ def _patiently(ask: Any) -> Any:
             time.sleep(0.5)
 
 
-def _times(place: Machine, ledger: Ledger, rounds: int) -> tuple[list[float], float]:
+def _times(place: Machine, ledger: Ledger, rounds: int) -> tuple[list[float], dict[str, float]]:
     """Wait for all rounds; gives the seconds from one's end to the next one's, and processor seconds of a round."""
-    journal, ends, looks, began = ledger.journal("bench"), [0.0], 0, 0.0
+    journal, ends, looks, began = ledger.journal("bench"), [0.0], 0, place.cpu_s()
     while len(ends) <= rounds:
         time.sleep(0.05)
         if (looks := looks + 1) % 40 == 0 and (run := ledger.run("bench")).state is RunState.FAILED:
@@ -312,7 +324,7 @@ def _times(place: Machine, ledger: Ledger, rounds: int) -> tuple[list[float], fl
             say(f"  round {len(ends)} of {rounds}")
             ends.append(time.time())
             began = place.cpu_s() if len(ends) == 2 else began
-    cpu_s = (place.cpu_s() - began) / (rounds - 1)
+    cpu_s = _per_round(began, place.cpu_s(), rounds - 1)
     return [after - before for before, after in itertools.pairwise(ends[1:])], cpu_s
 
 
@@ -362,7 +374,7 @@ def flower(values: int, arrays: int, rounds: int, folder: Path | None) -> Figure
             mine = ["--auth-supernode-private-key", str(key), "--port", str(own)]
             place.start(str(programs / "flower-supernode"), *link, *mine, env=env, log=f"site-{number}")
         asked = place.start(str(programs / "flwr"), "run", str(app), "bench", env=env, log="run")
-        ends, began = list[float](), 0.0
+        ends, began = list[float](), place.cpu_s()
         until = time.monotonic() + 400 * (rounds + 1)
         while len(ends) < rounds + 2:
             if time.monotonic() > until:
@@ -374,7 +386,7 @@ def flower(values: int, arrays: int, rounds: int, folder: Path | None) -> Figure
             if len(found) > len(ends):
                 ends = found
                 began = place.cpu_s() if len(ends) == 2 else began
-                figures.cpu_s = (place.cpu_s() - began) / max(1, len(ends) - 2)
+                figures.cpu_s = _per_round(began, place.cpu_s(), max(1, len(ends) - 2))
                 say(f"  round {len(ends) - 1} of {rounds + 1}")
         figures.seconds = [after - before for before, after in itertools.pairwise(ends[1:])]
         figures.peaks = dict(place.peaks)
@@ -392,14 +404,15 @@ def show(all_figures: list[Figures]) -> None:
     print(f" {'app x':>6} {'MB out':>8} {'MB in':>8}")
     for one in all_figures:
         ratio = f"{one.median / peer.median:.2f}" if peer else "-"
-        cpu = f"{one.cpu_s / peer.cpu_s:.2f}" if peer else "-"
+        cpu = f"{one.cpu / peer.cpu:.2f}" if peer else "-"
         memory = f"{one.peaks['server app'] / peer.peaks['server app']:.2f}" if peer else "-"
         peaks = "".join(f"{one.peaks[kind]:9.0f} MB" for kind in KINDS)
         spread = f"{min(one.seconds):.2f}-{max(one.seconds):.2f}"
         print(
-            f"{one.name:10} {one.median:8.2f} {spread:>13} {ratio:>5} {one.cpu_s:7.2f} {cpu:>5}{peaks} {memory:>6} "
+            f"{one.name:10} {one.median:8.2f} {spread:>13} {ratio:>5} {one.cpu:7.2f} {cpu:>5}{peaks} {memory:>6} "
             f"{one.sent_mb:8.1f} {one.received_mb:8.1f}"
         )
+        print(f"{'':10} CPU s: " + ", ".join(f"{kind} {seconds:.1f}" for kind, seconds in one.cpu_s.items()))
 
 
 def main() -> None:

@@ -60,8 +60,9 @@ class Packed:
         if self.coding == "float32":
             return self.data[4 * start : 4 * stop].view("<f4").astype(np.float32, copy=False)
         if self.coding == "bfloat16":
-            halves = self.data[2 * start : 2 * stop].view("<u2").astype(np.uint32)
-            return (halves << np.uint32(16)).view(np.float32)
+            values = np.zeros(stop - start, "<f4")
+            values.view("<u2")[1::2] = self.data[2 * start : 2 * stop].view("<u2")
+            return values.astype(np.float32, copy=False)
         if start % BLOCK:
             raise ValueError("A part must begin at a whole block.")
         blocks = slice(self.size + start // BLOCK, self.size + -(-stop // BLOCK))
@@ -89,10 +90,10 @@ def pack(vector: Vector, coding: Coding) -> Bytes:
     for start in range(0, vector.size, _CHUNK):
         part = vector[start : start + _CHUNK]
         if coding == "bfloat16":
-            bits = part.view(np.uint32)
-            if np.any(bits & np.uint32(0xFFFF)):
+            halves = part.astype("<f4", copy=False).view("<u2")
+            if halves[0::2].any():
                 raise CodingError("The vector holds values that bfloat16 can't tell.")
-            out[2 * start : 2 * (start + part.size)] = (bits >> np.uint32(16)).astype("<u2").view(np.uint8)
+            out[2 * start : 2 * (start + part.size)].view("<u2")[:] = halves[1::2]
             continue
         steps, powers = _steps(part)
         whole = np.rint(steps)

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,7 @@ RUNTIME = (
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 _KINDS = {"coordinator": TaskType.SERVER_APP, "site": TaskType.CLIENT_APP}
 _LOOK_S = 0.3
+_ASK_S = 1.0
 _AWAY_S = 2.0
 _END_S = 10.0
 
@@ -135,12 +137,16 @@ class Tasks:
         client = self._client(
             SuperExecAuthHttpInterceptor(master_secret=self._options.secret, protected_methods={_ACQUIRE})
         )
-        away = False
+        away, asked = False, 0.0
         while not self._stopping.is_set():
             self._look()
             wait_s = _LOOK_S
             try:
-                if self._come is None or self._come.is_set():
+                now = time.monotonic()
+                # While one works, asking each time whether there is more would take a share of the machine.
+                due = now - asked >= _ASK_S or not self._running if self._come is None else self._come.is_set()
+                if due:
+                    asked = now
                     self._take(client)
                 away = False
             except (httpx.HTTPError, OSError, ValueError) as error:

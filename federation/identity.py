@@ -5,7 +5,6 @@ text, `ed25519:` and 64 hexadecimal digits, which is what a policy lists. Every 
 name is signed too, so a signature under an approval can never stand under a request.
 """
 
-import dataclasses
 import hashlib
 import os
 import stat
@@ -18,7 +17,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from federation import canonical
-from federation.messages import to_wire
+from federation.messages import altered, to_wire
 from tokenizer import durable
 from tokenizer.errors import ConfigError
 
@@ -81,8 +80,7 @@ class Identity:
     def sign_request(self, request: S) -> S:
         """Give a request, of rounds or of masked sums, with this identity's key and signature."""
         signature = self.sign(_REQUEST, _content(request))
-        bare: Any = request
-        signed: S = dataclasses.replace(bare, coordinator=self.public, signature=signature)
+        signed: S = altered(request, coordinator=self.public, signature=signature)
         return signed
 
 
@@ -124,7 +122,7 @@ def signed_by(request: Any) -> str | None:
 
 def _content(request: Any) -> bytes:
     """What stands for a request under its signature: its header, and the sha256 of every payload."""
-    bare = dataclasses.replace(request, deadline_s=float(request.deadline_s), coordinator="", signature="")
+    bare = altered(request, deadline_s=float(request.deadline_s), coordinator="", signature="")
     wire = to_wire(bare)
     hashes = {
         name: hashlib.sha256(part if isinstance(part, bytes) else part.data).hexdigest()

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from federation import canonical
-from federation.coding import Coding, CodingError, pack, unpack
+from federation.coding import Bytes, Coding, CodingError, pack, unpack
 from tokenizer.codebook import TokenizerOptions
 from tokenizer.errors import FedcometError
 from tokenizer.split import SplitRule
@@ -36,6 +36,7 @@ Payload = bytes | Vector | Words | NDArray[np.uint8]
 """What travels beside a header; uint8 is a packed vector."""
 
 _HEADER_LIMIT = 1 << 20
+_PACKED = "_packed"
 _SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -307,14 +308,34 @@ def to_wire(message: Any) -> Wire:
         if field.type == Words:
             payloads[field.name] = np.ascontiguousarray(value)
         elif isinstance(value, np.ndarray):
-            coding: Coding = getattr(message, "coding", "float32")
-            vector = np.ascontiguousarray(value, np.float32)
-            payloads[field.name] = vector if coding == "float32" else pack(vector, coding)
+            payloads[field.name] = packed(message, field.name)
         elif isinstance(value, bytes):
             payloads[field.name] = value
         else:
             header[field.name] = value
     return Wire(canonical.encode(header), payloads)
+
+
+def packed(message: Any, name: str) -> Vector | Bytes:
+    """Give a message's vector as it travels: float32 [P], or bytes in its coding, laid out once.
+
+    Of a message that came they are the very bytes that came. A message's vectors never change once it is made.
+    """
+    coding: Coding = getattr(message, "coding", "float32")
+    vector = np.ascontiguousarray(getattr(message, name), np.float32)
+    if coding == "float32":
+        return vector
+    known: dict[str, Bytes] = message.__dict__.setdefault(_PACKED, {})
+    if name not in known:
+        known[name] = pack(vector, coding)
+    return known[name]
+
+
+def altered(message: Any, **changes: Any) -> Any:
+    """Give a message with other fields, but the same vectors, laid out once for both."""
+    other = dataclasses.replace(message, **changes)
+    other.__dict__[_PACKED] = message.__dict__.setdefault(_PACKED, {})
+    return other
 
 
 def from_wire(wire: Wire, kinds: Mapping[str, type[Any]] = KINDS) -> Any:
@@ -346,6 +367,9 @@ def from_wire(wire: Wire, kinds: Mapping[str, type[Any]] = KINDS) -> Any:
     if extra := sorted(set(wire.payloads) - expected):
         raise ProtocolError(f"{kind_name} has the unknown payload {_short(extra[0])}.")
     message = canonical.build(kind, fields, kind_name, ProtocolError)
+    if getattr(message, "coding", "float32") != "float32":
+        vectors = {f.name: wire.payloads[f.name] for f in dataclasses.fields(kind) if f.type == Vector}
+        message.__dict__[_PACKED] = {name: np.frombuffer(data, np.uint8) for name, data in vectors.items()}
     site = getattr(message, "site", None)
     if site is not None and not is_site_name(site):
         raise ProtocolError(f"{_short(site)} can't be the name of a site: use letters, digits, '.', '_' and '-'.")

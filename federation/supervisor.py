@@ -247,6 +247,8 @@ def flower_environment(home: Path) -> dict[str, str]:
         "FLWR_INTERNAL_GRPC_CONTROL_API": "0",
         "FLWR_OIDC_ENABLED": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Of a vector, in one request: each costs milliseconds, whatever its size. Below what `federation.front` takes.
+        "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(12 << 20),
         "PYTHONUNBUFFERED": "1",
         "PATH": path,
     }

@@ -55,6 +55,7 @@ from google.protobuf.message import DecodeError
 from federation import bundle
 from federation.flower_tasks import RUNTIME, TASK_HEARTBEAT_S
 from federation.front import Application, Door, Headers
+from server.objects import FileObjectStore
 from tokenizer.errors import FedcometError
 
 TOKEN_HEADER = "fedcomet-control-token"
@@ -136,13 +137,20 @@ class SuperLink:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of alembic, about Flower's own migrations
             self._app = create_app(config, SuperLinkLifespan)
-        self._state = self._app.state.linkstate_factory.state()
+            self._objects = FileObjectStore(database)
+        factory = self._app.state.linkstate_factory
+        factory.objectstore_factory.store_instance = self._objects
+        self._state = factory.state()
         self._give_whole_answers_only()
 
     @property
     def application(self) -> Application:
         """The whole of it; only to stand behind `fleet_doors` or `own_doors`."""
         return self._app
+
+    def sweep(self) -> None:
+        """Remove what delivered messages left on the disk."""
+        self._objects.sweep()
 
     def store(self, content: bytes, verifications: Mapping[str, str]) -> str:
         """Keep a signed bundle, so that runs can be started by its hash; gives that."""

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from federation import masking, protection
-from federation.coding import Coding, nearest
+from federation.coding import Bytes, nearest
 from federation.manifest import Manifest
 from federation.messages import (
     AssessRequest,
@@ -30,6 +30,7 @@ from federation.messages import (
     TrainRequest,
     Vector,
     Weighted,
+    packed,
     printable,
 )
 from federation.update import norm
@@ -76,7 +77,7 @@ Answer = Reply | masking.Reply | ProtocolError
 class Store(SumStore, Protocol):
     """Where the engine keeps vectors; each method returns when the bytes are on the disk."""
 
-    def keep_update(self, number: int, site: str, update: Vector, coding: Coding) -> tuple[str, int]:
+    def keep_update(self, number: int, site: str, update: Vector | Bytes) -> tuple[str, int]:
         """Keep a site's update of a round as it travelled, and give the sha256 and the number of its bytes."""
 
     def update(self, number: int, site: str, sha256: str) -> Update:
@@ -385,7 +386,7 @@ class Rounds:
             self._journal.note_reply(ReplyEntry(self.number, site, Status.ACCEPTED))
             self._tell("update.accepted", site)
             return
-        sha256, size = self._store.keep_update(self.number, site, reply.update, reply.coding)
+        sha256, size = self._store.keep_update(self.number, site, packed(reply, "update"))
         entry = ReplyEntry(
             self.number,
             site,

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from federation import accountant, canonical, protection
-from federation.coding import Coding, Packed, pack
+from federation.coding import Bytes, Packed
 from federation.manifest import Manifest, software_version
 from federation.messages import Vector
 from federation.update import to_decoder, to_vector
@@ -48,11 +48,11 @@ class Spool:
         """Tell where the checkpoint after a round is."""
         return self._dir / "checkpoints" / f"{number:04d}.safetensors"
 
-    def keep_update(self, number: int, site: str, update: Vector, coding: Coding) -> tuple[str, int]:
+    def keep_update(self, number: int, site: str, update: Vector | Bytes) -> tuple[str, int]:
         """Keep a site's update of a round as it travelled, and give the sha256 and the number of its bytes."""
-        data = pack(update, coding)
-        durable.write_bytes(self._update_path(number, site), data.data)
-        return hashlib.sha256(data.data).hexdigest(), data.size
+        data = np.ascontiguousarray(update).view(np.uint8).data
+        durable.write_bytes(self._update_path(number, site), data)
+        return hashlib.sha256(data).hexdigest(), data.nbytes
 
     def update(self, number: int, site: str, sha256: str) -> Packed:
         """Map a kept update [P] into memory.

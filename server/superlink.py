@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from sqlalchemy.exc import SQLAlchemyError
 
 from federation import bundle, supervisor
 from federation.front import Front
@@ -119,12 +120,13 @@ async def serve(folder: LinkFolder, stop: asyncio.Event) -> None:
         Front(link.application, link.own_doors(folder.token()), at_once=64, threads=4), _LOOPBACK, options.runtime
     )
     tasks = [asyncio.create_task(server.serve()) for server in (own, sites)]
-    watch = asyncio.create_task(_keep_certificate(context, options))
+    watches = [asyncio.create_task(_keep_certificate(context, options)), asyncio.create_task(_sweep(link))]
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait([*tasks, stopped], return_when=asyncio.FIRST_COMPLETED)
     for server in (own, sites):
         server.should_exit = True
-    watch.cancel()
+    for watch in watches:
+        watch.cancel()
     ended = await asyncio.gather(*tasks, return_exceptions=True)
     stopped.cancel()
     for problem in ended:
@@ -148,6 +150,16 @@ def tls_context(options: LinkOptions) -> ssl.SSLContext:
             f"{options.certificate} and {options.key} can't be used ({error}); run fedcomet coordinator rotate."
         ) from None
     return context
+
+
+async def _sweep(link: SuperLink) -> None:
+    """Remove what delivered messages left on the disk, now and then."""
+    while True:
+        try:
+            await asyncio.to_thread(link.sweep)
+        except (OSError, SQLAlchemyError) as problem:
+            _log.warning("delivered messages can't be removed from the disk (%s); trying again", problem)
+        await asyncio.sleep(_LOOK_S)
 
 
 async def _keep_certificate(context: ssl.SSLContext, options: LinkOptions) -> None:

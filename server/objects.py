@@ -1,0 +1,114 @@
+"""What the SuperLink keeps of messages, in files: Flower's own store puts it into its SQLite database.
+
+There every byte is written three times (write-ahead log, database, log again when its pages are freed), and read page
+by page; for updates of hundreds of megabytes that is most of a round. Here the database keeps names, parts and sizes,
+in the same transactions as before, and `objects/` beside it keeps contents, each under its sha256.
+
+A content is renamed into place before the transaction that calls it available ends. Files that no row names any more
+are swept. They need not outlive the machine: after a loss of power a run asks its sites anew, so nothing is flushed,
+and a file that is not as long as its row says counts as lost.
+"""
+
+import contextlib
+import logging
+import os
+import threading
+from pathlib import Path
+
+from flwr.supercore.inflatable.inflatable_object import get_object_id
+from flwr.supercore.inflatable.inflatable_utils import validate_object_content
+from flwr.supercore.object_store.object_store import NoObjectInStoreError
+from flwr.supercore.object_store.sql_object_store import SqlObjectStore
+from flwr.supercore.state.schema.objectstore_models import StoredObject
+from sqlalchemy import select, update
+
+_AT_ONCE = 500
+_PARTIAL = ".partial"
+
+_log = logging.getLogger(__name__)
+
+
+class FileObjectStore(SqlObjectStore):
+    """Flower's object store of a database, with contents in files beside it. One process at a time."""
+
+    def __init__(self, database: Path) -> None:
+        """Open it; what a killed process left half-written is removed."""
+        super().__init__(str(database))
+        self._folder = database.parent / "objects"
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._moving = threading.Lock()
+        for left in self._folder.glob(f"*{_PARTIAL}"):
+            left.unlink()
+        self.initialize()
+
+    def put(self, object_id: str, object_content: bytes) -> None:
+        """Keep the content of an object that was announced.
+
+        Raises:
+            ValueError: the content is not what its name says, or no object of Flower's.
+            NoObjectInStoreError: nobody announced it, or it was dropped meanwhile.
+            OSError: the disk is full.
+        """
+        if object_id != get_object_id(object_content):
+            raise ValueError(f"Object ID {object_id} does not match content hash")
+        validate_object_content(content=object_content)
+        if not self._awaited(object_id):
+            return
+        aside = self._folder / f"{object_id}.{threading.get_ident()}{_PARTIAL}"
+        try:
+            aside.write_bytes(object_content)
+            with self.session() as session:
+                taken = session.scalar(
+                    update(StoredObject)
+                    .where(StoredObject.object_id == object_id, StoredObject.is_available == 0)
+                    .values(content=str(len(object_content)).encode(), is_available=1)
+                    .returning(StoredObject.object_id)
+                )
+                if taken is not None:
+                    with self._moving:
+                        aside.replace(self._folder / object_id)
+        finally:
+            aside.unlink(missing_ok=True)
+        if taken is None:
+            self._awaited(object_id)
+
+    def _awaited(self, object_id: str) -> bool:
+        """Tell whether an object's content is still to come."""
+        with self.session() as session:
+            there = session.scalar(select(StoredObject.is_available).where(StoredObject.object_id == object_id))
+        if there is None:
+            raise NoObjectInStoreError(f"Object with ID '{object_id}' was not pre-registered.")
+        return there == 0
+
+    def get(self, object_id: str) -> bytes | None:
+        """Give an object's content: empty if it is still to come, None if there is no such object (any more)."""
+        with self.session() as session:
+            row = session.execute(
+                select(StoredObject.is_available, StoredObject.content).where(StoredObject.object_id == object_id)
+            ).first()
+        if row is None:
+            return None
+        if not row.is_available:
+            return b""
+        content = None
+        with contextlib.suppress(FileNotFoundError):
+            content = (self._folder / object_id).read_bytes()
+        if content is None or str(len(content)).encode() != row.content:
+            _log.error("%s is lost or cut short: the message that it belongs to can't be delivered", object_id)
+            return None
+        return content
+
+    def sweep(self) -> None:
+        """Remove the files of objects that were dropped."""
+        names = [name for name in os.listdir(self._folder) if not name.endswith(_PARTIAL)]
+        for start in range(0, len(names), _AT_ONCE):
+            some = names[start : start + _AT_ONCE]
+            for name in set(some) - self._known(some):
+                # Announced again meanwhile, a content may come at any moment; with the lock held it can't come between.
+                with self._moving:
+                    if not self._known([name]):
+                        (self._folder / name).unlink(missing_ok=True)
+
+    def _known(self, names: list[str]) -> set[str]:
+        with self.session() as session:
+            return set(session.scalars(select(StoredObject.object_id).where(StoredObject.object_id.in_(names))))
