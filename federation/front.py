@@ -38,10 +38,13 @@ class Door:
     Attributes:
         admit: gives whoever the headers prove, or None; called in a thread.
         suits: tells whether a body may come from whom `admit` gave; called in a thread.
+        answer: gives media type and body of an answer that needs nothing of the application's own way, which costs
+            several copies of every body; None if the application is to answer. Called in a thread.
     """
 
     admit: Callable[[Headers], Hashable | None]
     suits: Callable[[Any, bytes], bool] = lambda who, body: True
+    answer: Callable[[Any, bytes], tuple[bytes, bytes] | None] | None = None
 
 
 class _Refused(Exception):
@@ -112,7 +115,22 @@ class Front:
             body = await self._body(receive)
             if not await loop.run_in_executor(self._threads, door.suits, who, body):
                 raise _Refused(403)
+            if door.answer is not None:
+                made = await self._made(door.answer, who, body)
+                if made is not None:
+                    await _answer(send, 200, *made)
+                    return
             await self._enter(scope, _again(body, receive), send)
+
+    async def _made(
+        self, answer: Callable[[Any, bytes], tuple[bytes, bytes] | None], who: Any, body: bytes
+    ) -> tuple[bytes, bytes] | None:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, answer, who, body)
+        except Exception as problem:
+            if durable.out_of_room(problem):
+                raise _Refused(503) from problem
+            raise
 
     async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request in; where the disk inside is full, 503 says that the same may be asked again later, not 500."""
@@ -186,8 +204,11 @@ def _again(body: bytes, receive: Receive) -> Receive:
     return give
 
 
-async def _answer(send: Send, status: int) -> None:
-    # A body that nobody reads may still be on its way, so the connection ends with the answer.
-    headers = [(b"content-length", b"0")] + ([(b"connection", b"close")] if status != 200 else [])
+async def _answer(send: Send, status: int, media: bytes = b"", body: bytes = b"") -> None:
+    headers = [(b"content-length", str(len(body)).encode())]
+    if status != 200:  # a body that nobody reads may still be on its way, so the connection ends with the answer
+        headers.append((b"connection", b"close"))
+    if media:
+        headers.append((b"content-type", media))
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": b""})
+    await send({"type": "http.response.body", "body": body})

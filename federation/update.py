@@ -102,7 +102,7 @@ def norm(vector: NDArray[np.float32]) -> float:
     with np.errstate(invalid="ignore"):
         for start in range(0, vector.size, _CHUNK):
             part = vector[start : start + _CHUNK].astype(np.float64)
-            total += float(part @ part)
+            total += float(np.square(part, out=part).sum())  # a BLAS would spin on all processors for so little
     return math.sqrt(total)
 
 

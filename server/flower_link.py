@@ -8,6 +8,7 @@ import base64
 import binascii
 import datetime as dt
 import hmac
+import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from flwr.proto.control_pb2 import (
 )
 from flwr.proto.fab_pb2 import Fab as ProtoFab
 from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.message_pb2 import PullObjectRequest, PushObjectRequest
 from flwr.proto.transport_pb2 import Scalar
 from flwr.supercore.constant import (
     FLEET_HTTP_PUBLIC_KEY_HEADER,
@@ -42,14 +44,17 @@ from flwr.supercore.constant import (
 from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.corestate import sql_corestate
 from flwr.supercore.date import now
+from flwr.supercore.error import FlowerError
 from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supercore.interceptors.http.utils import add_headers
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, public_key_to_bytes, verify_signature
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
+from flwr.superlink.servicer.fleet import fleet_handlers
 from google.protobuf.message import DecodeError
 
 from federation import bundle
@@ -59,6 +64,8 @@ from server.objects import FileObjectStore
 from tokenizer.errors import FedcometError
 
 TOKEN_HEADER = "fedcomet-control-token"
+
+_log = logging.getLogger(__name__)
 
 _FLEET = (
     "activate-node",
@@ -142,6 +149,7 @@ class SuperLink:
         factory.objectstore_factory.store_instance = self._objects
         self._state = factory.state()
         self._give_whole_answers_only()
+        self._stage_objects()
 
     @property
     def application(self) -> Application:
@@ -171,7 +179,26 @@ class SuperLink:
         """Give the paths of sites: for registered nodes, and each for itself only."""
         doors = {f"/v1/fleet/{name}": Door(self._node) for name in _FLEET}
         doors["/v1/fleet/push-messages"] = Door(self._node, _own_messages)
+        doors["/v1/fleet/push-object"] = Door(self._node, answer=self._take_object)
+        doors["/v1/fleet/pull-object"] = Door(self._node, answer=self._give_object)
         return doors
+
+    def _take_object(self, node: int, body: bytes) -> tuple[bytes, bytes] | None:
+        return self._bulk(PushObjectRequest, fleet_handlers.push_object, node, body)
+
+    def _give_object(self, node: int, body: bytes) -> tuple[bytes, bytes] | None:
+        return self._bulk(PullObjectRequest, fleet_handlers.pull_object, node, body)
+
+    def _bulk(self, kind: Any, handler: Any, node: int, body: bytes) -> tuple[bytes, bytes] | None:
+        """Let Flower's own handler answer, without its web framework; where it objects, the framework says so."""
+        try:
+            request = kind.FromString(body)
+            if request.node.node_id != node:
+                return None
+            answer: bytes = handler(request, self._state).SerializeToString()
+        except (DecodeError, FlowerError):
+            return None
+        return PROTOBUF_MEDIA_TYPE.encode(), answer
 
     def own_doors(self, token: str) -> dict[str, Door]:
         """Give the paths of the coordinator's own processes: the runtime, and control for who has the token."""
@@ -181,6 +208,20 @@ class SuperLink:
             **{f"/v1/runtime/{name}": runtime for name in _RUNTIME},
             **{f"/v1/control/{name}": control for name in _CONTROL},
         }
+
+    def _stage_objects(self) -> None:
+        """Write contents down before Flower begins a transaction for them, which locks all others out."""
+        given = self._state.store_object
+
+        def store(run_id: int, session_id: str, object_id: str, object_content: bytes) -> Any:
+            try:
+                with self._objects.staged(object_id, object_content):
+                    return given(run_id, session_id, object_id, object_content)
+            except ValueError as problem:
+                _log.warning("an object is refused: %s", problem)
+                return False
+
+        self._state.store_object = store
 
     def _give_whole_answers_only(self) -> None:
         """Tell of an answer when all of it is there: Flower tells at once, and a slow site would hold up the others."""

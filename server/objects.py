@@ -13,6 +13,8 @@ import contextlib
 import logging
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from flwr.supercore.inflatable.inflatable_object import get_object_id
@@ -49,36 +51,38 @@ class FileObjectStore(SqlObjectStore):
             NoObjectInStoreError: nobody announced it, or it was dropped meanwhile.
             OSError: the disk is full.
         """
-        if object_id != get_object_id(object_content):
-            raise ValueError(f"Object ID {object_id} does not match content hash")
-        validate_object_content(content=object_content)
-        if not self._awaited(object_id):
-            return
+        with self.staged(object_id, object_content) as aside, self.session() as session:
+            taken = session.scalar(
+                update(StoredObject)
+                .where(StoredObject.object_id == object_id, StoredObject.is_available == 0)
+                .values(content=str(len(object_content)).encode(), is_available=1)
+                .returning(StoredObject.object_id)
+            )
+            if taken is not None:
+                with self._moving:
+                    aside.replace(self._folder / object_id)
+            elif not self._known([object_id]):
+                raise NoObjectInStoreError(f"Object with ID '{object_id}' was not pre-registered.")
+
+    @contextmanager
+    def staged(self, object_id: str, content: bytes) -> Iterator[Path]:
+        """Check a content and write it down aside, for a `put` of the same thread in the block to take.
+
+        Raises:
+            ValueError, OSError: as `put` does.
+        """
         aside = self._folder / f"{object_id}.{threading.get_ident()}{_PARTIAL}"
+        if aside.exists():  # staged further out
+            yield aside
+            return
+        if object_id != get_object_id(content):
+            raise ValueError(f"Object ID {object_id} does not match content hash")
+        validate_object_content(content=content)
         try:
-            aside.write_bytes(object_content)
-            with self.session() as session:
-                taken = session.scalar(
-                    update(StoredObject)
-                    .where(StoredObject.object_id == object_id, StoredObject.is_available == 0)
-                    .values(content=str(len(object_content)).encode(), is_available=1)
-                    .returning(StoredObject.object_id)
-                )
-                if taken is not None:
-                    with self._moving:
-                        aside.replace(self._folder / object_id)
+            aside.write_bytes(content)
+            yield aside
         finally:
             aside.unlink(missing_ok=True)
-        if taken is None:
-            self._awaited(object_id)
-
-    def _awaited(self, object_id: str) -> bool:
-        """Tell whether an object's content is still to come."""
-        with self.session() as session:
-            there = session.scalar(select(StoredObject.is_available).where(StoredObject.object_id == object_id))
-        if there is None:
-            raise NoObjectInStoreError(f"Object with ID '{object_id}' was not pre-registered.")
-        return there == 0
 
     def get(self, object_id: str) -> bytes | None:
         """Give an object's content: empty if it is still to come, None if there is no such object (any more)."""
