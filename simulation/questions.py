@@ -326,7 +326,7 @@ class _Roll:
             "task": question.task.hash,
             "trajectories": study.trajectories(question.task.name),
             "target_se": question.task.target_se,
-            "evaluation": study.evaluation.model_dump(),
+            "evaluation": study.evaluation.model_dump(exclude={"central"}),
             "seed": study.seed,
             "predictions": hashlib.sha256(
                 question.cohort.subject_ids.tobytes() + question.cohort.prediction_us.tobytes()
