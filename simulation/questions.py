@@ -24,6 +24,7 @@ from federation.manifest import Manifest
 from model import checkpoint
 from model.cohort import Cohort, Counts, cohort, join, refuse_trained
 from model.estimate import Estimates, estimate
+from model.people import groups_of
 from model.predictions import joined, prediction_table
 from model.tasks import Task
 from server.about import About, flow_of, write_table
@@ -253,11 +254,11 @@ def _listed(columns: Mapping[str, NDArray]) -> dict[str, pl.Series]:
     }
 
 
-def write(path: Path, answers: Sequence[Answers], about: About | None = None) -> None:
+def write(path: Path, answers: Sequence[Answers], about: About | None = None, codebook: Codebook | None = None) -> None:
     """Write every prediction to a Parquet file: the answers, and each arm's risks in a column of its own.
 
     Where one model answers, its column is called `risk`, and all its estimates are there, as `model.predictions` says.
-    `about` goes with it.
+    `about` goes with it; with the prompts' codebook, so do the columns of `model.people`.
     """
     tables = []
     for found in answers:
@@ -265,7 +266,9 @@ def write(path: Path, answers: Sequence[Answers], about: About | None = None) ->
         if len(found.risks) > 1 or MODEL not in found.risks:
             own = set(columns) - {"subject_id", "prediction_time", "task", "task_hash", "label", *found.cohort.told}
             columns = {name: column for name, column in columns.items() if name not in own} | dict(found.risks)
-        tables.append(pl.DataFrame(_listed(columns)).with_columns(pl.col("prediction_time").cast(pl.Datetime("us"))))
+        groups = {} if codebook is None else groups_of(found.cohort, codebook)
+        table = pl.DataFrame(_listed(columns)).with_columns(pl.col("prediction_time").cast(pl.Datetime("us")))
+        tables.append(table.with_columns(pl.Series(name, values) for name, values in groups.items()))
     write_table(path, pl.concat(tables, how="diagonal"), about)
 
 
