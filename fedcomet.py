@@ -770,6 +770,7 @@ def simulate(
     """
     from simulation import config
     from simulation.findings import report_of
+    from simulation.patients_page import write_patients
     from simulation.study import run_study
 
     settings = config.read(study, data=data)
@@ -778,6 +779,8 @@ def simulate(
     with _bars() as watch:
         result = run_study(settings, folder, workers=workers, watch=watch)
     _show(folder, lambda: report_of(result, command))
+    if (page := write_patients(result)) is not None:
+        print(f"patients and simulated futures: {page}")
 
 
 @app.command(rich_help_panel=_RESEARCH)
@@ -980,8 +983,9 @@ def evaluate(
     from simulation import config
     from simulation.findings import question_of
     from simulation.pool import Pool
+    from simulation.questions import about, write
     from simulation.questions import evaluate as ask
-    from simulation.questions import write
+    from tokenizer.codebook import Codebook
     from tokenizer.labels import read_labels
     from tokenizer.split import SPLITS
     from tokenizer.store import TokenStore
@@ -991,12 +995,13 @@ def evaluate(
     settings = config.read(study, records=False)
     with _bars() as watch, Pool(workers) as pool:
         given = None if labels is None else read_labels(labels)
-        answers = ask(Model.at(model), TokenStore.open(store), settings, split, pool, watch, given=given)
+        asked, patients = Model.at(model), TokenStore.open(store)
+        answers = ask(asked, patients, settings, split, pool, watch, given=given)
     console = Console()
     for found in answers:
         console.print(question_table(question_of(settings, found, ())))
     if out is not None:
-        write(out, answers)
+        write(out, answers, about(asked, patients, split, answers), Codebook.load(asked.codebook))
         console.print(f"all predictions: {out}")
 
 
@@ -1006,23 +1011,93 @@ def score(
     group: Annotated[
         list[str] | None, typer.Option(help="A column whose values split the patients, such as sex; repeatable.")
     ] = None,
-    horizon: Annotated[float | None, typer.Option(help="Days at which the AUC over time is taken.")] = None,
+    horizon: Annotated[
+        float | None,
+        typer.Option(
+            help="Days at which the AUC over time is taken.", show_default="each task's own, where the file says it"
+        ),
+    ] = None,
     resamples: Annotated[int, typer.Option(min=50, help="Draws of patients for the intervals.")] = 500,
     out: Annotated[Path | None, typer.Option(help="Write all figures, with intervals, to this JSON file.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a report to this page, with pictures, and JSON beside it.")
+    ] = None,
+    title: Annotated[str, typer.Option(help="Of the report.", show_default="the file's name")] = "",
 ) -> None:
     """Measure predictions for all patients and by group, with intervals over patients."""
     import polars as pl
     from rich.console import Console
 
     from federation import canonical
+    from server.loose import horizons_of, report_of_file
+    from server.report import write_report
     from server.scorecard import scorecards, table
     from tokenizer import durable
 
-    cards = scorecards(pl.read_parquet(predictions), group or (), horizon_days=horizon, resamples=resamples)
+    days = horizons_of(predictions) if horizon is None else horizon
+    cards = scorecards(pl.read_parquet(predictions), group or (), horizon_days=days, resamples=resamples)
     for card in cards:
         Console().print(table(card))
     if out is not None:
         durable.write_bytes(out, canonical.encode(cards))
+    if html is not None:
+        command = " ".join(["fedcomet", *sys.argv[1:]])
+        write_report(html, report_of_file(predictions, cards, title=title, resamples=resamples, command=command))
+        Console().print(f"report: [bold]{html}[/]")
+
+
+@app.command(rich_help_panel=_RESEARCH)
+def view(
+    model: Annotated[Path, typer.Argument(help="A model's folder, such as runs/NAME/model.")],
+    store: Annotated[Path, typer.Argument(help="A token store made with the model's codebook (fedcomet tokenize).")],
+    task: Annotated[list[str], typer.Option(help="A task file, or the name of a shipped task or set; repeatable.")],
+    out: Annotated[Path, typer.Option(help="The page to write; it holds records, and only you may read it.")],
+    patient: Annotated[
+        list[int] | None,
+        typer.Option(help="Whom to show, by subject_id; repeatable.", show_default="a few whom the tasks ask about"),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Where they are: train, tuning or held_out.")] = "held_out",
+    most: Annotated[int, typer.Option(min=1, help="How many to show, where nobody is named.")] = 6,
+    trajectories: Annotated[int, typer.Option(min=1, help="Futures of each, for the risk; eight are shown.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one future.")] = 256,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal futures.")] = 0,
+    names: Annotated[
+        Path | None, typer.Option(help="A MEDS dataset whose metadata/codes.parquet says what codes are called.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda.")] = "cpu",
+) -> None:
+    """Look at patients: their timelines, and beside them what the model believes may come, as one page."""
+    from rich.console import Console
+
+    from model.task_files import find
+    from server.futures import Model
+    from server.lifeline_page import write_page
+    from server.lifelines import lifelines, names_of
+    from tokenizer.split import SPLITS
+    from tokenizer.store import TokenStore
+
+    if split not in SPLITS:
+        raise typer.BadParameter(f"choose one of {', '.join(SPLITS)}", param_hint="--split")
+    patients = TokenStore.open(store)
+    books = lifelines(
+        Model.at(model, device),
+        patients,
+        [each for name in task for each in find(name)],
+        split=split,
+        patients=patient or (),
+        most=most,
+        trajectories=trajectories,
+        max_tokens=max_tokens,
+        seed=seed,
+        names=None if names is None else names_of(names),
+    )
+    write_page(out, books, f"Patients of {patients.manifest['dataset']}", made_up=False)
+    shown = len({line.patient for book in books for line in book.lifelines})
+    Console().print(f"page: [bold]{out}[/]")
+    Console(stderr=True).print(
+        f"[yellow]note[/] {out} holds the records of {shown} patients: keep it where records may be, and delete it "
+        "when you have looked"
+    )
 
 
 @app.command(rich_help_panel=_RESEARCH)

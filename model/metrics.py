@@ -11,6 +11,7 @@ interval of a share by Wilson (1927).
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -244,6 +245,17 @@ def compare(
             difference = _measure(truth, "auroc", gap, drawn[arm]["auroc"] - drawn[against]["auroc"])
         table.append(Row(arm=arm, difference=difference, **measures))
     return Comparison(tuple(table), against, patients, len(truth), int(truth.sum()), resamples)
+
+
+def by_weight(labels: ArrayLike, scores: ArrayLike) -> dict[str, Callable[[Floats], Floats]]:
+    """Give `auroc`, `auprc`, `brier` and `ece` of the same rows as functions of their weights: [B, n] to [B].
+
+    A resample is a row of counts, a group of patients one with zeros for everybody else; bins of `ece` are those of all
+    rows. nan where a figure isn't defined.
+    """
+    truth = _labels(labels)
+    point = _Points(truth, _scores("the risks", scores, len(truth)))
+    return {name: partial(measure, point) for name, measure in _MEASURES.items()}
 
 
 def roc(labels: ArrayLike, scores: ArrayLike) -> Curve:

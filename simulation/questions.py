@@ -22,10 +22,12 @@ from client.archive import Archive
 from client.site import SiteFiles
 from federation.manifest import Manifest
 from model import checkpoint
-from model.cohort import Cohort, cohort, join, refuse_trained
+from model.cohort import Cohort, Counts, cohort, join, refuse_trained
 from model.estimate import Estimates, estimate
+from model.people import groups_of
 from model.predictions import joined, prediction_table
 from model.tasks import Task
+from server.about import About, flow_of, write_table
 from server.futures import Model
 from simulation.arms import FEDERATED, Arm
 from simulation.baselines import baselines
@@ -50,7 +52,8 @@ class Answers:
     """A question, whom it was put to, and every arm's risks (float64 [P]) for the P predictions of `cohort`.
 
     `sites` int64 [P] is the index of the site that each prediction comes from; `estimates` is all that each model
-    says, of which the risk is a part.
+    says, of which the risk is a part. `lost` are those whose record ends before the answer, of the sites `lost_sites`:
+    nobody was asked about them, but how long they were followed says how many others go unseen.
     """
 
     task: Task
@@ -60,6 +63,8 @@ class Answers:
     risks: Mapping[str, NDArray[np.float64]]
     unresolved: Mapping[str, float]
     estimates: Mapping[str, Estimates] = field(default_factory=dict)
+    lost: Cohort | None = None
+    lost_sites: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 def answer(
@@ -126,11 +131,11 @@ def _ask(
         origin.append(np.full(len(cohorts[-1]), number))
     whole, places = join(cohorts), np.concatenate(origin)
     labelled = whole.labels >= 0
-    censored = int((~labelled).sum())
-    whole, places = whole.labelled(), places[labelled]
-    if study.data.kind != "synthetic":
-        return Answers(task, whole, places, censored, {}, {})
-    return _with_truth(Answers(task, whole, places, censored, {}, {}), sites)
+    lost = np.flatnonzero(~labelled)
+    asked = Answers(
+        task, whole.labelled(), places[labelled], len(lost), {}, {}, lost=whole.part(lost), lost_sites=places[lost]
+    )
+    return asked if study.data.kind != "synthetic" else _with_truth(asked, sites)
 
 
 def _with_truth(answers: Answers, sites: Sequence[SiteFiles]) -> Answers:
@@ -163,6 +168,8 @@ def _with_truth(answers: Answers, sites: Sequence[SiteFiles]) -> Answers:
         cohort=kept,
         sites=answers.sites[rows],
         censored=answers.censored + len(part) - len(kept),
+        # Those who are left are followed to the end, whoever they are: none of them stands for another.
+        lost=None,
         risks={TRUTH: known["risk"].to_numpy()[rows]},
     )
 
@@ -194,7 +201,8 @@ def evaluate(
         labelled = found.labelled()
         parts = _start(model, task, labelled, study, pool, tally)
         nowhere = np.zeros(len(labelled), np.int64)
-        asked.append((Answers(task, labelled, nowhere, len(found) - len(labelled), {}, {}), parts))
+        lost = found.part(np.flatnonzero(found.labels < 0))
+        asked.append((Answers(task, labelled, nowhere, len(lost), {}, {}, lost=lost), parts))
     answers = []
     for question, parts in asked:
         told = _collect(parts)
@@ -208,10 +216,49 @@ def _unresolved(found: Estimates) -> float:
     return float(1 - found.resolved.mean()) if len(found.resolved) else 0.0
 
 
-def write(path: Path, answers: Sequence[Answers]) -> None:
+def table_of(found: Answers, arm: str) -> pl.DataFrame:
+    """Lay out one arm's predictions and answers as `model.predictions` says, all that an arm without rollouts has.
+
+    Those who were lost from sight follow, without a risk.
+    """
+    table = pl.DataFrame(_listed(_columns_of(found, arm)))
+    if found.lost is None or not len(found.lost):
+        return table
+    lost = {
+        "subject_id": found.lost.subject_ids,
+        "prediction_time": found.lost.prediction_us,
+        "task": np.full(len(found.lost), found.task.name),
+        "label": found.lost.labels,
+        **found.lost.told,
+    }
+    return pl.concat([table, pl.DataFrame(_listed(lost))], how="diagonal")
+
+
+def _columns_of(found: Answers, arm: str) -> dict[str, NDArray]:
+    if arm in found.estimates:
+        return dict(prediction_table(found.task, found.cohort, found.estimates[arm]))
+    return {
+        "subject_id": found.cohort.subject_ids,
+        "prediction_time": found.cohort.prediction_us,
+        "task": np.full(len(found.cohort), found.task.name),
+        "label": found.cohort.labels,
+        **found.cohort.told,
+        "risk": found.risks[arm],
+    }
+
+
+def _listed(columns: Mapping[str, NDArray]) -> dict[str, pl.Series]:
+    return {
+        name: pl.Series(name, column.tolist()) if column.ndim > 1 else pl.Series(name, column)
+        for name, column in columns.items()
+    }
+
+
+def write(path: Path, answers: Sequence[Answers], about: About | None = None, codebook: Codebook | None = None) -> None:
     """Write every prediction to a Parquet file: the answers, and each arm's risks in a column of its own.
 
     Where one model answers, its column is called `risk`, and all its estimates are there, as `model.predictions` says.
+    `about` goes with it; with the prompts' codebook, so do the columns of `model.people`.
     """
     tables = []
     for found in answers:
@@ -219,14 +266,33 @@ def write(path: Path, answers: Sequence[Answers]) -> None:
         if len(found.risks) > 1 or MODEL not in found.risks:
             own = set(columns) - {"subject_id", "prediction_time", "task", "task_hash", "label", *found.cohort.told}
             columns = {name: column for name, column in columns.items() if name not in own} | dict(found.risks)
-        listed = {
-            name: pl.Series(name, column.tolist()) if column.ndim > 1 else pl.Series(name, column)
-            for name, column in columns.items()
-        }
-        tables.append(pl.DataFrame(listed).with_columns(pl.col("prediction_time").cast(pl.Datetime("us"))))
-    buffer = io.BytesIO()
-    pl.concat(tables, how="diagonal").write_parquet(buffer)
-    durable.write_bytes(path, buffer.getvalue())
+        groups = {} if codebook is None else groups_of(found.cohort, codebook)
+        table = pl.DataFrame(_listed(columns)).with_columns(pl.col("prediction_time").cast(pl.Datetime("us")))
+        tables.append(table.with_columns(pl.Series(name, values) for name, values in groups.items()))
+    write_table(path, pl.concat(tables, how="diagonal"), about)
+
+
+def about(model: Model, store: TokenStore, split: str, answers: Sequence[Answers]) -> About:
+    """Tell what the answers of one model about the patients of a store are of."""
+    kept = checkpoint.load(model.checkpoint)
+    facts = checkpoint.describe(kept)
+    wanted = {"parameters": "Parameters", "trained on": "Trained on", "round": "Round", "privacy": "Privacy"}
+    return About(
+        {found.task.name: flow_of(found.task, counts_of(found), found.cohort.notes) for found in answers},
+        (("Patients", f"{split} of {store.manifest['dataset']}"), *((wanted[key], facts[key]) for key in wanted)),
+        (
+            ("Model, sha256", hashlib.sha256(model.checkpoint.read_bytes()).hexdigest()),
+            ("Run manifest", facts["manifest"]),
+            ("Codebook", str(store.codebook_hash)),
+            ("Data", str(store.manifest["dataset_fingerprint"])),
+        ),
+    )
+
+
+def counts_of(found: Answers) -> Counts:
+    """Count a cohort, with those who were lost from sight: they were left out before the rollouts."""
+    counts = found.cohort.counts()
+    return replace(counts, predictions=counts.predictions + found.censored, censored=found.censored)
 
 
 class _Tally:
@@ -263,7 +329,7 @@ class _Roll:
             "task": question.task.hash,
             "trajectories": study.trajectories(question.task.name),
             "target_se": question.task.target_se,
-            "evaluation": study.evaluation.model_dump(),
+            "evaluation": study.evaluation.model_dump(exclude={"central"}),
             "seed": study.seed,
             "predictions": hashlib.sha256(
                 question.cohort.subject_ids.tobytes() + question.cohort.prediction_us.tobytes()
