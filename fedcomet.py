@@ -68,6 +68,7 @@ _mount(app, "client", "task_commands")
 _mount(coordinator, "server")
 _mount(app, "simulation", "studies.commands")
 _mount(app, "simulation", "sizing_commands")
+_mount(app, "simulation", "reproduce_commands")
 
 # What several commands take.
 Records = Annotated[
@@ -170,8 +171,8 @@ SiteFolder = Annotated[Path, typer.Argument(help="The site's home, or its state 
 def main() -> None:
     """Run the command line; what a person can mend is told in one message, without a traceback.
 
-    Exit codes: 0 done, 1 it could not be done (the message says why), 2 wrong arguments, 3 an audit contradicts what is
-    claimed, 4 a run waits for sites that have signed a sum, 130 interrupted.
+    Exit codes: 0 done, 1 it could not be done (the message says why), 2 wrong arguments, 3 an audit or a
+    reproduction contradicts what is claimed, 4 a run waits for sites that have signed a sum, 130 interrupted.
     """
     debug = "--debug" in sys.argv
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR" if debug else "NONE")  # its own lines, beside our message

@@ -7,13 +7,14 @@ a reason, never nan.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from model import metrics
 from model.cohort import Counts
+from model.known_truth import AgainstTruth, against_truth
 from model.tasks import Task
 
 Kind = Literal["federated", "pooled", "ensemble", "alone", "supervised", "truth"]
@@ -51,6 +52,23 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class Known:
+    """An arm against the known risks of made-up patients, over endlessly many draws of their fates.
+
+    Attributes:
+        auroc: the expected one.
+        behind: the best possible AUROC (the true risk's) minus it, paired.
+        slope: of recalibration towards the true risks; 1 is perfect.
+        mean_risk: the arm's mean risk over the true mean; 1 is perfect.
+    """
+
+    auroc: Figure
+    behind: Figure
+    slope: Figure
+    mean_risk: Figure
+
+
+@dataclass(frozen=True)
 class ArmResult:
     """How well one arm answers a question.
 
@@ -62,6 +80,8 @@ class ArmResult:
         roc: false and true positive rates; empty where undefined.
         calibration: by bins.
         unresolved: share of trajectories that gave no answer; None where risks don't come from trajectories.
+        slope, intercept: of the logistic regression of outcomes on the log-odds of risks; 1 and 0 are perfect.
+        known: against the true risks, where they are known.
     """
 
     arm: str
@@ -74,6 +94,9 @@ class ArmResult:
     roc: tuple[tuple[float, ...], tuple[float, ...]]
     calibration: Calibration
     unresolved: float | None = None
+    slope: Figure = Figure(None)
+    intercept: Figure = Figure(None)
+    known: Known | None = None
 
 
 @dataclass(frozen=True)
@@ -269,7 +292,10 @@ def ask(
     against = reference or next((arm for arm in order if kinds[arm] == "federated"), order[0])
     arms = {arm: np.asarray(risks[arm], np.float64) for arm in order}
     truth = np.asarray(labels, np.float64)
-    table = metrics.compare(truth, arms, seed=seed, resamples=resamples, reference=against, subjects=subjects)
+    draws: dict[str, Any] = {"seed": seed, "resamples": resamples, "subjects": subjects}
+    table = metrics.compare(truth, arms, reference=against, **draws)
+    oracle = next((risk for arm, risk in arms.items() if kinds[arm] == "truth"), None)
+    known = {} if oracle is None else against_truth(oracle, arms, **draws)
     results = []
     for row in table.rows:
         curve, bins = metrics.roc(truth, arms[row.arm]), metrics.calibration(truth, arms[row.arm])
@@ -285,6 +311,9 @@ def ask(
                 roc=(tuple(curve.x.tolist()), tuple(curve.y.tolist())),
                 calibration=Calibration(*(tuple(column.tolist()) for column in vars(bins).values())),
                 unresolved=(unresolved or {}).get(row.arm),
+                slope=_figure(row.slope),
+                intercept=_figure(row.intercept),
+                known=_known(known[row.arm]) if known else None,
             )
         )
     own = []
@@ -293,8 +322,9 @@ def ask(
         if len(mine):
             here = {arm: risk[mine] for arm, risk in arms.items()}
             alone = f"{site} alone" if f"{site} alone" in here else against
-            options = {"seed": seed, "resamples": resamples, "reference": alone}
-            rows = metrics.compare(truth[mine], here, subjects=subjects[mine], **options).rows  # type: ignore[arg-type]
+            rows = metrics.compare(
+                truth[mine], here, reference=alone, calibrated=False, **(draws | {"subjects": subjects[mine]})
+            ).rows
             figures = {row.arm: _figure(row.auroc) for row in rows}
             gains = [_figure(row.difference) for row in rows if row.arm == against and row.difference is not None]
             own.append(SiteResult(site, len(mine), int(truth[mine].sum()), figures, gains[0] if gains else None))
@@ -312,7 +342,13 @@ def ask(
     )
 
 
-def _figure(measure: metrics.Measure) -> Figure:
+def _known(found: AgainstTruth) -> Known:
+    return Known(*(_figure(measure) for measure in vars(found).values()))
+
+
+def _figure(measure: metrics.Measure | None) -> Figure:
+    if measure is None:
+        return Figure(None)
     value, low, high = (None if np.isnan(n) else float(n) for n in (measure.value, measure.low, measure.high))
     return Figure(value, low, high, measure.note)
 

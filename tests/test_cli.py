@@ -43,6 +43,7 @@ COMMANDS = (
     "rollout",
     "evaluate",
     "audit",
+    "reproduce",
     "tasks",
     *(f"tasks {each}" for each in ("list", "show", "check", "explain")),
     "model",
