@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from model.cohort import Cohort, cohort
 from model.decoder import Decoder
-from model.estimate import summarize
+from model.estimate import Estimates, read_off, stop_of
 from model.history import prompt_at
+from model.predictions import prediction_table
 from model.rollout import Reason, Rollouts, Stop, rollout
 from model.tasks import Task, task_tokens
 from server.futures import Model, events_of, history_of
@@ -101,8 +102,9 @@ def write_trajectories(
 
     The folder is a MEDS dataset (`MedsDataset.open` reads it) with two more tables: `trajectories.parquet` (subject_id,
     task, patient, prediction_time, trajectory, reason, event, elapsed_days, tokens; `event` is the place of the outcome
-    that ended it, -1 for none) and, when tasks are asked, `estimates.parquet` (task, subject_id, prediction_time,
-    label, risk, resolved; label is -1 where the record doesn't tell).
+    that ended it, -1 for none) and, when tasks are asked, `estimates.parquet` with the answer that each task's kind asks
+    for (columns of `model.predictions`; label is -1 where the record doesn't tell). What is counted, measured or listed
+    goes on to the horizon; other trajectories end with the outcome.
 
     Args:
         model: checkpoint and codebook.
@@ -159,7 +161,7 @@ class _Question:
     name: str
     cohort: Cohort
     stop: Stop
-    estimated: bool
+    task: Task | None = None
 
 
 class _Run:
@@ -219,20 +221,10 @@ class _Run:
                 }
             )
         )
-        if question.estimated:
-            found = summarize(rolled)
-            self.estimates.append(
-                pl.DataFrame(
-                    {
-                        "task": [question.name] * len(part),
-                        "subject_id": part.subject_ids,
-                        "prediction_time": times,
-                        "label": part.labels,
-                        "risk": found.risk,
-                        "resolved": found.resolved,
-                    }
-                )
-            )
+        if question.task is not None:
+            elapsed = [prompt.elapsed_us for prompt in part.prompts]
+            found = read_off(rolled, question.task, self._codebook, elapsed)
+            self.estimates.append(prediction_frame(question.task, part, found))
 
     def _events(self, part: Cohort, rolled: Rollouts, first: int) -> pl.DataFrame:
         runs = self._sampling.trajectories
@@ -281,7 +273,7 @@ def _at_moment(moment: Moment, patients: TokenSplit, codebook: Codebook, samplin
         excluded={NO_EVENT: len(patients) - len(prompts)},
     )
     horizon_us = None if moment.days is None else round(moment.days * _DAY_US)
-    return _Question("", found, Stop(_ends(moment.until, codebook), horizon_us, sampling.max_tokens), False)
+    return _Question("", found, Stop(_ends(moment.until, codebook), horizon_us, sampling.max_tokens))
 
 
 def _ends(until: tuple[str, ...], codebook: Codebook) -> list[NDArray[np.bool_]]:
@@ -293,12 +285,20 @@ def _ends(until: tuple[str, ...], codebook: Codebook) -> list[NDArray[np.bool_]]
 
 
 def _of_task(task: Task, patients: TokenSplit, codebook: Codebook, sampling: Sampling) -> _Question:
-    tokens = task_tokens(task, codebook)
-    stop = Stop([tokens.outcome, tokens.competing], task.horizon_us, sampling.max_tokens)
-    return _Question(task.name, cohort(task, patients, codebook), stop, True)
+    stop = stop_of(task, task_tokens(task, codebook), sampling.max_tokens)
+    return _Question(task.name, cohort(task, patients, codebook), stop, task)
+
+
+def prediction_frame(task: Task, asked: Cohort, found: Estimates) -> pl.DataFrame:
+    """Answers and estimates of a cohort as a table; its columns are those of `model.predictions`, curves as lists."""
+    columns = {
+        name: pl.Series(name, column.tolist()) if column.ndim > 1 else pl.Series(name, column)
+        for name, column in prediction_table(task, asked, found).items()
+    }
+    return pl.DataFrame(columns).with_columns(pl.col("prediction_time").cast(pl.Datetime("us")))
 
 
 def _write_table(path: Path, parts: Sequence[pl.DataFrame]) -> None:
     buffer = io.BytesIO()
-    pl.concat(parts).write_parquet(buffer)
+    pl.concat(parts, how="diagonal_relaxed").write_parquet(buffer)
     durable.write_bytes(path, buffer.getvalue())

@@ -24,11 +24,12 @@ from federation.manifest import Manifest
 from model import checkpoint
 from model.cohort import Cohort, cohort, join, refuse_trained
 from model.estimate import Estimates, estimate
-from model.predictions import joined, prediction_table
+from model.predictions import joined
 from model.tasks import Task
 from server.futures import Model
+from server.trajectories import prediction_frame
 from simulation.arms import FEDERATED, Arm
-from simulation.baselines import baselines
+from simulation.baselines import METHOD, baselines
 from simulation.config import Study
 from simulation.pool import Pool
 from tokenizer import durable
@@ -92,21 +93,47 @@ def answer(
             risks[ENSEMBLE] = np.mean(alone, axis=0)
         unresolved = {name: _unresolved(each) for name, each in found.items()}
         if "supervised" in study.arms:
-            risks |= _supervised(question, sites, federated.outcome.manifest, codebook, study)
+            risks |= _supervised(question, sites, federated.outcome.manifest, codebook, study, folder)
         answers.append(replace(question, risks={**risks, **question.risks}, unresolved=unresolved, estimates=found))
     return tuple(answers)
 
 
 def _supervised(
-    question: Answers, sites: tuple[SiteFiles, ...], manifest: Manifest, codebook: Codebook, study: Study
+    question: Answers, sites: tuple[SiteFiles, ...], manifest: Manifest, codebook: Codebook, study: Study, folder: Path
 ) -> dict[str, NDArray[np.float64]]:
-    """What models trained for the question only answer."""
+    """What models trained for the question only answer; trained once for the same question, records and settings."""
     stores = {}
     for site in sites:
         archive = Archive(site.state)
         if (agreement := archive.run(manifest.hash).agreement()) is not None:
             stores[site.name] = TokenStore.open(archive.store_path(agreement.store), codebook.hash)
-    return baselines(question.task, stores, codebook, question.cohort, study.seed)
+    spec = {
+        "method": METHOD,
+        "task": question.task.hash,
+        "codebook": codebook.hash,
+        "seed": study.seed,
+        "predictions": _predictions(question.cohort),
+        "stores": {name: store.manifest for name, store in stores.items()},
+    }
+    path = folder / "answers" / f"supervised-{_digest(spec)}.npz"
+    if path.exists():
+        with np.load(path) as kept:
+            return {str(name): risk for name, risk in zip(kept["arms"], kept["risks"], strict=True)}
+    found = baselines(question.task, stores, codebook, question.cohort, study.seed)
+    buffer = io.BytesIO()
+    risks = np.array(list(found.values()), np.float64).reshape(len(found), len(question.cohort))
+    np.savez(buffer, arms=np.array(list(found), np.str_), risks=risks)
+    durable.write_bytes(path, buffer.getvalue())
+    return found
+
+
+def _digest(spec: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def _predictions(asked: Cohort) -> str:
+    """Whom a cohort asks about, and when."""
+    return hashlib.sha256(asked.subject_ids.tobytes() + asked.prediction_us.tobytes()).hexdigest()
 
 
 def _ask(
@@ -215,15 +242,11 @@ def write(path: Path, answers: Sequence[Answers]) -> None:
     """
     tables = []
     for found in answers:
-        columns = dict(prediction_table(found.task, found.cohort, next(iter(found.estimates.values()))))
+        table = prediction_frame(found.task, found.cohort, next(iter(found.estimates.values())))
         if len(found.risks) > 1 or MODEL not in found.risks:
-            own = set(columns) - {"subject_id", "prediction_time", "task", "task_hash", "label", *found.cohort.told}
-            columns = {name: column for name, column in columns.items() if name not in own} | dict(found.risks)
-        listed = {
-            name: pl.Series(name, column.tolist()) if column.ndim > 1 else pl.Series(name, column)
-            for name, column in columns.items()
-        }
-        tables.append(pl.DataFrame(listed).with_columns(pl.col("prediction_time").cast(pl.Datetime("us"))))
+            kept = ("subject_id", "prediction_time", "task", "task_hash", "label", *found.cohort.told)
+            table = table.select(kept).with_columns(pl.Series(arm, risk) for arm, risk in found.risks.items())
+        tables.append(table)
     buffer = io.BytesIO()
     pl.concat(tables, how="diagonal").write_parquet(buffer)
     durable.write_bytes(path, buffer.getvalue())
@@ -265,12 +288,9 @@ class _Roll:
             "target_se": question.task.target_se,
             "evaluation": study.evaluation.model_dump(),
             "seed": study.seed,
-            "predictions": hashlib.sha256(
-                question.cohort.subject_ids.tobytes() + question.cohort.prediction_us.tobytes()
-            ).hexdigest(),
+            "predictions": _predictions(question.cohort),
         }
-        digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:20]
-        path = folder / "answers" / f"{digest}.npz"
+        path = folder / "answers" / f"{_digest(spec)}.npz"
         if path.exists():
             tally.add(len(question.cohort))
             return cls(arm.name, path, ())
