@@ -969,6 +969,10 @@ def evaluate(
         Path | None, typer.Option(help="A MEDS label file: predictions and answers of tasks with given = true.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write every prediction to this Parquet file, too.")] = None,
+    groups: Annotated[
+        str,
+        typer.Option(help="With --out: columns to split patients by, of age, sex and race as known at the prediction."),
+    ] = "age,sex,race",
     workers: Annotated[
         int | None, typer.Option(min=1, help="Worker processes; as many as there are cores when not given.")
     ] = None,
@@ -981,23 +985,29 @@ def evaluate(
     from simulation import config
     from simulation.findings import question_of
     from simulation.pool import Pool
+    from simulation.questions import about, write
     from simulation.questions import evaluate as ask
-    from simulation.questions import write
+    from tokenizer.codebook import Codebook
     from tokenizer.labels import read_labels
     from tokenizer.split import SPLITS
     from tokenizer.store import TokenStore
 
     if split not in SPLITS:
         raise typer.BadParameter(f"choose one of {', '.join(SPLITS)}", param_hint="--split")
+    if unknown := sorted({*filter(None, groups.split(","))} - {"age", "sex", "race"}):
+        raise typer.BadParameter(f"{unknown[0]} is none of age, sex, race", param_hint="--groups")
     settings = config.read(study, records=False)
     with _bars() as watch, Pool(workers) as pool:
         given = None if labels is None else read_labels(labels)
-        answers = ask(Model.at(model), TokenStore.open(store), settings, split, pool, watch, given=given)
+        asked, patients = Model.at(model), TokenStore.open(store)
+        answers = ask(asked, patients, settings, split, pool, watch, given=given)
     console = Console()
     for found in answers:
         console.print(question_table(question_of(settings, found, ())))
     if out is not None:
-        write(out, answers)
+        chosen = tuple(filter(None, groups.split(",")))
+        words = Codebook.load(asked.codebook)
+        write(out, answers, about(asked, patients, split, answers), groups=chosen, codebook=words)
         console.print(f"all predictions: {out}")
 
 
@@ -1010,20 +1020,31 @@ def score(
     horizon: Annotated[float | None, typer.Option(help="Days at which the AUC over time is taken.")] = None,
     resamples: Annotated[int, typer.Option(min=50, help="Draws of patients for the intervals.")] = 500,
     out: Annotated[Path | None, typer.Option(help="Write all figures, with intervals, to this JSON file.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a report to this page, with pictures, and JSON beside it.")
+    ] = None,
+    title: Annotated[str, typer.Option(help="Of the report.", show_default="the file's name")] = "",
 ) -> None:
     """Measure predictions for all patients and by group, with intervals over patients."""
     import polars as pl
     from rich.console import Console
 
     from federation import canonical
+    from server.loose import horizon_of, report_of_file
+    from server.report import write_report
     from server.scorecard import scorecards, table
     from tokenizer import durable
 
+    horizon = horizon_of(predictions) if horizon is None else horizon
     cards = scorecards(pl.read_parquet(predictions), group or (), horizon_days=horizon, resamples=resamples)
     for card in cards:
         Console().print(table(card))
     if out is not None:
         durable.write_bytes(out, canonical.encode(cards))
+    if html is not None:
+        command = " ".join(["fedcomet", *sys.argv[1:]])
+        write_report(html, report_of_file(predictions, cards, title=title, resamples=resamples, command=command))
+        Console().print(f"report: [bold]{html}[/]")
 
 
 @app.command(rich_help_panel=_RESEARCH)

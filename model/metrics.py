@@ -11,6 +11,7 @@ calibration errors (`of_gaps`); interval of a share by Wilson (1927).
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -309,12 +310,6 @@ def resampled(owner: NDArray[np.int64], seed: int, resamples: int) -> Iterator[t
         yield rows, counts[:, owner].astype(np.float64)
 
 
-def gaps(labels: ArrayLike, scores: ArrayLike) -> Floats:
-    """Observed minus predicted in each bin, as a share of all predictions: float64 [BINS]; `ece` sums their sizes."""
-    truth, values = checked(labels, scores)
-    return _gaps(Points(truth, values), np.ones((1, len(truth))))[0]
-
-
 def of_gaps(seen: Floats, drawn: Floats) -> Measure:
     """The expected calibration error with a 95 % interval, from `gaps` [BINS] and those of resamples [R, BINS].
 
@@ -343,6 +338,18 @@ def of_gaps(seen: Floats, drawn: Floats) -> Measure:
     largest = total + float(np.abs(noise).sum(axis=1).max())
     calm = np.quantile(np.abs(noise).sum(axis=1), 0.975) >= total
     return Measure(total, 0.0 if calm else crossing(0.975, 0.0, total), max(total, crossing(0.025, 0.0, largest)))
+
+
+def by_weight(labels: ArrayLike, scores: ArrayLike) -> dict[str, Callable[[Floats], Floats]]:
+    """Give `auroc`, `auprc` and `brier` of the same rows as functions of their weights, [B, n] to [B], and `gaps`.
+
+    A resample is a row of counts, a group of patients one with zeros for everybody else. `gaps`, to [B, BINS], are what
+    `of_gaps` makes a calibration error of; their bins are those of all rows. nan where a figure isn't defined.
+    """
+    truth = _labels(labels)
+    point = Points(truth, _scores("the risks", scores, len(truth)))
+    told = {name: partial(measure, point) for name, measure in _MEASURES.items() if name != "ece"}
+    return {**told, "gaps": partial(_gaps, point)}
 
 
 def roc(labels: ArrayLike, scores: ArrayLike) -> Curve:

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
 if TYPE_CHECKING:
-    from server.results import ArmResult, Question, Training
+    from server.results import ArmResult, Question, Scorecard, Training
 
 # Stand-ins that matplotlib draws with, and the CSS variables that take their place.
 _INK, _SOFT, _LINE = "#010101", "#020202", "#030303"
@@ -27,6 +27,7 @@ _COLOURS = {
     "ensemble": "#060606",
     "alone": "#070707",
     "supervised": "#080808",
+    "personal": "#090909",
     "truth": _INK,
 }
 _VARIABLES = {_INK: "ink", _SOFT: "soft", _LINE: "line"} | {
@@ -36,21 +37,38 @@ INKS = {
     "ink": _INK, "soft": _SOFT, "line": _LINE, "first": _COLOURS["federated"], "second": _COLOURS["alone"],
     "third": _COLOURS["pooled"], "fourth": _COLOURS["ensemble"], "fifth": _COLOURS["supervised"],
 }  # fmt: skip
-_MARKERS = {"federated": "o", "pooled": "s", "ensemble": "D", "alone": "v", "supervised": "P", "truth": "*"}
-_WIDTHS = {"federated": 2.4, "pooled": 1.6, "ensemble": 1.6, "alone": 1.0, "supervised": 1.2, "truth": 1.4}
+_MARKERS = {
+    "federated": "o",
+    "pooled": "s",
+    "ensemble": "D",
+    "alone": "v",
+    "personal": "^",
+    "supervised": "P",
+    "truth": "*",
+}
+_WIDTHS = {
+    "federated": 2.4,
+    "pooled": 1.6,
+    "ensemble": 1.6,
+    "alone": 1.0,
+    "personal": 1.2,
+    "supervised": 1.2,
+    "truth": 1.4,
+}
 _SIDE = 4.1
 
 
 def question(question: "Question") -> dict[str, str]:
-    """Draw the pictures of a question: `forest`, `roc` and `calibration`, each an `<svg>` element or empty."""
+    """Draw a question: `forest`, `roc`, `calibration` and `decision`, each an `<svg>` element or empty."""
     name = re.sub(r"[^a-z0-9]+", "-", question.name.lower())
     measured = [arm for arm in question.arms if arm.auroc.value is not None]
     if not measured:
-        return {"forest": "", "roc": "", "calibration": ""}
+        return {"forest": "", "roc": "", "calibration": "", "decision": ""}
     return {
         "forest": _forest(measured, f"forest-{name}"),
         "roc": _roc(measured, f"roc-{name}"),
         "calibration": _calibration(measured, f"calibration-{name}"),
+        "decision": "" if question.score is None else _decision(question.score, f"decision-{name}"),
     }
 
 
@@ -88,7 +106,7 @@ def picture(
 
     Returns:
         An `<svg>` element whose colours are the page's variables `ink`, `soft`, `line`, `arm-federated`, `arm-alone`,
-        `arm-pooled`, `arm-ensemble`, `arm-supervised`.
+        `arm-pooled`, `arm-ensemble`, `arm-personal`, `arm-supervised`.
     """
     with _style():
         canvas, axes = _axes(width, height, grid)
@@ -131,7 +149,7 @@ def _roc(arms: Sequence["ArmResult"], name: str) -> str:
 def _calibration(arms: Sequence["ArmResult"], name: str) -> str:
     with _style():
         canvas, axes = _axes(_SIDE, _SIDE)
-        shown = [arm for arm in arms if arm.kind not in ("alone", "supervised")]
+        shown = [arm for arm in arms if arm.kind not in ("alone", "personal", "supervised")]
         bins = [arm.calibration for arm in shown or arms]
         top = min(1.0, 1.08 * max(max(*bin_.predicted, *bin_.observed) for bin_ in bins))
         axes.plot([0, top], [0, top], color=_LINE, lw=1)
@@ -149,6 +167,24 @@ def _calibration(arms: Sequence["ArmResult"], name: str) -> str:
         axes.set_xlabel("predicted risk")
         axes.set_ylabel("observed share")
         return _svg(canvas, name, f"Observed share against predicted risk of {_listed(shown or arms)}.")
+
+
+def _decision(score: "Scorecard", name: str) -> str:
+    with _style():
+        canvas, axes = _axes(_SIDE, _SIDE)
+        top = max(*score.net_benefit, *score.treat_all, 0.0) or 0.01
+        axes.axhline(0, color=_LINE, lw=1)
+        axes.plot(score.thresholds, score.treat_all, color=_SOFT, lw=1.2, ls=(0, (3, 2)))
+        axes.plot(score.thresholds, score.net_benefit, color=_COLOURS["federated"], lw=2)
+        axes.set_ylim(-0.25 * top, 1.08 * top)
+        axes.set_xlim(0, 1)
+        axes.set_xlabel("threshold on the risk")
+        axes.set_ylabel("net benefit (dashed: treat all)")
+        worth = [t for t, ours, all_ in zip(score.thresholds, score.net_benefit, score.treat_all, strict=True)
+                 if ours > max(all_, 0.0)]  # fmt: skip
+        said = f"Above treating all and nobody at {len(worth)} of {len(score.thresholds)} thresholds"
+        said += f", from {worth[0]:.2f} to {worth[-1]:.2f}." if worth else "."
+        return _svg(canvas, name, f"Net benefit by threshold, of the model and of treating all. {said}")
 
 
 def _listed(arms: Sequence["ArmResult"]) -> str:

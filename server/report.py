@@ -6,6 +6,8 @@ JSON file alone.
 """
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich import box
@@ -15,9 +17,35 @@ from rich.table import Table
 from federation import canonical, page
 from federation.page import show_bytes, show_count
 from server import plots
-from server.results import KINDS, ArmResult, Figure, Question, Report
+from server.results import KINDS, ArmResult, Figure, Question, Report, SiteArm, SiteResult, SiteSummary
 from tokenizer import durable
 from tokenizer.errors import DataError
+
+LIMITS = (
+    "For research, not for the care of patients: this is no medical device.",
+    "Intervals are over patients, for models as they were trained. Training again, or at other hospitals, varies more.",
+    "Whose record ends before the answer is left out of figures that need one; where that has to do with the outcome, "
+    "they are biased. The AUC over time makes up for it, if it has not.",
+    "Many groups and figures: of those without any true difference, one in twenty leaves out 0 by chance.",
+)
+"""What is true of every report."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage of a cohort: how many are in it, and who left on the way to the next, by reason."""
+
+    number: int
+    what: str
+    minus: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Gains:
+    """A site's table: its result for each question by name, and for each role the arm that has it, or None."""
+
+    questions: tuple[tuple[str, SiteResult], ...]
+    rows: tuple[tuple[str, tuple[SiteArm | None, ...]], ...]
 
 
 def write_report(path: Path, report: Report) -> None:
@@ -49,8 +77,48 @@ def render(report: Report) -> str:
         pictures=pictures,
         training=plots.training(report.training),
         headlines={question.name: headline(question) for question in report.questions},
+        flows={question.name: flow(question, report.sites) for question in report.questions},
+        gains=gains(report.questions),
+        limits=LIMITS,
         kinds=KINDS,
     )
+
+
+def flow(question: Question, sites: tuple[SiteSummary, ...] = ()) -> list[Step]:
+    """Tell how patients became answers, from all that the sites have down to yes and no.
+
+    Args:
+        question: whose cohort it is.
+        sites: where the patients are; none where only those who were looked at are known.
+    """
+    counts, steps = question.counts, []
+    trained = [("train the model", sum(site.train for site in sites)), ("tune it", sum(site.tuning for site in sites))]
+    if sites:
+        steps.append(Step(sum(site.patients for site in sites), "patients of all sites", tuple(trained)))
+    left = tuple((f"not asked: {reason}", number) for reason, number in counts.excluded.items() if number)
+    lost = (("no answer: the record ends before it", counts.censored),) if counts.censored else ()
+    return [
+        *steps,
+        Step(counts.patients, "held-out patients looked at" if sites else "patients looked at", left),
+        Step(counts.predictions, "predictions", lost),
+        Step(counts.positive + counts.negative, f"answers of {show_count(question.patients)} patients: "
+             f"{show_count(counts.positive)} yes, {show_count(counts.negative)} no"),
+    ]  # fmt: skip
+
+
+def gains(questions: tuple[Question, ...]) -> Mapping[str, Gains]:
+    """Lay out what every site gains, a table each: a row for everything that it could have, a column per question."""
+    names = dict.fromkeys(result.site for question in questions for result in question.by_site if result.arms)
+    tables = {}
+    for name in names:
+        found = tuple((q.name, result) for q in questions for result in q.by_site if result.site == name)
+        roles = dict.fromkeys(arm.role for _, result in found for arm in result.arms)
+        rows = tuple(
+            (role, tuple(next((arm for arm in result.arms if arm.role == role), None) for _, result in found))
+            for role in roles
+        )
+        tables[name] = Gains(found, rows)
+    return tables
 
 
 def question_table(question: Question) -> Table:

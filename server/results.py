@@ -17,13 +17,14 @@ from model.cohort import Counts
 from model.known_truth import AgainstTruth, against_truth
 from model.tasks import Task
 
-Kind = Literal["federated", "pooled", "ensemble", "alone", "supervised", "truth"]
+Kind = Literal["federated", "pooled", "ensemble", "personal", "alone", "supervised", "truth"]
 
 # What an arm may stand for, in the order of tables, and what that means.
 KINDS: dict[Kind, str] = {
     "federated": "all sites train one model together; records stay where they are",
     "pooled": "the records of all sites in one place: the ceiling that a federation can't have",
     "ensemble": "the mean of the risks that the sites' own models give",
+    "personal": "the federation's model, trained on at one site and kept there",
     "alone": "one site trains by itself",
     "supervised": "a model trained for this question only, on counts and last values, of all sites pooled or of one",
     "truth": "the risk by which the synthetic patients' fate was drawn: the best possible answer",
@@ -100,14 +101,55 @@ class ArmResult:
 
 
 @dataclass(frozen=True)
+class SiteArm:
+    """What one arm is worth to a site: `role` says what it is from there, `arm` is its name in the study.
+
+    `gain` is its AUROC minus that of the site alone, paired, on the site's own patients; None for that arm, or without
+    it.
+    """
+
+    role: str
+    arm: str
+    auroc: Figure
+    auprc: Figure
+    gain: Figure | None = None
+
+
+@dataclass(frozen=True)
 class SiteResult:
-    """AUROC of every arm on one site's own patients; `gain` is the reference arm's minus that of the site alone."""
+    """A question on one site's own held-out patients: the arms that this site could have had."""
 
     site: str
     predictions: int
     positives: int
-    auroc: Mapping[str, Figure]
-    gain: Figure | None = None
+    arms: tuple[SiteArm, ...]
+
+
+@dataclass(frozen=True)
+class GroupScore:
+    """A group's figures, and how they differ from everybody else's; empty for all patients together."""
+
+    name: str
+    patients: int
+    predictions: int
+    figures: Mapping[str, Figure]
+    difference: Mapping[str, Figure]
+
+
+@dataclass(frozen=True)
+class Scorecard:
+    """One task's measures; the decision curve is net benefit of the model and of treating all, by threshold.
+
+    `over_time` is the AUROC by a day of the risk told for that day, where the predictions hold risks by day.
+    """
+
+    task: str
+    groups: tuple[GroupScore, ...]
+    thresholds: tuple[float, ...]
+    net_benefit: tuple[float, ...]
+    treat_all: tuple[float, ...]
+    notes: tuple[str, ...] = ()
+    over_time: tuple[tuple[float, Figure], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -124,6 +166,8 @@ class Question:
         arms: in the order of the tables.
         by_site: the same question on each site's own patients; may be empty.
         notes: what the codebook or the records could not tell.
+        score: the reference arm's figures in groups of patients, over time, and its decision curve.
+        hashes: (term, text) of what the answers depend on.
     """
 
     name: str
@@ -136,6 +180,8 @@ class Question:
     arms: tuple[ArmResult, ...]
     by_site: tuple[SiteResult, ...] = ()
     notes: tuple[str, ...] = ()
+    score: Scorecard | None = None
+    hashes: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -288,6 +334,45 @@ def ask(
         sites: names of sites, and each prediction's site, int64 [P]; adds every site's own figures.
         notes: to show beside the results.
     """
+    return measure(
+        task.name,
+        task.question,
+        labels,
+        risks,
+        kinds,
+        subjects=subjects,
+        seed=seed,
+        resamples=resamples,
+        definition=define(task),
+        counts=counts,
+        hashes=(("Task, sha256", task.hash),),
+        reference=reference,
+        unresolved=unresolved,
+        sites=sites,
+        notes=notes,
+    )
+
+
+def measure(
+    name: str,
+    question: str,
+    labels: ArrayLike,
+    risks: Mapping[str, ArrayLike],
+    kinds: Mapping[str, Kind],
+    *,
+    subjects: NDArray[np.int64],
+    seed: int,
+    resamples: int,
+    definition: tuple[tuple[str, str], ...],
+    counts: Counts,
+    hashes: tuple[tuple[str, str], ...],
+    reference: str | None = None,
+    unresolved: Mapping[str, float] | None = None,
+    sites: tuple[Sequence[str], NDArray[np.int64]] | None = None,
+    notes: tuple[str, ...] = (),
+    score: Scorecard | None = None,
+) -> Question:
+    """Measure answers as `ask` does, to a question of which only name, text and definition are known."""
     order = sorted(risks, key=lambda arm: list(KINDS).index(kinds[arm]))
     against = reference or next((arm for arm in order if kinds[arm] == "federated"), order[0])
     arms = {arm: np.asarray(risks[arm], np.float64) for arm in order}
@@ -295,55 +380,103 @@ def ask(
     draws: dict[str, Any] = {"seed": seed, "resamples": resamples, "subjects": subjects}
     table = metrics.compare(truth, arms, reference=against, **draws)
     oracle = next((risk for arm, risk in arms.items() if kinds[arm] == "truth"), None)
-    known = {} if oracle is None else against_truth(oracle, arms, **draws)
-    results = []
-    for row in table.rows:
-        curve, bins = metrics.roc(truth, arms[row.arm]), metrics.calibration(truth, arms[row.arm])
-        results.append(
-            ArmResult(
-                arm=row.arm,
-                kind=kinds[row.arm],
-                auroc=_figure(row.auroc),
-                auprc=_figure(row.auprc),
-                brier=_figure(row.brier),
-                ece=_figure(row.ece),
-                difference=None if row.difference is None else _figure(row.difference),
-                roc=(tuple(curve.x.tolist()), tuple(curve.y.tolist())),
-                calibration=Calibration(*(tuple(column.tolist()) for column in vars(bins).values())),
-                unresolved=(unresolved or {}).get(row.arm),
-                slope=_figure(row.slope),
-                intercept=_figure(row.intercept),
-                known=_known(known[row.arm]) if known else None,
-            )
-        )
+    known = {} if oracle is None or not len(truth) else against_truth(oracle, arms, **draws)
     own = []
     for number, site in enumerate(sites[0]) if sites is not None else ():
         mine = np.flatnonzero(sites[1] == number) if sites is not None else np.zeros(0, np.int64)
         if len(mine):
             here = {arm: risk[mine] for arm, risk in arms.items()}
-            alone = f"{site} alone" if f"{site} alone" in here else against
-            rows = metrics.compare(
-                truth[mine], here, reference=alone, calibrated=False, **(draws | {"subjects": subjects[mine]})
-            ).rows
-            figures = {row.arm: _figure(row.auroc) for row in rows}
-            gains = [_figure(row.difference) for row in rows if row.arm == against and row.difference is not None]
-            own.append(SiteResult(site, len(mine), int(truth[mine].sum()), figures, gains[0] if gains else None))
+            found = _at_site(site, truth[mine], here, kinds, subjects[mine], seed=seed, resamples=resamples)
+            own.append(SiteResult(site, len(mine), int(truth[mine].sum()), found))
     return Question(
-        name=task.name,
-        question=task.question,
-        definition=_define(task),
+        name=name,
+        question=question,
+        definition=definition,
         patients=table.patients,
         counts=counts,
         reference=against,
         resamples=resamples,
-        arms=tuple(results),
+        arms=tuple(
+            _result(row, truth, arms[row.arm], kinds[row.arm], unresolved or {}, known.get(row.arm))
+            for row in table.rows
+        ),
         by_site=tuple(own),
         notes=notes,
+        score=score,
+        hashes=hashes,
     )
 
 
 def _known(found: AgainstTruth) -> Known:
     return Known(*(_figure(measure) for measure in vars(found).values()))
+
+
+def _result(
+    row: metrics.Row,
+    truth: NDArray[np.float64],
+    risk: NDArray[np.float64],
+    kind: Kind,
+    lost: Mapping[str, float],
+    known: AgainstTruth | None,
+) -> ArmResult:
+    curve, bins = metrics.roc(truth, risk), metrics.calibration(truth, risk)
+    return ArmResult(
+        arm=row.arm,
+        kind=kind,
+        auroc=_figure(row.auroc),
+        auprc=_figure(row.auprc),
+        brier=_figure(row.brier),
+        ece=_figure(row.ece),
+        difference=None if row.difference is None else _figure(row.difference),
+        roc=(tuple(curve.x.tolist()), tuple(curve.y.tolist())),
+        calibration=Calibration(*(tuple(column.tolist()) for column in vars(bins).values())),
+        unresolved=lost.get(row.arm),
+        slope=_figure(row.slope),
+        intercept=_figure(row.intercept),
+        known=None if known is None else _known(known),
+    )
+
+
+def _at_site(
+    site: str,
+    truth: NDArray[np.float64],
+    risks: Mapping[str, NDArray[np.float64]],
+    kinds: Mapping[str, Kind],
+    subjects: NDArray[np.int64],
+    *,
+    seed: int,
+    resamples: int,
+) -> tuple[SiteArm, ...]:
+    """Compare what a site could have, on its own patients; with its own model where it has one."""
+    parts = {arm: role for arm in risks if (role := _role(arm, kinds[arm], site))}
+    if not parts:
+        return ()
+    alone = next((arm for arm in parts if kinds[arm] == "alone"), None)
+    rows = metrics.compare(
+        truth,
+        {arm: risks[arm] for arm in parts},
+        seed=seed,
+        resamples=resamples,
+        reference=alone or next(iter(parts)),
+        subjects=subjects,
+        calibrated=False,
+    ).rows
+    gains = {row.arm: _figure(row.difference) for row in rows if alone and row.difference is not None}
+    return tuple(
+        SiteArm(parts[row.arm], row.arm, _figure(row.auroc), _figure(row.auprc), gains.get(row.arm)) for row in rows
+    )
+
+
+def _role(arm: str, kind: Kind, site: str) -> str:
+    """What an arm is to a site; empty for another site's own."""
+    if kind == "alone":
+        return "alone" if arm == f"{site} alone" else ""
+    if kind == "personal":
+        return "personal" if arm == f"{site} personal" else ""
+    if kind == "supervised":
+        model, _, where = arm.partition(", ")
+        return {site: f"{model}, local", "pooled": f"{model}, pooled"}.get(where, "")
+    return {"federated": "global", "truth": "true risk"}.get(kind, kind)
 
 
 def _figure(measure: metrics.Measure | None) -> Figure:
@@ -353,13 +486,18 @@ def _figure(measure: metrics.Measure | None) -> Figure:
     return Figure(value, low, high, measure.note)
 
 
-def _define(task: Task) -> tuple[tuple[str, str], ...]:
-    when = f"{task.occurrence} {' or '.join(task.trigger)}" if task.occurrence != "each" else ""
-    start = when or f"every {' or '.join(task.trigger)}"
+def define(task: Task) -> tuple[tuple[str, str], ...]:
+    """Tell what a task asks, for people: (term, text)."""
+    triggers = " or ".join(task.trigger)
+    start = f"every {triggers}" if task.occurrence == "each" else f"{task.occurrence} {triggers}"
+    if task.calendar or task.given:
+        start = ", ".join(task.calendar) or "the times in a file of labels"
     if task.after_hours:
         start += f", {task.after_hours:g} h later"
     until = "whichever comes first" if task.horizon_days is None else f"within {task.horizon_days:g} days"
     terms = [("Asked at", start), ("Yes", f"{' or '.join(task.outcome)}, {until}")]
     if task.competing:
         terms.append(("No, if before that", " or ".join(task.competing)))
+    if task.onset == "new":
+        terms.append(("Not asked", "whoever had the outcome before"))
     return tuple(terms)

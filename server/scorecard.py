@@ -2,12 +2,13 @@
 
 The table has a row per prediction: `subject_id`, `task`, `label` (-1 censored, 0, 1) and `risk`; with `time_days` and
 `event` (0 censored, 1 outcome, 2 competing) it is also measured by time; with `count` and `count_mean`, `value` and
-`value_mean` by how far numbers are off. Every column that is asked for as a group (sex, race, age, site) splits the
-patients; a group's figures stand beside their difference from the rest (`model.subgroups`).
+`value_mean` by how far numbers are off; with `grid_days` and `risk_curve` (lists) by the risk told
+for a day. A row without a risk is one whose record ended too early to be asked about: it weighs the others in the AUC
+over time. Every column that is asked for as a group (sex, race, age, site) splits the patients; a group's figures stand
+beside their difference from the rest (`model.subgroups`).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
@@ -18,34 +19,13 @@ from rich.table import Table
 
 from model import decisions, metrics, survival
 from model.metrics import Measure
-from model.subgroups import Figure, by_group
+from model.subgroups import Figure, Weighted, by_group
 from server.results import Figure as Told
+from server.results import GroupScore, Scorecard
 from tokenizer.errors import DataError
 
 _ALERTS = 0.1
-
-
-@dataclass(frozen=True)
-class GroupScore:
-    """A group's figures, and how they differ from everybody else's; empty for all patients together."""
-
-    name: str
-    patients: int
-    predictions: int
-    figures: Mapping[str, Told]
-    difference: Mapping[str, Told]
-
-
-@dataclass(frozen=True)
-class Scorecard:
-    """One task's measures; the decision curve is net benefit of the model and of treating all, by threshold."""
-
-    task: str
-    groups: tuple[GroupScore, ...]
-    thresholds: tuple[float, ...]
-    net_benefit: tuple[float, ...]
-    treat_all: tuple[float, ...]
-    notes: tuple[str, ...] = ()
+_TIMES = 4
 
 
 def scorecards(
@@ -84,7 +64,8 @@ def table(card: Scorecard) -> Table:
     for heading in ("", "patients", *names):
         told.add_column(escape(heading), justify="left" if not heading else "right")
     for group in card.groups:
-        cells = ("–" if (figure := group.figures[name]).value is None else f"{figure.value:.3f}" for name in names)
+        figures = (group.figures.get(name) for name in names)
+        cells = ("–" if each is None or each.value is None else f"{each.value:.3f}" for each in figures)
         told.add_row(escape(group.name), str(group.patients), *cells)
     return told
 
@@ -99,22 +80,86 @@ def _scorecard(
     least: int,
 ) -> Scorecard:
     columns = {name: table_[name].to_numpy() for name in table_.columns if table_[name].dtype.is_numeric()}
+    columns["risk"] = columns["risk"].astype(np.float64)
     masks = {
         f"{column}: {value}": (table_[column] == value).fill_null(value=False).to_numpy()
         for column in groups
         for value in table_[column].drop_nulls().unique().sort().to_list()
     }
     subjects = columns["subject_id"]
-    found = by_group(_figures(columns, horizon_days), masks, subjects, seed=seed, resamples=resamples, least=least)
+    found = by_group(
+        _figures(columns, horizon_days),
+        masks,
+        subjects,
+        seed=seed,
+        resamples=resamples,
+        least=least,
+        weighted=_weighted(columns),
+        whole=_concordance(columns),
+    )
     told = tuple(
         GroupScore(each.name, each.patients, each.rows, _told(each.figures), _told(each.difference)) for each in found
     )
+    over_time = by_group(_by_day(table_, columns), {}, subjects, seed=seed, resamples=resamples)[0].figures
     known = columns["label"] >= 0
     labels, risks = columns["label"][known], columns["risk"][known]
     curves = (decisions.net_benefit(labels, risks), decisions.treat_all(labels))
     notes = () if known.all() else (f"{int((~known).sum())} predictions are censored: only figures by time use them",)
     thresholds, ours, everybody = (tuple(curve.tolist()) for curve in (decisions.THRESHOLDS, *curves))
-    return Scorecard(task, told, thresholds, ours, everybody, notes)
+    by_day = tuple((float(day), figure) for day, figure in _told(over_time).items())
+    return Scorecard(task, told, thresholds, ours, everybody, notes, by_day)
+
+
+def _by_day(table_: pl.DataFrame, columns: Mapping[str, NDArray]) -> dict[str, Figure]:
+    """The AUC over time of the risks that were told for a few days of the curve, by day.
+
+    Days by which a record was followed that nobody was asked about are left out: only its time is known.
+    """
+    if not {"grid_days", "risk_curve", "time_days", "event"} <= set(table_.columns):
+        return {}
+    asked = np.isfinite(columns["risk"])
+    told = table_.filter(pl.Series(asked))
+    if not told.height or told["grid_days"].null_count():
+        return {}
+    days, curve = np.array(told["grid_days"][0]), np.full((len(asked), len(told["grid_days"][0])), np.nan)
+    curve[asked] = np.array(told["risk_curve"].to_list())
+    time, event = columns["time_days"], columns["event"]
+    chosen = sorted({round(len(days) * part / _TIMES) - 1 for part in range(1, _TIMES + 1)} - {-1})
+    return {
+        f"{days[place]:g}": _auc_at(time, event, curve[:, place], float(days[place]))
+        for place in chosen
+        if asked[time > days[place]].all()
+    }
+
+
+def _auc_at(time: NDArray, event: NDArray, risk: NDArray, day: float) -> Figure:
+    # Records that end before the day have no weight, so that their risk is of no account.
+    score = np.nan_to_num(risk)
+    return lambda rows: survival.auc_at(time[rows], event[rows], score[rows], day)
+
+
+def _weighted(columns: Mapping[str, NDArray]) -> dict[str, Weighted]:
+    known = columns["label"] >= 0
+    figures = metrics.by_weight(np.where(known, columns["label"], 0), np.where(known, columns["risk"], 0.0))
+
+    def of_known(measure: Weighted) -> Weighted:
+        return lambda weights: measure(weights * known)
+
+    names = {"auroc": "AUROC", "auprc": "AUPRC", "brier": "Brier", "gaps": "ECE"}
+    return {told: of_known(figures[name]) for name, told in names.items()}
+
+
+def _concordance(columns: Mapping[str, NDArray]) -> dict[str, Figure]:
+    """The C-index, of all patients only: it looks at pairs, and their number is the square of that of rows."""
+    if not {"time_days", "event"} <= set(columns):
+        return {}
+    asked = np.isfinite(columns["risk"])
+
+    def of_asked(rows: NDArray[np.int64]) -> float:
+        rows = rows[asked[rows]]
+        return survival.concordance(columns["time_days"][rows], columns["event"][rows], columns["risk"][rows])
+
+    return {"C-index": of_asked}
 
 
 def _figures(columns: Mapping[str, NDArray], horizon_days: float | None) -> dict[str, Figure]:
@@ -127,10 +172,6 @@ def _figures(columns: Mapping[str, NDArray], horizon_days: float | None) -> dict
         return lambda rows: measure(rows) if len(rows) else float("nan")
 
     found: dict[str, Figure] = {
-        "AUROC": lambda rows: metrics.auroc(label[rows], risk[rows]),
-        "AUPRC": lambda rows: metrics.auprc(label[rows], risk[rows]),
-        "Brier": lambda rows: metrics.brier(label[rows], risk[rows]),
-        "ECE": lambda rows: metrics.ece(label[rows], risk[rows]),
         "slope": lambda rows: metrics.recalibration(label[rows], risk[rows])[0],
         "intercept": lambda rows: metrics.recalibration(label[rows], risk[rows])[1],
         f"sensitivity at {_ALERTS:.0%}": lambda rows: decisions.sensitivity_at(label[rows], risk[rows], _ALERTS),
@@ -138,10 +179,9 @@ def _figures(columns: Mapping[str, NDArray], horizon_days: float | None) -> dict
     found = {name: of_known(nan_if_none(measure)) for name, measure in found.items()}
     if {"time_days", "event"} <= set(columns):
         time, event = columns["time_days"], columns["event"]
-        found["C-index"] = lambda rows: survival.concordance(time[rows], event[rows], risk[rows])
-        if horizon_days is not None:
-            day = horizon_days
-            found[f"AUC at {day:g} d"] = lambda rows: survival.auc_at(time[rows], event[rows], risk[rows], day)
+        asked = np.isfinite(risk)
+        if horizon_days is not None and asked[time > horizon_days].all():
+            found[f"AUC at {horizon_days:g} d"] = _auc_at(time, event, risk, horizon_days)
     for name in ("count", "value"):
         if {name, f"{name}_mean"} <= set(columns):
             truth, told = columns[name], columns[f"{name}_mean"]

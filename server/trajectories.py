@@ -11,7 +11,7 @@ Notable choices:
 """
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -102,9 +102,9 @@ def write_trajectories(
 
     The folder is a MEDS dataset (`MedsDataset.open` reads it) with two more tables: `trajectories.parquet` (subject_id,
     task, patient, prediction_time, trajectory, reason, event, elapsed_days, tokens; `event` is the place of the outcome
-    that ended it, -1 for none) and, when tasks are asked, `estimates.parquet` with the answer that each task's kind asks
-    for (columns of `model.predictions`; label is -1 where the record doesn't tell). What is counted, measured or listed
-    goes on to the horizon; other trajectories end with the outcome.
+    that ended it, -1 for none) and, when tasks are asked, `estimates.parquet` with the answer that each task's kind
+    asks for (columns of `model.predictions`; label is -1 where the record doesn't tell). What is counted, measured or
+    listed goes on to the horizon; other trajectories end with the outcome.
 
     Args:
         model: checkpoint and codebook.
@@ -291,11 +291,16 @@ def _of_task(task: Task, patients: TokenSplit, codebook: Codebook, sampling: Sam
 
 def prediction_frame(task: Task, asked: Cohort, found: Estimates) -> pl.DataFrame:
     """Answers and estimates of a cohort as a table; its columns are those of `model.predictions`, curves as lists."""
-    columns = {
+    table = pl.DataFrame(listed(prediction_table(task, asked, found)))
+    return table.with_columns(pl.col("prediction_time").cast(pl.Datetime("us")))
+
+
+def listed(columns: Mapping[str, NDArray]) -> dict[str, pl.Series]:
+    """Make columns of polars of arrays [P], and lists of those [P, K]."""
+    return {
         name: pl.Series(name, column.tolist()) if column.ndim > 1 else pl.Series(name, column)
-        for name, column in prediction_table(task, asked, found).items()
+        for name, column in columns.items()
     }
-    return pl.DataFrame(columns).with_columns(pl.col("prediction_time").cast(pl.Datetime("us")))
 
 
 def _write_table(path: Path, parts: Sequence[pl.DataFrame]) -> None:

@@ -1,5 +1,6 @@
 """From a finished study to its report: ledgers, answers and codebook become the figures that people read."""
 
+import hashlib
 import json
 import math
 import platform
@@ -8,6 +9,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib import metadata
 from typing import Any
+
+import numpy as np
+import polars as pl
 
 from client.archive import Archive
 from client.budget import FILE, Budget, State
@@ -18,21 +22,38 @@ from federation.manifest import Manifest, OuterOptions, software_version
 from federation.merged import Bounded, ece_at
 from federation.summed import update_bytes
 from model import metrics
+from model.cohort import join
+from model.people import groups_of
 from server.app import Outcome
 from server.assessment import Assessment
 from server.journal import GIVEN_UP, Journal, Status
 from server.results import Codebook as CodebookSummary
-from server.results import Figure, Kind, Outbound, Question, Report, Round, SiteSummary, Together, Training, ask
+from server.results import (
+    Figure,
+    Kind,
+    Outbound,
+    Question,
+    Report,
+    Round,
+    Scorecard,
+    SiteSummary,
+    Together,
+    Training,
+    ask,
+)
 from server.rounds import TUNING
+from server.scorecard import scorecards
 from simulation.arms import FEDERATED, POOLED, Arm
 from simulation.baselines import BOOSTING, LOGISTIC
 from simulation.config import Study
-from simulation.questions import ENSEMBLE, MODEL, TRUTH, Answers
+from simulation.questions import ENSEMBLE, MODEL, TRUTH, Answers, counts_of, table_of
 from simulation.study import Result
 from tokenizer.codebook import Codebook
 from tokenizer.split import SPLITS
 from tokenizer.store import TokenStore
 
+_GROUP_RESAMPLES = 100
+"""Of the figures in groups, of which there are many; each is a fit or a ranking of its own."""
 _TOLD = ("torch", "flwr", "numpy", "polars")
 
 
@@ -67,7 +88,7 @@ def report_of(result: Result, command: str) -> Report:
         settings=_settings(result, federated),
         sites=sites,
         questions=tuple(
-            question_of(study, answers, [site.name for site in result.sites]) for answers in result.answers
+            question_of(study, answers, [site.name for site in result.sites], codebook) for answers in result.answers
         ),
         training=tuple(_training(arm) for arm in result.arms),
         rounds=rounds,
@@ -89,6 +110,8 @@ def report_of(result: Result, command: str) -> Report:
             ("codebook", codebook.hash),
             ("run manifest", outcome.manifest.hash),
             ("ledger", outcome.ledger_fingerprint),
+            ("model", hashlib.sha256(outcome.best_checkpoint.read_bytes()).hexdigest()),
+            *_data_hashes(result, outcome.manifest),
         ),
         notes=(*result.notes, *failures, *_reading_notes(result)),
         together=_together(result, federated),
@@ -274,6 +297,17 @@ def _site_summaries(result: Result, journal: Journal) -> tuple[SiteSummary, ...]
     return tuple(summaries)
 
 
+def _data_hashes(result: Result, manifest: Manifest) -> list[tuple[str, str]]:
+    """The fingerprint of every site's records, as its token store has it."""
+    found = []
+    for site in result.sites:
+        archive = Archive(site.state)
+        if (agreement := archive.run(manifest.hash).agreement()) is not None:
+            store = TokenStore.open(archive.store_path(agreement.store), manifest.codebook_hash)
+            found.append((f"records of {site.name}", str(store.manifest["dataset_fingerprint"])))
+    return found
+
+
 def _sizes(site: SiteFiles, manifest: Manifest) -> dict[str, Any]:
     """A site's own sizes, which it does not tell its coordinator in a run with secure aggregation."""
     archive = Archive(site.state)
@@ -284,19 +318,18 @@ def _sizes(site: SiteFiles, manifest: Manifest) -> dict[str, Any]:
     return dict(sizes["splits"])
 
 
-def question_of(study: Study, answers: Answers, sites: Sequence[str]) -> Question:
+def question_of(study: Study, answers: Answers, sites: Sequence[str], codebook: Codebook | None = None) -> Question:
     """Measure the answers to a question.
 
     Args:
         study: its seed and its resamples are used.
         answers: every arm's risks.
         sites: names by the index in `answers.sites`; none for no figures of single sites.
+        codebook: what the prompts' tokens mean, for figures of groups of patients; without, there are none.
     """
-    counts = answers.cohort.counts()
-    return ask(
+    question = ask(
         answers.task,
-        # Censored predictions were left out before the rollouts; a reader wants to know how many.
-        replace(counts, predictions=counts.predictions + answers.censored, censored=answers.censored),
+        counts_of(answers),
         answers.cohort.labels,
         answers.risks,
         {name: _kind(name) for name in answers.risks},
@@ -307,17 +340,33 @@ def question_of(study: Study, answers: Answers, sites: Sequence[str]) -> Questio
         sites=(sites, answers.sites) if sites else None,
         notes=answers.cohort.notes,
     )
+    if codebook is None or not len(answers.cohort):
+        return question
+    return replace(question, score=_score(study, answers, question.reference, sites, codebook))
+
+
+def _score(study: Study, answers: Answers, arm: str, sites: Sequence[str], codebook: Codebook) -> Scorecard:
+    """Measure one arm in groups of patients and over time."""
+    whole = answers.cohort if answers.lost is None else join([answers.cohort, answers.lost])
+    places = answers.sites if answers.lost is None else np.concatenate([answers.sites, answers.lost_sites])
+    groups = groups_of(whole, codebook)
+    if len(sites) > 1:
+        groups["site"] = [sites[place] for place in places]
+    table = table_of(answers, arm).with_columns(pl.Series(name, column) for name, column in groups.items())
+    (card,) = scorecards(
+        table,
+        list(groups),
+        horizon_days=answers.task.horizon_days,
+        seed=study.seed,
+        resamples=min(study.evaluation.resamples, _GROUP_RESAMPLES),
+    )
+    return card
 
 
 def _kind(arm: str) -> Kind:
-    kinds: dict[str, Kind] = {
-        MODEL: "federated",
-        FEDERATED: "federated",
-        POOLED: "pooled",
-        ENSEMBLE: "ensemble",
-        TRUTH: "truth",
-    }
-    return "supervised" if arm.startswith((LOGISTIC, BOOSTING)) else kinds.get(arm, "alone")
+    if arm.startswith((LOGISTIC, BOOSTING)):
+        return "supervised"
+    return _KINDS.get(arm, "personal" if arm.endswith(" personal") else "alone")
 
 
 def _training(arm: Arm) -> Training:

@@ -24,10 +24,12 @@ from federation.manifest import Manifest
 from model import checkpoint
 from model.cohort import Cohort, cohort, join, refuse_trained
 from model.estimate import Estimates, estimate
-from model.predictions import joined
+from model.people import groups_of
+from model.predictions import joined, prediction_table
 from model.tasks import Task
+from server.about import About, write_table
 from server.futures import Model
-from server.trajectories import prediction_frame
+from server.trajectories import listed, prediction_frame
 from simulation.arms import FEDERATED, Arm
 from simulation.baselines import METHOD, baselines
 from simulation.config import Study
@@ -51,7 +53,8 @@ class Answers:
     """A question, whom it was put to, and every arm's risks (float64 [P]) for the P predictions of `cohort`.
 
     `sites` int64 [P] is the index of the site that each prediction comes from; `estimates` is all that each model
-    says, of which the risk is a part.
+    says, of which the risk is a part. `lost` are those whose record ends before the answer, of the sites `lost_sites`:
+    nobody was asked about them, but how long they were followed says how many others go unseen.
     """
 
     task: Task
@@ -61,6 +64,8 @@ class Answers:
     risks: Mapping[str, NDArray[np.float64]]
     unresolved: Mapping[str, float]
     estimates: Mapping[str, Estimates] = field(default_factory=dict)
+    lost: Cohort | None = None
+    lost_sites: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 def answer(
@@ -153,11 +158,11 @@ def _ask(
         origin.append(np.full(len(cohorts[-1]), number))
     whole, places = join(cohorts), np.concatenate(origin)
     labelled = whole.labels >= 0
-    censored = int((~labelled).sum())
-    whole, places = whole.labelled(), places[labelled]
-    if study.data.kind != "synthetic":
-        return Answers(task, whole, places, censored, {}, {})
-    return _with_truth(Answers(task, whole, places, censored, {}, {}), sites)
+    lost = np.flatnonzero(~labelled)
+    asked = Answers(
+        task, whole.labelled(), places[labelled], len(lost), {}, {}, lost=whole.part(lost), lost_sites=places[lost]
+    )
+    return asked if study.data.kind != "synthetic" else _with_truth(asked, sites)
 
 
 def _with_truth(answers: Answers, sites: Sequence[SiteFiles]) -> Answers:
@@ -190,6 +195,8 @@ def _with_truth(answers: Answers, sites: Sequence[SiteFiles]) -> Answers:
         cohort=kept,
         sites=answers.sites[rows],
         censored=answers.censored + len(part) - len(kept),
+        # Those who are left are followed to the end, whoever they are: none of them stands for another.
+        lost=None,
         risks={TRUTH: known["risk"].to_numpy()[rows]},
     )
 
@@ -221,7 +228,8 @@ def evaluate(
         labelled = found.labelled()
         parts = _start(model, task, labelled, study, pool, tally)
         nowhere = np.zeros(len(labelled), np.int64)
-        asked.append((Answers(task, labelled, nowhere, len(found) - len(labelled), {}, {}), parts))
+        lost = found.part(np.flatnonzero(found.labels < 0))
+        asked.append((Answers(task, labelled, nowhere, len(lost), {}, {}, lost=lost), parts))
     answers = []
     for question, parts in asked:
         told = _collect(parts)
@@ -235,10 +243,55 @@ def _unresolved(found: Estimates) -> float:
     return float(1 - found.resolved.mean()) if len(found.resolved) else 0.0
 
 
-def write(path: Path, answers: Sequence[Answers]) -> None:
+def table_of(found: Answers, arm: str) -> pl.DataFrame:
+    """Lay out one arm's predictions and answers as `model.predictions` says, all that an arm without rollouts has.
+
+    Those who were lost from sight follow, without a risk.
+    """
+    table = pl.DataFrame(listed(_columns_of(found, arm)))
+    if found.lost is None or not len(found.lost):
+        return table
+    lost = {
+        "subject_id": found.lost.subject_ids,
+        "prediction_time": found.lost.prediction_us,
+        "task": np.full(len(found.lost), found.task.name),
+        "label": found.lost.labels,
+        **found.lost.told,
+    }
+    return pl.concat([table, pl.DataFrame(listed(lost))], how="diagonal")
+
+
+def _columns_of(found: Answers, arm: str) -> dict[str, NDArray]:
+    if arm in found.estimates:
+        return dict(prediction_table(found.task, found.cohort, found.estimates[arm]))
+    return {
+        "subject_id": found.cohort.subject_ids,
+        "prediction_time": found.cohort.prediction_us,
+        "task": np.full(len(found.cohort), found.task.name),
+        "label": found.cohort.labels,
+        **found.cohort.told,
+        "risk": found.risks[arm],
+    }
+
+
+def write(
+    path: Path,
+    answers: Sequence[Answers],
+    about: About | None = None,
+    *,
+    groups: Sequence[str] = (),
+    codebook: Codebook | None = None,
+) -> None:
     """Write every prediction to a Parquet file: the answers, and each arm's risks in a column of its own.
 
     Where one model answers, its column is called `risk`, and all its estimates are there, as `model.predictions` says.
+
+    Args:
+        path: the file.
+        answers: of one model, or of all arms of a study.
+        about: what goes with it.
+        groups: columns of `model.people.groups_of` to add, as far as the prompts tell.
+        codebook: what the prompts' tokens mean, for the groups.
     """
     tables = []
     for found in answers:
@@ -246,10 +299,10 @@ def write(path: Path, answers: Sequence[Answers]) -> None:
         if len(found.risks) > 1 or MODEL not in found.risks:
             kept = ("subject_id", "prediction_time", "task", "task_hash", "label", *found.cohort.told)
             table = table.select(kept).with_columns(pl.Series(arm, risk) for arm, risk in found.risks.items())
+        columns = {} if codebook is None else groups_of(found.cohort, codebook)
+        table = table.with_columns(pl.Series(name, columns[name], pl.String) for name in groups if name in columns)
         tables.append(table)
-    buffer = io.BytesIO()
-    pl.concat(tables, how="diagonal").write_parquet(buffer)
-    durable.write_bytes(path, buffer.getvalue())
+    write_table(path, pl.concat(tables, how="diagonal_relaxed"), about)
 
 
 class _Tally:

@@ -1,9 +1,9 @@
 """95 % intervals over patients cover the truth as often as they say.
 
-Patients have one to three predictions, which share most of what is known of them and a frailty that is not, so predictions
-are not independent. Truths come from a quadrature over the known law, not from draws. A right interval falls out of the
-accepted band once in 10,000 tests for each figure (binomial). The negative control: the same band finds out an interval
-that takes predictions for patients, and percentiles of the calibration error.
+Patients have one to three predictions, which share most of what is known of them and a frailty that is not, so
+predictions are not independent. Truths come from a quadrature over the known law, not from draws. A right interval
+falls out of the accepted band once in 10,000 tests for each figure (binomial). The negative control: the same band
+finds out an interval that takes predictions for patients.
 """
 
 import numpy as np

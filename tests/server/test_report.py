@@ -11,7 +11,7 @@ from rich.console import Console
 from model import metrics
 from model.cohort import Counts
 from model.tasks import Task
-from server.report import headline, load, render, show_figure, terminal_tables, write_report
+from server.report import flow, gains, headline, load, render, show_figure, terminal_tables, write_report
 from server.results import (
     Codebook,
     Figure,
@@ -24,6 +24,8 @@ from server.results import (
     Training,
     ask,
 )
+from server.scorecard import scorecards
+from tests.server.test_scorecard import predictions
 from tokenizer.errors import DataError
 
 SITES = ("north", "south")
@@ -191,7 +193,7 @@ def test_names_from_elsewhere_cannot_change_the_page(report: Report):
     evil = '<script>alert("$x_1$")</script> & "co"'
     arms = tuple(replace(arm, arm=evil if arm.arm == "pooled" else arm.arm) for arm in report.questions[0].arms)
     by_site = tuple(
-        replace(site, auroc={evil if arm == "pooled" else arm: figure for arm, figure in site.auroc.items()})
+        replace(site, arms=tuple(replace(arm, role=evil if arm.arm == "pooled" else arm.role) for arm in site.arms))
         for site in report.questions[0].by_site
     )
     changed = replace(
@@ -221,7 +223,60 @@ def test_figures_are_those_of_the_metrics(question: Question):
         assert arm.brier.value == pytest.approx(metrics.brier(labels, risks[arm.arm]))
     south = question.by_site[1]
     assert (south.site, south.predictions, south.positives) == ("south", 60, int(labels[1::2].sum()))
-    assert south.auroc["pooled"].value == pytest.approx(metrics.auroc(labels[1::2], risks["pooled"][1::2]))
+    here = {arm.arm: arm for arm in south.arms}
+    assert here["pooled"].auroc.value == pytest.approx(metrics.auroc(labels[1::2], risks["pooled"][1::2]))
+
+
+def test_every_site_has_a_table_of_what_it_could_have_and_gains(question: Question):
+    tables = gains((question, replace(question, name="again")))
+    assert list(tables) == ["north", "south"]
+    south = tables["south"]
+    assert [name for name, _ in south.questions] == ["death_90d", "again"]
+    assert [role for role, _ in south.rows] == ["global", "pooled", "ensemble", "alone", "true risk"]
+    found = {role: cells[0] for role, cells in south.rows}
+    mine, alone = found["global"], found["alone"]
+    assert mine is not None
+    assert alone is not None
+    assert alone.arm == "south alone"
+    assert alone.gain is None
+    assert mine.gain is not None
+    assert (mine.auroc.value or 0) - (alone.auroc.value or 0) == pytest.approx(mine.gain.value)
+
+
+def test_supervised_and_personal_arms_are_named_by_what_they_are_to_the_site():
+    labels = _labels()
+    kinds: dict[str, Kind] = {
+        "federated": "federated", "a personal": "personal", "b personal": "personal", "trees, a": "supervised",
+        "trees, b": "supervised", "trees, pooled": "supervised",
+    }  # fmt: skip
+    counts = Counts(60, 120, int(labels.sum()), int((1 - labels).sum()), 0, {})
+    risks = {arm: np.linspace(0, 1, 120) for arm in kinds}
+    options = {"subjects": np.arange(120), "seed": 0, "resamples": 100, "sites": (("a",), np.zeros(120, np.int64))}
+    (site,) = ask(TASK, counts, labels, risks, kinds, **options).by_site  # type: ignore[arg-type]
+    assert {arm.role: arm.arm for arm in site.arms} == {
+        "global": "federated", "personal": "a personal", "trees, local": "trees, a", "trees, pooled": "trees, pooled",
+    }  # fmt: skip
+
+
+def test_a_cohort_is_followed_from_all_patients_to_the_answers(question: Question, report: Report):
+    steps = flow(question, report.sites)
+    assert [(step.number, step.what.split(" of")[0]) for step in steps] == [
+        (62, "patients"), (90, "held-out patients looked at"), (123, "predictions"), (120, "answers"),
+    ]  # fmt: skip
+    assert steps[0].minus == (("train the model", 41), ("tune it", 8))
+    assert steps[1].minus == (("not asked: no trigger in the record", 7),)
+    assert steps[2].minus == (("no answer: the record ends before it", 3),)
+
+
+def test_groups_and_decision_curve_stand_in_the_page(report: Report, question: Question):
+    (card,) = scorecards(predictions(), ["sex"], horizon_days=7.0, resamples=50)
+    page = render(replace(report, questions=(replace(question, score=card),)))
+    said = " ".join(" ".join(_Page(page).text).split())
+    for phrase in ("Groups of patients", "sex: F", "C-index", "AUC at 7 d", "net benefit", "AUROC by a day"):
+        assert phrase in said
+    women = card.groups[1].difference["AUROC"].value
+    assert women is not None
+    assert f"{women:+.3f}".replace("-", "−") in said
 
 
 def test_a_question_without_any_yes_is_reported_as_such(report: Report, tmp_path: Path):

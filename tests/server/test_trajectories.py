@@ -1,6 +1,7 @@
 """Futures of many patients: a MEDS dataset that our own reader takes, and what was asked."""
 
 import datetime as dt
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,25 @@ def test_tasks_are_answered_as_the_estimator_answers_them(model: Model, store: T
     ends = pl.read_parquet(tmp_path / "out/trajectories.parquet")
     assert (ends["reason"] == "event").sum() == found.reasons["event"] > 0
     assert set(ends["task"]) == {"lab_zero"}
+
+
+def test_each_kind_of_task_gets_its_own_answer(model: Model, store: TokenStore, tmp_path: Path) -> None:
+    kinds = ("count", "time", "set")
+    asked = [replace(TASK, name=f"lab_{kind}", kind=kind, outcome=("LAB//0", "LAB//3")) for kind in kinds]
+    write_trajectories(model, store, "tuning", asked, tmp_path / "out", sampling=FEW)
+    told = pl.read_parquet(tmp_path / "out/estimates.parquet")
+    codebook = Codebook.load(model.codebook)
+    decoder = checkpoint.load(model.checkpoint, codebook.hash).decoder
+    for task, column in zip(asked, ("count_mean", "time_mean", "codes_risk"), strict=True):
+        whom = cohort(task, store.split("tuning"), codebook)
+        found = estimate(decoder, codebook, whom, task, trajectories=3, seed=4, max_tokens=20)
+        mine = told.filter(pl.col("task") == task.name)
+        expected = found.codes if task.kind == "set" else found.mean
+        np.testing.assert_allclose(np.array(mine[column].to_list(), float), expected, atol=1e-5)
+    # What is counted doesn't end with its first event.
+    ends = pl.read_parquet(tmp_path / "out/trajectories.parquet").filter(pl.col("task") == "lab_count")
+    assert (ends.filter(pl.col("reason") == "event")["event"] == 1).all()
+    assert told["count_mean"].max() > 1  # type: ignore[operator]
 
 
 def test_an_event_that_was_named_ends_a_trajectory(model: Model, store: TokenStore, tmp_path: Path) -> None:
