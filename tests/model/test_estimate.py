@@ -257,7 +257,7 @@ def test_intervals_over_trajectories_cover_what_endless_ones_would_say(codebook:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_intervals_over_trajectories_cover_over_many_repeats(codebook: Codebook, kind: str) -> None:
-    """2,000 repeats: a right interval falls out once in 10,000 tests; one in a hundred may be missing (skewed draws)."""
+    """A right interval falls out once in 10,000 tests; one in a hundred may be missing, as draws are skewed."""
     count = _covered(codebook, kind, 2000, 64, 200_000)
     low, high = binom.ppf(5e-5, 2000, 0.94), binom.ppf(1 - 5e-5, 2000, 0.95)
     print(f"{kind}: {count / 2000:.4f}")

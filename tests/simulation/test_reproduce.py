@@ -145,15 +145,6 @@ def test_what_is_wrong_is_said_before_anything_runs(tmp_path: Path) -> None:
 
 
 TINY = """
-name = "tiny"
-seed = 1
-arms = ["federated"]
-[data]
-kind = "synthetic"
-hospitals = ["heart", "general"]
-patients = 100
-[tokenizer]
-values = "fused"
 [model]
 layers = 1
 width = 16
@@ -164,13 +155,6 @@ context = 64
 rounds = 1
 local_steps = 2
 batch_tokens = 512
-[[task]]
-name = "death_90d"
-question = "?"
-trigger = ["HOSPITAL_DISCHARGE"]
-occurrence = "each"
-outcome = ["MEDS_DEATH"]
-horizon_days = 90
 [evaluation]
 trajectories = 2
 max_tokens = 16
@@ -180,23 +164,31 @@ OF_TINY = """
 [[entry]]
 name = "tiny"
 section = "Here"
-shows = "a study of seconds"
+shows = "the interaction study, much smaller: how far behind the best possible, slope, gradient boosting"
 command = "fedcomet simulate tiny.toml --out {out} --workers 1"
-seed = 1
+seed = 11
 result = "report"
 figure = [
-  { key = "death_90d / federated / auroc", low = 0.0, high = 1.0 },
-  { key = "death_90d / true risk / known behind", expected = 0.0, tolerance = 1e-9 },
-  { key = "death_90d / federated / known behind", low = 0.0 },
+  { key = "kidney_injury_90d / federated / auroc", low = 0.0, high = 1.0 },
+  { key = "kidney_injury_90d / true risk / known behind", expected = 0.0, tolerance = 1e-9 },
+  { key = "kidney_injury_90d / federated / known behind", low = 0.0 },
+  { key = "kidney_injury_90d / federated / slope", low = -1e6, high = 1e6 },
+  { key = "kidney_injury_90d / gradient boosting, pooled / difference", low = -1.0, high = 1.0 },
 ]
 """
 
 
 def test_a_study_is_run_and_judged_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    (tmp_path / "tiny.toml").write_text(TINY)
-    path = listed(tmp_path, OF_TINY)
-    said = fedcomet("reproduce", "tiny", "--file", path, "--out", tmp_path / "out")
+    text = (ROOT / "examples/interaction.toml").read_text(encoding="utf-8")
+    text = re.sub(r"\n\[(?:model|training|evaluation)\]\n[^\[]*", "\n", text)
+    text = re.sub(r"hospitals = .*", 'hospitals = ["heart-lifelike", "general-lifelike"]', text)
+    (tmp_path / "tiny.toml").write_text(text.replace("patients = 3000", "patients = 150") + TINY)
+    said = fedcomet("reproduce", "tiny", "--file", listed(tmp_path, OF_TINY), "--out", tmp_path / "out")
     assert said.returncode == 0, said.stdout + said.stderr
     measured = json.loads((tmp_path / "out/reproduce.json").read_text())["measured"]
-    assert measured["death_90d / true risk / known auroc"] > measured["death_90d / federated / known auroc"]
+    best, reached = (measured[f"kidney_injury_90d / {arm} / known auroc"] for arm in ("true risk", "federated"))
+    assert best - reached == pytest.approx(measured["kidney_injury_90d / federated / known behind"])
+    assert measured["kidney_injury_90d / true risk / known slope"] == pytest.approx(1.0)
+    # Asked again, supervised models are not trained again.
+    assert len(list((tmp_path / "out/run/answers").glob("supervised-*.npz"))) == 1
