@@ -11,7 +11,10 @@ import pytest
 import typer.main
 
 import fedcomet as command_line
+from model.metrics import auroc
+from simulation import config
 from simulation.reproduce import LIST, Entry, read, reproduce
+from simulation.study import run_study
 from tests.typed import fedcomet
 from tokenizer.errors import ConfigError, FedcometError
 
@@ -191,4 +194,9 @@ def test_a_study_is_run_and_judged_from_end_to_end(tmp_path: Path, monkeypatch: 
     assert best - reached == pytest.approx(measured["kidney_injury_90d / federated / known behind"])
     assert measured["kidney_injury_90d / true risk / known slope"] == pytest.approx(1.0)
     # Asked again, supervised models are not trained again.
-    assert len(list((tmp_path / "out/run/answers").glob("supervised-*.npz"))) == 1
+    (kept,) = (tmp_path / "out/run/answers").glob("supervised-*.npz")
+    written = kept.stat().st_mtime_ns
+    (again,) = run_study(config.read(tmp_path / "tiny.toml"), tmp_path / "out/run", workers=1).answers
+    assert kept.stat().st_mtime_ns == written
+    figure = measured["kidney_injury_90d / gradient boosting, pooled / auroc"]
+    assert auroc(again.cohort.labels, again.risks["gradient boosting, pooled"]) == pytest.approx(figure)
