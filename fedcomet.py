@@ -1052,21 +1052,32 @@ def plausibility(
     futures: Annotated[Path, typer.Argument(help="What fedcomet rollout wrote: a MEDS dataset of simulated futures.")],
     records: Annotated[Path, typer.Argument(help="A MEDS dataset with the records of the same patients.")],
     days: Annotated[float, typer.Option(help="How far the rollouts looked, in days.")],
+    config: Config = None,
     out: Annotated[Path | None, typer.Option(help="Write the HTML page here, and JSON beside it.")] = None,
 ) -> None:
     """Hold simulated futures against what the records say of the same spans of time."""
     import polars as pl
     from rich.console import Console
 
+    from server.plausibility import in_words_of
     from server.plausibility import plausibility as compare
     from server.plausibility_page import table, write_page
+    from tokenizer.codebook import Codebook
     from tokenizer.events import MedsDataset
+    from tokenizer.prepare import records_of
+    from tokenizer.settings import agreed
 
-    told = futures / "trajectories.parquet"
-    if not told.is_file():
-        raise typer.BadParameter(f"{told} is missing; name what fedcomet rollout wrote", param_hint="FUTURES")
-    made, real = ([part.read(shard) for shard in part.shards] for part in map(MedsDataset.open, (futures, records)))
-    found = compare(pl.concat(real), pl.concat(made), pl.read_parquet(told), days)
+    for told in ("trajectories.parquet", "codebook.json"):
+        if not (futures / told).is_file():
+            raise typer.BadParameter(
+                f"{futures / told} is missing; name what fedcomet rollout wrote", param_hint="FUTURES"
+            )
+    words = Codebook.load(futures / "codebook.json")
+    source = records_of(MedsDataset.open(records), agreed(config, words).preparation)
+    made = MedsDataset.open(futures)
+    real = in_words_of(words, pl.concat([source.read(shard) for shard in source.shards]))
+    events = pl.concat([made.read(shard) for shard in made.shards])
+    found = compare(real, events, pl.read_parquet(futures / "trajectories.parquet"), days)
     Console().print(table(found))
     if out is not None:
         write_page(out, found, f"Simulated futures of {days:g} days")
