@@ -100,11 +100,11 @@ def write_trajectories(
 ) -> Written:
     """Roll out the futures of a split's patients and write them to a folder, which appears whole or not at all.
 
-    The folder is a MEDS dataset (`MedsDataset.open` reads it) with the codebook and two more tables: `trajectories.parquet` (subject_id,
-    task, patient, prediction_time, trajectory, reason, event, elapsed_days, tokens; `event` is the place of the outcome
-    that ended it, -1 for none) and, when tasks are asked, `estimates.parquet` with the answer that each task's kind
-    asks for (columns of `model.predictions`; label is -1 where the record doesn't tell). What is counted, measured or
-    listed goes on to the horizon; other trajectories end with the outcome.
+    The folder is a MEDS dataset (`MedsDataset.open` reads it) with the codebook and two more tables:
+    `trajectories.parquet` (subject_id, task, patient, prediction_time, trajectory, reason, event, elapsed_days, tokens;
+    `event` is the place of the outcome that ended it, -1 for none) and, when tasks are asked, `estimates.parquet` with
+    the answer that each task's kind asks for (columns of `model.predictions`; label is -1 where the record doesn't
+    tell). What is counted, measured or listed goes on to the horizon; other trajectories end with the outcome.
 
     Args:
         model: checkpoint and codebook.
