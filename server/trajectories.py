@@ -243,9 +243,19 @@ class _Run:
         return pl.concat(frames)
 
     def _known(self, part: Cohort, place: int) -> pl.DataFrame:
+        """What the prompt tells, with the times that were recorded.
+
+        Where a task moved late codes to the end of their stay, times are those that the intervals' classes stand for.
+        """
         timeline, times = self._patients.timeline(self._place[int(part.subject_ids[place])])
-        length = len(part.prompts[place].tokens)
-        return history_of(timeline[:length], times[:length], self._codebook)
+        tokens, at = part.prompts[place].tokens, int(part.prediction_us[place])
+        before = min(int(np.searchsorted(times, at, side="left")), len(tokens))
+        if not np.array_equal(tokens[:before], timeline[:before]):
+            begun = at - part.prompts[place].elapsed_us - int(self._codebook.advance_us[tokens].sum())
+            return events_of(decode(tokens, self._codebook, start_us=begun))
+        # Of the prediction's own moment a prompt may hold a part only, such as the trigger.
+        recorded = np.concatenate([times[:before], np.full(len(tokens) - before, at)])
+        return history_of(tokens, recorded, self._codebook)
 
 
 def _at_moment(moment: Moment, patients: TokenSplit, codebook: Codebook, sampling: Sampling) -> _Question:
