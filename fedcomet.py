@@ -771,6 +771,7 @@ def simulate(
     """
     from simulation import config
     from simulation.findings import report_of
+    from simulation.patients_page import write_patients
     from simulation.study import run_study
 
     settings = config.read(study, data=data)
@@ -779,6 +780,8 @@ def simulate(
     with _bars() as watch:
         result = run_study(settings, folder, workers=workers, watch=watch)
     _show(folder, lambda: report_of(result, command))
+    if (page := write_patients(result)) is not None:
+        print(f"patients and simulated futures: {page}")
 
 
 @app.command(rich_help_panel=_RESEARCH)
@@ -1045,6 +1048,60 @@ def score(
         command = " ".join(["fedcomet", *sys.argv[1:]])
         write_report(html, report_of_file(predictions, cards, title=title, resamples=resamples, command=command))
         Console().print(f"report: [bold]{html}[/]")
+
+
+@app.command(rich_help_panel=_RESEARCH)
+def view(
+    model: Annotated[Path, typer.Argument(help="A model's folder, such as runs/NAME/model.")],
+    store: Annotated[Path, typer.Argument(help="A token store made with the model's codebook (fedcomet tokenize).")],
+    task: Annotated[list[str], typer.Option(help="A task file, or the name of a shipped task or set; repeatable.")],
+    out: Annotated[Path, typer.Option(help="The page to write; it holds records, and only you may read it.")],
+    patient: Annotated[
+        list[int] | None,
+        typer.Option(help="Whom to show, by subject_id; repeatable.", show_default="a few whom the tasks ask about"),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Where they are: train, tuning or held_out.")] = "held_out",
+    most: Annotated[int, typer.Option(min=1, help="How many to show, where nobody is named.")] = 6,
+    trajectories: Annotated[int, typer.Option(min=1, help="Futures of each, for the risk; eight are shown.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one future.")] = 256,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal futures.")] = 0,
+    names: Annotated[
+        Path | None, typer.Option(help="A MEDS dataset whose metadata/codes.parquet says what codes are called.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda.")] = "cpu",
+) -> None:
+    """Look at patients: their timelines, and beside them what the model believes may come, as one page."""
+    from rich.console import Console
+
+    from model.task_files import find
+    from server.futures import Model
+    from server.lifeline_page import write_page
+    from server.lifelines import lifelines, names_of
+    from tokenizer.split import SPLITS
+    from tokenizer.store import TokenStore
+
+    if split not in SPLITS:
+        raise typer.BadParameter(f"choose one of {', '.join(SPLITS)}", param_hint="--split")
+    patients = TokenStore.open(store)
+    books = lifelines(
+        Model.at(model, device),
+        patients,
+        [each for name in task for each in find(name)],
+        split=split,
+        patients=patient or (),
+        most=most,
+        trajectories=trajectories,
+        max_tokens=max_tokens,
+        seed=seed,
+        names=None if names is None else names_of(names),
+    )
+    write_page(out, books, f"Patients of {patients.manifest['dataset']}", made_up=False)
+    shown = len({line.patient for book in books for line in book.lifelines})
+    Console().print(f"page: [bold]{out}[/]")
+    Console(stderr=True).print(
+        f"[yellow]note[/] {out} holds the records of {shown} patients: keep it where records may be, and delete it "
+        "when you have looked"
+    )
 
 
 @app.command(rich_help_panel=_RESEARCH)

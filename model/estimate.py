@@ -172,6 +172,38 @@ def read_off(rolled: Rollouts, task: Task, codebook: Codebook, elapsed_us: Seque
     return _estimates(draws_of(rolled, "chances", task, task_tokens(task, codebook), codebook, elapsed_us), task)
 
 
+@dataclass(frozen=True)
+class Told:
+    """Trajectories with their tokens, what they say together, and the standard error of the curve, float64 [P, G]."""
+
+    rolled: Rollouts
+    estimates: Estimates
+    curve_se: NDArray[np.float64]
+
+
+def tell(
+    decoder: Decoder,
+    codebook: Codebook,
+    cohort: Cohort,
+    task: Task,
+    *,
+    trajectories: int,
+    seed: int,
+    max_tokens: int,
+) -> Told:
+    """Estimate as `estimate` does, and keep what was drawn, to be looked at; arguments are the same."""
+    tokens = task_tokens(task, codebook)
+    stop = _stop(task, tokens, max_tokens)
+    rolled = rollout(
+        decoder, codebook, list(cohort.prompts), trajectories=trajectories, stop=stop, seed=seed, keep_tokens=True
+    )
+    drawn = draws_of(rolled, "chances", task, tokens, codebook, [prompt.elapsed_us for prompt in cohort.prompts])
+    by_day = np.cumsum(drawn.curve[:, :, 0], axis=2)
+    errors = [_ratio_error(by_day[:, :, cell], drawn.told, drawn.used) for cell in range(by_day.shape[2])]
+    error = np.stack(errors, axis=1) if errors else np.zeros((len(cohort), 0))
+    return Told(rolled, _estimates(drawn, task, stop), error)
+
+
 def grid_days(task: Task) -> NDArray[np.float64]:
     """Times at which a task's curves are told: twelfths of its horizon, float64 [G]; none without one."""
     if task.horizon_days is None:

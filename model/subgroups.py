@@ -111,11 +111,12 @@ def _measured(
 ) -> dict[tuple[str, ...], float]:
     found: dict[tuple[str, ...], float] = {}
     for name, mask in masks.items():
-        inside = mask[rows]
+        mine, rest = rows[mask[rows]], rows[~mask[rows]]
         for figure, measure in figures.items():
-            found[name, figure] = measure(rows[inside])
-            if name != ALL:
-                found[name, figure, "minus"] = found[name, figure] - measure(rows[~inside])
+            found[name, figure] = measure(mine)
+        if name != ALL:
+            for figure, measure in figures.items():
+                found[name, figure, "minus"] = found[name, figure] - measure(rest)
     return found
 
 

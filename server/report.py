@@ -17,6 +17,7 @@ from rich.table import Table
 from federation import canonical, page
 from federation.page import show_bytes, show_count
 from server import plots
+from server.model_card import model_card
 from server.results import KINDS, ArmResult, Figure, Question, Report, SiteArm, SiteResult, SiteSummary
 from tokenizer import durable
 from tokenizer.errors import DataError
@@ -49,8 +50,13 @@ class Gains:
 
 
 def write_report(path: Path, report: Report) -> None:
-    """Write the HTML page `path`, and beside it the same as `report.json` (the page's name with `.json`)."""
+    """Write the HTML page `path`, and beside it the same as `report.json` (the page's name with `.json`).
+
+    A study's model gets its card there, too: `model-card.md`.
+    """
     durable.write_bytes(path.with_suffix(".json"), canonical.encode(report))
+    if report.training:
+        durable.write_bytes(path.with_name("model-card.md"), model_card(report, LIMITS).encode())
     durable.write_bytes(path, render(report).encode())
 
 
@@ -113,6 +119,8 @@ def gains(questions: tuple[Question, ...]) -> Mapping[str, Gains]:
     for name in names:
         found = tuple((q.name, result) for q in questions for result in q.by_site if result.site == name)
         roles = dict.fromkeys(arm.role for _, result in found for arm in result.arms)
+        if not set(roles) - {"global", "true risk"}:
+            continue
         rows = tuple(
             (role, tuple(next((arm for arm in result.arms if arm.role == role), None) for _, result in found))
             for role in roles

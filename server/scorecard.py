@@ -19,7 +19,7 @@ from rich.table import Table
 
 from model import decisions, metrics, survival
 from model.metrics import Measure
-from model.subgroups import Figure, Weighted, by_group
+from model.subgroups import Figure, Rows, Weighted, by_group
 from server.results import Figure as Told
 from server.results import GroupScore, Scorecard
 from tokenizer.errors import DataError
@@ -123,13 +123,20 @@ def _by_day(table_: pl.DataFrame, columns: Mapping[str, NDArray]) -> dict[str, F
         return {}
     days, curve = np.array(told["grid_days"][0]), np.full((len(asked), len(told["grid_days"][0])), np.nan)
     curve[asked] = np.array(told["risk_curve"].to_list())
-    time, event = columns["time_days"], columns["event"]
+    time, event = _followed(columns), columns["event"]
     chosen = sorted({round(len(days) * part / _TIMES) - 1 for part in range(1, _TIMES + 1)} - {-1})
     return {
         f"{days[place]:g}": _auc_at(time, event, curve[:, place], float(days[place]))
         for place in chosen
         if asked[time > days[place]].all()
     }
+
+
+def _followed(columns: Mapping[str, NDArray]) -> NDArray[np.float64]:
+    """Days until a record ended; those without an outcome to the horizon, where looking stops, went on beyond it."""
+    time = columns["time_days"].astype(np.float64)
+    free = (columns["label"] == 0) & (columns["event"] == survival.CENSORED)
+    return np.where(free, np.nextafter(time, np.inf), time)
 
 
 def _auc_at(time: NDArray, event: NDArray, risk: NDArray, day: float) -> Figure:
@@ -171,14 +178,26 @@ def _figures(columns: Mapping[str, NDArray], horizon_days: float | None) -> dict
     def nan_if_none(measure: Figure) -> Figure:
         return lambda rows: measure(rows) if len(rows) else float("nan")
 
+    line: dict[int, tuple[Rows, tuple[float, float]]] = {}
+
+    def recalibrated(rows: Rows) -> tuple[float, float]:
+        # Slope and intercept are one fit, and are asked for one after the other.
+        if 0 not in line or line[0][0] is not rows:
+            known = rows[label[rows] >= 0]
+            nothing = float("nan"), float("nan")
+            line[0] = rows, metrics.recalibration(label[known], risk[known]) if len(known) else nothing
+        return line[0][1]
+
     found: dict[str, Figure] = {
-        "slope": lambda rows: metrics.recalibration(label[rows], risk[rows])[0],
-        "intercept": lambda rows: metrics.recalibration(label[rows], risk[rows])[1],
         f"sensitivity at {_ALERTS:.0%}": lambda rows: decisions.sensitivity_at(label[rows], risk[rows], _ALERTS),
     }
-    found = {name: of_known(nan_if_none(measure)) for name, measure in found.items()}
+    found = {
+        "slope": lambda rows: recalibrated(rows)[0],
+        "intercept": lambda rows: recalibrated(rows)[1],
+        **{name: of_known(nan_if_none(measure)) for name, measure in found.items()},
+    }
     if {"time_days", "event"} <= set(columns):
-        time, event = columns["time_days"], columns["event"]
+        time, event = _followed(columns), columns["event"]
         asked = np.isfinite(risk)
         if horizon_days is not None and asked[time > horizon_days].all():
             found[f"AUC at {horizon_days:g} d"] = _auc_at(time, event, risk, horizon_days)

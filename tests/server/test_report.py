@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from rich.console import Console
 
 from model import metrics
@@ -266,6 +267,25 @@ def test_a_cohort_is_followed_from_all_patients_to_the_answers(question: Questio
     assert steps[0].minus == (("train the model", 41), ("tune it", 8))
     assert steps[1].minus == (("not asked: no trigger in the record", 7),)
     assert steps[2].minus == (("no answer: the record ends before it", 3),)
+
+
+def test_the_model_has_a_card_whose_figures_are_those_of_the_report(report: Report, tmp_path: Path):
+    (card,) = scorecards(predictions(), ["sex"], resamples=50)
+    evil = "a | b <script> [c](d)"
+    write_report(tmp_path / "report.html", replace(report, notes=(evil,), questions=(
+        replace(report.questions[0], score=card), *report.questions[1:])))  # fmt: skip
+    text = (tmp_path / "model-card.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    index = yaml.safe_load(front)["model-index"][0]
+    assert index["name"] == "demo"
+    assert len(index["results"]) == 2
+    federated = report.questions[0].arms[0]
+    assert index["results"][0]["metrics"][0]["value"] == pytest.approx(federated.auroc.value, abs=1e-4)
+    for heading in ("Intended use", "Training data", "Evaluation", "Privacy", "Limits"):
+        assert f"## {heading}\n" in body
+    assert show_figure(federated.auroc).replace("–", " to ") in body
+    assert "| sex: F | " in body
+    assert "- a \\| b &lt;script> \\[c](d)" in body
 
 
 def test_groups_and_decision_curve_stand_in_the_page(report: Report, question: Question):

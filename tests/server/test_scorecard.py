@@ -95,6 +95,16 @@ def test_risks_by_day_are_measured_on_those_days_and_lost_patients_weigh_the_oth
     )
 
 
+def test_who_is_free_of_the_outcome_to_the_horizon_where_looking_stops_counts_as_that() -> None:
+    told = predictions().with_columns(
+        time_days=pl.when(pl.col("label") == 0).then(7.0).otherwise(pl.col("time_days").clip(upper_bound=7.0)),
+        event=pl.when(pl.col("label") == 1).then(1).otherwise(0),
+    ).filter(pl.col("label") >= 0)  # fmt: skip
+    (card,) = scorecards(told, horizon_days=7.0, resamples=50)
+    # Nobody is lost, so that every weight is one: it is the AUROC.
+    assert card.groups[0].figures["AUC at 7 d"].value == pytest.approx(metrics.auroc(told["label"], told["risk"]))
+
+
 def test_a_file_of_predictions_has_a_page_that_says_what_it_is_of(tmp_path: Path) -> None:
     path, table_ = tmp_path / "predictions.parquet", predictions().with_columns(task_hash=pl.lit("ab" * 32))
     counts = Counts(140, 200, 100, 80, 20, {"age": 40})
