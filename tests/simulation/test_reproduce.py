@@ -181,6 +181,7 @@ figure = [
 """
 
 
+@pytest.mark.slow
 def test_a_study_is_run_and_judged_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     text = (ROOT / "examples/interaction.toml").read_text(encoding="utf-8")
