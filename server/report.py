@@ -6,7 +6,7 @@ JSON file alone.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from server.results import KINDS, ArmResult, Figure, Question, Report, SiteArm, 
 from tokenizer import durable
 from tokenizer.errors import DataError
 
+_ORDER = ("AUROC", "AUC", "C-index", "AUPRC", "Brier", "ECE", "slope", "intercept", "sensitivity")
 LIMITS = (
     "For research, not for the care of patients: this is no medical device.",
     "Intervals are over patients, for models as they were trained. Training again, or at other hospitals, varies more.",
@@ -76,7 +77,7 @@ def load(path: Path) -> Report:
 def render(report: Report) -> str:
     """Give the HTML page."""
     environment = page.environment(Path(__file__).parent / "templates")
-    environment.filters.update(number=_show_number, interval=_show_interval, epsilon=show_epsilon)
+    environment.filters.update(number=_show_number, interval=_show_interval, epsilon=show_epsilon, ordered=_ordered)
     pictures = {question.name: plots.question(question) for question in report.questions}
     return environment.get_template("report.html.j2").render(
         report=report,
@@ -101,7 +102,7 @@ def flow(question: Question, sites: tuple[SiteSummary, ...] = ()) -> list[Step]:
     trained = [("train the model", sum(site.train for site in sites)), ("tune it", sum(site.tuning for site in sites))]
     if sites:
         steps.append(Step(sum(site.patients for site in sites), "patients of all sites", tuple(trained)))
-    left = tuple((f"not asked: {reason}", number) for reason, number in counts.excluded.items() if number)
+    left = tuple((f"not asked: {reason}", number) for reason, number in sorted(counts.excluded.items()) if number)
     lost = (("no answer: the record ends before it", counts.censored),) if counts.censored else ()
     return [
         *steps,
@@ -195,6 +196,12 @@ def show_figure(figure: Figure | None, *, signed: bool = False) -> str:
         return "–"
     interval = _show_interval(figure, signed)
     return f"{_show_number(figure, signed)} ({interval})" if interval else _show_number(figure, signed)
+
+
+def _ordered(names: Iterable[str]) -> list[str]:
+    """Names of figures in the order of tables: a report that was read again has them in another."""
+    ranks = {name: rank for rank, name in enumerate(_ORDER)}
+    return sorted(names, key=lambda name: (ranks.get(name.split(" at ")[0], len(ranks)), name))
 
 
 def _show_number(figure: Figure, signed: bool) -> str:

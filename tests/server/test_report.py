@@ -294,6 +294,10 @@ def test_groups_and_decision_curve_stand_in_the_page(report: Report, question: Q
     said = " ".join(" ".join(_Page(page).text).split())
     for phrase in ("Groups of patients", "sex: F", "C-index", "AUC at 7 d", "net benefit", "AUROC by a day"):
         assert phrase in said
+    again = replace(card, groups=tuple(
+        replace(group, figures=dict(sorted(group.figures.items())), difference=dict(sorted(group.difference.items())))
+        for group in card.groups))  # fmt: skip
+    assert render(replace(report, questions=(replace(question, score=again),))) == page
     women = card.groups[1].difference["AUROC"].value
     assert women is not None
     assert f"{women:+.3f}".replace("-", "−") in said
