@@ -193,7 +193,7 @@ def tell(
 ) -> Told:
     """Estimate as `estimate` does, and keep what was drawn, to be looked at; arguments are the same."""
     tokens = task_tokens(task, codebook)
-    stop = _stop(task, tokens, max_tokens)
+    stop = stop_of(task, tokens, max_tokens)
     rolled = rollout(
         decoder, codebook, list(cohort.prompts), trajectories=trajectories, stop=stop, seed=seed, keep_tokens=True
     )
@@ -201,7 +201,7 @@ def tell(
     by_day = np.cumsum(drawn.curve[:, :, 0], axis=2)
     errors = [_ratio_error(by_day[:, :, cell], drawn.told, drawn.used) for cell in range(by_day.shape[2])]
     error = np.stack(errors, axis=1) if errors else np.zeros((len(cohort), 0))
-    return Told(rolled, _estimates(drawn, task, stop), error)
+    return Told(rolled, _estimates(drawn, task), error)
 
 
 def grid_days(task: Task) -> NDArray[np.float64]:

@@ -274,9 +274,10 @@ def compare(
     table, once = [], np.ones((1, len(truth)))
     for arm, point in points.items():
         values = {name: float(measure(point, once)[0]) for name, measure in _MEASURES.items()}
-        if calibrated:
-            values |= zip(("slope", "intercept"), (float(each[0]) for each in _recalibrated(point, once)), strict=True)
         measures = {name: _measure(truth, name, value, drawn[arm][name]) for name, value in values.items()}
+        if calibrated:
+            fitted = zip(("slope", "intercept"), _recalibrated(point, once), strict=True)
+            measures |= {name: interval(float(value[0]), drawn[arm][name]) for name, value in fitted}
         measures["ece"] = of_gaps(_gaps(point, once)[0], gaps[arm]) if len(truth) else Measure(_NAN, _NAN, _NAN, _EMPTY)
         difference = None
         if arm != against:
@@ -348,7 +349,7 @@ def by_weight(labels: ArrayLike, scores: ArrayLike) -> dict[str, Callable[[Float
     """
     truth = _labels(labels)
     point = Points(truth, _scores("the risks", scores, len(truth)))
-    told = {name: partial(measure, point) for name, measure in _MEASURES.items() if name != "ece"}
+    told = {name: partial(measure, point) for name, measure in _MEASURES.items()}
     return {**told, "gaps": partial(_gaps, point)}
 
 
@@ -436,7 +437,6 @@ _MEASURES: dict[str, Callable[[Points, Floats], Floats]] = {
     "auroc": _auroc,
     "auprc": _auprc,
     "brier": _brier,
-    "ece": _ece,
 }
 
 
