@@ -31,6 +31,7 @@ from federation.masking import MaskingError
 from federation.messages import Kept, ProtocolError, SurveyReply, SurveyRequest, TrainRequest, is_site_name, printable
 from federation.update import Layout
 from server import assessment
+from server.central_cohort import Central
 from server.home import CoordinatorHome
 from server.journal import GIVEN_UP, Journal, Phase
 from server.ledger import Ledger
@@ -52,7 +53,7 @@ app = ServerApp()
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished run leaves: the last checkpoint, the best by tuning loss, and what they belong to."""
+    """What a finished run leaves: the last checkpoint, the best one, and what they belong to."""
 
     checkpoint: Path
     best_checkpoint: Path
@@ -112,11 +113,14 @@ def _lead(run_dir: Path, plan: FederationPlan, post: Post, journal: Journal, wis
     journal.begin(manifest)
     post.tell(Event("run.begun", journal.committed(), text=manifest.hash))
     spool = Spool(run_dir, manifest)
-    rounds = Rounds(manifest, Layout.of_config(manifest.model).size, journal, spool, post.tell)
+    rounds = Rounds(manifest, Layout.of_config(manifest.model).size, journal, spool, post.tell, plan.central)
+    tester = _tester(run_dir, plan, codebook)
     roster = Roster(post, journal, manifest, codebook)
     while not rounds.finished:
         wishes.between_rounds()
-        _lead_round(rounds, roster, post, plan, wishes)
+        _lead_round(rounds, roster, post, plan, wishes, tester)
+    if rounds.early:
+        post.tell(Event("run.early", rounds.number - 1, text=f"no better than round {rounds.best()}"))
     last, best = rounds.number - 1, rounds.best()
     outcome = Outcome(
         checkpoint=spool.checkpoint_path(last),
@@ -245,7 +249,21 @@ def _book_of(run_dir: Path) -> Iterator[Journal]:
         raise ConfigError(f"{run_dir} holds no run that has begun: there is no ledger of it.")
 
 
-def _lead_round(rounds: Rounds, roster: Roster, post: Post, plan: FederationPlan, wishes: Wishes) -> None:
+Tester = Callable[[int, Callable[[], None]], Mapping[str, float]]
+"""Asks the checkpoint of a round the coordinator's own questions; what it is given is called now and then."""
+
+
+def _tester(run_dir: Path, plan: FederationPlan, codebook: Codebook) -> Tester | None:
+    """Make ready what the coordinator asks by itself; what is wrong with its records shows before the first round."""
+    if plan.central is None:
+        return None
+    central = Central.open(run_dir, plan.central, codebook, plan.split, plan.seed)
+    return lambda number, watch: central.figures(run_dir / "checkpoints" / f"{number:04d}.safetensors", watch)
+
+
+def _lead_round(
+    rounds: Rounds, roster: Roster, post: Post, plan: FederationPlan, wishes: Wishes, tester: Tester | None
+) -> None:
     if rounds.given_up:
         rounds.open()
         rounds.pass_over()
@@ -280,6 +298,8 @@ def _lead_round(rounds: Rounds, roster: Roster, post: Post, plan: FederationPlan
         rounds.score_sum(losses.entry)
     else:
         rounds.score(evaluation, answers)
+    if tester is not None and rounds.to_test:
+        rounds.tested(tester(rounds.number, wishes.between_answers))
     _assess(rounds, nodes, post)
     rounds.commit()
 

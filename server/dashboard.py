@@ -227,8 +227,18 @@ def _cell(value: object) -> object:
 def _pictures(found: RunView) -> dict[str, object]:
     trained = {each.number: each.loss for each in found.rounds if each.loss is not None}
     tuned = {each.number: each.tuning for each in found.rounds if each.tuning is not None}
+    central = {
+        name: {each.number: each.central[name] for each in found.rounds if name in each.central}
+        for name in sorted({name for each in found.rounds for name in each.central})
+    }
+    asked = [Curve(name, values, main=name == "auroc") for name, values in central.items() if name != "loss"]
     sites = [Curve(name, values) for name, values in found.by_site.items()]
     return {
+        "central": curves.draw(asked, "The coordinator's own questions by round.", "AUROC and Brier score"),
+        "central_loss": curves.draw(
+            [Curve("loss", central.get("loss", {}), main=True)], "Loss on the coordinator's cohort.", "nats a token"
+        ),
+        "central_kinds": curves.kinds([curve.name for curve in asked if not curve.main]),
         "training": curves.draw([Curve("all sites", trained, main=True)], "Training loss by round.", "nats a token"),
         "tuning": curves.draw(
             [*sites, Curve("all sites", tuned, main=True)], "Loss on tuning patients by round.", "nats a token"

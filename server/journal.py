@@ -331,6 +331,20 @@ class Journal:
 
         self._ledger.write(work)
 
+    def note_central(self, number: int, figures: Mapping[str, float]) -> None:
+        """Note what the coordinator's own questions say of a round's model."""
+
+        def work(session: Session) -> None:
+            run = self._get(session).id
+            _measure(session, run, number, figures)
+            note(session, "coordinator", "round.tested", run, number)
+
+        self._ledger.write(work)
+
+    def figures(self, name: str) -> dict[int, float]:
+        """Give a figure of the whole federation by round."""
+        return {row.round: row.value for row in self._rows(tables.Metric) if row.name == name and not row.site}
+
     def scores(self) -> list[ScoreEntry]:
         """Give all evaluations, by round, split and site."""
         entries = [

@@ -29,6 +29,7 @@ from federation.planner import noise_for
 from federation.update import Layout
 from model.decoder import DecoderConfig, preset
 from model.train import TrainOptions
+from server.central import CentralPlan
 from tokenizer.codebook import Codebook, TokenizerOptions
 from tokenizer.errors import ConfigError
 from tokenizer.split import SplitRule
@@ -141,6 +142,8 @@ class FederationPlan:
             take their place.
         tasks: the questions that sites answer about their own patients; of a private run with noise, for which
             `privacy.epsilon` pays, too.
+        central: what the coordinator asks the model by itself every few rounds, and when the run ends early for it; no
+            part of the agreement with sites.
         codebook: a fixed codebook's bytes; without, one is built from the sites' surveys.
     """
 
@@ -170,6 +173,7 @@ class FederationPlan:
     stage_deadline_s: float = 600.0
     signed_wait_s: float = 0.0
     tasks: TaskEvaluation | None = None
+    central: CentralPlan | None = None
     codebook: bytes | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -249,6 +253,8 @@ class FederationPlan:
         """Give canonical JSON in which a fixed codebook is named by the sha256 of its bytes."""
         named = None if self.codebook is None else hashlib.sha256(self.codebook).hexdigest()
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if self.central is None:
+            del fields["central"]  # as in plans of runs that began before there was such a thing
         return canonical.encode({**fields, "codebook": named})
 
     @classmethod

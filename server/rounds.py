@@ -35,6 +35,7 @@ from federation.messages import (
 from federation.update import norm
 from server.aggregate import Combined, GlobalState, TooFewUpdates, Update, combine, outer_step
 from server.assessment import Assessment
+from server.central import PREFIX, CentralPlan
 from server.journal import GIVEN_UP, Checkpoint, Journal, Phase, ReplyEntry, ScoreEntry, Status, SumEntry, Work
 from server.sums import MaskedSum, SumStore
 from server.unmask import Opening
@@ -98,7 +99,15 @@ class Store(SumStore, Protocol):
 class Rounds:
     """The rounds of one run, from the first that is not committed."""
 
-    def __init__(self, manifest: Manifest, size: int, journal: Journal, store: Store, listen: Listener) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        size: int,
+        journal: Journal,
+        store: Store,
+        listen: Listener,
+        central: CentralPlan | None = None,
+    ) -> None:
         """Take up the run where its ledger says it is.
 
         Args:
@@ -107,8 +116,9 @@ class Rounds:
             journal: the ledger.
             store: where vectors are kept.
             listen: told of every decision after it is durable.
+            central: how the coordinator's own questions choose the best round, and end the run.
         """
-        self.manifest = manifest
+        self.manifest, self._central = manifest, central
         self._size, self._journal, self._store, self._listen = size, journal, store, listen
         self.number = journal.committed() + 1
         self._state = self._load(self.number - 1)
@@ -118,8 +128,15 @@ class Rounds:
 
     @property
     def finished(self) -> bool:
-        """Tell whether all rounds are committed."""
-        return self.number > self.manifest.rounds
+        """Tell whether all rounds are committed, or as many as it takes: see `CentralPlan.patience`."""
+        return self.number > self.manifest.rounds or self.early
+
+    @property
+    def early(self) -> bool:
+        """Tell whether the run is over before its last round, as its model grows no better."""
+        if self._central is None or self.number > self.manifest.rounds:
+            return False
+        return self._central.over(self._tested(self.number - 1))
 
     @property
     def masked(self) -> bool:
@@ -306,6 +323,24 @@ class Rounds:
         loss = entry.nll / entry.tokens if entry.tokens else math.nan
         self._tell("round.evaluated", text=entry.reason, values={self._counted: entry.tokens, "loss": loss})
 
+    @property
+    def to_test(self) -> bool:
+        """Tell whether the coordinator's own questions are to be asked after the open round: once, whoever crashes."""
+        due = self._central is not None and self._central.due(self.number, self.manifest.rounds)
+        return due and self.phase is Phase.EVALUATED and self.number not in self._tested(self.number)
+
+    def tested(self, figures: Mapping[str, float]) -> None:
+        """Note what the coordinator's own questions say of the open round's model."""
+        self._journal.note_central(self.number, figures)
+        self._tell("round.tested", values=figures)
+
+    def _tested(self, last: int) -> dict[int, float]:
+        """The metric that chooses the best round, by round up to `last`."""
+        if self._central is None:
+            return {}
+        values = self._journal.figures(f"{PREFIX}{self._central.metric}")
+        return {number: value for number, value in values.items() if number <= last}
+
     def assessment(self, deadline_s: float) -> AssessRequest | None:
         """Give the request that puts the run's questions to the sites, of an evaluated round; None if there is none.
 
@@ -363,10 +398,12 @@ class Rounds:
         self._sweep()
 
     def best(self) -> int:
-        """Give the committed round with the lowest tuning loss; the last one when no round was evaluated."""
+        """Give the best committed round: by the coordinator's own questions, else by tuning loss, else the last."""
         return self._best(self.number - 1)
 
     def _best(self, last: int) -> int:
+        if self._central is not None and (best := self._central.best(self._tested(last))) is not None:
+            return best
         losses = {number: loss for number, loss in self._journal.losses(TUNING).items() if number <= last}
         return min(losses, key=lambda number: (losses[number], number), default=last)
 

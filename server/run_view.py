@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from federation.manifest import Manifest
 from server import tables
+from server.central import PREFIX
 from server.ledger import Ledger
 from server.ledger_entries import (
     ApprovalEntry,
@@ -64,13 +65,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class RoundView:
-    """A round; losses in nats a token, None where nobody told one."""
+    """A round; losses in nats a token, None where nobody told one; `central` are the coordinator's own figures."""
 
     number: int
     phase: str
     answers: tuple[Answer, ...]
     loss: float | None
     tuning: float | None
+    central: Mapping[str, float]
     seconds: Mapping[str, float]
 
     @property
@@ -148,7 +150,9 @@ class RunView:
         of = f" of {self.manifest.rounds}" if self.manifest else ""
         state = f"{self.entry.name} is {self.entry.state}"
         if self.open is None or self.entry.state == RunState.FINISHED:
-            return f"{state}: {self.committed}{of} rounds are done."
+            fewer = self.manifest is not None and self.committed < self.manifest.rounds
+            early = " It ended early: later rounds were no better." if fewer and self.entry.state == "finished" else ""
+            return f"{state}: {self.committed}{of} rounds are done.{early}"
         count = len(self.open.answers)
         answers = f"{count} of {max(count, len(self.sites))} sites have answered"
         return f"{state}: round {self.open.number}{of}, {PHASES.get(self.open.phase, self.open.phase)}; {answers}."
@@ -225,6 +229,7 @@ def _round(number: int, phase: str, answers: Sequence[Answer], metrics: Sequence
         answers=tuple(answer for answer in answers if answer.round == number),
         loss=own.get("train.loss"),
         tuning=own.get("tuning.loss"),
+        central={name.removeprefix(PREFIX): value for name, value in own.items() if name.startswith(PREFIX)},
         seconds={name.removeprefix("seconds."): value for name, value in own.items() if name.startswith("seconds.")},
     )
 

@@ -25,12 +25,14 @@ from federation.masking import MaskingOptions
 from federation.tallies import Form
 from model.train import TrainOptions
 from server.app import Outcome
+from server.central import CentralPlan
 from server.plan import FederationPlan, PrivacyPlan
 from server.rounds import Event
 from simulation.config import Study, Training
 from simulation.engine import roster_of, run_federation
 from simulation.engine_processes import run_as_processes
 from simulation.engine_ray import RayPlayers
+from simulation.hospital import PROFILES, profile_of, write_hospital
 from simulation.pool import Pool
 from simulation.scenario import Scenario
 from tokenizer import durable
@@ -41,6 +43,9 @@ from tokenizer.progress import Step, Watch
 from tokenizer.split import SplitRule
 
 FEDERATED, POOLED = "federated", "pooled"
+SERVER = ".server"
+"""The folder of the server's own made-up patients, beside those of the sites."""
+_OTHERS = 1_000_003
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,8 @@ def _train_federated(
             clip_norm=train.clip_norm,
         )
         transport = Transport(**study.transport.model_dump())
-        plan = replace(plan, outer=outer, sites_per_round=train.sites_per_round, transport=transport)
+        central = _central(study, folder)
+        plan = replace(plan, outer=outer, sites_per_round=train.sites_per_round, transport=transport, central=central)
         outcome = _run(study, plan, sites, folder, pool, listen)
         if not ready.done():  # every round was committed before
             ready.set_result((folder / "codebook.json").read_bytes())
@@ -168,6 +174,30 @@ def _run(
         with RayPlayers(pool.workers) as players:
             return run_federation(plan, sites, folder, None, listen, scenario, players.answer)
     return run_federation(plan, sites, folder, pool, listen, scenario)
+
+
+def _central(study: Study, folder: Path) -> CentralPlan | None:
+    """What the server itself asks the federated arm, and about whom."""
+    if (chosen := study.evaluation.central) is None:
+        return None
+    records = chosen.data
+    if records is None:
+        records = folder.parent.parent / "records" / SERVER / "records"
+        if not (records.parent / "truth.parquet").exists():
+            profile = profile_of((study.data.hospitals or tuple(PROFILES))[0])
+            # Other patients than those of the hospital of this kind, whatever their ids.
+            write_hospital(records.parent, profile, chosen.patients, study.seed + _OTHERS)
+    return CentralPlan(
+        str(records.absolute()),
+        study.task,
+        every=chosen.every or study.training.evaluate_every,
+        trajectories=chosen.trajectories,
+        max_tokens=study.evaluation.max_tokens,
+        metric=chosen.metric,
+        patience=chosen.patience,
+        foreign=True,
+        most=chosen.most,
+    )
 
 
 def _at_sites(study: Study) -> TaskEvaluation | None:
@@ -242,6 +272,8 @@ class _Progress:
             self._arrived += 1
         elif event.kind == "round.evaluated":
             self._note = f"tuning loss {event.values['loss']:.3f}"
+        elif event.kind == "run.early":
+            self._round, self._arrived, self._note = self._rounds, 0, f"over after round {event.round}: {event.text}"
         elif event.kind == "round.committed":
             self._round, self._arrived = event.round, 0
         else:

@@ -295,6 +295,23 @@ class AtSites(_Section):
     delta: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-6
 
 
+class Central(_Section):
+    """Questions that the server itself asks the federated arm's model between rounds; see docs/rounds.md.
+
+    About the patients of the MEDS dataset `data`, none of whom is at a site; in a synthetic study, without it, of one
+    more made-up hospital of so many `patients`. The best round follows from `metric`, and after `patience` evaluations
+    in a row without a better one the arm ends early (0: never). `every` is `training.evaluate_every` if left out.
+    """
+
+    data: Path | None = None
+    patients: _Positive = 300
+    every: _Positive | None = None
+    trajectories: _Positive = 16
+    metric: Literal["auroc", "brier", "loss"] = "auroc"
+    patience: Annotated[int, Field(ge=0)] = 0
+    most: _Positive = 500
+
+
 class Evaluation(_Section):
     """How the questions are answered: trajectories for each patient, their cap, the bootstrap."""
 
@@ -302,6 +319,7 @@ class Evaluation(_Section):
     max_tokens: _Positive = 256
     resamples: Annotated[int, Field(ge=100)] = 2000
     at_sites: AtSites | None = None
+    central: Central | None = None
 
 
 def _taken(tasks: Any) -> tuple[Task, ...]:
@@ -377,6 +395,14 @@ class Study(_Section):
             )
         if self.scenario is not None and self.engine.kind == "processes":
             raise ValueError('scenario: real processes have real troubles; take engine.kind = "local" or "ray"')
+        central = self.evaluation.central
+        if central is not None and central.data is None and self.data.kind != "synthetic":
+            raise ValueError("evaluation.central.data is missing: name a MEDS dataset whose patients are at no site")
+        if central is not None and central.patience and self.evaluation.at_sites is not None:
+            raise ValueError(
+                "evaluation.central.patience: sites answer questions themselves after the last round that was agreed; "
+                "leave out patience, or [evaluation.at_sites]"
+            )
         if not self.task:
             raise ValueError("task: ask at least one question in a [[task]] table, or name a task file")
         names = [task.name for task in self.task]
@@ -420,6 +446,9 @@ def read(path: Path, *, data: Path | None = None, records: bool = True) -> Study
         if data is not None:
             table["path"] = str(data.absolute())
         _anchor(table, path.parent)
+    central = raw["evaluation"].get("central") if isinstance(raw.get("evaluation"), dict) else None
+    if isinstance(central, dict) and isinstance(central.get("data"), str):
+        central["data"] = str((path.parent / central["data"]).absolute())
     problems: list[str] = []
     if "task" in raw:
         raw["task"], problems = tasks_of(raw["task"], str(path), path.parent)

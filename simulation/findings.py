@@ -26,6 +26,7 @@ from model.cohort import join
 from model.people import groups_of
 from server.app import Outcome
 from server.assessment import Assessment
+from server.central import PREFIX
 from server.journal import GIVEN_UP, Journal, Status
 from server.results import Codebook as CodebookSummary
 from server.results import (
@@ -208,7 +209,19 @@ def _settings(result: Result, federated: Arm) -> tuple[tuple[str, str], ...]:
         ),
         ("Privacy", _privacy(manifest)),
         *_tuning(federated, manifest),
+        *_central(study, federated, manifest),
     )
+
+
+def _central(study: Study, federated: Arm, manifest: Manifest) -> tuple[tuple[str, str], ...]:
+    """What the server's own questions said, and whether they ended the federated arm."""
+    if (chosen := study.evaluation.central) is None:
+        return ()
+    with Journal(federated.folder / "ledger.sqlite") as journal:
+        values, done = journal.figures(f"{PREFIX}{chosen.metric}"), journal.committed()
+    told = ", ".join(f"{value:.3f} after round {number}" for number, value in sorted(values.items()))
+    early = f"; ended early, after round {done}" if done < manifest.rounds else ""
+    return (("The server's own questions", f"{chosen.metric} on its own cohort: {told or 'none was told'}{early}"),)
 
 
 def _tuning(federated: Arm, manifest: Manifest) -> tuple[tuple[str, str], ...]:

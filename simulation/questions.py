@@ -339,7 +339,7 @@ class _Roll:
             "task": question.task.hash,
             "trajectories": study.trajectories(question.task.name),
             "target_se": question.task.target_se,
-            "evaluation": study.evaluation.model_dump(),
+            "evaluation": study.evaluation.model_dump(exclude={"central"}),
             "seed": study.seed,
             "predictions": _predictions(question.cohort),
         }

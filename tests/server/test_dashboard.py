@@ -20,7 +20,7 @@ from federation.pki import Role
 from server import tables
 from server.dashboard import Dashboard
 from server.ledger import Ledger
-from server.ledger_entries import BudgetEntry, RefusalEntry
+from server.ledger_entries import BudgetEntry, MetricEntry, RefusalEntry
 from server.passwords import Passwords
 from server.run_entries import Checkpoint, Phase, SiteEntry, Status
 from server.tables import RunState
@@ -126,6 +126,15 @@ def test_the_run_page_shows_what_the_ledger_holds(anna: Browser) -> None:
                  "refused: the update is not finite: 12 values are NaN or infinite", "2.5 min"):  # fmt: skip
         assert told in text
     assert anna.get("/runs/stroke-2026").text.count("<polyline") == 5
+
+
+def test_the_run_page_shows_the_coordinators_own_questions(anna: Browser, watched: Watched) -> None:
+    for number, value in ((1, 0.61), (2, 0.7342)):
+        for name in ("central.auroc", "central.icu.auroc", "central.loss"):
+            watched.ledger.note_metric(watched.run, MetricEntry(number, name, value))
+    page = anna.get(f"/runs/{watched.run}").text
+    for phrase in ("AUROC, mean of the tasks", "icu.auroc", "on the coordinator&#39;s cohort", "0.7342"):
+        assert html.unescape(phrase) in html.unescape(page)
 
 
 def test_unknown_pages_and_runs_are_404(anna: Browser) -> None:
