@@ -22,12 +22,12 @@ from client.archive import Archive
 from client.site import SiteFiles
 from federation.manifest import Manifest
 from model import checkpoint
-from model.cohort import Cohort, cohort, join, refuse_trained
+from model.cohort import Cohort, Counts, cohort, join, refuse_trained
 from model.estimate import Estimates, estimate
 from model.people import groups_of
 from model.predictions import joined, prediction_table
 from model.tasks import Task
-from server.about import About, write_table
+from server.about import About, flow_of, write_table
 from server.futures import Model
 from server.trajectories import listed, prediction_frame
 from simulation.arms import FEDERATED, Arm
@@ -303,6 +303,29 @@ def write(
         table = table.with_columns(pl.Series(name, columns[name], pl.String) for name in groups if name in columns)
         tables.append(table)
     write_table(path, pl.concat(tables, how="diagonal_relaxed"), about)
+
+
+def about(model: Model, store: TokenStore, split: str, answers: Sequence[Answers]) -> About:
+    """Tell what the answers of one model about the patients of a store are of."""
+    kept = checkpoint.load(model.checkpoint)
+    facts = checkpoint.describe(kept)
+    wanted = {"parameters": "Parameters", "trained on": "Trained on", "round": "Round", "privacy": "Privacy"}
+    return About(
+        {found.task.name: flow_of(found.task, counts_of(found), found.cohort.notes) for found in answers},
+        (("Patients", f"{split} of {store.manifest['dataset']}"), *((wanted[key], facts[key]) for key in wanted)),
+        (
+            ("Model, sha256", hashlib.sha256(model.checkpoint.read_bytes()).hexdigest()),
+            ("Run manifest", facts["manifest"]),
+            ("Codebook", str(store.codebook_hash)),
+            ("Data", str(store.manifest["dataset_fingerprint"])),
+        ),
+    )
+
+
+def counts_of(found: Answers) -> Counts:
+    """Count a cohort, with those who were lost from sight: they were left out before the rollouts."""
+    counts = found.cohort.counts()
+    return replace(counts, predictions=counts.predictions + found.censored, censored=found.censored)
 
 
 class _Tally:
