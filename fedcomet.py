@@ -1020,7 +1020,12 @@ def score(
     group: Annotated[
         list[str] | None, typer.Option(help="A column whose values split the patients, such as sex; repeatable.")
     ] = None,
-    horizon: Annotated[float | None, typer.Option(help="Days at which the AUC over time is taken.")] = None,
+    horizon: Annotated[
+        float | None,
+        typer.Option(
+            help="Days at which the AUC over time is taken.", show_default="each task's own, where the file says it"
+        ),
+    ] = None,
     resamples: Annotated[int, typer.Option(min=50, help="Draws of patients for the intervals.")] = 500,
     out: Annotated[Path | None, typer.Option(help="Write all figures, with intervals, to this JSON file.")] = None,
     html: Annotated[
@@ -1033,13 +1038,13 @@ def score(
     from rich.console import Console
 
     from federation import canonical
-    from server.loose import horizon_of, report_of_file
+    from server.loose import horizons_of, report_of_file
     from server.report import write_report
     from server.scorecard import scorecards, table
     from tokenizer import durable
 
-    horizon = horizon_of(predictions) if horizon is None else horizon
-    cards = scorecards(pl.read_parquet(predictions), group or (), horizon_days=horizon, resamples=resamples)
+    days = horizons_of(predictions) if horizon is None else horizon
+    cards = scorecards(pl.read_parquet(predictions), group or (), horizon_days=days, resamples=resamples)
     for card in cards:
         Console().print(table(card))
     if out is not None:

@@ -61,11 +61,11 @@ def report_of_file(
     )
 
 
-def horizon_of(path: Path) -> float | None:
-    """The horizon of a file's only task in days, if it says one."""
+def horizons_of(path: Path) -> dict[str, float]:
+    """The horizons of a file's tasks in days, as far as it says."""
     about = read_about(path)
-    days = {asked.horizon_days for asked in about.questions.values()} if about else set()
-    return days.pop() if len(days) == 1 else None
+    asked = about.questions if about else {}
+    return {name: each.horizon_days for name, each in asked.items() if each.horizon_days is not None}
 
 
 def _question(

@@ -174,7 +174,8 @@ def headline(question: Question) -> str:
     if "federated" not in by_kind:
         return "No ranking can be measured: " + (question.arms[0].auroc.note if question.arms else "no arm") + "."
     federated = by_kind["federated"][0]
-    said = [f"The federated model ranks patients with an AUROC of {show_figure(federated.auroc)}"]
+    who = "The federated model" if federated.arm == "federated" else "The model"
+    said = [f"{who} ranks patients with an AUROC of {show_figure(federated.auroc)}"]
     if "alone" in by_kind:
         best = max(by_kind["alone"], key=lambda arm: arm.auroc.value or 0.0)
         said.append(f"the best single site reaches {show_figure(best.auroc)} ({best.arm})")

@@ -32,7 +32,7 @@ def scorecards(
     predictions: pl.DataFrame,
     groups: Sequence[str] = (),
     *,
-    horizon_days: float | None = None,
+    horizon_days: float | Mapping[str, float] | None = None,
     seed: int = 0,
     resamples: int = 500,
     least: int = 20,
@@ -42,7 +42,7 @@ def scorecards(
     Args:
         predictions: see the module.
         groups: columns whose values split the patients.
-        horizon_days: of the AUC over time; none leaves it out.
+        horizon_days: of the AUC over time, of all tasks or by the task's name; none leaves it out.
         seed, resamples: of the bootstrap over patients.
         least: the fewest patients of a group that is shown.
 
@@ -53,8 +53,12 @@ def scorecards(
     if missing := [name for name in wanted if name not in predictions.columns]:
         raise DataError(f"the predictions have no column {missing[0]!r}; they have {', '.join(predictions.columns)}")
     tasks = predictions.partition_by("task", as_dict=True, maintain_order=True)
-    options = (horizon_days, seed, resamples, least)
-    return tuple(_scorecard(str(name), table, groups, *options) for (name,), table in tasks.items())
+    options = (seed, resamples, least)
+    found = []
+    for (name,), table in tasks.items():
+        own = horizon_days.get(str(name)) if isinstance(horizon_days, Mapping) else horizon_days
+        found.append(_scorecard(str(name), table, groups, own, *options))
+    return tuple(found)
 
 
 def table(card: Scorecard) -> Table:

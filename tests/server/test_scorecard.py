@@ -11,7 +11,7 @@ from model import decisions, metrics, survival
 from model.cohort import Counts
 from model.subgroups import ALL
 from server.about import About, Asked, write_table
-from server.loose import horizon_of, report_of_file
+from server.loose import horizons_of, report_of_file
 from server.report import load, write_report
 from server.scorecard import scorecards, table
 from tokenizer.errors import DataError
@@ -110,8 +110,9 @@ def test_a_file_of_predictions_has_a_page_that_says_what_it_is_of(tmp_path: Path
     counts = Counts(140, 200, 100, 80, 20, {"age": 40})
     asked = Asked("Will it come back?", (("Asked at", "every LAB"),), counts, 7.0)
     write_table(path, table_, About({"back": asked}, (("Privacy", "none"),), (("Codebook", "cd" * 32),)))
-    assert horizon_of(path) == 7.0
-    cards = scorecards(table_, ["sex"], horizon_days=7.0, resamples=50)
+    assert horizons_of(path) == {"back": 7.0}
+    cards = scorecards(table_, ["sex"], horizon_days=horizons_of(path), resamples=50)
+    assert "AUC at 7 d" in cards[0].groups[0].figures
     report = report_of_file(path, cards, resamples=100)
     write_report(tmp_path / "page.html", report)
     assert load(tmp_path / "page.json") == report
@@ -130,4 +131,4 @@ def test_a_file_that_says_nothing_of_itself_has_a_page_too(tmp_path: Path) -> No
     assert report.questions[0].counts == Counts(
         100, 200, *np.bincount(predictions()["label"] + 1)[[2, 1, 0]].tolist(), {}
     )
-    assert horizon_of(tmp_path / "p.parquet") is None
+    assert horizons_of(tmp_path / "p.parquet") == {}
