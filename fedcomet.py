@@ -68,6 +68,7 @@ _mount(app, "client", "task_commands")
 _mount(coordinator, "server")
 _mount(app, "simulation", "studies.commands")
 _mount(app, "simulation", "sizing_commands")
+_mount(app, "simulation", "reproduce_commands")
 
 # What several commands take.
 Records = Annotated[
@@ -170,8 +171,8 @@ SiteFolder = Annotated[Path, typer.Argument(help="The site's home, or its state 
 def main() -> None:
     """Run the command line; what a person can mend is told in one message, without a traceback.
 
-    Exit codes: 0 done, 1 it could not be done (the message says why), 2 wrong arguments, 3 an audit contradicts what is
-    claimed, 4 a run waits for sites that have signed a sum, 130 interrupted.
+    Exit codes: 0 done, 1 it could not be done (the message says why), 2 wrong arguments, 3 an audit or a
+    reproduction contradicts what is claimed, 4 a run waits for sites that have signed a sum, 130 interrupted.
     """
     debug = "--debug" in sys.argv
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR" if debug else "NONE")  # its own lines, beside our message
@@ -971,6 +972,10 @@ def evaluate(
         Path | None, typer.Option(help="A MEDS label file: predictions and answers of tasks with given = true.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write every prediction to this Parquet file, too.")] = None,
+    groups: Annotated[
+        str,
+        typer.Option(help="With --out: columns to split patients by, of age, sex and race as known at the prediction."),
+    ] = "age,sex,race",
     workers: Annotated[
         int | None, typer.Option(min=1, help="Worker processes; as many as there are cores when not given.")
     ] = None,
@@ -992,6 +997,8 @@ def evaluate(
 
     if split not in SPLITS:
         raise typer.BadParameter(f"choose one of {', '.join(SPLITS)}", param_hint="--split")
+    if unknown := sorted({*filter(None, groups.split(","))} - {"age", "sex", "race"}):
+        raise typer.BadParameter(f"{unknown[0]} is none of age, sex, race", param_hint="--groups")
     settings = config.read(study, records=False)
     with _bars() as watch, Pool(workers) as pool:
         given = None if labels is None else read_labels(labels)
@@ -1001,7 +1008,9 @@ def evaluate(
     for found in answers:
         console.print(question_table(question_of(settings, found, ())))
     if out is not None:
-        write(out, answers, about(asked, patients, split, answers), Codebook.load(asked.codebook))
+        chosen = tuple(filter(None, groups.split(",")))
+        words = Codebook.load(asked.codebook)
+        write(out, answers, about(asked, patients, split, answers), groups=chosen, codebook=words)
         console.print(f"all predictions: {out}")
 
 
@@ -1105,21 +1114,32 @@ def plausibility(
     futures: Annotated[Path, typer.Argument(help="What fedcomet rollout wrote: a MEDS dataset of simulated futures.")],
     records: Annotated[Path, typer.Argument(help="A MEDS dataset with the records of the same patients.")],
     days: Annotated[float, typer.Option(help="How far the rollouts looked, in days.")],
+    config: Config = None,
     out: Annotated[Path | None, typer.Option(help="Write the HTML page here, and JSON beside it.")] = None,
 ) -> None:
     """Hold simulated futures against what the records say of the same spans of time."""
     import polars as pl
     from rich.console import Console
 
+    from server.plausibility import in_words_of
     from server.plausibility import plausibility as compare
     from server.plausibility_page import table, write_page
+    from tokenizer.codebook import Codebook
     from tokenizer.events import MedsDataset
+    from tokenizer.prepare import records_of
+    from tokenizer.settings import agreed
 
-    told = futures / "trajectories.parquet"
-    if not told.is_file():
-        raise typer.BadParameter(f"{told} is missing; name what fedcomet rollout wrote", param_hint="FUTURES")
-    made, real = ([part.read(shard) for shard in part.shards] for part in map(MedsDataset.open, (futures, records)))
-    found = compare(pl.concat(real), pl.concat(made), pl.read_parquet(told), days)
+    for told in ("trajectories.parquet", "codebook.json"):
+        if not (futures / told).is_file():
+            raise typer.BadParameter(
+                f"{futures / told} is missing; name what fedcomet rollout wrote", param_hint="FUTURES"
+            )
+    words = Codebook.load(futures / "codebook.json")
+    source = records_of(MedsDataset.open(records), agreed(config, words).preparation)
+    made = MedsDataset.open(futures)
+    real = in_words_of(words, pl.concat([source.read(shard) for shard in source.shards]))
+    events = pl.concat([made.read(shard) for shard in made.shards])
+    found = compare(real, events, pl.read_parquet(futures / "trajectories.parquet"), days)
     Console().print(table(found))
     if out is not None:
         write_page(out, found, f"Simulated futures of {days:g} days")

@@ -4,6 +4,8 @@ Notable choices:
 - The future begins where knowledge ends: with `known = "before"` an outcome at the prediction itself is still to come,
   else it is decided. Within any one time the outcome comes before competing events: a death and a discharge recorded at
   the same moment are a death.
+- What is counted, measured or listed is asked for from the prediction on, whatever came before: there only competing
+  events decide. (Else nobody who had a laboratory test in the first hours could be asked about those of the rest.)
 - Nobody is dropped in silence: every patient or start that isn't asked about is counted with its reason, and
   `decisions` tells it patient by patient.
 - Patients who train are never asked about (`refuse_trained`).
@@ -42,6 +44,9 @@ EXCLUDED = "has what is excluded"
 AGE = "not of the age, or age unknown"
 NEW = "history too short"
 ABSENT = "not in this store"
+
+# Kinds of task that outcomes don't end.
+_GOES_ON = ("count", "value", "set")
 
 # Codes that are often dated at admission though they are assigned for billing, when a stay is over.
 _BILLED = ("ICD10CM", "ICD9CM", "DIAGNOSIS", "DRG", "ICD10PCS", "ICD9Proc", "HCPCS")
@@ -279,11 +284,11 @@ class Finder:
 
     def decisions(self, split: TokenSplit, patient: int) -> Iterator[Decision]:
         """What becomes of each possible prediction about the patient at a place of the split, by time."""
-        line = timeline(split, patient, self._codebook)
+        line, goes_on = timeline(split, patient, self._codebook), self.task.kind in _GOES_ON
         if self._late is not None and len(line.places):
             codes, begins, ends = (mask[line.nodes] for mask in self._late)
             line = retimed(line, moved_to(line.at, codes, begins, ends))
-        story = _Story.of(line, self.tokens)
+        story = _Story.of(line, self.tokens, goes_on)
         asked = self._asked(story)
         if not asked:
             # A label file is about those in it.
@@ -330,7 +335,8 @@ class Finder:
     def _unfit(self, story: "_Story", start: int, at: int, future: int) -> str | None:
         task, line = self.task, story.line
         own = start < future and (story.others == start).any()
-        between = any(((events > start) & (events < future)).any() for events in (story.outcomes, story.competing))
+        ending = (story.competing,) if task.kind in _GOES_ON else (story.outcomes, story.competing)
+        between = any(((events > start) & (events < future)).any() for events in ending)
         past = line.at < future
         checks = (
             (not task.given and (own or between), DECIDED),
@@ -382,9 +388,9 @@ class _Story:
     others: Ints
 
     @classmethod
-    def of(cls, line: Timeline, tokens: TaskTokens) -> "_Story":
+    def of(cls, line: Timeline, tokens: TaskTokens, goes_on: bool) -> "_Story":
         nodes, at = line.nodes, line.at
-        deciding = (tokens.outcome | tokens.competing) & ~tokens.trigger
+        deciding = (tokens.competing if goes_on else tokens.outcome | tokens.competing) & ~tokens.trigger
         masks = (tokens.trigger, tokens.outcome, tokens.competing, deciding)
         return cls(line, *(at[mask[nodes]] for mask in masks))
 

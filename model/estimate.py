@@ -125,7 +125,7 @@ def estimate(
             "above 0, 2 trajectories or more, and no less at most"
         )
     tokens = task_tokens(task, codebook)
-    stop = _stop(task, tokens, max_tokens)
+    stop = stop_of(task, tokens, max_tokens)
     reads = task.kind in ("count", "value", "set")
     drawn: Draws | None = None
     open_ = np.arange(len(cohort))
@@ -140,7 +140,7 @@ def estimate(
         found = draws_of(rolled, estimator, task, tokens, codebook, [prompt.elapsed_us for prompt in part.prompts])
         found = found.spread(open_, len(cohort))
         drawn = found if drawn is None else drawn.then(found)
-        estimates = _estimates(drawn, task, stop)
+        estimates = _estimates(drawn, task)
         if target_se is None or drawn.used.shape[1] >= most:
             return estimates
         open_ = open_[_uncertainty(drawn, estimates, estimator)[open_] > target_se]
@@ -154,7 +154,22 @@ def summarize(rolled: Rollouts, estimator: Estimator = "chances") -> Estimates:
     Raises:
         ConfigError: trajectories that were not drawn by the model's own probabilities.
     """
-    return _estimates(draws_of(rolled, estimator), None, None)
+    return _estimates(draws_of(rolled, estimator), None)
+
+
+def read_off(rolled: Rollouts, task: Task, codebook: Codebook, elapsed_us: Sequence[int]) -> Estimates:
+    """Turn trajectories that `stop_of` ended, with their tokens kept, into the answer that the task's kind asks for.
+
+    Args:
+        rolled: P x R trajectories.
+        task: the question.
+        codebook: the one that wrote the prompts.
+        elapsed_us: per prediction, time between the last event of the prompt and the prediction.
+
+    Raises:
+        ConfigError: trajectories that were not drawn by the model's own probabilities.
+    """
+    return _estimates(draws_of(rolled, "chances", task, task_tokens(task, codebook), codebook, elapsed_us), task)
 
 
 @dataclass(frozen=True)
@@ -178,7 +193,7 @@ def tell(
 ) -> Told:
     """Estimate as `estimate` does, and keep what was drawn, to be looked at; arguments are the same."""
     tokens = task_tokens(task, codebook)
-    stop = _stop(task, tokens, max_tokens)
+    stop = stop_of(task, tokens, max_tokens)
     rolled = rollout(
         decoder, codebook, list(cohort.prompts), trajectories=trajectories, stop=stop, seed=seed, keep_tokens=True
     )
@@ -186,7 +201,7 @@ def tell(
     by_day = np.cumsum(drawn.curve[:, :, 0], axis=2)
     errors = [_ratio_error(by_day[:, :, cell], drawn.told, drawn.used) for cell in range(by_day.shape[2])]
     error = np.stack(errors, axis=1) if errors else np.zeros((len(cohort), 0))
-    return Told(rolled, _estimates(drawn, task, stop), error)
+    return Told(rolled, _estimates(drawn, task), error)
 
 
 def grid_days(task: Task) -> NDArray[np.float64]:
@@ -196,7 +211,7 @@ def grid_days(task: Task) -> NDArray[np.float64]:
     return task.horizon_days * np.arange(1, _CURVE_POINTS + 1) / _CURVE_POINTS
 
 
-def _stop(task: Task, tokens: TaskTokens, max_tokens: int) -> Stop:
+def stop_of(task: Task, tokens: TaskTokens, max_tokens: int) -> Stop:
     """What ends a trajectory: what is counted goes on to the horizon."""
     if task.kind in ("count", "value", "set"):
         return Stop([np.zeros_like(tokens.outcome), tokens.competing], task.horizon_us, max_tokens)
@@ -294,7 +309,7 @@ def _counted_curve(rolled: Rollouts, task: Task) -> NDArray[np.float64]:
     return (inside & which & came[..., None, None]).astype(np.float64)
 
 
-def _estimates(drawn: Draws, task: Task | None, stop: Stop | None) -> Estimates:
+def _estimates(drawn: Draws, task: Task | None) -> Estimates:
     yes, told = drawn.yes.sum(axis=1), drawn.told.sum(axis=1)
     overall = yes.sum() / told.sum() if told.any() else 0.5
     safe = np.where(told > 0, told, 1.0)
@@ -309,7 +324,7 @@ def _estimates(drawn: Draws, task: Task | None, stop: Stop | None) -> Estimates:
         tokens_sampled=int(drawn.tokens.sum()),
         se=_ratio_error(drawn.yes, drawn.told, drawn.used),
     )
-    if task is None or stop is None:
+    if task is None:
         return found
     if drawn.curve.shape[-1]:
         curves = np.cumsum(drawn.curve.sum(axis=1), axis=2) / safe[:, None, None]

@@ -5,11 +5,11 @@ row of counts. All arms of a comparison see the same resamples, which makes thei
 drawn, not predictions: one who is asked about five times comes in or stays out five-fold.
 
 Sources: AUROC as the Mann-Whitney statistic with ties one half (Hanley and McNeil 1982); average precision as the
-step-wise sum over thresholds, without interpolation; percentile bootstrap (Efron and Tibshirani 1993, ch. 13);
-interval of a share by Wilson (1927).
+step-wise sum over thresholds, without interpolation; percentile bootstrap (Efron and Tibshirani 1993, ch. 13), but for
+calibration errors (`of_gaps`); interval of a share by Wilson (1927).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
@@ -28,6 +28,7 @@ _EMPTY = "no predictions"
 # Log-odds of 0 and 1 are infinite; risks from trajectories can be either.
 _LEAST_RISK = 1e-6
 _NEWTON_STEPS = 100
+_NAN = float("nan")
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Row:
     brier: Measure
     ece: Measure
     difference: Measure | None
+    slope: Measure | None = None
+    intercept: Measure | None = None
 
 
 @dataclass(frozen=True)
@@ -121,8 +124,8 @@ def recalibration(labels: ArrayLike, scores: ArrayLike) -> tuple[float, float]:
     (1.0, 0.0)
     """
     truth = _labels(labels)
-    risk = np.clip(_scores("scores", scores, len(truth)), _LEAST_RISK, 1 - _LEAST_RISK)
-    return fit_logistic(np.log(risk / (1 - risk)), truth, np.ones_like(truth)) or (float("nan"), float("nan"))
+    log_odds = _log_odds(_scores("scores", scores, len(truth)))
+    return fit_logistic(log_odds, truth, np.ones_like(truth)) or (float("nan"), float("nan"))
 
 
 def fit_logistic(log_odds: Floats, truth: Floats, weights: Floats) -> tuple[float, float] | None:
@@ -130,28 +133,63 @@ def fit_logistic(log_odds: Floats, truth: Floats, weights: Floats) -> tuple[floa
 
     None where a class has no weight, the variable doesn't differ, or separates the classes.
     """
+    slope, intercept = recalibrations(log_odds, truth, weights[None])
+    return None if np.isnan(slope[0]) else (float(slope[0]), float(intercept[0]))
+
+
+def recalibrations(log_odds: Floats, truth: Floats, weights: Floats, *, near: bool = False) -> tuple[Floats, Floats]:
+    """Fit the logistic regression of `recalibration` for many rows of weights at once.
+
+    Args:
+        log_odds: float64 [n].
+        truth: float64 [n], labels or true risks, in [0, 1].
+        weights: float64 [B, n], 0 or more.
+        near: begin at the fit of equal weights, which resamples are near; else at 0.
+
+    Returns:
+        Slopes and intercepts, float64 [B]; nan where there is none (see `fit_logistic`).
+    """
+    found = np.zeros((2, len(weights)))
+    if near:
+        found += np.nan_to_num(np.array(recalibrations(log_odds, truth, np.ones((1, len(truth))))))
+    yes, total = weights @ truth, weights.sum(axis=1)
     used = weights > 0
-    log_odds, truth, weights = log_odds[used], truth[used], weights[used]
-    if not 0 < truth.sum() < len(truth) or np.ptp(log_odds) == 0:
-        return None
-    design = np.stack([log_odds, np.ones_like(log_odds)], axis=1)
-    found = np.zeros(2)
+    spread = np.where(used, log_odds, -np.inf).max(1, initial=-np.inf) - np.where(used, log_odds, np.inf).min(
+        1, initial=np.inf
+    )
+    open_ = np.flatnonzero((yes > 0) & (yes < total) & (spread > 0))
+    done = np.zeros(len(weights), bool)
     for _ in range(_NEWTON_STEPS):
-        fitted = 1 / (1 + np.exp(-np.clip(design @ found, -30, 30)))
-        curvature = design.T @ (design * (weights * fitted * (1 - fitted))[:, None])
-        if np.trace(curvature) ** 2 > 1e12 * max(np.linalg.det(curvature), 0.0):  # as if singular
-            return None
-        step = np.linalg.solve(curvature, design.T @ (weights * (truth - fitted)))
-        found += step * min(1.0, 5.0 / max(np.abs(step).max(), 1e-12))
-        if np.abs(step).max() < 1e-10:
-            return float(found[0]), float(found[1])
-    return None
+        if not len(open_):
+            break
+        mine = weights[open_] if len(open_) < len(weights) else weights
+        fitted = 1 / (1 + np.exp(-np.clip(found[0, open_, None] * log_odds + found[1, open_, None], -30, 30)))
+        gap = mine * (truth - fitted)
+        fitted *= 1 - fitted
+        fitted *= mine
+        first, middle, last = fitted @ log_odds**2, fitted @ log_odds, fitted.sum(axis=1)
+        volume = first * last - middle**2
+        regular = (first + last) ** 2 <= 1e12 * np.maximum(volume, 0.0)  # else as if singular
+        safe = np.where(regular, volume, 1.0)
+        pull, push = gap @ log_odds, gap.sum(axis=1)
+        step = np.stack([last * pull - middle * push, first * push - middle * pull]) / safe
+        length = np.abs(step).max(axis=0)
+        found[:, open_] += np.where(regular, step * np.minimum(1.0, 5.0 / np.maximum(length, 1e-12)), 0.0)
+        ended = regular & (length < 1e-10)
+        done[open_[ended]] = True
+        open_ = open_[regular & ~ended]
+    return np.where(done, found[0], np.nan), np.where(done, found[1], np.nan)
+
+
+def _log_odds(risks: Floats) -> Floats:
+    risk = np.clip(risks, _LEAST_RISK, 1 - _LEAST_RISK)
+    return np.log(risk / (1 - risk))
 
 
 def weighted_auroc(labels: ArrayLike, scores: ArrayLike, weights: ArrayLike) -> float:
     """AUROC where predictions count by weights, float64 [n]; nan if a class is missing."""
     truth, values = checked(labels, scores)
-    return float(_auroc(_Points(truth, values), np.asarray(weights, np.float64)[None])[0])
+    return float(_auroc(Points(truth, values), np.asarray(weights, np.float64)[None])[0])
 
 
 def mae(truth: ArrayLike, told: ArrayLike) -> float:
@@ -197,6 +235,7 @@ def compare(
     resamples: int = 2000,
     reference: str | None = None,
     subjects: ArrayLike | None = None,
+    calibrated: bool = True,
 ) -> Comparison:
     """Measure arms on the same predictions, with 95 % intervals over patients and paired differences.
 
@@ -207,6 +246,7 @@ def compare(
         resamples: how often patients are drawn with replacement.
         reference: the arm that others are compared with; the first if None.
         subjects: whose prediction each is, [n]; every prediction its own patient if None.
+        calibrated: whether slopes and intercepts are fitted, which takes most of the time.
 
     Raises:
         DataError: labels other than 0 and 1, lengths that differ, risks that aren't finite, an unknown reference.
@@ -218,27 +258,27 @@ def compare(
     against = next(iter(scores)) if reference is None else reference
     if against not in scores:
         raise DataError(f"the reference arm {against!r} is not among {', '.join(scores)}")
-    owner = np.arange(len(truth)) if subjects is None else np.unique(np.asarray(subjects), return_inverse=True)[1]
-    if len(owner) != len(truth):
-        raise DataError(f"{len(truth)} labels but {len(owner)} subjects")
-    owner = owner.reshape(-1)
+    owner = owners(subjects, len(truth))
     patients = int(owner.max(initial=-1)) + 1
-    points = {arm: _Points(truth, values) for arm, values in scores.items()}
-    drawn: dict[str, dict[str, Floats]] = {arm: {name: np.empty(resamples) for name in _MEASURES} for arm in scores}
-    rng = np.random.default_rng(seed)
-    chance = np.full(max(patients, 1), 1 / max(patients, 1))
-    chunk = max(1, _CHUNK // max(len(truth), 1))
-    for start in range(0, resamples, chunk):
-        rows = slice(start, min(start + chunk, resamples))
-        size = rows.stop - rows.start
-        weights = rng.multinomial(patients, chance, size=size)[:, owner]
+    points = {arm: Points(truth, values) for arm, values in scores.items()}
+    wanted = (*_MEASURES, "slope", "intercept")
+    drawn: dict[str, dict[str, Floats]] = {arm: {name: np.empty(resamples) for name in wanted} for arm in scores}
+    gaps = {arm: np.empty((resamples, BINS)) for arm in scores}
+    for rows, weights in resampled(owner, seed, resamples):
         for arm, point in points.items():
             for name, measure in _MEASURES.items():
-                drawn[arm][name][rows] = measure(point, weights.astype(np.float64))
-    table = []
+                drawn[arm][name][rows] = measure(point, weights)
+            gaps[arm][rows] = _gaps(point, weights)
+            if calibrated:
+                drawn[arm]["slope"][rows], drawn[arm]["intercept"][rows] = _recalibrated(point, weights, near=True)
+    table, once = [], np.ones((1, len(truth)))
     for arm, point in points.items():
-        values = {name: float(measure(point, np.ones((1, len(truth))))[0]) for name, measure in _MEASURES.items()}
-        measures = {name: _measure(truth, name, values[name], drawn[arm][name]) for name in _MEASURES}
+        values = {name: float(measure(point, once)[0]) for name, measure in _MEASURES.items()}
+        measures = {name: _measure(truth, name, value, drawn[arm][name]) for name, value in values.items()}
+        if calibrated:
+            fitted = zip(("slope", "intercept"), _recalibrated(point, once), strict=True)
+            measures |= {name: interval(float(value[0]), drawn[arm][name]) for name, value in fitted}
+        measures["ece"] = of_gaps(_gaps(point, once)[0], gaps[arm]) if len(truth) else Measure(_NAN, _NAN, _NAN, _EMPTY)
         difference = None
         if arm != against:
             gap = values["auroc"] - auroc(truth, scores[against])
@@ -247,21 +287,76 @@ def compare(
     return Comparison(tuple(table), against, patients, len(truth), int(truth.sum()), resamples)
 
 
-def by_weight(labels: ArrayLike, scores: ArrayLike) -> dict[str, Callable[[Floats], Floats]]:
-    """Give `auroc`, `auprc`, `brier` and `ece` of the same rows as functions of their weights: [B, n] to [B].
+def owners(subjects: ArrayLike | None, size: int) -> NDArray[np.int64]:
+    """Number the patients of predictions from 0: int64 [n]; without subjects every prediction is its own patient.
 
-    A resample is a row of counts, a group of patients one with zeros for everybody else; bins of `ece` are those of all
-    rows. nan where a figure isn't defined.
+    Raises:
+        DataError: lengths differ.
+    """
+    owner = np.arange(size) if subjects is None else np.unique(np.asarray(subjects), return_inverse=True)[1]
+    if len(owner) != size:
+        raise DataError(f"{size} labels but {len(owner)} subjects")
+    return owner.reshape(-1)
+
+
+def resampled(owner: NDArray[np.int64], seed: int, resamples: int) -> Iterator[tuple[slice, Floats]]:
+    """Draw patients with replacement: places among the resamples, and how often each prediction counts, [B, n]."""
+    patients = int(owner.max(initial=-1)) + 1
+    rng = np.random.default_rng(seed)
+    chance = np.full(max(patients, 1), 1 / max(patients, 1))
+    chunk = max(1, _CHUNK // max(len(owner), 1))
+    for start in range(0, resamples, chunk):
+        rows = slice(start, min(start + chunk, resamples))
+        counts = rng.multinomial(patients, chance, size=rows.stop - rows.start)
+        yield rows, counts[:, owner].astype(np.float64)
+
+
+def of_gaps(seen: Floats, drawn: Floats) -> Measure:
+    """The expected calibration error with a 95 % interval, from `gaps` [BINS] and those of resamples [R, BINS].
+
+    Sizes of noisy gaps are too large, and those of resamples more so: percentiles leave out the truth, always for a
+    calibrated model. So the interval holds every error under which the one that was seen is no surprise: gaps of the
+    observed shape at that size, with the noise of the resamples, fall on either side of it more than 1 time in 40. The
+    estimate itself always lies inside.
+
+    Source: inversion of a test (Efron and Tibshirani 1993, ch. 12.3); the bias is that of Roelofs et al., "Mitigating
+    bias in calibration error estimation", AISTATS 2022.
+    """
+    total = float(np.abs(seen).sum())
+    noise = drawn[~np.isnan(drawn).any(axis=1)] - seen
+    if np.isnan(total) or not len(noise):
+        return Measure(total, _NAN, _NAN, "no resample in which it is defined")
+    shape = seen / total if total > 0 else np.full(len(seen), 1 / len(seen))
+
+    def crossing(share: float, low: float, high: float) -> float:
+        """The error at which this share of the draws is no larger than what was seen."""
+        for _ in range(30):
+            middle = (low + high) / 2
+            below = np.quantile(np.abs(shape * middle + noise).sum(axis=1), share) <= total
+            low, high = (middle, high) if below else (low, middle)
+        return (low + high) / 2
+
+    largest = total + float(np.abs(noise).sum(axis=1).max())
+    calm = np.quantile(np.abs(noise).sum(axis=1), 0.975) >= total
+    return Measure(total, 0.0 if calm else crossing(0.975, 0.0, total), max(total, crossing(0.025, 0.0, largest)))
+
+
+def by_weight(labels: ArrayLike, scores: ArrayLike) -> dict[str, Callable[[Floats], Floats]]:
+    """Give `auroc`, `auprc` and `brier` of the same rows as functions of their weights, [B, n] to [B], and `gaps`.
+
+    A resample is a row of counts, a group of patients one with zeros for everybody else. `gaps`, to [B, BINS], are what
+    `of_gaps` makes a calibration error of; their bins are those of all rows. nan where a figure isn't defined.
     """
     truth = _labels(labels)
-    point = _Points(truth, _scores("the risks", scores, len(truth)))
-    return {name: partial(measure, point) for name, measure in _MEASURES.items()}
+    point = Points(truth, _scores("the risks", scores, len(truth)))
+    told = {name: partial(measure, point) for name, measure in _MEASURES.items()}
+    return {**told, "gaps": partial(_gaps, point)}
 
 
 def roc(labels: ArrayLike, scores: ArrayLike) -> Curve:
     """Return the ROC curve: false against true positive rate; empty if a class is missing."""
     truth = _labels(labels)
-    point = _Points(truth, _scores("scores", scores, len(truth)))
+    point = Points(truth, _scores("scores", scores, len(truth)))
     positive, negative = point.by_score(np.ones((1, len(truth))))
     if not positive.sum() or not negative.sum():
         return Curve(np.zeros(0), np.zeros(0))
@@ -284,8 +379,8 @@ def calibration(labels: ArrayLike, scores: ArrayLike, bins: int = BINS) -> Calib
     return Calibration(predicted, observed, low, high, count.astype(np.int64))
 
 
-class _Points:
-    """Labels and scores of one arm, sorted once for all resamples."""
+class Points:
+    """Labels (or true risks) and scores of one arm, sorted once for all resamples."""
 
     def __init__(self, labels: Floats, scores: Floats) -> None:
         self.labels = labels
@@ -306,13 +401,13 @@ class _Points:
         return positive, np.add.reduceat(ranked, self._starts, axis=1) - positive
 
 
-def _auroc(point: _Points, weights: Floats) -> Floats:
+def _auroc(point: Points, weights: Floats) -> Floats:
     positive, negative = point.by_score(weights)
     below = np.cumsum(negative, axis=1) - 0.5 * negative
     return _ratio((positive * below).sum(1), positive.sum(1) * negative.sum(1))
 
 
-def _auprc(point: _Points, weights: Floats) -> Floats:
+def _auprc(point: Points, weights: Floats) -> Floats:
     positive, negative = point.by_score(weights)
     hits = np.cumsum(positive[:, ::-1], axis=1)
     called = hits + np.cumsum(negative[:, ::-1], axis=1)
@@ -320,20 +415,28 @@ def _auprc(point: _Points, weights: Floats) -> Floats:
     return _ratio((precision * positive[:, ::-1]).sum(1), positive.sum(1))
 
 
-def _brier(point: _Points, weights: Floats) -> Floats:
+def _brier(point: Points, weights: Floats) -> Floats:
     return _ratio(weights @ (point.scores - point.labels) ** 2, weights.sum(1))
 
 
-def _ece(point: _Points, weights: Floats) -> Floats:
+def _gaps(point: Points, weights: Floats) -> Floats:
     gap = (weights * (point.labels - point.scores)) @ point.member
-    return _ratio(np.abs(gap).sum(1), weights.sum(1))
+    total = weights.sum(1, keepdims=True)
+    return np.divide(gap, total, out=np.full_like(gap, np.nan), where=total > 0)
 
 
-_MEASURES: dict[str, Callable[[_Points, Floats], Floats]] = {
+def _ece(point: Points, weights: Floats) -> Floats:
+    return np.abs(_gaps(point, weights)).sum(1)
+
+
+def _recalibrated(point: Points, weights: Floats, *, near: bool = False) -> tuple[Floats, Floats]:
+    return recalibrations(_log_odds(point.scores), point.labels, weights, near=near)
+
+
+_MEASURES: dict[str, Callable[[Points, Floats], Floats]] = {
     "auroc": _auroc,
     "auprc": _auprc,
     "brier": _brier,
-    "ece": _ece,
 }
 
 
@@ -351,9 +454,9 @@ def _measure(truth: Floats, name: str, value: float, drawn: Floats) -> Measure:
     return Measure(value, float(low), float(high), note)
 
 
-def _plain(measure: Callable[[_Points, Floats], Floats], labels: ArrayLike, scores: ArrayLike) -> float:
+def _plain(measure: Callable[[Points, Floats], Floats], labels: ArrayLike, scores: ArrayLike) -> float:
     truth = _labels(labels)
-    return float(measure(_Points(truth, _scores("scores", scores, len(truth))), np.ones((1, len(truth))))[0])
+    return float(measure(Points(truth, _scores("scores", scores, len(truth))), np.ones((1, len(truth))))[0])
 
 
 def _labels(labels: ArrayLike) -> Floats:

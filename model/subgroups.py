@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from model.metrics import Measure, interval
+from model.metrics import Measure, interval, of_gaps
 from tokenizer.errors import DataError
 
 Rows = NDArray[np.int64]
@@ -19,7 +19,10 @@ Figure = Callable[[Rows], float]
 """A figure of some rows (indices, which may repeat); nan where it isn't defined."""
 
 Weighted = Callable[[NDArray[np.float64]], NDArray[np.float64]]
-"""Figures of all rows by their weights, float64 [B, n] to [B], as `model.metrics.by_weight` gives: much faster."""
+"""Figures of all rows by their weights, float64 [B, n] to [B], as `model.metrics.by_weight` gives: much faster.
+
+Gaps of a calibration curve, [B, n] to [B, BINS], become its error.
+"""
 
 ALL = "all"
 _WEIGHTS = 4_000_000
@@ -77,7 +80,7 @@ def by_group(
     for name, mask in masks.items():
         own = [*(weighted or {}), *figures, *(whole or {} if name == ALL else {})]
         figures_of = {figure: _told(told[name, figure]) for figure in own}
-        rest = {} if name == ALL else {figure: _told(told[name, figure, "minus"]) for figure in own}
+        rest = {} if name == ALL else {figure: _apart(told, name, figure) for figure in own}
         found.append(Group(name, sizes[name], int(mask.sum()), figures_of, rest))
     return tuple(found)
 
@@ -97,7 +100,8 @@ def _weighed(
             mine = figures[figure](weights * masks[name])
             found.setdefault((name, figure), []).append(mine)
             if name != ALL:
-                minus = mine - figures[figure](weights * ~masks[name])
+                rest = figures[figure](weights * ~masks[name])
+                minus = mine - rest if mine.ndim == 1 else (np.abs(mine) - np.abs(rest)).sum(axis=1)
                 found.setdefault((name, figure, "minus"), []).append(minus)
     return {key: np.concatenate(parts) for key, parts in found.items()}
 
@@ -118,7 +122,17 @@ def _measured(
 
 def _told(values: NDArray[np.float64]) -> Measure:
     """The figure of all rows, which comes first, with the interval of the draws."""
-    return interval(float(values[0]), values[1:])
+    return interval(float(values[0]), values[1:]) if values.ndim == 1 else of_gaps(values[0], values[1:])
+
+
+def _apart(told: Mapping[tuple[str, ...], NDArray[np.float64]], name: str, figure: str) -> Measure:
+    """How a group's figure differs from that of everybody else."""
+    values = told[name, figure, "minus"]
+    if told[name, figure].ndim == 1:
+        return _told(values)
+    # The noise of gaps makes errors too large, the more the smaller the group: no interval of resamples holds that.
+    nan = float("nan")
+    return Measure(float(values[0]), nan, nan, "without interval: it depends on the size of the group")
 
 
 def _resamples(subjects: NDArray[np.int64], seed: int, resamples: int) -> list[Rows]:

@@ -367,9 +367,11 @@ def task_tokens(task: Task, codebook: Codebook) -> TaskTokens:
     is_trigger = (trigger > 0) & (trigger >= np.maximum(outcome, competing))
     notes = []
     for part, prefixes in (("trigger", task.trigger), ("outcome", task.outcome), ("competing", task.competing)):
+        missing: dict[str, list[str]] = {}
         for prefix in prefixes:
             if not matching(codebook, (prefix,)).any():
-                notes.append(f"{part} {prefix}: no token of the codebook; {_shelter(prefix, codebook)}")
+                missing.setdefault(_shelter(prefix, codebook), []).append(prefix)
+        notes += [f"{part} {', '.join(told)}: no token of the codebook; {where}" for where, told in missing.items()]
     if task.unit:
         units = np.array([_unit(codebook.event(node)) for node in range(codebook.grammar.nodes)])
         if (other := sorted(set(units[is_outcome & (units != task.unit)]) - {""})) or not is_outcome.any():

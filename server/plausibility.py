@@ -7,7 +7,8 @@ horizon would look short, so they are left out and counted.
 A code's prevalence is the share of spans with the code; the RMSLE is over codes, of prevalence per 1,000 spans (0 where
 both agree); distances of distributions are Wasserstein's, on a logarithmic scale where the unit says so. Impossible
 events are counted in real records, too: what real records do is the measure. A code's unit is part of it, so values are
-compared by unit.
+compared by unit. Records are told in the model's words first (`in_words_of`): a model that was trained on mapped codes
+can't be held against codes as a source writes them.
 """
 
 import math
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from scipy.stats import wasserstein_distance
 
 from model import metrics
+from tokenizer.codebook import Codebook
 from tokenizer.errors import ConfigError, DataError
 
 Floats = NDArray[np.float64]
@@ -75,6 +77,22 @@ class Plausibility:
     pairs: tuple[tuple[str, str, float, float], ...]
     values: tuple[tuple[str, float, float, float], ...]
     quantiles: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]]
+
+
+def in_words_of(codebook: Codebook, records: pl.DataFrame) -> pl.DataFrame:
+    """Tell prepared records' events by the codes that a model can generate: rare ones by their ancestors.
+
+    Args:
+        codebook: the model's.
+        records: MEDS events, prepared as the codebook's records were; static facts and births stay as they are.
+    """
+    timed = pl.col("time").is_not_null() & (pl.col("code") != "MEDS_BIRTH")
+    told = {}
+    for code in records.filter(timed)["code"].unique().to_list():
+        nodes = codebook.grammar.events(np.array(codebook.tell(code).tokens, np.int32))[1]
+        told[code] = codebook.event(int(nodes[-1])) if len(nodes) else code
+    renamed = pl.col("code").replace(told) if told else pl.col("code")
+    return records.with_columns(pl.when(timed).then(renamed).otherwise("code").alias("code"))
 
 
 def plausibility(

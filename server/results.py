@@ -7,13 +7,14 @@ a reason, never nan.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from model import metrics
 from model.cohort import Counts
+from model.known_truth import AgainstTruth, against_truth
 from model.tasks import Task
 
 Kind = Literal["federated", "pooled", "ensemble", "personal", "alone", "supervised", "truth"]
@@ -52,6 +53,23 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class Known:
+    """An arm against the known risks of made-up patients, over endlessly many draws of their fates.
+
+    Attributes:
+        auroc: the expected one.
+        behind: the best possible AUROC (the true risk's) minus it, paired.
+        slope: of recalibration towards the true risks; 1 is perfect.
+        mean_risk: the arm's mean risk over the true mean; 1 is perfect.
+    """
+
+    auroc: Figure
+    behind: Figure
+    slope: Figure
+    mean_risk: Figure
+
+
+@dataclass(frozen=True)
 class ArmResult:
     """How well one arm answers a question.
 
@@ -63,6 +81,8 @@ class ArmResult:
         roc: false and true positive rates; empty where undefined.
         calibration: by bins.
         unresolved: share of trajectories that gave no answer; None where risks don't come from trajectories.
+        slope, intercept: of the logistic regression of outcomes on the log-odds of risks; 1 and 0 are perfect.
+        known: against the true risks, where they are known.
     """
 
     arm: str
@@ -75,6 +95,9 @@ class ArmResult:
     roc: tuple[tuple[float, ...], tuple[float, ...]]
     calibration: Calibration
     unresolved: float | None = None
+    slope: Figure = Figure(None)
+    intercept: Figure = Figure(None)
+    known: Known | None = None
 
 
 @dataclass(frozen=True)
@@ -354,7 +377,10 @@ def measure(
     against = reference or next((arm for arm in order if kinds[arm] == "federated"), order[0])
     arms = {arm: np.asarray(risks[arm], np.float64) for arm in order}
     truth = np.asarray(labels, np.float64)
-    table = metrics.compare(truth, arms, seed=seed, resamples=resamples, reference=against, subjects=subjects)
+    draws: dict[str, Any] = {"seed": seed, "resamples": resamples, "subjects": subjects}
+    table = metrics.compare(truth, arms, reference=against, **draws)
+    oracle = next((risk for arm, risk in arms.items() if kinds[arm] == "truth"), None)
+    known = {} if oracle is None or not len(truth) else against_truth(oracle, arms, **draws)
     own = []
     for number, site in enumerate(sites[0]) if sites is not None else ():
         mine = np.flatnonzero(sites[1] == number) if sites is not None else np.zeros(0, np.int64)
@@ -370,7 +396,10 @@ def measure(
         counts=counts,
         reference=against,
         resamples=resamples,
-        arms=tuple(_result(row, truth, arms[row.arm], kinds[row.arm], unresolved or {}) for row in table.rows),
+        arms=tuple(
+            _result(row, truth, arms[row.arm], kinds[row.arm], unresolved or {}, known.get(row.arm))
+            for row in table.rows
+        ),
         by_site=tuple(own),
         notes=notes,
         score=score,
@@ -378,8 +407,17 @@ def measure(
     )
 
 
+def _known(found: AgainstTruth) -> Known:
+    return Known(*(_figure(measure) for measure in vars(found).values()))
+
+
 def _result(
-    row: metrics.Row, truth: NDArray[np.float64], risk: NDArray[np.float64], kind: Kind, lost: Mapping[str, float]
+    row: metrics.Row,
+    truth: NDArray[np.float64],
+    risk: NDArray[np.float64],
+    kind: Kind,
+    lost: Mapping[str, float],
+    known: AgainstTruth | None,
 ) -> ArmResult:
     curve, bins = metrics.roc(truth, risk), metrics.calibration(truth, risk)
     return ArmResult(
@@ -393,6 +431,9 @@ def _result(
         roc=(tuple(curve.x.tolist()), tuple(curve.y.tolist())),
         calibration=Calibration(*(tuple(column.tolist()) for column in vars(bins).values())),
         unresolved=lost.get(row.arm),
+        slope=_figure(row.slope),
+        intercept=_figure(row.intercept),
+        known=None if known is None else _known(known),
     )
 
 
@@ -418,6 +459,7 @@ def _at_site(
         resamples=resamples,
         reference=alone or next(iter(parts)),
         subjects=subjects,
+        calibrated=False,
     ).rows
     gains = {row.arm: _figure(row.difference) for row in rows if alone and row.difference is not None}
     return tuple(
@@ -437,7 +479,9 @@ def _role(arm: str, kind: Kind, site: str) -> str:
     return {"federated": "global", "truth": "true risk"}.get(kind, kind)
 
 
-def _figure(measure: metrics.Measure) -> Figure:
+def _figure(measure: metrics.Measure | None) -> Figure:
+    if measure is None:
+        return Figure(None)
     value, low, high = (None if np.isnan(n) else float(n) for n in (measure.value, measure.low, measure.high))
     return Figure(value, low, high, measure.note)
 

@@ -156,7 +156,7 @@ def _weighted(columns: Mapping[str, NDArray]) -> dict[str, Weighted]:
     def of_known(measure: Weighted) -> Weighted:
         return lambda weights: measure(weights * known)
 
-    names = {"auroc": "AUROC", "auprc": "AUPRC", "brier": "Brier", "ece": "ECE"}
+    names = {"auroc": "AUROC", "auprc": "AUPRC", "brier": "Brier", "gaps": "ECE"}
     return {told: of_known(figures[name]) for name, told in names.items()}
 
 

@@ -11,7 +11,7 @@ Notable choices:
 """
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from model.cohort import Cohort, cohort
 from model.decoder import Decoder
-from model.estimate import summarize
+from model.estimate import Estimates, read_off, stop_of
 from model.history import prompt_at
+from model.predictions import prediction_table
 from model.rollout import Reason, Rollouts, Stop, rollout
 from model.tasks import Task, task_tokens
 from server.futures import Model, events_of, history_of
@@ -99,10 +100,11 @@ def write_trajectories(
 ) -> Written:
     """Roll out the futures of a split's patients and write them to a folder, which appears whole or not at all.
 
-    The folder is a MEDS dataset (`MedsDataset.open` reads it) with two more tables: `trajectories.parquet` (subject_id,
-    task, patient, prediction_time, trajectory, reason, event, elapsed_days, tokens; `event` is the place of the outcome
-    that ended it, -1 for none) and, when tasks are asked, `estimates.parquet` (task, subject_id, prediction_time,
-    label, risk, resolved; label is -1 where the record doesn't tell).
+    The folder is a MEDS dataset (`MedsDataset.open` reads it) with the codebook and two more tables:
+    `trajectories.parquet` (subject_id, task, patient, prediction_time, trajectory, reason, event, elapsed_days, tokens;
+    `event` is the place of the outcome that ended it, -1 for none) and, when tasks are asked, `estimates.parquet` with
+    the answer that each task's kind asks for (columns of `model.predictions`; label is -1 where the record doesn't
+    tell). What is counted, measured or listed goes on to the horizon; other trajectories end with the outcome.
 
     Args:
         model: checkpoint and codebook.
@@ -142,6 +144,7 @@ def write_trajectories(
 
     def finish(folder: Path) -> None:
         _write_table(folder / "trajectories.parquet", run.endings)
+        codebook.save(folder / "codebook.json")
         if run.estimates:
             _write_table(folder / "estimates.parquet", run.estimates)
 
@@ -159,7 +162,7 @@ class _Question:
     name: str
     cohort: Cohort
     stop: Stop
-    estimated: bool
+    task: Task | None = None
 
 
 class _Run:
@@ -219,20 +222,10 @@ class _Run:
                 }
             )
         )
-        if question.estimated:
-            found = summarize(rolled)
-            self.estimates.append(
-                pl.DataFrame(
-                    {
-                        "task": [question.name] * len(part),
-                        "subject_id": part.subject_ids,
-                        "prediction_time": times,
-                        "label": part.labels,
-                        "risk": found.risk,
-                        "resolved": found.resolved,
-                    }
-                )
-            )
+        if question.task is not None:
+            elapsed = [prompt.elapsed_us for prompt in part.prompts]
+            found = read_off(rolled, question.task, self._codebook, elapsed)
+            self.estimates.append(prediction_frame(question.task, part, found))
 
     def _events(self, part: Cohort, rolled: Rollouts, first: int) -> pl.DataFrame:
         runs = self._sampling.trajectories
@@ -250,9 +243,19 @@ class _Run:
         return pl.concat(frames)
 
     def _known(self, part: Cohort, place: int) -> pl.DataFrame:
+        """What the prompt tells, with the times that were recorded.
+
+        Where a task moved late codes to the end of their stay, times are those that the intervals' classes stand for.
+        """
         timeline, times = self._patients.timeline(self._place[int(part.subject_ids[place])])
-        length = len(part.prompts[place].tokens)
-        return history_of(timeline[:length], times[:length], self._codebook)
+        tokens, at = part.prompts[place].tokens, int(part.prediction_us[place])
+        before = min(int(np.searchsorted(times, at, side="left")), len(tokens))
+        if not np.array_equal(tokens[:before], timeline[:before]):
+            begun = at - part.prompts[place].elapsed_us - int(self._codebook.advance_us[tokens].sum())
+            return events_of(decode(tokens, self._codebook, start_us=begun))
+        # Of the prediction's own moment a prompt may hold a part only, such as the trigger.
+        recorded = np.concatenate([times[:before], np.full(len(tokens) - before, at)])
+        return history_of(tokens, recorded, self._codebook)
 
 
 def _at_moment(moment: Moment, patients: TokenSplit, codebook: Codebook, sampling: Sampling) -> _Question:
@@ -281,7 +284,7 @@ def _at_moment(moment: Moment, patients: TokenSplit, codebook: Codebook, samplin
         excluded={NO_EVENT: len(patients) - len(prompts)},
     )
     horizon_us = None if moment.days is None else round(moment.days * _DAY_US)
-    return _Question("", found, Stop(_ends(moment.until, codebook), horizon_us, sampling.max_tokens), False)
+    return _Question("", found, Stop(_ends(moment.until, codebook), horizon_us, sampling.max_tokens))
 
 
 def _ends(until: tuple[str, ...], codebook: Codebook) -> list[NDArray[np.bool_]]:
@@ -293,12 +296,25 @@ def _ends(until: tuple[str, ...], codebook: Codebook) -> list[NDArray[np.bool_]]
 
 
 def _of_task(task: Task, patients: TokenSplit, codebook: Codebook, sampling: Sampling) -> _Question:
-    tokens = task_tokens(task, codebook)
-    stop = Stop([tokens.outcome, tokens.competing], task.horizon_us, sampling.max_tokens)
-    return _Question(task.name, cohort(task, patients, codebook), stop, True)
+    stop = stop_of(task, task_tokens(task, codebook), sampling.max_tokens)
+    return _Question(task.name, cohort(task, patients, codebook), stop, task)
+
+
+def prediction_frame(task: Task, asked: Cohort, found: Estimates) -> pl.DataFrame:
+    """Answers and estimates of a cohort as a table; its columns are those of `model.predictions`, curves as lists."""
+    table = pl.DataFrame(listed(prediction_table(task, asked, found)))
+    return table.with_columns(pl.col("prediction_time").cast(pl.Datetime("us")))
+
+
+def listed(columns: Mapping[str, NDArray]) -> dict[str, pl.Series]:
+    """Make columns of polars of arrays [P], and lists of those [P, K]."""
+    return {
+        name: pl.Series(name, column.tolist()) if column.ndim > 1 else pl.Series(name, column)
+        for name, column in columns.items()
+    }
 
 
 def _write_table(path: Path, parts: Sequence[pl.DataFrame]) -> None:
     buffer = io.BytesIO()
-    pl.concat(parts).write_parquet(buffer)
+    pl.concat(parts, how="diagonal_relaxed").write_parquet(buffer)
     durable.write_bytes(path, buffer.getvalue())

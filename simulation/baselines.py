@@ -24,6 +24,9 @@ from tokenizer.store import TokenStore
 Floats = NDArray[np.float64]
 
 LOGISTIC, BOOSTING = "logistic regression", "gradient boosting"
+METHOD = 1
+"""Of features and models; counts up when either changes, so that answers that were kept are not taken for new ones."""
+
 FEWEST = 10
 """Of each answer, among the train patients: with fewer nothing is trained."""
 

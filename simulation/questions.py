@@ -29,8 +29,9 @@ from model.predictions import joined, prediction_table
 from model.tasks import Task
 from server.about import About, flow_of, write_table
 from server.futures import Model
+from server.trajectories import listed, prediction_frame
 from simulation.arms import FEDERATED, Arm
-from simulation.baselines import baselines
+from simulation.baselines import METHOD, baselines
 from simulation.config import Study
 from simulation.pool import Pool
 from tokenizer import durable
@@ -97,21 +98,47 @@ def answer(
             risks[ENSEMBLE] = np.mean(alone, axis=0)
         unresolved = {name: _unresolved(each) for name, each in found.items()}
         if "supervised" in study.arms:
-            risks |= _supervised(question, sites, federated.outcome.manifest, codebook, study)
+            risks |= _supervised(question, sites, federated.outcome.manifest, codebook, study, folder)
         answers.append(replace(question, risks={**risks, **question.risks}, unresolved=unresolved, estimates=found))
     return tuple(answers)
 
 
 def _supervised(
-    question: Answers, sites: tuple[SiteFiles, ...], manifest: Manifest, codebook: Codebook, study: Study
+    question: Answers, sites: tuple[SiteFiles, ...], manifest: Manifest, codebook: Codebook, study: Study, folder: Path
 ) -> dict[str, NDArray[np.float64]]:
-    """What models trained for the question only answer."""
+    """What models trained for the question only answer; trained once for the same question, records and settings."""
     stores = {}
     for site in sites:
         archive = Archive(site.state)
         if (agreement := archive.run(manifest.hash).agreement()) is not None:
             stores[site.name] = TokenStore.open(archive.store_path(agreement.store), codebook.hash)
-    return baselines(question.task, stores, codebook, question.cohort, study.seed)
+    spec = {
+        "method": METHOD,
+        "task": question.task.hash,
+        "codebook": codebook.hash,
+        "seed": study.seed,
+        "predictions": _predictions(question.cohort),
+        "stores": {name: store.manifest for name, store in stores.items()},
+    }
+    path = folder / "answers" / f"supervised-{_digest(spec)}.npz"
+    if path.exists():
+        with np.load(path) as kept:
+            return {str(name): risk for name, risk in zip(kept["arms"], kept["risks"], strict=True)}
+    found = baselines(question.task, stores, codebook, question.cohort, study.seed)
+    buffer = io.BytesIO()
+    risks = np.array(list(found.values()), np.float64).reshape(len(found), len(question.cohort))
+    np.savez(buffer, arms=np.array(list(found), np.str_), risks=risks)
+    durable.write_bytes(path, buffer.getvalue())
+    return found
+
+
+def _digest(spec: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def _predictions(asked: Cohort) -> str:
+    """Whom a cohort asks about, and when."""
+    return hashlib.sha256(asked.subject_ids.tobytes() + asked.prediction_us.tobytes()).hexdigest()
 
 
 def _ask(
@@ -221,7 +248,7 @@ def table_of(found: Answers, arm: str) -> pl.DataFrame:
 
     Those who were lost from sight follow, without a risk.
     """
-    table = pl.DataFrame(_listed(_columns_of(found, arm)))
+    table = pl.DataFrame(listed(_columns_of(found, arm)))
     if found.lost is None or not len(found.lost):
         return table
     lost = {
@@ -231,7 +258,7 @@ def table_of(found: Answers, arm: str) -> pl.DataFrame:
         "label": found.lost.labels,
         **found.lost.told,
     }
-    return pl.concat([table, pl.DataFrame(_listed(lost))], how="diagonal")
+    return pl.concat([table, pl.DataFrame(listed(lost))], how="diagonal")
 
 
 def _columns_of(found: Answers, arm: str) -> dict[str, NDArray]:
@@ -247,29 +274,35 @@ def _columns_of(found: Answers, arm: str) -> dict[str, NDArray]:
     }
 
 
-def _listed(columns: Mapping[str, NDArray]) -> dict[str, pl.Series]:
-    return {
-        name: pl.Series(name, column.tolist()) if column.ndim > 1 else pl.Series(name, column)
-        for name, column in columns.items()
-    }
-
-
-def write(path: Path, answers: Sequence[Answers], about: About | None = None, codebook: Codebook | None = None) -> None:
+def write(
+    path: Path,
+    answers: Sequence[Answers],
+    about: About | None = None,
+    *,
+    groups: Sequence[str] = (),
+    codebook: Codebook | None = None,
+) -> None:
     """Write every prediction to a Parquet file: the answers, and each arm's risks in a column of its own.
 
     Where one model answers, its column is called `risk`, and all its estimates are there, as `model.predictions` says.
-    `about` goes with it; with the prompts' codebook, so do the columns of `model.people`.
+
+    Args:
+        path: the file.
+        answers: of one model, or of all arms of a study.
+        about: what goes with it.
+        groups: columns of `model.people.groups_of` to add, as far as the prompts tell.
+        codebook: what the prompts' tokens mean, for the groups.
     """
     tables = []
     for found in answers:
-        columns = dict(prediction_table(found.task, found.cohort, next(iter(found.estimates.values()))))
+        table = prediction_frame(found.task, found.cohort, next(iter(found.estimates.values())))
         if len(found.risks) > 1 or MODEL not in found.risks:
-            own = set(columns) - {"subject_id", "prediction_time", "task", "task_hash", "label", *found.cohort.told}
-            columns = {name: column for name, column in columns.items() if name not in own} | dict(found.risks)
-        groups = {} if codebook is None else groups_of(found.cohort, codebook)
-        table = pl.DataFrame(_listed(columns)).with_columns(pl.col("prediction_time").cast(pl.Datetime("us")))
-        tables.append(table.with_columns(pl.Series(name, values) for name, values in groups.items()))
-    write_table(path, pl.concat(tables, how="diagonal"), about)
+            kept = ("subject_id", "prediction_time", "task", "task_hash", "label", *found.cohort.told)
+            table = table.select(kept).with_columns(pl.Series(arm, risk) for arm, risk in found.risks.items())
+        columns = {} if codebook is None else groups_of(found.cohort, codebook)
+        table = table.with_columns(pl.Series(name, columns[name], pl.String) for name in groups if name in columns)
+        tables.append(table)
+    write_table(path, pl.concat(tables, how="diagonal_relaxed"), about)
 
 
 def about(model: Model, store: TokenStore, split: str, answers: Sequence[Answers]) -> About:
@@ -331,12 +364,9 @@ class _Roll:
             "target_se": question.task.target_se,
             "evaluation": study.evaluation.model_dump(exclude={"central"}),
             "seed": study.seed,
-            "predictions": hashlib.sha256(
-                question.cohort.subject_ids.tobytes() + question.cohort.prediction_us.tobytes()
-            ).hexdigest(),
+            "predictions": _predictions(question.cohort),
         }
-        digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:20]
-        path = folder / "answers" / f"{digest}.npz"
+        path = folder / "answers" / f"{_digest(spec)}.npz"
         if path.exists():
             tally.add(len(question.cohort))
             return cls(arm.name, path, ())

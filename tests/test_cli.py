@@ -43,6 +43,7 @@ COMMANDS = (
     "rollout",
     "evaluate",
     "audit",
+    "reproduce",
     "tasks",
     *(f"tasks {each}" for each in ("list", "show", "check", "explain")),
     "model",
@@ -269,6 +270,18 @@ def test_a_model_is_evaluated_on_a_store(root: Path, finished: Path, tokens: Pat
     assert risks.height > 10
     assert risks["risk"].is_between(0, 1).all()
     assert {"task_hash", "se", "risk_curve", "time_days", "event"} <= set(risks.columns)
+    # Sex is a fact of the record, age as of the prediction; the made-up hospitals' race is in their forms only.
+    people = pl.read_parquet(finished / "records/heart/records/data/**/*.parquet").filter(pl.col("time").is_null())
+    known = dict(people.filter(pl.col("code").str.starts_with("GENDER//")).select("subject_id", "code").iter_rows())
+    assert {(known[subject], f"GENDER//{sex}") for subject, sex in risks.select("subject_id", "sex").iter_rows()} <= {
+        ("GENDER//F", "GENDER//F"),
+        ("GENDER//M", "GENDER//M"),
+    }
+    assert risks["age"].null_count() == 0
+    done = fedcomet("score", tmp_path / "risks.parquet", "--group", "sex", "--resamples", 50)
+    assert done.returncode == 0, done.stderr
+    done = fedcomet("evaluate", *arguments, "--groups", "height")
+    assert (done.returncode, "none of age, sex, race" in done.stderr) == (2, True)
     done = fedcomet("evaluate", *arguments, "--split", "train")
     assert done.returncode == 1
     assert "patients train by the split rule" in done.stderr

@@ -2,9 +2,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.stats import binom, t
 
 from model.cohort import Cohort
-from model.decoder import Decoder, preset
+from model.decoder import Decoder, DecoderConfig, preset
 from model.estimate import Estimates, estimate, summarize
 from model.predictions import prediction_table
 from model.rollout import Prompt, Reason, Rollouts, Stop, rollout
@@ -219,3 +220,45 @@ def test_other_kinds_tell_numbers_within_their_range(codebook: Codebook, kind: s
     if kind == "value":
         assert np.isnan(found.mean).all()  # no code has values here
         assert (found.risk == 0).all()
+
+
+def _covered(codebook: Codebook, kind: str, repeats: int, trajectories: int, many: int) -> int:
+    """How many of so many equal prompts have the truth within t standard errors; the truth is of many trajectories."""
+    decoder = Decoder.create(DecoderConfig(len(codebook), 1, 16, 2, 2, 32, 32), seed=0)
+    task = TASK
+    if kind in ("count", "time"):
+        task = replace(TASK, kind=kind, outcome=("IN",), trigger=("OUT",), competing=("MEDS_DEATH",))
+    how = "count" if kind == "counted risk" else "chances"
+    settings = {"max_tokens": 16, "estimator": how}
+    # Equal prompts with keys of their own are independent draws of one law.
+    whole = estimate(decoder, codebook, _cohort(codebook, 50), task, trajectories=many // 50, seed=8, **settings)
+    found = estimate(decoder, codebook, _cohort(codebook, repeats), task, trajectories=trajectories, seed=9, **settings)
+    measured = kind in ("count", "time")
+    told = found.mean if measured else found.risk
+    number = found.risk * found.resolved * trajectories if kind == "time" else found.resolved * trajectories
+    truth = float((whole.mean if measured else whole.risk).mean())
+    reach = t.ppf(0.975, np.maximum(number - 1, 1)) * found.se
+    assert np.isfinite(reach).all()
+    return int((np.abs(told - truth) <= reach).sum())
+
+
+KINDS = ("risk", "counted risk", "count", "time")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_intervals_over_trajectories_cover_what_endless_ones_would_say(codebook: Codebook, kind: str) -> None:
+    """Binomial at 95 %: a right interval falls out of the band once in 10,000 tests; one of half the width does."""
+    repeats = 120
+    low, high = binom.ppf((5e-5, 1 - 5e-5), repeats, 0.95)
+    assert low <= _covered(codebook, kind, repeats, 32, 4_000) <= high
+    assert binom.cdf(low, repeats, 2 * t.cdf(0.98, 31) - 1) > 0.999
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_intervals_over_trajectories_cover_over_many_repeats(codebook: Codebook, kind: str) -> None:
+    """A right interval falls out once in 10,000 tests; one in a hundred may be missing, as draws are skewed."""
+    count = _covered(codebook, kind, 2000, 64, 200_000)
+    low, high = binom.ppf(5e-5, 2000, 0.94), binom.ppf(1 - 5e-5, 2000, 0.95)
+    print(f"{kind}: {count / 2000:.4f}")
+    assert low <= count <= high

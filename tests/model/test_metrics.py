@@ -37,12 +37,12 @@ def test_the_roc_curve_agrees_with_scikit_learn(data: tuple[np.ndarray, np.ndarr
 @given(labelled_scores())
 def test_weights_of_a_resample_act_as_repeated_rows(data: tuple[np.ndarray, np.ndarray]):
     labels, scores = data
-    from model.metrics import _MEASURES, _Points
+    from model.metrics import _MEASURES, Points
 
     counts = np.random.default_rng(len(labels)).integers(0, 4, len(labels))
     repeated = np.repeat(labels, counts), np.repeat(scores, counts)
     for name, slow in (("auroc", auroc), ("auprc", auprc), ("brier", brier)):
-        fast = _MEASURES[name](_Points(labels, scores), counts[None].astype(float))[0]
+        fast = _MEASURES[name](Points(labels, scores), counts[None].astype(float))[0]
         assert fast == pytest.approx(slow(*repeated), nan_ok=True)
 
 

@@ -166,6 +166,21 @@ def test_death_at_the_very_discharge_is_an_exclusion_not_a_prediction(codebook: 
     assert found.counts().excluded[DECIDED] == 1
 
 
+@pytest.mark.parametrize("kind", ["count", "value", "set"])
+def test_what_goes_on_is_asked_about_whoever_had_it_before(codebook: Codebook, kind: str):
+    """Laboratory tests at the trigger and in the hours up to the prediction decide nothing about those to come."""
+    stay = {"trigger": ("ICU_ADMISSION",), "outcome": ("LAB//HR",), "competing": ("MEDS_DEATH",), "after_hours": 6}
+    task = Task(**{**vars(RETURN), **stay, "kind": kind, "horizon_days": 3})
+    early = [ICU, (0, "LAB//HR"), HR, (7, "LAB//HR"), (200, "LAB//HR")]
+    found = cohort(task, _split(codebook, early, [ICU, HR, (2, "MEDS_DEATH"), (300, "LAB//HR")]), codebook)
+    assert found.subject_ids.tolist() == [100]
+    assert found.counts().excluded[DECIDED] == 1
+    if kind == "count":
+        assert found.told["count"].tolist() == [1.0]
+    once = cohort(replace(task, kind="event"), _split(codebook, early), codebook)
+    assert once.counts().excluded[DECIDED] == 1
+
+
 def test_an_event_that_comes_again_can_be_trigger_and_outcome(codebook: Codebook):
     task = Task(**{**vars(RETURN), "trigger": ("HOSPITAL_ADMISSION",)})
     back = "HOSPITAL_ADMISSION//EMERGENCY"

@@ -6,10 +6,12 @@ import numpy as np
 import polars as pl
 import pytest
 
-from server.plausibility import Plausibility, plausibility
+from server.plausibility import Plausibility, in_words_of, plausibility
 from server.plausibility_page import render, table
 from tests import tiny
+from tokenizer.codebook import Codebook, TokenizerOptions
 from tokenizer.errors import ConfigError, DataError
+from tokenizer.release import Survey
 
 AT = dt.datetime(2020, 6, 1)
 Row = tuple[int, dt.datetime | None, str, float | None]
@@ -113,3 +115,20 @@ def test_what_can_not_be_compared_is_refused() -> None:
         compare(same(), days=100.0)
     with pytest.raises(ConfigError, match="horizon"):
         compare(same(), days=0.0)
+
+
+def test_records_are_told_in_the_words_that_a_model_has() -> None:
+    codes = {"ICD10CM//E11.65": 30, "ICD10CM//E11.9": 30, "ICD10CM//I50.9": 3, "LAB//NA": 30, "LAB//RARE": 2}
+    book = Codebook.build(Survey(TokenizerOptions(min_patients=5), patients=30, codes=codes))
+    real = pl.DataFrame(
+        [(1, None, "GENDER//F", None), (1, AT, "MEDS_BIRTH", None), *((1, AT, code, 1.0) for code in codes)],
+        schema=tiny.SCHEMA,
+        orient="row",
+    )
+    told = in_words_of(book, real)["code"].to_list()
+    assert told[:4] == ["GENDER//F", "MEDS_BIRTH", "ICD10CM//E11.65", "ICD10CM//E11.9"]
+    assert told[5] == "LAB//NA"
+    assert not {"ICD10CM//I50.9", "LAB//RARE"} & set(told)
+    # Every word is one that a trajectory can hold.
+    words = {book.event(node) for node in range(book.grammar.nodes)}
+    assert set(told[2:]) <= words

@@ -177,7 +177,7 @@ def test_the_page_says_what_it_should(report: Report):
     said = " ".join(" ".join(_Page(render(report)).text).split())
     for phrase in (
         "And once more?",
-        "percentile bootstrap over patients, 200 resamples",
+        "bootstrap over patients, 200 resamples",
         "not asked: no trigger in the record",
         "25.0 %",
         "south: NaN",

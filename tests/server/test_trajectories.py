@@ -1,6 +1,7 @@
 """Futures of many patients: a MEDS dataset that our own reader takes, and what was asked."""
 
 import datetime as dt
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from server.futures import Model
 from server.trajectories import NO_EVENT, Moment, Sampling, write_trajectories
 from tests import tiny
 from tokenizer.codebook import Codebook, TokenizerOptions, merge
-from tokenizer.encode import encode
+from tokenizer.encode import decode, encode
 from tokenizer.errors import ConfigError, DataError
 from tokenizer.events import MedsDataset
 from tokenizer.split import SplitRule
@@ -118,6 +119,25 @@ def test_tasks_are_answered_as_the_estimator_answers_them(model: Model, store: T
     assert set(ends["task"]) == {"lab_zero"}
 
 
+def test_each_kind_of_task_gets_its_own_answer(model: Model, store: TokenStore, tmp_path: Path) -> None:
+    kinds = ("count", "time", "set")
+    asked = [replace(TASK, name=f"lab_{kind}", kind=kind, outcome=("LAB//0", "LAB//3")) for kind in kinds]
+    write_trajectories(model, store, "tuning", asked, tmp_path / "out", sampling=FEW)
+    told = pl.read_parquet(tmp_path / "out/estimates.parquet")
+    codebook = Codebook.load(model.codebook)
+    decoder = checkpoint.load(model.checkpoint, codebook.hash).decoder
+    for task, column in zip(asked, ("count_mean", "time_mean", "codes_risk"), strict=True):
+        whom = cohort(task, store.split("tuning"), codebook)
+        found = estimate(decoder, codebook, whom, task, trajectories=3, seed=4, max_tokens=20)
+        mine = told.filter(pl.col("task") == task.name)
+        expected = found.codes if task.kind == "set" else found.mean
+        np.testing.assert_allclose(np.array(mine[column].to_list(), float), expected, atol=1e-5)
+    # What is counted doesn't end with its first event.
+    ends = pl.read_parquet(tmp_path / "out/trajectories.parquet").filter(pl.col("task") == "lab_count")
+    assert (ends.filter(pl.col("reason") == "event")["event"] == 1).all()
+    assert told["count_mean"].max() > 1  # type: ignore[operator]
+
+
 def test_an_event_that_was_named_ends_a_trajectory(model: Model, store: TokenStore, tmp_path: Path) -> None:
     write_trajectories(model, store, "train", Moment(until=("LAB//0", "LAB//3")), tmp_path / "out", sampling=FEW)
     ends = pl.read_parquet(tmp_path / "out/trajectories.parquet").filter(pl.col("reason") == "event")
@@ -126,6 +146,21 @@ def test_an_event_that_was_named_ends_a_trajectory(model: Model, store: TokenSto
     assert set(met["event"]) == {0, 1}
     assert met.height == ends.height
     assert (met["code"] == pl.Series(["LAB//0", "LAB//3"]).gather(met["event"])).all()
+
+
+def test_the_history_of_a_task_holds_what_its_prompt_holds(model: Model, store: TokenStore, tmp_path: Path) -> None:
+    """At a trigger nothing else of that moment is known, so nothing else of it is written."""
+    write_trajectories(model, store, "train", [TASK], tmp_path / "out", sampling=FEW, history=True)
+    ends = pl.read_parquet(tmp_path / "out/trajectories.parquet").filter(pl.col("trajectory") == 0)
+    events = pl.concat([pl.read_parquet(file) for file in (tmp_path / "out").glob("data/**/*.parquet")])
+    codebook = Codebook.load(model.codebook)
+    prompts = cohort(TASK, store.split("train"), codebook).prompts
+    assert len(prompts) == ends.height
+    for row, prompt in zip(ends.iter_rows(named=True), prompts, strict=True):
+        mine = events.filter(pl.col("subject_id") == row["subject_id"])
+        told = mine.filter(pl.col("time").is_null() | (pl.col("time") < row["prediction_time"]))["code"].to_list()
+        expected = decode(prompt.tokens, codebook).filter(pl.col("code") != "MEDS_BIRTH")["code"].to_list()
+        assert sorted([*told, "LAB//1"]) == sorted(expected)  # the trigger itself bears the prediction's time
 
 
 def test_what_is_wrong_is_said_and_leaves_nothing(model: Model, store: TokenStore, tmp_path: Path) -> None:
