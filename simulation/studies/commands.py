@@ -81,12 +81,19 @@ def status(file: File, out: Out = None) -> None:
 
 
 @study.command("report")
-def write_report(file: File, out: Out = None) -> None:
+def write_report(
+    file: File,
+    out: Out = None,
+    docs: Annotated[
+        Path | None,
+        typer.Option(help="Write README.md and the pictures into DOCS/NAME instead, to be kept with a repository."),
+    ] = None,
+) -> None:
     """Write report.html, report.md and the pictures anew, from the ledger."""
     from simulation.studies import grid, report
 
     settings = grid.read(file)
-    for path in report.write(settings, grid.cells(settings), out or _home(settings.name)):
+    for path in report.write(settings, grid.cells(settings), out or _home(settings.name), docs):
         typer.echo(path)
 
 

@@ -142,6 +142,15 @@ def test_the_report_has_means_over_seeds_and_the_parquet_file_all_figures(
     picture = next(path for path in files if path.suffix == ".svg").read_text()
     assert picture.startswith("<svg")
     assert "adaptive, federated" in picture
+    assert "prefers-color-scheme: dark" in picture
+    assert "loss (nats per token)" in picture
+    kept = report.write(grid.read(tmp_path / "g" / "grid.toml"), cells, tmp_path, tmp_path / "docs")
+    assert [path.relative_to(tmp_path).as_posix() for path in kept] == ["docs/tiny/README.md", "docs/tiny/loss.svg"]
+    told = kept[0].read_text()
+    assert "![loss (nats per token)](loss.svg)" in told
+    assert "| 0.001 | plain | federated | 1.501 (-4.852 to 7.854) |" in told
+    with pytest.raises(ConfigError, match="no cell of tiny is done"):
+        report.write(grid.read(tmp_path / "g" / "grid.toml"), cells, tmp_path / "other", tmp_path / "docs")
 
 
 @pytest.mark.slow
