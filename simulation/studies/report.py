@@ -22,7 +22,7 @@ _MARKS = "osDvP^*X"
 _ROOM = 50
 """Letters that fit below a picture side by side."""
 _STEP = 0.03
-# A picture that stands alone has the page's colours with it, and follows the reader's light or dark setting as the page.
+# A picture that stands alone has the page's colours with it, and follows the reader's light or dark setting.
 _COLOURS = (
     "<style>svg { --ink: #1c2126; --soft: #5b6670; --line: #dfe2e0; --arm-federated: #0b63b0; --arm-alone: #c77700; "
     "--arm-pooled: #0a8f6c; --arm-ensemble: #a8478f; --arm-supervised: #7a7a2e; background: #fff; "
@@ -34,6 +34,7 @@ _UNITS = {
     "loss": "nats per token",
     "loss at home": "nats per token",
     "tuning loss": "nats per token",
+    "planned cost": "nats per token",
     "compute": "FLOP",
     "seconds of work": "s",
 }

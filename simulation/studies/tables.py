@@ -82,7 +82,7 @@ def runs_by(grid: Grid, table: pl.DataFrame, cells: Sequence[Cell]) -> dict[str,
     for arm in asked.arms:
         for cell in cells:
             told = wide.get((cell.digest, arm), {})
-            # Private runs tell no tokens.
+            # Of private steps on updates nobody knows the tokens.
             if {"parameters", "tokens", "loss"} <= set(told) and told["tokens"] > 0:
                 label = f"{cell.place[asked.by].label}, {arm}" if asked.by else arm
                 found.setdefault(label, []).append(Run(told["parameters"], told["tokens"], told["loss"]))
