@@ -238,7 +238,8 @@ class RunArchive:
             data = safetensors.numpy.save({"residual": residual})
             durable.write_bytes(self.path / "residuals" / f"{number:04d}.safetensors", data)
         if optimizer is not None:
-            data = safetensors.torch.save(optimizer)
+            # Byte for byte what `safetensors.torch.save` gives, which first looks for memory that tensors share.
+            data = safetensors.numpy.save({name: value.cpu().numpy() for name, value in optimizer.items()})
             durable.write_bytes(self.path / "optimizer" / f"{number:04d}.safetensors", data)
         if drift is not None:
             data = safetensors.numpy.save({"drift": drift.drift, "ended": drift.ended})
