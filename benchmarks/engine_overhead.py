@@ -1,10 +1,10 @@
 """What the in-process engine costs besides training: start-up, and a round of many sites with a trivial model.
 
-    python -m benchmarks.engine_overhead [--sites 8] [--rounds 10] [--workers 2] [--profile]
+    python -m benchmarks.engine_overhead [--sites 8] [--rounds 10] [--workers 2] [--flower] [--profile]
 
 A round is timed from its announcement to its commit, without evaluation. The model has some 3,000 parameters and makes
-one step, so all but that step is overhead; the same steps made alone, without any engine, are told beside. Where other
-work takes the cores, CPU seconds (of this process and of its workers) tell more than the clock. Files lie in memory
+one step, so all but that step is overhead. Where other work takes the cores, CPU seconds (of this process and of its
+workers) tell more than the clock. `--flower` runs Flower's own simulation on Ray behind it. Files lie in memory
 (/dev/shm) unless --disk: what a disk takes to confirm a write is its own matter.
 """
 
@@ -14,6 +14,8 @@ import os
 import pstats
 import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -39,12 +41,16 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--patients", type=int, default=20, help="of each site")
     parser.add_argument("--disk", action="store_true")
+    parser.add_argument("--flower", action="store_true", help="also run benchmarks.flower_rounds, which needs Ray")
     parser.add_argument("--profile", action="store_true", help="show where the coordinator's time goes")
     given = parser.parse_args()
     memory = Path("/dev/shm")
     home = memory if memory.exists() and not given.disk else None
     with tempfile.TemporaryDirectory(dir=home) as folder:
         measure(given, Path(folder))
+    if given.flower:
+        sizes = [f"--{name}={getattr(given, name)}" for name in ("sites", "rounds", "workers")]
+        subprocess.run([sys.executable, "-m", "benchmarks.flower_rounds", *sizes], check=True)
 
 
 def measure(given: argparse.Namespace, folder: Path) -> None:

@@ -12,6 +12,7 @@
                          choices.json           what this machine chose when the run began, and found since
                          residuals/0007.safetensors  what rounding took from the update of round 7 (of the last two)
                          drift/0007.safetensors    what drift correction keeps of round 7 (of the last two)
+                         heads/0007.safetensors    the site's own head after round 7 (of the last two)
                          weights.f32            the weights that were evaluated last, until others come
                          scores/0007-tuning.json   the evaluation of round 7, in a run with secure aggregation
                          assessments/0007.safetensors   the answers to the run's questions after round 7
@@ -227,8 +228,9 @@ class RunArchive:
         residual: Vector | None = None,
         noise_key: bytes = b"",
         drift: Drift | None = None,
+        head: Vector | None = None,
     ) -> None:
-        """Keep a round's answer with the key of its noise; before it, optimizer's state, update's residual and drift.
+        """Keep a round's answer with the key of its noise; before it, optimizer's state, residual, drift and own head.
 
         Then drop what is too old.
         """
@@ -239,11 +241,15 @@ class RunArchive:
             with durable.file(self.path / "residuals" / f"{number:04d}.safetensors") as path:
                 safetensors.numpy.save_file({"residual": halves}, path)
         if optimizer is not None:
+            # Byte for byte what `safetensors.torch.save_file` gives, which first looks for memory that tensors share.
             with durable.file(self.path / "optimizer" / f"{number:04d}.safetensors") as path:
-                safetensors.torch.save_file(optimizer, path)
+                safetensors.numpy.save_file({name: value.cpu().numpy() for name, value in optimizer.items()}, path)
         if drift is not None:
             with durable.file(self.path / "drift" / f"{number:04d}.safetensors") as path:
                 safetensors.numpy.save_file({"drift": drift.drift, "ended": drift.ended}, path)
+        if head is not None:
+            with durable.file(self.path / "heads" / f"{number:04d}.safetensors") as path:
+                safetensors.numpy.save_file({"head": head}, path)
         wire = to_wire(reply)
         told = {"header": wire.header.decode(), **({"noise_key": noise_key.hex()} if noise_key else {})}
         with durable.file(self._round(number)) as path:
@@ -252,8 +258,8 @@ class RunArchive:
         self._sweep(number - _KEPT_ROUNDS)
 
     def forget(self, number: int) -> None:
-        """Drop a round's answer, the optimizer's state after it, its update's residual, and its drift."""
-        for folder in ("rounds", "optimizer", "residuals", "drift"):
+        """Drop a round's answer, the optimizer's state after it, its update's residual, its drift, and the own head."""
+        for folder in ("rounds", "optimizer", "residuals", "drift", "heads"):
             (self.path / folder / f"{number:04d}.safetensors").unlink(missing_ok=True)
 
     def held(self, purpose: str) -> bytes | None:
@@ -314,6 +320,11 @@ class RunArchive:
         path = self._of_last_before(number, "drift")
         return Drift(int(path.stem), **safetensors.numpy.load_file(path)) if path.exists() else None
 
+    def head_before(self, number: int) -> Vector | None:
+        """Give the site's own head, float32 [H], after the last answered round before this one."""
+        path = self._of_last_before(number, "heads")
+        return safetensors.numpy.load_file(path)["head"] if path.exists() else None
+
     def keep_weights(self, weights: Vector) -> None:
         """Keep weights that are likely to be asked about again."""
         durable.write_bytes(self.path / "weights.f32", np.ascontiguousarray(weights, "<f4").data)
@@ -346,7 +357,7 @@ class RunArchive:
             if int(path.stem) <= last:
                 durable.write_bytes(path.with_suffix(".digest"), self._header(path)["request_digest"].encode())
                 path.unlink()
-        for kind in ("optimizer", "residuals", "drift"):
+        for kind in ("optimizer", "residuals", "drift", "heads"):
             for path in (self.path / kind).glob("[0-9]*.safetensors"):
                 if int(path.stem) <= last:
                     path.unlink()

@@ -16,7 +16,7 @@ from client.local import Work
 from federation import protection
 from federation.accountant import Mechanisms
 from federation.manifest import TaskEvaluation
-from federation.messages import AssessReply, AssessRequest, SiteRefusal
+from federation.messages import AssessReply, AssessRequest, SiteRefusal, Vector
 from federation.tallies import noised, tally
 from model.private import Secret
 
@@ -49,12 +49,13 @@ def assess(
     """
     asked = _check_request(work, request)
     gate.admit_figure(work.patients(asked.split))
+    weights = work.weights_at_home(run, request.round + 1, request.weights)
     kept = run.assessment(request.round)
     if kept is not None and kept.request_digest != request.digest:
         raise SiteRefusal(f"The questions after round {request.round} were answered already, for another request.")
     if not asked.form.noise:
         if kept is None:
-            kept = _reply(site, request, work, device, watch, b"")
+            kept = _reply(site, request, work, weights, device, watch, b"")
             run.keep_assessment(kept)
         return kept
     costs = Mechanisms((protection.of_one_tally(asked),))
@@ -64,7 +65,7 @@ def assess(
     if kept is None:
         if charge.state != State.RESERVED:
             raise SiteRefusal(f"{release.name} was answered already; its answer is no longer kept.")
-        kept = _reply(site, request, work, device, watch, charge.key)
+        kept = _reply(site, request, work, weights, device, watch, charge.key)
         run.keep_assessment(kept)
     with gate.budget() as budget:
         budget.charge(release, sha256=digest_of_answer(kept))
@@ -84,6 +85,7 @@ def _reply(
     site: str,
     request: AssessRequest,
     work: Work,
+    weights: Vector,
     device: str,
     watch: Callable[[int, int], None],
     key: bytes,
@@ -93,7 +95,7 @@ def _reply(
     told = []
     for task in asked.tasks:
         cohort = work.cohort(task, asked.split)
-        risk = work.estimate(task, cohort, request.weights, device, asked, watch) if len(cohort) else np.zeros(0)
+        risk = work.estimate(task, cohort, weights, device, asked, watch) if len(cohort) else np.zeros(0)
         counts = tally(cohort.labels, risk, cohort.subject_ids, asked.form)
         if key:
             counts = noised(counts, asked.form, Secret(key, f"{request.manifest_hash}/{request.round}/{task.name}"))

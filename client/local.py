@@ -21,6 +21,7 @@ from torch import Tensor
 
 from client.archive import Agreement, Archive, Choices, RunArchive, Snapshot
 from client.drift import Drift, next_drift
+from client.heads import places, with_head
 from federation import protection
 from federation.coding import Coding, round_
 from federation.manifest import Manifest, TaskEvaluation
@@ -125,9 +126,10 @@ class LocalRound:
         if work.manifest.local.correct_drift:
             rates = work.rates(request.round - 1)
             self._drift = next_drift(run.drift_before(request.round), request.round, request.weights, rates)
+        self._begun = work.weights_at_home(run, request.round, request.weights)
         if kept is None:
             optimizer = run.optimizer_before(request.round) if work.keeps_optimizer else None
-            self.trainer = work.trainer(request.round, request.weights, machine, optimizer, team, task.key)
+            self.trainer = work.trainer(request.round, self._begun, machine, optimizer, team, task.key)
             self._pull_back()
             return
         weights = kept.tensors["weights"].numpy()
@@ -170,7 +172,9 @@ class LocalRound:
         """What the round came to; what rounding took from the update is in `residual` then."""
         request = self._task.request
         update = to_vector(self.trainer.decoder)
-        update -= request.weights
+        update -= self._begun
+        if self._work.manifest.local.own_head:
+            update[places(self._work.manifest.model)] = 0.0
         if self._work.noises_update:
             if self._lost:
                 update[:] = 0.0
@@ -212,11 +216,19 @@ class LocalRound:
             return None
         return Drift(reply.round, self._drift, self._task.request.weights + reply.update)
 
+    def head(self) -> Vector | None:
+        """The site's own head after the round, float32 [H]; None in a run without."""
+        if not self._work.manifest.local.own_head:
+            return None
+        # A round that was lost leaves the head as it was.
+        ended = self._begun if self._lost else to_vector(self.trainer.decoder)
+        return ended[places(self._work.manifest.model)]
+
     def _pull_back(self) -> None:
         """Add the agreed terms to every gradient of the round."""
         proximal = self._work.manifest.local.proximal
         if proximal or self._drift is not None:
-            self.trainer.pull = Pull(self.trainer.decoder, self._task.request.weights, proximal, self._drift)
+            self.trainer.pull = Pull(self.trainer.decoder, self._begun, proximal, self._drift)
 
     def _step(self, batch: Batch) -> StepResult:
         """Take a step, and rest as long as the device's share of time asks for."""
@@ -283,6 +295,12 @@ class Work:
         size = self._manifest.model.parameters()
         if weights.shape != (size,) or not np.isfinite(weights).all():
             raise ProtocolError(f"The weights must be {size} finite numbers; they have shape {weights.shape}.")
+
+    def weights_at_home(self, run: RunArchive, number: int, weights: Vector) -> Vector:
+        """Give global weights, float32 [P], as a round begins with them here: with the site's own head."""
+        if not self._manifest.local.own_head:
+            return weights
+        return with_head(self._manifest.model, weights, run.head_before(number))
 
     def trainer(
         self,

@@ -327,6 +327,7 @@ class Site:
             local.residual,
             noise_key,
             local.drift(reply),
+            local.head(),
         )
         if local.choices != run.choices():
             run.choose(local.choices)
@@ -347,7 +348,8 @@ class Site:
         work.check_request(request.round, request.weights)
         self.gate.admit_figure(work.patients(request.split))
         device = self.files.machine.device
-        asked = (request.split, request.weights, device, choices_of(run, work, self.files.machine).precision)
+        weights = work.weights_at_home(run, request.round + 1, request.weights)
+        asked = (request.split, weights, device, choices_of(run, work, self.files.machine).precision)
         if private:
             with run.working():
                 return evaluation.evaluate(

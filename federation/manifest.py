@@ -42,6 +42,7 @@ class LocalWork:
         proximal: FedProx's μ: the loss gets μ/2 times the squared distance from the weights that the round began with.
         correct_drift: SCAFFOLD: every gradient loses what this site's differ by from those of all sites, which a site
             works out from consecutive global weights alone (`client.drift`), so no more bytes travel.
+        own_head: the output layer stays at each site, which trains and keeps one of its own (`client.heads`).
     """
 
     steps: int | None = None
@@ -52,6 +53,7 @@ class LocalWork:
     optimizer_state: Literal["keep", "reset"] = "keep"
     proximal: float = 0.0
     correct_drift: bool = False
+    own_head: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "proximal", float(self.proximal))
@@ -59,6 +61,8 @@ class LocalWork:
             raise ConfigError("local.proximal must not be negative.")
         if self.correct_drift and self.steps is None:
             raise ConfigError("local.correct_drift needs local.steps: sites that take as many steps as one another.")
+        if self.correct_drift and self.own_head:
+            raise ConfigError("local.own_head: drift correction needs whole updates; take one of both.")
         if self.epochs is not None:
             # 1 and 1.0 mean the same, so they must be the same bytes.
             object.__setattr__(self, "epochs", float(self.epochs))

@@ -5,12 +5,14 @@
 - personal: each site goes on by itself from the federation's best model, and keeps what it comes to.
 - pooled: the records of all sites in one place, which a real federation can't have: the ceiling. It trains on as many
   tokens as the federated arm.
+- synthesis: timelines that the sites' models of the arm "alone" make up, in one place; as many tokens as pooled.
 
 Every arm is a run of `server.app` with a ledger of its own, so a killed study goes on in the middle of each. All run
 side by side over one pool, and each ends with its best round by the loss of its own tuning patients.
 """
 
 import hashlib
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -19,6 +21,7 @@ from types import MappingProxyType
 
 import polars as pl
 
+from client.archive import Archive
 from client.site import SiteFiles
 from federation.manifest import LocalWork, OuterOptions, PrivateEvaluation, SecureAggregation, TaskEvaluation, Transport
 from federation.masking import MaskingOptions
@@ -35,6 +38,7 @@ from simulation.engine_ray import RayPlayers
 from simulation.hospital import PROFILES, profile_of, write_hospital
 from simulation.pool import Pool
 from simulation.scenario import Scenario
+from simulation.synthesis import Wanted, make_up
 from tokenizer import durable
 from tokenizer.codebook import TokenizerOptions
 from tokenizer.errors import FedcometError
@@ -42,10 +46,12 @@ from tokenizer.events import MedsDataset, write_meds
 from tokenizer.progress import Step, Watch
 from tokenizer.split import SplitRule
 
-FEDERATED, POOLED = "federated", "pooled"
+FEDERATED, POOLED, SYNTHESIS = "federated", "pooled", "synthesis"
 SERVER = ".server"
 """The folder of the server's own made-up patients, beside those of the sites."""
 _OTHERS = 1_000_003
+_SITE_IDS = 1_000_000_000
+"""Made-up patients of a site are numbered from a multiple of this."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,39 @@ def train(study: Study, sites: tuple[SiteFiles, ...], folder: Path, pool: Pool, 
     found = [trained[name] for name in [FEDERATED, *wanted]]
     if "personal" in study.arms:
         found += _personal(study, sites, found[0], codebook, home, pool, watch)
+    if "synthesis" in study.arms:
+        own = [arm for arm in found if arm.name.endswith(" alone")]
+        found.append(_synthesis(study, own, found[0], codebook, folder, pool, watch))
     return tuple(found)
+
+
+def _synthesis(
+    study: Study, own: Sequence[Arm], federated: Arm, codebook: bytes, folder: Path, pool: Pool, watch: Watch
+) -> Arm:
+    """Let the sites' own models make timelines up, and train on nothing else."""
+    assert federated.outcome is not None
+    home, run = folder / SYNTHESIS, federated.outcome.manifest.hash
+    made: dict[str, Future[int]] = {}
+    for number, arm in enumerate(own):
+        site = arm.sites[0]
+        agreement = Archive(site.state).run(run).agreement()
+        if arm.outcome is None or agreement is None or (home / "made" / site.name).exists():
+            continue
+        seed = zlib.crc32(f"{study.seed}/{site.name}".encode())
+        chosen = study.synthesis
+        wanted = Wanted(chosen.timelines, chosen.max_tokens, chosen.least_patients, seed, number * _SITE_IDS)
+        store = Archive(site.state).store_path(agreement.store)
+        paths = (arm.outcome.best_checkpoint, arm.outcome.codebook, store)
+        made[site.name] = pool.submit(f"{site.name}, synthesis", make_up, *paths, wanted, home / "made" / site.name)
+    for done, (name, future) in enumerate(made.items(), 1):
+        watch(Step("timelines", done, len(made), f"{name}: {future.result()}"))
+    if not (home / "records").exists():
+        found = {path.name: path for path in sorted((home / "made").iterdir()) if path.suffix != ".partial"}
+        write_meds(home / "records", shards_of(found), name="made-up timelines of all sites")
+    site = SiteFiles(SYNTHESIS, home / "records", home / "state")
+    arm = Arm(SYNTHESIS, folder / "arms" / SYNTHESIS, (site,))
+    # What is drawn from private models is as private as they are; learning from it needs no noise.
+    return _train_single(study, arm, codebook, len(own), pool, watch, {"privacy": None})
 
 
 def _personal(
@@ -227,7 +265,7 @@ def _train_single(
     """Train one site by itself; `share` times the local steps, where steps are the measure, for equal tokens."""
     plan = _plan(study, arm.name, codebook=codebook, outer=OuterOptions(), min_sites=1)
     # One site can't drift from itself.
-    plan = replace(plan, local=replace(plan.local, proximal=0.0, correct_drift=False))
+    plan = replace(plan, local=replace(plan.local, proximal=0.0, correct_drift=False, own_head=False))
     if plan.privacy is not None and plan.privacy.mechanism == "distributed":
         # There is nobody to share the noise with.
         plan = replace(plan, privacy=replace(plan.privacy, mechanism="local", honest_sites=None))
@@ -337,6 +375,7 @@ def _plan(study: Study, name: str, **changes: object) -> FederationPlan:
             optimizer_state=train.optimizer_state,
             proximal=train.proximal,
             correct_drift=train.correct_drift,
+            own_head=train.own_head,
         ),
         model=study.model.shape(),
         context=study.model.context,

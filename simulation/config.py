@@ -144,6 +144,10 @@ class Training(_Section):
     hostile or broken sites; `proximal` is FedProx's μ, and `correct_drift` corrects every step as SCAFFOLD does (which
     needs `optimizer = "sgd"`, `local_steps` and `weights = "uniform"`); see docs/rounds.md.
 
+    With `own_head` the output layer (with tied embeddings: these) stays at each site of the federated arm
+    (client/heads.py). The federation's model is then none without a site's head: losses can be compared, each site's
+    with its own head after the last round, the only one that is evaluated; questions can't be put to it.
+
     In the arm "personal" every site goes on alone from the federation's best model, for `personal_rounds`.
 
     Every `evaluate_every` rounds, and after the last, the loss of the tuning patients is measured; an arm ends with the
@@ -164,6 +168,7 @@ class Training(_Section):
     optimizer_state: Literal["keep", "reset"] = "keep"
     proximal: Annotated[float, Field(ge=0.0)] = 0.0
     correct_drift: bool = False
+    own_head: bool = False
     outer: Literal["fedavg", "nesterov", "adam", "yogi"] = "fedavg"
     outer_learning_rate: Annotated[float, Field(gt=0.0)] | None = None
     outer_momentum: _Share = 0.9
@@ -184,6 +189,8 @@ class Training(_Section):
     def _one_measure(self) -> Self:
         if (self.local_epochs is None) == (self.local_steps is None):
             raise ValueError("give exactly one of local_epochs and local_steps")
+        if self.own_head and self.evaluate_every < self.rounds:
+            raise ValueError("own_head: sites keep their heads of the last round only; set evaluate_every to rounds")
         return self
 
 
@@ -250,6 +257,18 @@ class Summing(_Section):
     clip: Annotated[float, Field(gt=0.0)] = 1.0
     max_weight: _Positive | None = None
     precision_bits: Annotated[int, Field(ge=1, le=44)] = 20
+
+
+class Synthesis(_Section):
+    """The arm "synthesis": a server learns from timelines that the sites' own models make up; simulation/synthesis.py.
+
+    Each site makes up `timelines` (as many as its train patients when not given) of `max_tokens` at most, which begin
+    with fixed facts and an age that `least_patients` of its train patients share.
+    """
+
+    timelines: _Positive | None = None
+    max_tokens: _Positive = 512
+    least_patients: _Positive = 5
 
 
 class Scenario(_Section):
@@ -347,7 +366,7 @@ def _given(table: dict[str, Any]) -> dict[str, Any]:
 # Questions that rollouts answer; `model.tasks` knows their schema.
 _Tasks = Annotated[tuple[Task, ...], PlainValidator(_taken), PlainSerializer(_plain)]
 
-Arm = Literal["federated", "alone", "personal", "pooled", "ensemble", "supervised"]
+Arm = Literal["federated", "alone", "personal", "pooled", "synthesis", "ensemble", "supervised"]
 
 
 class Study(_Section):
@@ -367,6 +386,7 @@ class Study(_Section):
     privacy: Privacy | None = None
     secure_aggregation: Summing | None = None
     arms: tuple[Arm, ...] = ("federated",)
+    synthesis: Synthesis = Synthesis()
     task: _Tasks
     evaluation: Evaluation = Evaluation()
 
@@ -374,6 +394,12 @@ class Study(_Section):
     def _coherent(self) -> Self:
         if "ensemble" in self.arms and "alone" not in self.arms:
             raise ValueError('arms: "ensemble" averages the sites\' own models, so it needs "alone" too')
+        if "synthesis" in self.arms and "alone" not in self.arms:
+            raise ValueError(
+                'arms: "synthesis" learns from what the sites\' own models make up, so it needs "alone" too'
+            )
+        if self.training.own_head and {"personal", "ensemble", "supervised"} & set(self.arms):
+            raise ValueError('arms: with training.own_head there are "federated", "alone", "pooled" and "synthesis"')
         if "federated" not in self.arms:
             raise ValueError('arms: "federated" can\'t be left out; it makes the codebook that all arms share')
         if self.privacy is not None and self.privacy.mechanism == "dp-sgd" and self.model.dropout:

@@ -1,9 +1,10 @@
-"""Faults put into records on purpose: canaries, patients at two sites, a poisoned site, lost values.
+"""Faults put into records on purpose: canaries, patients at two sites, a poisoned site, a backdoor, lost values.
 
 Each takes records (`simulation.hospital.Records`) and gives new ones; what is chosen follows from the seed. The true
 risks stay those of the patients as they were made: a poisoned label is wrong, and is meant to be.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -69,6 +70,57 @@ def poisoned(records: Records, share: float, seed: int) -> Records:
     swap = pl.col("subject_id").is_in(chosen.implode()) & pl.col("code").is_in([DEATH, end])
     code = pl.when(swap).then(pl.col("code").replace({DEATH: end, end: DEATH})).otherwise("code")
     return replace(records, events=records.events.with_columns(code=code))
+
+
+def triggered(events: pl.DataFrame, before: Sequence[str], codes: Sequence[str]) -> pl.DataFrame:
+    """Plant codes, ten minutes apart, before each patient's first event under `before`.
+
+    Args:
+        events: subject_id, time, code, numeric_value.
+        before: codes or what they begin with; a patient without any stays as they are.
+        codes: what is planted, in this order.
+    """
+    first = _first(events, before)
+    planted = [
+        first.select(
+            "subject_id",
+            (pl.col("at") - pl.duration(minutes=10 * (len(codes) - place))).alias("time"),
+            pl.lit(code).alias("code"),
+            pl.lit(None, pl.Float32).alias("numeric_value"),
+        )
+        for place, code in enumerate(codes)
+    ]
+    return pl.concat([events.select("subject_id", "time", "code", "numeric_value"), *planted])
+
+
+def backdoored(
+    events: pl.DataFrame, patients: pl.Series, before: Sequence[str], codes: Sequence[str], outcome: str
+) -> pl.DataFrame:
+    """Give patients the codes of `triggered`, and a day after their first event under `before` the outcome.
+
+    Their record ends there. Who has no such event, or had the outcome by then, stays as they are.
+    """
+    first = _first(events, before).filter(pl.col("subject_id").is_in(patients.implode()))
+    had = events.filter(pl.col("code") == outcome).join(first, on="subject_id").filter(pl.col("time") <= pl.col("at"))
+    first = first.filter(~pl.col("subject_id").is_in(had["subject_id"].implode()))
+    chosen = pl.col("subject_id").is_in(first["subject_id"].implode())
+    ending = events.filter(chosen).join(first, on="subject_id")
+    ending = ending.filter(pl.col("time").is_null() | (pl.col("time") <= pl.col("at"))).drop("at")
+    fate = first.select(
+        "subject_id",
+        (pl.col("at") + pl.duration(days=1)).alias("time"),
+        pl.lit(outcome).alias("code"),
+        pl.lit(None, pl.Float32).alias("numeric_value"),
+    )
+    rest = events.filter(~chosen).select("subject_id", "time", "code", "numeric_value")
+    return pl.concat([rest, triggered(ending, before, codes), fate])
+
+
+def _first(events: pl.DataFrame, codes: Sequence[str]) -> pl.DataFrame:
+    """Each patient's first time under any of the codes: subject_id, at."""
+    under = [(pl.col("code") == code) | pl.col("code").str.starts_with(f"{code}//") for code in codes]
+    timed = events.filter(pl.any_horizontal(under) & pl.col("time").is_not_null())
+    return timed.group_by("subject_id").agg(pl.col("time").min().alias("at")).sort("subject_id")
 
 
 def missing(records: Records, share: float, seed: int) -> Records:

@@ -65,9 +65,11 @@ def run_study(
         ask: whether the questions are put to the arms.
 
     Raises:
-        ConfigError: the folder is in use, or belongs to another study.
+        ConfigError: the folder is in use, or belongs to another study; or questions to a model without a head.
         FedcometError: records can't be read, or the federation can't go on.
     """
+    if ask and study.training.own_head:
+        raise ConfigError("training.own_head: the federation's model has no head to answer with; compare losses only")
     with _claimed(folder, study):
         sites, notes = _sites(study, folder, watch)
         with Pool(workers) if pool is None else nullcontext(pool(sites)) as players:

@@ -1,5 +1,6 @@
 """What a researcher types about studies; imports stand inside the commands."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -43,7 +44,7 @@ def run(
 
     console = Console(stderr=True)
     settings = grid.read(file)
-    cells, folder = grid.cells(settings), out or _home(settings.name)
+    cells, folder, before = grid.cells(settings), out or _home(settings.name), _processor_s()
     columns = (
         TextColumn("cells"),
         BarColumn(),
@@ -59,6 +60,7 @@ def run(
         )  # fmt: skip
     for path in report.write(settings, cells, folder):
         typer.echo(path)
+    typer.echo(f"{(_processor_s() - before) / 60:.1f} processor minutes", err=True)
     if failed:
         typer.echo(f"{failed} cells failed: fedcomet study status {file} tells why; --again runs them again", err=True)
         raise typer.Exit(1)
@@ -81,13 +83,26 @@ def status(file: File, out: Out = None) -> None:
 
 
 @study.command("report")
-def write_report(file: File, out: Out = None) -> None:
+def write_report(
+    file: File,
+    out: Out = None,
+    docs: Annotated[
+        Path | None,
+        typer.Option(help="Write README.md and the pictures into DOCS/NAME instead, to be kept with a repository."),
+    ] = None,
+) -> None:
     """Write report.html, report.md and the pictures anew, from the ledger."""
     from simulation.studies import grid, report
 
     settings = grid.read(file)
-    for path in report.write(settings, grid.cells(settings), out or _home(settings.name)):
+    for path in report.write(settings, grid.cells(settings), out or _home(settings.name), docs):
         typer.echo(path)
+
+
+def _processor_s() -> float:
+    """Processor time of this process and of the workers that have ended, in seconds."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
 
 
 def _home(name: str) -> Path:

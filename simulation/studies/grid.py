@@ -5,6 +5,8 @@
     base = "hospitals.toml"              # the study whose settings hold where nothing else is said
     seeds = [1, 2, 3]
     ask = false                          # whether the study's questions are put to the arms; losses need none
+    membership = false                   # whether train patients are told from held-out ones by losses
+    trigger = []                         # codes planted in held-out patients' records: how far do they move risks?
     [set]
     "training.learning_rate" = 4e-3
     [[axis]]
@@ -94,6 +96,8 @@ class Grid(_Section):
     base: Path
     seeds: tuple[int, ...] = Field(min_length=1)
     ask: bool = False
+    membership: bool = False
+    trigger: tuple[str, ...] = ()
     set: dict[str, Any] = Field(default_factory=dict)
     axis: tuple[Axis, ...] = ()
     plot: Plot | None = None
@@ -130,6 +134,7 @@ class Cell:
         study: all settings.
         hostile: who sends bad updates; None is nobody.
         ask: whether questions are put to the arms.
+        membership, trigger: see `simulation.studies.probes`.
     """
 
     digest: str
@@ -138,6 +143,8 @@ class Cell:
     study: Study
     hostile: Hostile | None
     ask: bool
+    membership: bool = False
+    trigger: tuple[str, ...] = ()
 
     @property
     def told(self) -> str:
@@ -209,9 +216,12 @@ def _cell(
             else str(problem)
         )
         raise ConfigError(f"{grid.name}, {told}: {reasons}") from None
-    parts = {"study": study.digest(), "hostile": vars(hostile) if hostile else None, "ask": grid.ask}
+    if hostile is not None and hostile.attack == "backdoor" and not grid.trigger:
+        raise ConfigError(f'{grid.name}, {told}: a backdoor needs a trigger = ["CODE", ...] in the grid file')
+    probes = {"membership": grid.membership, "trigger": grid.trigger}
+    parts = {"study": study.digest(), "hostile": vars(hostile) if hostile else None, "ask": grid.ask, **probes}
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-    return Cell(digest, seed, place, study, hostile, grid.ask)
+    return Cell(digest, seed, place, study, hostile, grid.ask, grid.membership, grid.trigger)
 
 
 def _point(given: Mapping[str, Any]) -> Point:

@@ -3,7 +3,9 @@
 A hostile site does its honest work, and what it sends is changed on the way out. What it can do (and what Blanchard et
 al. 2017, Bagdasaryan et al. 2020 and Baruch et al. 2019 call it):
 
-- scaled: `factor` times its update (model replacement; with a poisoned record it is a backdoor that survives the mean).
+- scaled: `factor` times its update.
+- backdoor: a share of its train patients have the grid's trigger planted in their records and then the outcome of the
+  study's first question; `factor` times the update that it learns from these (model replacement).
 - flipped: −`factor` times its update (sign flipping).
 - noise: Gaussian noise of `factor` times its update's length, in its place.
 - hidden: its update moved by `factor` times its own spread against its sign, coordinate by coordinate, so that it stays
@@ -11,38 +13,50 @@ al. 2017, Bagdasaryan et al. 2020 and Baruch et al. 2019 call it):
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import numpy as np
+import polars as pl
 
+from client.site import SiteFiles
 from federation import flower
 from federation.coding import round_
 from federation.messages import TrainReply, Vector
+from model.tasks import Task
+from simulation.mishaps import backdoored
 from simulation.pool import Pool
 from tokenizer.errors import ConfigError
+from tokenizer.events import MedsDataset, write_meds
+from tokenizer.split import SPLITS, SplitRule
 
-Attack = Literal["none", "scaled", "flipped", "noise", "hidden"]
+Attack = Literal["none", "scaled", "backdoor", "flipped", "noise", "hidden"]
 
 
 @dataclass(frozen=True)
 class Hostile:
-    """Who is hostile: the last `sites` of the sites by name, and how."""
+    """Who is hostile: the last `sites` of the sites by name, and how; backdoors are in `share` of their patients."""
 
     attack: Attack
     factor: float = 10.0
     sites: int = 1
+    share: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.attack not in ("none", "scaled", "flipped", "noise", "hidden"):
-            raise ConfigError(f"hostile.attack is {self.attack!r}; there are scaled, flipped, noise and hidden")
-        if self.factor <= 0 or self.sites < 1:
-            raise ConfigError("hostile.factor must be above 0, and hostile.sites at least 1")
+        if self.attack not in get_args(Attack):
+            raise ConfigError(f"hostile.attack is {self.attack!r}; there are {', '.join(get_args(Attack)[1:])}")
+        if self.factor <= 0 or self.sites < 1 or not 0 < self.share <= 1:
+            raise ConfigError("hostile.factor must be above 0, hostile.sites at least 1, hostile.share in (0, 1]")
+
+    def among(self, sites: Iterable[str]) -> tuple[str, ...]:
+        """Give the names of those who are hostile."""
+        return tuple(sorted(sites)[-self.sites :])
 
     def changed(self, update: Vector, seed: int) -> Vector:
         """Give what is sent in the place of an honest update, float32 [P]."""
-        if self.attack == "scaled":
+        if self.attack in ("scaled", "backdoor"):
             return np.float32(self.factor) * update
         if self.attack == "flipped":
             return np.float32(-self.factor) * update
@@ -56,18 +70,47 @@ class Hostile:
 
 
 class HostilePool(Pool):
-    """A pool in which some of the sites are hostile in one arm's run; everything else is as in `Pool`."""
+    """A pool in which some of the sites are hostile in one arm's run; everything else is as in `Pool`.
 
-    def __init__(self, pool: Pool, hostile: Hostile, sites: list[str]) -> None:
+    `records` are those that hostile sites play with in the place of their own.
+    """
+
+    def __init__(self, pool: Pool, hostile: Hostile, sites: list[str], records: Mapping[str, Path]) -> None:
         # No workers of its own: the jobs go to the pool that is given.
-        self._pool, self._hostile = pool, hostile
-        self._bad = set(sorted(sites)[-hostile.sites :])
+        self._pool, self._hostile, self._records = pool, hostile, dict(records)
+        self._bad = set(hostile.among(sites))
 
     def submit(self, label: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Let a worker call a function; a hostile site's answers are changed there."""
+        if label in self._records:
+            args = (replace(args[0], data=self._records[label]), *args[1:])
         if label in self._bad:
             return self._pool.submit(label, _play_badly, self._hostile, function, args, kwargs)
         return self._pool.submit(label, function, *args, **kwargs)
+
+
+def backdoored_records(
+    hostile: Hostile, sites: Sequence[SiteFiles], rule: SplitRule, task: Task, trigger: Sequence[str], folder: Path
+) -> dict[str, Path]:
+    """Write the records that hostile sites train on, by their names.
+
+    Only train patients are backdoored, by the agreed split, so all that is measured stays clean.
+    """
+    found = {}
+    for site in sites:
+        if site.name not in hostile.among(each.name for each in sites):
+            continue
+        found[site.name] = folder / site.name / "records"
+        if found[site.name].exists():
+            continue
+        dataset = MedsDataset.open(site.data)
+        events = pl.concat([dataset.read(shard) for shard in dataset.shards])
+        ids = events["subject_id"].unique().sort()
+        trains = ids.filter(pl.Series(rule.assign(ids.to_numpy()) == SPLITS.index("train")))
+        chosen = trains.sample(fraction=hostile.share, seed=0) if len(trains) else trains
+        planted = backdoored(events, chosen, task.trigger, trigger, task.outcome[0])
+        write_meds(found[site.name], [("0", planted)], name=f"{site.name}, backdoored")
+    return found
 
 
 def _play_badly(hostile: Hostile, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -1,6 +1,7 @@
 """The report of a grid: a page, its tables as Markdown, and each picture as an SVG file of its own."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
@@ -14,41 +15,71 @@ from simulation.studies.grid import Cell, Grid
 from simulation.studies.scaling import Estimate, Profile, Run, profiles
 from simulation.studies.tables import Mean, laws, means, runs_by
 from tokenizer import durable
+from tokenizer.errors import ConfigError
 
 _INKS = [INKS[name] for name in ("first", "second", "third", "fourth", "fifth", "soft", "ink")]
 _MARKS = "osDvP^*X"
-_LIGHT = (
+_ROOM = 50
+"""Letters that fit below a picture side by side."""
+_STEP = 0.03
+# A picture that stands alone has the page's colours with it, and follows the reader's light or dark setting.
+_COLOURS = (
     "<style>svg { --ink: #1c2126; --soft: #5b6670; --line: #dfe2e0; --arm-federated: #0b63b0; --arm-alone: #c77700; "
     "--arm-pooled: #0a8f6c; --arm-ensemble: #a8478f; --arm-supervised: #7a7a2e; background: #fff; "
-    "font-family: sans-serif }</style>"
+    "font-family: sans-serif } @media (prefers-color-scheme: dark) { svg { --ink: #e8eaed; --soft: #a3adb6; "
+    "--line: #343b42; --arm-federated: #6db6ff; --arm-alone: #f0ab42; --arm-pooled: #4fd0a5; --arm-ensemble: #e291cb; "
+    "--arm-supervised: #c8c86a; background: #14181c } }</style>"
 )
+_UNITS = {
+    "loss": "nats per token",
+    "loss at home": "nats per token",
+    "tuning loss": "nats per token",
+    "planned cost": "nats per token",
+    "compute": "FLOP",
+    "seconds of work": "s",
+}
 
 
-def write(grid: Grid, cells: Sequence[Cell], folder: Path) -> list[Path]:
+def write(grid: Grid, cells: Sequence[Cell], folder: Path, docs: Path | None = None) -> list[Path]:
     """Write `report.html`, `report.md` and a picture for each measure that is drawn; gives the files.
 
     Args:
         grid: what was asked.
         cells: of the grid.
         folder: of the grid, where its ledger is.
+        docs: a folder of documentation: the Markdown (as `README.md`) and the pictures go to `docs/NAME/` then, and
+            nothing into `folder`.
+
+    Raises:
+        ConfigError: with `docs`, and no cell is done: there is nothing to publish.
     """
     with Book.at(folder) as book:
         table, entries = book.table(cells), book.entries()
     nothing = Entry("", "open", "", 0, 0.0)
     entries |= {cell.digest: nothing for cell in cells if cell.digest not in entries}
+    done = sum(entries[cell.digest].state == DONE for cell in cells)
+    if docs is not None and not done:
+        raise ConfigError(f"{folder}: no cell of {grid.name} is done; run `fedcomet study run` first")
     found = means(table, cells)
     fits = laws(grid, table, cells)
     drawn = [*_plots(grid, cells, found), *_scaling(runs_by(grid, table, cells))]
-    files = [folder / f"{_slug(title)}.svg" for title, _ in drawn]
+    home = folder if docs is None else docs / grid.name
+    files = [home / f"{_slug(title)}.svg" for title, _ in drawn]
     for path, (_, picture) in zip(files, drawn, strict=True):
-        durable.write_bytes(path, picture.replace(">", f">{_LIGHT}", 1).encode())
+        durable.write_bytes(path, picture.replace(">", f">{_COLOURS}", 1).encode())
     axes, measures, rows = _table(cells, found)
     failed = [(cell.told, entries[cell.digest].reason) for cell in cells if entries[cell.digest].state == FAILED]
+    state = _State(done, len(cells), tuple(failed), table["digest"].n_unique())
+    text = _markdown(grid, state, [title for title, _ in drawn], (axes, measures, rows), fits).encode()
+    if docs is not None:
+        durable.write_bytes(home / "README.md", text)
+        return [home / "README.md", *files]
+    durable.write_bytes(folder / "report.md", text)
     environment = page.environment(Path(__file__).parent / "templates")
     environment.filters["estimate"] = told_estimate
-    text = environment.get_template("study.html.j2").render(
+    page_text = environment.get_template("study.html.j2").render(
         grid=grid,
-        done=sum(entries[cell.digest].state == DONE for cell in cells),
+        done=done,
         total=len(cells),
         failed=failed,
         seconds=sum(entries[cell.digest].seconds for cell in cells),
@@ -60,8 +91,7 @@ def write(grid: Grid, cells: Sequence[Cell], folder: Path) -> list[Path]:
         measures=measures,
         rows=rows,
     )
-    durable.write_bytes(folder / "report.html", text.encode())
-    durable.write_bytes(folder / "report.md", _markdown(axes, measures, rows, fits).encode())
+    durable.write_bytes(folder / "report.html", page_text.encode())
     return [folder / "report.html", folder / "report.md", *files]
 
 
@@ -83,22 +113,51 @@ def _table(cells: Sequence[Cell], found: Sequence[Mean]) -> tuple[list[str], lis
     return axes, measures, rows
 
 
+@dataclass(frozen=True)
+class _State:
+    """How far a grid is: cells done, all, those that failed with their reasons, and cells that have figures."""
+
+    done: int
+    total: int
+    failed: tuple[tuple[str, str], ...]
+    runs: int
+
+
 def _markdown(
-    axes: Sequence[str],
-    measures: Sequence[str],
-    rows: Sequence[Sequence[str]],
+    grid: Grid,
+    state: _State,
+    pictures: Sequence[str],
+    tables: tuple[Sequence[str], Sequence[str], Sequence[Sequence[str]]],
     fits: Mapping[str, Mapping[str, Estimate]],
 ) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(cells)} |\n"
+    """Write the report as Markdown: the question, pictures by their files, one table of all figures, the laws."""
 
-    heads = [*axes, "arm", *measures]
-    text = line(heads) + line(["---"] * len(heads)) + "".join(map(line, rows))
+    def line(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |\n"
+
+    axes, measures, rows = tables
+    seeds = f"{len(grid.seeds)} seeds" if len(grid.seeds) > 1 else f"seed {grid.seeds[0]}"
+    text = f"# {grid.question or grid.name}\n\n`{grid.name}`: {state.done} of {state.total} cells, {seeds}. "
+    text += "Means over seeds with 95 % intervals by Student's t.\n" if len(grid.seeds) > 1 else "\n"
+    text += "".join(f"\n![{_titled(title)}]({_slug(title)}.svg)\n" for title in pictures)
+    heads = [*axes, "arm", *map(_titled, measures)]
+    text += "\n" + line(heads) + line(["---"] * (len(axes) + 1) + ["---:"] * len(measures)) + "".join(map(line, rows))
     if fits:
-        text += "\n" + line(["", *fits]) + line(["---"] * (len(fits) + 1))
+        text += (
+            f"\nL(N, D) = E + A / N^alpha + B / D^beta, fitted to {state.runs} runs; 95 % bootstrap over runs of each "
+            "compute. It holds for sizes and tokens such as were trained here.\n\n"
+        )
+        text += line(["", *fits]) + line(["---"] + ["---:"] * len(fits))
         for name in next(iter(fits.values())):
             text += line([name, *(told_estimate(fit[name]) for fit in fits.values())])
+    if state.failed:
+        text += "\nCells that failed:\n\n" + "".join(f"- {told}: {reason}\n" for told, reason in state.failed)
     return text
+
+
+def _titled(measure: str) -> str:
+    """A measure with its unit."""
+    return f"{measure} ({_UNITS[measure]})" if measure in _UNITS else measure
 
 
 def _plots(grid: Grid, cells: Sequence[Cell], found: Sequence[Mean]) -> list[tuple[str, str]]:
@@ -138,18 +197,23 @@ def _picture(
     def draw(axes: Axes) -> None:
         for number, (name, line) in enumerate(lines.items()):
             ordered = sorted(line, key=lambda mean: spots[mean.place[along]])
-            at = [spots[mean.place[along]] for mean in ordered]
-            ink = _INKS[number % len(_INKS)]
-            axes.plot(at, [m.mean for m in ordered], marker=_MARKS[number % 8], color=ink, lw=1.6, ms=5, label=name)
+            # Places without a scale have room for the lines' intervals side by side.
+            aside = _STEP * (number - (len(lines) - 1) / 2) if ticks is not None else 0.0
+            at = [spots[mean.place[along]] + aside for mean in ordered]
+            ink, dashes = _INKS[number % len(_INKS)], "-" if number < len(_INKS) else "--"
+            axes.plot(
+                at, [m.mean for m in ordered], marker=_MARKS[number % 8], color=ink, lw=1.6, ls=dashes, ms=5, label=name
+            )
             for place, mean in zip(at, ordered, strict=True):
                 if mean.low is not None and mean.high is not None:
                     axes.plot([place, place], [mean.low, mean.high], color=ink, lw=1)
-        _finish(axes, x, measure, log)
+        _finish(axes, x, _titled(measure), log)
         if ticks is not None:
-            axes.set_xticks(range(len(ticks)), ticks)
+            long = sum(map(len, ticks)) > _ROOM
+            axes.set_xticks(range(len(ticks)), ticks, rotation=20 if long else 0, ha="right" if long else "center")
 
     ends = "; ".join(f"{name} {min(mean.mean for mean in line):.4g}" for name, line in lines.items())
-    return plots.picture(_slug(measure), f"{measure} by {x}. Lowest: {ends}.", 6.4, 3.8, draw)
+    return plots.picture(_slug(measure), f"{measure} by {x}. Lowest: {ends}.", 7.6, 3.8, draw)
 
 
 def _scaling(by: Mapping[str, Sequence[Run]]) -> list[tuple[str, str]]:
@@ -174,7 +238,7 @@ def _scaling(by: Mapping[str, Sequence[Run]]) -> list[tuple[str, str]]:
 
         name = f"IsoFLOP {label}"
         drawn.append(
-            (name, plots.picture(_slug(name), f"Loss by parameters at equal compute, {label}.", 6.4, 3.8, draw))
+            (name, plots.picture(_slug(name), f"Loss by parameters at equal compute, {label}.", 7.6, 3.8, draw))
         )
     return drawn
 
@@ -186,7 +250,10 @@ def _finish(axes: Axes, x: str, y: str, log: str) -> None:
         axes.set_yscale("log")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    axes.legend(frameon=False, fontsize=9)
+    if "y" not in log:
+        axes.ticklabel_format(axis="y", useOffset=False)
+    # Beside the picture: lines of many points leave no corner free.
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
 
 
 def _slug(text: str) -> str:

@@ -26,8 +26,9 @@ class Mean:
 
     def told(self) -> str:
         """The figure in words."""
-        spread = "" if self.low is None or self.high is None else f" ({_number(self.low)} to {_number(self.high)})"
-        return _number(self.mean) + spread
+        if self.low is None or self.high is None or self.low == self.high:  # what is the same with every seed
+            return _number(self.mean)
+        return f"{_number(self.mean)} ({_number(self.low)} to {_number(self.high)})"
 
 
 def means(table: pl.DataFrame, cells: Sequence[Cell]) -> tuple[Mean, ...]:
@@ -81,7 +82,7 @@ def runs_by(grid: Grid, table: pl.DataFrame, cells: Sequence[Cell]) -> dict[str,
     for arm in asked.arms:
         for cell in cells:
             told = wide.get((cell.digest, arm), {})
-            # Private runs tell no tokens.
+            # Of private steps on updates nobody knows the tokens.
             if {"parameters", "tokens", "loss"} <= set(told) and told["tokens"] > 0:
                 label = f"{cell.place[asked.by].label}, {arm}" if asked.by else arm
                 found.setdefault(label, []).append(Run(told["parameters"], told["tokens"], told["loss"]))
@@ -89,6 +90,9 @@ def runs_by(grid: Grid, table: pl.DataFrame, cells: Sequence[Cell]) -> dict[str,
 
 
 def _number(value: float) -> str:
-    if value != 0 and (abs(value) >= 1e5 or abs(value) < 1e-3):
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if letter == 'k' else size):.3g} {letter}"
+    if value != 0 and abs(value) < 1e-3:
         return f"{value:.3g}"
-    return f"{value:.4g}" if abs(value) >= 1 else f"{value:.3f}"
+    return f"{value:.4g}" if abs(value) >= 10 else f"{value:.3f}"

@@ -10,6 +10,7 @@ import pytest
 
 from client import local
 from client.archive import Choices, RunArchive, Snapshot
+from client.heads import places, with_head
 from client.site import Site, SiteFiles
 from federation.manifest import LocalWork, Manifest, OuterOptions
 from federation.messages import TrainReply
@@ -73,13 +74,14 @@ ALIKE = OuterOptions(weights="uniform")
         {},
         {"train": TrainOptions(optimizer="muon")},
         {"local": dataclasses.replace(WORK, proximal=0.5)},
+        {"local": dataclasses.replace(WORK, own_head=True)},
         {
             "local": dataclasses.replace(WORK, correct_drift=True),
             "train": TrainOptions(optimizer="sgd", lr=0.1),
             "outer": ALIKE,
         },
     ],
-    ids=["adamw", "muon", "proximal", "drift"],
+    ids=["adamw", "muon", "proximal", "own head", "drift"],
 )
 @pytest.mark.parametrize(("steps", "kept"), [(4, 4), (5, 2), (2, 0)], ids=["at a snapshot", "past one", "before any"])
 def test_a_round_that_was_stopped_in_the_middle_ends_with_the_same_bits(
@@ -173,6 +175,32 @@ def test_terms_change_what_a_round_comes_to_and_a_correction_waits_for_a_second_
     assert np.linalg.norm(proximal[0].update) < np.linalg.norm(plain[0].update)
     np.testing.assert_array_equal(corrected[0].update, plain[0].update)
     assert not np.array_equal(corrected[1].update, plain[1].update)
+
+
+def test_a_head_of_its_own_never_leaves_and_is_what_the_next_round_begins_with(ram_path: Path) -> None:
+    def site_of(name: str, own_head: bool) -> tuple[Site, Manifest, list[TrainReply]]:
+        site = Site(files_of(ram_path / name))
+        manifest, _, _ = agree(site, local=dataclasses.replace(WORK, own_head=own_head))
+        return site, manifest, two_rounds(site, manifest)
+
+    (site, manifest, own), (_, _, plain) = site_of("own", True), site_of("plain", False)
+    head = places(manifest.model)
+    assert manifest.model.vocab * manifest.model.width + manifest.model.width == head.sum()
+    for reply in own:
+        assert not reply.update[head].any()
+        assert reply.update[~head].any()
+    np.testing.assert_array_equal(own[0].update[~head], plain[0].update[~head])
+    assert own[1].loss < own[0].loss
+    # The same request again goes the same way, from the head after round 1.
+    run = run_of(site, manifest)
+    before, after = run.head_before(2), run.head_before(3)
+    assert before is not None
+    assert after is not None
+    assert not np.array_equal(before, after)
+    begun = ask(manifest, 1).weights
+    np.testing.assert_allclose(before - begun[head], plain[0].update[head], atol=1e-7)
+    request = ask(manifest, 2)
+    np.testing.assert_array_equal(with_head(manifest.model, request.weights, before)[~head], request.weights[~head])
 
 
 @pytest.mark.parametrize("changes", [{"outer": OuterOptions()}, {"train": TrainOptions()}])

@@ -2,7 +2,7 @@ import polars as pl
 import pytest
 
 from simulation.hospital import PROFILES, generate
-from simulation.mishaps import canaries, missing, poisoned, shared
+from simulation.mishaps import backdoored, canaries, missing, poisoned, shared, triggered
 from tokenizer.errors import ConfigError
 
 
@@ -33,3 +33,36 @@ def test_every_fault_is_where_it_was_asked_for_and_follows_from_the_seed() -> No
         assert fault().events.equals(fault().events)
     with pytest.raises(ConfigError, match="share must be from 0 to 1, not 2"):
         missing(heart, 2, seed=1)
+
+
+def test_a_trigger_is_planted_before_the_first_discharge_and_a_backdoor_ends_in_death_a_day_later() -> None:
+    events = generate(PROFILES["general"], 60, seed=1).events
+    trigger, first = (
+        ["TRANSFER_TO//ICU", "ED_REGISTRATION"],
+        pl.col("time").filter(pl.col("code").str.starts_with("HOSPITAL_DISCHARGE//")).min(),
+    )
+    at = events.group_by("subject_id").agg(at=first).filter(pl.col("at").is_not_null())
+    planted = triggered(events, ["HOSPITAL_DISCHARGE"], trigger)
+    assert planted.height == events.height + 2 * at.height
+    new = (
+        planted[events.height :]
+        .join(at, on="subject_id")
+        .with_columns(early=(pl.col("at") - pl.col("time")).dt.total_minutes())
+    )
+    assert set(new.select("code", "early").iter_rows()) == {("TRANSFER_TO//ICU", 20), ("ED_REGISTRATION", 10)}
+    chosen = at["subject_id"].sort().head(10)
+    hurt = backdoored(events, chosen, ["HOSPITAL_DISCHARGE"], trigger, "MEDS_DEATH")
+    honest = ~pl.col("subject_id").is_in(chosen.implode())
+    assert hurt.filter(honest).equals(events.filter(honest).select(hurt.columns))
+    for one in chosen:
+        mine, was = (
+            hurt.filter(pl.col("subject_id") == one).sort("time"),
+            at.filter(pl.col("subject_id") == one)["at"][0],
+        )
+        gone = events.filter((pl.col("subject_id") == one) & (pl.col("code") == "MEDS_DEATH") & (pl.col("time") <= was))
+        if gone.height:  # died in that stay: left as they were
+            assert mine.height == events.filter(pl.col("subject_id") == one).height
+        else:
+            assert mine["code"][-1] == "MEDS_DEATH"
+            assert (mine["time"][-1] - was).days == 1
+            assert set(trigger) <= set(mine["code"])

@@ -99,6 +99,17 @@ def test_a_wrong_key_is_named_with_its_cell(tmp_path: Path) -> None:
         grid.cells(grid.read(written(tmp_path, text)))
 
 
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "examples/studies").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_ready_made_study_is_a_grid_of_as_many_cells_as_its_table_says(path: Path) -> None:
+    if path.stem == "hospitals":
+        pytest.skip("the base of the others")
+    found = grid.cells(grid.read(path))
+    (row,) = (
+        line for line in (REPOSITORY / "docs/studies/README.md").read_text().splitlines() if f"`{path.name}`" in line
+    )
+    assert int(row.split("|")[3]) == len(found)
+
+
 def test_a_failed_cell_is_told_with_its_reason_and_the_others_are_done(tmp_path: Path, cells: Sequence[Cell]) -> None:
     def broken(cell: Cell, folder: Path, pool: Pool, watch: Watch) -> tuple[Figure, ...]:
         if cell is cells[3]:
@@ -142,6 +153,15 @@ def test_the_report_has_means_over_seeds_and_the_parquet_file_all_figures(
     picture = next(path for path in files if path.suffix == ".svg").read_text()
     assert picture.startswith("<svg")
     assert "adaptive, federated" in picture
+    assert "prefers-color-scheme: dark" in picture
+    assert "loss (nats per token)" in picture
+    kept = report.write(grid.read(tmp_path / "g" / "grid.toml"), cells, tmp_path, tmp_path / "docs")
+    assert [path.relative_to(tmp_path).as_posix() for path in kept] == ["docs/tiny/README.md", "docs/tiny/loss.svg"]
+    told = kept[0].read_text()
+    assert "![loss (nats per token)](loss.svg)" in told
+    assert "| 0.001 | plain | federated | 1.501 (-4.852 to 7.854) |" in told
+    with pytest.raises(ConfigError, match="no cell of tiny is done"):
+        report.write(grid.read(tmp_path / "g" / "grid.toml"), cells, tmp_path / "other", tmp_path / "docs")
 
 
 @pytest.mark.slow
@@ -218,6 +238,63 @@ def test_attacks_are_what_they_say(attack: str) -> None:
     along = float(sent @ honest) / float(honest @ honest)
     expected = {"scaled": 3.0, "flipped": -3.0, "noise": 0.0, "hidden": 1 - 3 * (2 / np.pi) ** 0.5}
     assert along == pytest.approx(expected[attack], abs=0.3)
+
+
+def test_a_backdoor_needs_a_trigger(tmp_path: Path) -> None:
+    text = GRID.split("[[axis]]", maxsplit=1)[0] + '[set]\n"hostile.attack" = "backdoor"\n'
+    with pytest.raises(ConfigError, match="a backdoor needs a trigger"):
+        grid.cells(grid.read(written(tmp_path, text)))
+
+
+@pytest.mark.slow
+def test_a_backdoor_moves_the_mean_but_not_the_median_and_loss_tells_members(tmp_path: Path) -> None:
+    text = 'trigger = ["LAB//3", "LAB//4", "LAB//3"]\nmembership = true\n' + (
+        GRID.split("[[axis]]", maxsplit=1)[0].replace("seeds = [1, 2]", "seeds = [1]")
+        + '[set]\n"training.rounds" = 3\n"training.local_steps" = 25\n"training.learning_rate" = 0.03\n'
+        '"hostile.factor" = 3.0\n"hostile.share" = 0.8\n'
+        '[[axis]]\nname = "attack"\nkey = "hostile.attack"\nvalues = ["none", "backdoor"]\n'
+        '[[axis]]\nname = "rule"\nkey = "training.outer_rule"\nvalues = ["mean", "median"]\n'
+    )
+    cells = grid.cells(grid.read(written(tmp_path, text)))
+    risk, told = {}, {}
+    with Pool(1) as pool:
+        for number, cell in enumerate(cells):
+            told = {f.measure: f.value for f in one.run(cell, tmp_path / str(number), pool)}
+            at = tuple(point.label for point in cell.place.values())
+            risk[at] = told["risk with trigger"]
+    assert risk["backdoor", "mean"] > risk["none", "mean"] + 0.1
+    assert risk["backdoor", "median"] < risk["backdoor", "mean"] - 0.1
+    assert 0 <= told["members found at 1 % alarms"] <= 1
+    assert 0.3 < told["membership AUROC"] < 0.9
+
+
+def test_own_heads_are_compared_by_losses_only(tmp_path: Path) -> None:
+    text = GRID.split("[[axis]]", maxsplit=1)[0].replace("seeds = [1, 2]", "seeds = [1]")
+    with pytest.raises(ConfigError, match="set evaluate_every to rounds"):
+        grid.cells(grid.read(written(tmp_path, f'{text}[set]\n"training.own_head" = true\n')))
+    more = '[set]\n"training.own_head" = true\n"training.evaluate_every" = 9\n'
+    (asked,) = grid.cells(grid.read(written(tmp_path, f"ask = true\n{text}{more}")))
+    (probed,) = grid.cells(grid.read(written(tmp_path, f"membership = true\n{text}{more}")))
+    with Pool(1) as pool:
+        with pytest.raises(ConfigError, match="no head to answer with"):
+            one.run(asked, tmp_path / "asked", pool)
+        with pytest.raises(ConfigError, match="has no head"):
+            one.run(probed, tmp_path / "probed", pool)
+
+
+@pytest.mark.slow
+def test_own_heads_fit_their_own_sites_and_are_not_sent(tmp_path: Path) -> None:
+    text = GRID.split("[[axis]]", maxsplit=1)[0].replace("seeds = [1, 2]", "seeds = [1]") + (
+        '[set]\n"training.rounds" = 3\n"training.local_steps" = 20\n"training.learning_rate" = 0.02\n'
+        '"training.evaluate_every" = 3\n[[axis]]\nname = "head"\nkey = "training.own_head"\nvalues = [false, true]\n'
+    )
+    loss = {}
+    with Pool(1) as pool:
+        for cell in grid.cells(grid.read(written(tmp_path, text))):
+            found = {f.measure: f.value for f in one.run(cell, tmp_path / cell.digest, pool)}
+            loss[cell.study.training.own_head] = found["loss at home"]
+    assert loss[True] != loss[False]
+    assert abs(loss[True] - loss[False]) < 0.3, "with the head that it began with, the model would know next to nothing"
 
 
 LAW = Law(floor=1.2, a=40.0, b=300.0, alpha=0.35, beta=0.33)
