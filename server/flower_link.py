@@ -144,7 +144,7 @@ class SuperLink:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of alembic, about Flower's own migrations
             self._app = create_app(config, SuperLinkLifespan)
-            self._objects = FileObjectStore(database)
+        self._objects = FileObjectStore(database)
         factory = self._app.state.linkstate_factory
         factory.objectstore_factory.store_instance = self._objects
         self._state = factory.state()

@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,10 +39,12 @@ class FileObjectStore(SqlObjectStore):
         super().__init__(str(database))
         self._folder = database.parent / "objects"
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._moving = threading.Lock()
+        self._moving, self._staged = threading.Lock(), threading.local()
         for left in self._folder.glob(f"*{_PARTIAL}"):
             left.unlink()
-        self.initialize()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of alembic, about Flower's own migrations
+            self.initialize()
 
     def put(self, object_id: str, object_content: bytes) -> None:
         """Keep the content of an object that was announced.
@@ -71,17 +74,19 @@ class FileObjectStore(SqlObjectStore):
         Raises:
             ValueError, OSError: as `put` does.
         """
-        aside = self._folder / f"{object_id}.{threading.get_ident()}{_PARTIAL}"
-        if aside.exists():  # staged further out
-            yield aside
+        if getattr(self._staged, "name", None) == object_id:  # further out
+            yield self._staged.path
             return
         if object_id != get_object_id(content):
             raise ValueError(f"Object ID {object_id} does not match content hash")
         validate_object_content(content=content)
+        aside = self._folder / f"{object_id}.{threading.get_ident()}{_PARTIAL}"
         try:
             aside.write_bytes(content)
+            self._staged.name, self._staged.path = object_id, aside
             yield aside
         finally:
+            self._staged.name = None
             aside.unlink(missing_ok=True)
 
     def get(self, object_id: str) -> bytes | None:
