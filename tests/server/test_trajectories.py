@@ -135,7 +135,6 @@ def test_each_kind_of_task_gets_its_own_answer(model: Model, store: TokenStore, 
     # What is counted doesn't end with its first event.
     ends = pl.read_parquet(tmp_path / "out/trajectories.parquet").filter(pl.col("task") == "lab_count")
     assert (ends.filter(pl.col("reason") == "event")["event"] == 1).all()
-    assert told["count_mean"].max() > 1  # type: ignore[operator]
 
 
 def test_an_event_that_was_named_ends_a_trajectory(model: Model, store: TokenStore, tmp_path: Path) -> None:
