@@ -136,7 +136,8 @@ def save(
     # As a reader will see it: JSON turns tuples into lists and keys into strings.
     header = json.loads(_canonical(described))
     metadata = {_KEY: _canonical(header | {"digest": _digest(header, tensors)})}
-    durable.write_bytes(path, safetensors.torch.save(tensors, metadata))
+    with durable.file(path) as aside:
+        safetensors.torch.save_file(tensors, aside, metadata)
 
 
 def load(path: Path, codebook_hash: str | None = None) -> Checkpoint:
