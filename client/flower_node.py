@@ -39,7 +39,7 @@ from federation.polls import Polls
 from tokenizer import durable
 
 _LOOPBACK = "127.0.0.1"
-_POLLS = Polls(0.1, 1.0)
+_POLLS = Polls(0.02, 0.2)  # the coordinator lets a node that asks wait until there is something (`server.news`)
 _ANSWER_S = 0.02
 _HEARD_S = 5.0  # some times what a coordinator lets pass between two looks (`server.post`)
 

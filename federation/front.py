@@ -40,11 +40,15 @@ class Door:
         suits: tells whether a body may come from whom `admit` gave; called in a thread.
         answer: gives media type and body of an answer that needs nothing of the application's own way, which costs
             several copies of every body; None if the application is to answer. Called in a thread.
+        hold: waits before the application is asked.
+        told: is called when the application has answered.
     """
 
     admit: Callable[[Headers], Hashable | None]
     suits: Callable[[Any, bytes], bool] = lambda who, body: True
     answer: Callable[[Any, bytes], tuple[bytes, bytes] | None] | None = None
+    hold: Callable[[Any], Awaitable[None]] | None = None
+    told: Callable[[Any], None] | None = None
 
 
 class _Refused(Exception):
@@ -120,7 +124,11 @@ class Front:
                 if made is not None:
                     await _answer(send, 200, *made)
                     return
+            if door.hold is not None:
+                await door.hold(who)
             await self._enter(scope, _again(body, receive), send)
+            if door.told is not None:
+                door.told(who)
 
     async def _made(
         self, answer: Callable[[Any, bytes], tuple[bytes, bytes] | None], who: Any, body: bytes

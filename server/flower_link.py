@@ -60,6 +60,7 @@ from google.protobuf.message import DecodeError
 from federation import bundle
 from federation.flower_tasks import RUNTIME, TASK_HEARTBEAT_S
 from federation.front import Application, Door, Headers
+from server.news import News
 from server.objects import FileObjectStore
 from tokenizer.errors import FedcometError
 
@@ -83,6 +84,8 @@ _FLEET = (
 
 _RUNTIME = (*RUNTIME, "get-nodes")
 """What a ServerApp and whoever starts it ask; each bears a task's token or the signature of SuperExec's secret."""
+
+_PUSHES = ("push-messages", "push-object")
 
 _PARTIAL = sqlalchemy.text("""
     WITH RECURSIVE part (request, id) AS (
@@ -144,7 +147,7 @@ class SuperLink:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of alembic, about Flower's own migrations
             self._app = create_app(config, SuperLinkLifespan)
-        self._objects = FileObjectStore(database)
+        self._objects, self._news = FileObjectStore(database), News()
         factory = self._app.state.linkstate_factory
         factory.objectstore_factory.store_instance = self._objects
         self._state = factory.state()
@@ -179,6 +182,7 @@ class SuperLink:
         """Give the paths of sites: for registered nodes, and each for itself only."""
         doors = {f"/v1/fleet/{name}": Door(self._node) for name in _FLEET}
         doors["/v1/fleet/push-messages"] = Door(self._node, _own_messages)
+        doors["/v1/fleet/pull-messages"] = Door(self._node, hold=self._news.hold)
         doors["/v1/fleet/push-object"] = Door(self._node, answer=self._take_object)
         doors["/v1/fleet/pull-object"] = Door(self._node, answer=self._give_object)
         return doors
@@ -203,9 +207,10 @@ class SuperLink:
     def own_doors(self, token: str) -> dict[str, Door]:
         """Give the paths of the coordinator's own processes: the runtime, and control for who has the token."""
         runtime = Door(lambda headers: "runtime")
+        pushed = Door(lambda headers: "runtime", told=self._news.tell)
         control = Door(lambda headers: "control" if _has_token(headers, token) else None)
         return {
-            **{f"/v1/runtime/{name}": runtime for name in _RUNTIME},
+            **{f"/v1/runtime/{name}": pushed if name in _PUSHES else runtime for name in _RUNTIME},
             **{f"/v1/control/{name}": control for name in _CONTROL},
         }
 
