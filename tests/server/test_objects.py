@@ -85,7 +85,7 @@ def test_a_file_that_is_lost_or_cut_short_is_no_content(tmp_path: Path) -> None:
     assert store.get(second) is None
 
 
-@pytest.mark.parametrize("name", ["../outside", "/tmp/outside", "", "0" * 64])
+@pytest.mark.parametrize("name", ["../outside", "/outside", "", "0" * 64])
 def test_a_content_under_a_false_name_is_not_written(tmp_path: Path, name: str) -> None:
     store, _, contents = stored(tmp_path)
     before = files(tmp_path)
