@@ -7,30 +7,25 @@ of range is named with its place in the file, all of them at once, so that one r
 import difflib
 import hashlib
 import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError, model_validator
+from pydantic import BaseModel, Field, PlainSerializer, PlainValidator, ValidationError, model_validator
 
 from model.decoder import DecoderConfig
 from model.task_files import tasks_of
 from model.tasks import Task, parse
+from simulation import toml_file
+from simulation.toml_file import Section
 from tokenizer.errors import ConfigError
 
 _Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 _Positive = Annotated[int, Field(ge=1)]
 
 
-class _Section(BaseModel):
-    """A table of the file: no unknown keys, no changes after reading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Partition(_Section):
+class Partition(Section):
     """How one dataset becomes sites.
 
     `code`: one site per value of the first prefix in `prefixes` that the dataset has; groups smaller than
@@ -60,7 +55,7 @@ class Partition(_Section):
         return self
 
 
-class Data(_Section):
+class Data(Section):
     """Where the records come from.
 
     `synthetic` makes hospitals up, with known risks (and, with a `partition`, splits their patients anew); `meds`
@@ -83,7 +78,7 @@ class Data(_Section):
         return self
 
 
-class Split(_Section):
+class Split(Section):
     """Shares of patients kept for tuning and held out, by a keyed hash of the subject id."""
 
     key: str = "fedcomet"
@@ -97,7 +92,7 @@ class Split(_Section):
         return self
 
 
-class Tokenizer(_Section):
+class Tokenizer(Section):
     """What one event becomes; see tokenizer/codebook.py."""
 
     values: Literal["separate", "fused"] = "separate"
@@ -109,7 +104,7 @@ class Tokenizer(_Section):
     icd10pcs_split: tuple[_Positive, ...] = ()
 
 
-class Model(_Section):
+class Model(Section):
     """The decoder: a preset by its size, or a shape of its own (`layers`, `width`, `heads`, `ff`); context, dropout."""
 
     preset: str = "0.3m"
@@ -136,7 +131,7 @@ class Model(_Section):
         return self.preset
 
 
-class Training(_Section):
+class Training(Section):
     """Rounds and the local work in each: either `local_epochs` (0.25: a quarter of a pass) or `local_steps`.
 
     In the federated arm, `sites_per_round` sites are drawn for each round (all if left out), no site's weight is more
@@ -194,7 +189,7 @@ class Training(_Section):
         return self
 
 
-class PrivateEvaluation(_Section):
+class PrivateEvaluation(Section):
     """Noised tuning losses of a private study, from which every arm's best round is chosen; see docs/privacy.md.
 
     `every` so many rounds, and after the last, each site tells the sum over its tuning patients of their mean loss per
@@ -206,14 +201,14 @@ class PrivateEvaluation(_Section):
     noise_multiplier: Annotated[float, Field(gt=0.0)]
 
 
-class Transport(_Section):
+class Transport(Section):
     """How the federated arm's vectors travel; see docs/rounds.md."""
 
     update: Literal["float32", "bfloat16", "int8"] = "float32"
     weights: Literal["float32", "bfloat16"] = "float32"
 
 
-class Privacy(_Section):
+class Privacy(Section):
     """Private training at every site of every arm; see docs/privacy.md.
 
     `mechanism`: "dp-sgd" adds noise in every step, on patients drawn by `sampling_rate`; "local" adds it to each site's
@@ -244,7 +239,7 @@ class Privacy(_Section):
         return self
 
 
-class Summing(_Section):
+class Summing(Section):
     """Secure aggregation in the federated arm: of updates and losses only sums are seen; docs/secure-aggregation.md.
 
     `threshold` sites must stay to the end of a round's sum (when not given: more than two thirds), and `min_sites` be
@@ -259,7 +254,7 @@ class Summing(_Section):
     precision_bits: Annotated[int, Field(ge=1, le=44)] = 20
 
 
-class Synthesis(_Section):
+class Synthesis(Section):
     """The arm "synthesis": a server learns from timelines that the sites' own models make up; simulation/synthesis.py.
 
     Each site makes up `timelines` (as many as its train patients when not given) of `max_tokens` at most, which begin
@@ -271,7 +266,7 @@ class Synthesis(_Section):
     least_patients: _Positive = 5
 
 
-class Scenario(_Section):
+class Scenario(Section):
     """What goes wrong in the federated arm, decided by the study's seed; see simulation/scenario.py.
 
     Every site drops out of a round with the chance `dropout`; of the others, a `straggler` share answers late, by an
@@ -285,7 +280,7 @@ class Scenario(_Section):
     absent: dict[str, tuple[_Positive, ...]] = Field(default_factory=dict)
 
 
-class Engine(_Section):
+class Engine(Section):
     """What plays the federated arm's sites: same apps, same results.
 
     `local`: worker processes of this machine, with scenarios. `ray`: Flower's simulation on Ray, on one machine or a
@@ -297,7 +292,7 @@ class Engine(_Section):
     devices: tuple[str, ...] = ()
 
 
-class AtSites(_Section):
+class AtSites(Section):
     """Questions answered at the sites of the federated arm, told as tallies and merged; see docs/privacy.md.
 
     `every` rounds, 0 only at the end. Cells stand for `floor` patients or more, or have `noise` (with `bins` 256 at
@@ -314,7 +309,7 @@ class AtSites(_Section):
     delta: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-6
 
 
-class Central(_Section):
+class Central(Section):
     """Questions that the server itself asks the federated arm's model between rounds; see docs/rounds.md.
 
     About the patients of the MEDS dataset `data`, none of whom is at a site; in a synthetic study, without it, of one
@@ -331,7 +326,7 @@ class Central(_Section):
     most: _Positive = 500
 
 
-class Evaluation(_Section):
+class Evaluation(Section):
     """How the questions are answered: trajectories for each patient, their cap, the bootstrap."""
 
     trajectories: _Positive = 64
@@ -369,7 +364,7 @@ _Tasks = Annotated[tuple[Task, ...], PlainValidator(_taken), PlainSerializer(_pl
 Arm = Literal["federated", "alone", "personal", "pooled", "synthesis", "ensemble", "supervised"]
 
 
-class Study(_Section):
+class Study(Section):
     """The whole file."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
@@ -461,12 +456,7 @@ def read(path: Path, *, data: Path | None = None, records: bool = True) -> Study
     Raises:
         ConfigError: the file is missing or no TOML, or keys or values are wrong (all are named).
     """
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: can't be read ({error.strerror}); give the path of a study file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not valid TOML: {error}") from error
+    raw = toml_file.raw(path, "give the path of a study file")
     table = raw.get("data")
     if isinstance(table, dict):
         if data is not None:

@@ -26,15 +26,16 @@ import re
 import shlex
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from federation.manifest import software_version
+from simulation import toml_file
+from simulation.toml_file import Section
 from tokenizer import durable
 from tokenizer.errors import ConfigError, FedcometError
 
@@ -45,11 +46,7 @@ STAMP, OUTPUT, RUN = "reproduce.json", "output.txt", "run"
 _NAME = r"^[A-Za-z0-9._-]+$"
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Expected(_Section):
+class Expected(Section):
     """A figure: where it stands in the result (`key`) or in what is printed (`pattern`, one group), and its limits."""
 
     key: str = ""
@@ -79,7 +76,7 @@ class Expected(_Section):
         return (-float("inf") if self.low is None else self.low), (float("inf") if self.high is None else self.high)
 
 
-class Entry(_Section):
+class Entry(Section):
     """A command whose figures stand in docs/results.md.
 
     `result` says where figures are read from: `report` of a study, `study` for the ledger of a grid of studies,
@@ -124,7 +121,7 @@ class Entry(_Section):
         return [sys.executable, *program, *words[1:]]
 
 
-class _File(_Section):
+class _File(Section):
     version: Literal[1]
     entry: tuple[Entry, ...] = Field(min_length=1)
 
@@ -153,20 +150,7 @@ def read(path: Path = LIST) -> tuple[Entry, ...]:
     Raises:
         ConfigError: it can't be read, or keys or values are wrong (all are named).
     """
-    try:
-        return _File.model_validate(tomllib.loads(path.read_text(encoding="utf-8"))).entry
-    except OSError as problem:
-        raise ConfigError(
-            f"{path}: can't be read ({problem.strerror}); run this in a checkout, or name a list with --file"
-        ) from None
-    except ValidationError as problem:
-        told = "; ".join(
-            f"{'.'.join(map(str, each['loc'])) or 'the file'}: {each['msg'].removeprefix('Value error, ')}"
-            for each in problem.errors()
-        )
-        raise ConfigError(f"{path}: {told}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
-        raise ConfigError(f"{path}: is not valid TOML: {problem}") from None
+    return toml_file.read(path, _File, "run this in a checkout, or name a list with --file").entry
 
 
 def reproduce(

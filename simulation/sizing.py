@@ -11,7 +11,6 @@ of them, log-normal, carry that through to each figure. With D the tokens that a
 What it leaves out: queues, failures, evaluation, and that a step of a larger batch teaches less for each token.
 """
 
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,12 @@ from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from federation.accountant import Gaussian, epsilon
 from model.decoder import PRESETS
-from tokenizer.errors import ConfigError
+from simulation import toml_file
+from simulation.toml_file import Section
 
 Floats = NDArray[np.float64]
 _DRAWS = 1000
@@ -33,16 +33,12 @@ _BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.03}
 Range = Annotated[tuple[float, float, float], Field(min_length=3, max_length=3)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 def _range(name: str, value: Range) -> None:
     if not 0 < value[0] <= value[1] <= value[2]:
         raise ValueError(f"{name} must be three numbers above 0, from low to high")
 
 
-class Sites(_Section):
+class Sites(Section):
     """Some sites that are alike: how many, what each has, and its machines and link.
 
     `flops` is the peak of all its devices together, in FLOP/s at the precision that is trained in; `utilisation` the
@@ -65,7 +61,7 @@ class Sites(_Section):
         return self
 
 
-class Law(_Section):
+class Law(Section):
     """What to train: tokens for each parameter at the optimum (CoMET: about 1,000), and a fitted loss if there is one.
 
     Give `preset` or `parameters` for a model of that size, or `passes` for what the tokens allow.
@@ -94,7 +90,7 @@ class Law(_Section):
         return self
 
 
-class Rounds(_Section):
+class Rounds(Section):
     """How sites work together; `local_steps` is what the middle site does in a round."""
 
     local_steps: int = Field(default=500, ge=1)
@@ -112,14 +108,14 @@ class Rounds(_Section):
         return self
 
 
-class Privacy(_Section):
+class Privacy(Section):
     """Noise in every step (DP-SGD) whose epsilon is told; a batch holds patients, one window of each."""
 
     noise_multiplier: float = Field(gt=0)
     delta: float = Field(gt=0, lt=1)
 
 
-class Sizing(_Section):
+class Sizing(Section):
     """The whole file."""
 
     name: str
@@ -147,18 +143,7 @@ def read(path: Path) -> Sizing:
     Raises:
         ConfigError: it can't be read, or keys or values are wrong.
     """
-    try:
-        return Sizing.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except OSError as problem:
-        raise ConfigError(f"{path}: can't be read ({problem.strerror}); give the path of a sizing file") from None
-    except ValidationError as problem:
-        told = "; ".join(
-            f"{'.'.join(map(str, each['loc'])) or 'the file'}: {each['msg'].removeprefix('Value error, ')}"
-            for each in problem.errors()
-        )
-        raise ConfigError(f"{path}: {told}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
-        raise ConfigError(f"{path}: is not valid TOML: {problem}") from None
+    return toml_file.read(path, Sizing, "give the path of a sizing file")
 
 
 def plan(sizing: Sizing, flops_here: Range | None = None) -> tuple[Line, ...]:

@@ -30,27 +30,23 @@ runs only what is new. Keys under `hostile.` are of `simulation.studies.hostile`
 import hashlib
 import itertools
 import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from simulation import config
+from simulation import config, toml_file
 from simulation.config import Study
 from simulation.studies.hostile import Hostile
+from simulation.toml_file import Section
 from tokenizer.errors import ConfigError
 
 _LABELS = ("x", "label")
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Axis(_Section):
+class Axis(Section):
     """What differs: either a key and its values, or points that set several keys at once."""
 
     name: str = Field(min_length=1)
@@ -71,7 +67,7 @@ class Axis(_Section):
         return tuple(_point(each) for each in self.point)
 
 
-class Plot(_Section):
+class Plot(Section):
     """What is drawn: an axis along x, measures along y, a line for each point of the other axes and each arm."""
 
     x: str
@@ -80,7 +76,7 @@ class Plot(_Section):
     log: Literal["", "x", "y", "xy"] = ""
 
 
-class Scaling(_Section):
+class Scaling(Section):
     """Fit scaling laws to each arm's cells, apart for each point of the axis `by` (together without)."""
 
     by: str = ""
@@ -88,7 +84,7 @@ class Scaling(_Section):
     resamples: int = Field(default=200, ge=20)
 
 
-class Grid(_Section):
+class Grid(Section):
     """The whole file."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
@@ -158,19 +154,7 @@ def read(path: Path) -> Grid:
     Raises:
         ConfigError: it can't be read, or keys or values are wrong.
     """
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-        grid = Grid.model_validate(raw)
-    except OSError as problem:
-        raise ConfigError(f"{path}: can't be read ({problem.strerror}); give the path of a grid file") from None
-    except ValidationError as problem:
-        told = "; ".join(
-            f"{'.'.join(map(str, each['loc'])) or 'the file'}: {each['msg'].removeprefix('Value error, ')}"
-            for each in problem.errors()
-        )
-        raise ConfigError(f"{path}: {told}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
-        raise ConfigError(f"{path}: is not valid TOML: {problem}") from None
+    grid = toml_file.read(path, Grid, "give the path of a grid file")
     return grid.model_copy(update={"base": path.parent / grid.base})
 
 
