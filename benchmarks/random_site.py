@@ -6,17 +6,14 @@ All the rest is a hospital's: connection, forked app processes, policy, rounding
 
 import os
 import sys
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from client import local, site, supernode
-from client.archive import Choices, RunArchive
-from federation.messages import TrainReply
-from model.parallel import ALONE, Team
+from client import local, supernode
 from model.train import StepResult
+from tokenizer.windows import Batch
 
 TILE = 1 << 20
 
@@ -35,25 +32,26 @@ def moved(weights: NDArray[np.float32]) -> NDArray[np.float32]:
     return result
 
 
-class RandomRound(local.LocalRound):
-    """A round whose work is done when it begins."""
+class RandomTrainer:
+    """Whose one step is taken before it is asked for."""
 
-    def __init__(self, work: local.Work, run: RunArchive, task: local.Task, team: Team = ALONE) -> None:
-        self._work, self._run, self._task, self._team = work, run, task, team
-        self._results, self._seconds, self._lost = [StepResult(1.0, 100, 0.0, 0.0)], 0.0, False
-        self.residual = None
-        self.trainer: Any = SimpleNamespace(decoder=task.request.weights, state_dict=dict)
+    precision, micro_tokens = "fp32", 512
 
-    def go(self, keep_end: bool = False) -> None:
+    def __init__(self, weights: NDArray[np.float32]) -> None:
+        self.decoder = weights
+
+    def step(self, batch: Batch) -> StepResult:
         """Do nothing."""
+        return StepResult(1.0, 100, 0.0, 0.0)
 
-    def drift(self, reply: TrainReply) -> None:
-        """Correct nothing."""
+    def state_dict(self) -> dict[str, Any]:
+        """Keep nothing from round to round."""
+        return {}
 
-    @property
-    def choices(self) -> Choices:
-        """What a site would have chosen."""
-        return Choices("fp32", 512)
+
+def trainer(work: local.Work, number: int, weights: NDArray[np.float32], *how: Any, **more: Any) -> RandomTrainer:
+    """Stand in for `client.local.Work.trainer`."""
+    return RandomTrainer(weights)
 
 
 if __name__ == "__main__":
@@ -62,5 +60,5 @@ if __name__ == "__main__":
     sys.stdout.flush()
     os._exit(code)  # as the node itself does
 elif sys.argv[0].endswith("nursery.py"):
-    vars(site)["LocalRound"] = RandomRound
+    setattr(local.Work, "trainer", trainer)  # noqa: B010
     vars(local)["to_vector"] = moved

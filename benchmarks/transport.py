@@ -341,7 +341,9 @@ def flower(values: int, arrays: int, rounds: int, folder: Path | None) -> Figure
     with machine(folder) as place:
         root = place.root
         port, *ports = free_ports(1 + SITES)
-        env = {**supervisor.flower_environment(root / "flwr"), "PATH": supervisor.flower_environment(root)["PATH"]}
+        env = supervisor.flower_environment(root / "flwr")
+        for ours_alone in ("FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", "GLIBC_TUNABLES"):
+            del env[ours_alone]
         (root / "flwr").mkdir()
         write_certificates(root)
         (root / "flwr/config.toml").write_text(

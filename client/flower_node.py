@@ -35,6 +35,7 @@ from flwr.supernode.nodestate.in_memory_nodestate import CLIENT_APP_CRASHED_ERRO
 from federation import bundle
 from federation.flower_tasks import RUNTIME, TASK_HEARTBEAT_S
 from federation.front import Door, Front
+from federation.handover import FileContents
 from federation.polls import Polls
 from tokenizer import durable
 
@@ -63,6 +64,7 @@ class NodeOptions:
         runtime_port: for app processes, on loopback.
         secret: what whoever starts them must sign with.
         memory: a file for the node's number.
+        objects: a folder of its own for contents of messages.
     """
 
     superlink: str
@@ -73,6 +75,7 @@ class NodeOptions:
     runtime_port: int
     secret: bytes
     memory: Path
+    objects: Path
 
 
 class Node:
@@ -89,12 +92,10 @@ class Node:
         # A process that starts on a busy machine may take longer to say a word than the half minute that Flower gives
         # it; one that died is noticed by whoever started it.
         vars(in_memory_corestate)["HEARTBEAT_DEFAULT_INTERVAL"] = TASK_HEARTBEAT_S
-        self._states = NodeStateFactory(ObjectStoreFactory())
+        self._store, factory = FileContents(options.objects), ObjectStoreFactory()
+        factory.store_instance = self._store
+        self._states = NodeStateFactory(factory)
         self._state: Any = self._states.state()
-        self._store = self._states.objectstore_factory.store()
-        # Objects come over TLS or from our own process, and the SuperLink checks what it is given: no need to hash all
-        # of it twice more here. What a request asks for is signed, weights included.
-        vars(self._store)["verify"] = False
 
     def open_runtime(self) -> None:
         """Serve app processes, in a thread.
@@ -215,7 +216,7 @@ class Node:
         ]
 
     def _is_whole(self, tree: Any) -> bool:
-        return bool(self._store.get(tree.object_id)) and all(map(self._is_whole, tree.children))
+        return self._store.has(tree.object_id) and all(map(self._is_whole, tree.children))
 
     def _checked(self, fab: Fab) -> Fab:
         """Give a bundle to Flower; without its signatures, so that it refuses, if this site must not take it."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from client.flower_node import Node, NodeOptions, Refused
 from client.home import SiteHome
 from client.policy import Policy
-from federation import pki, supervisor
+from federation import handover, pki, supervisor
 from federation.flower_tasks import TaskOptions, Tasks
 from tokenizer import durable
 from tokenizer.errors import FedcometError
@@ -47,7 +47,8 @@ class NodeFolder:
     def __init__(self, home: Path) -> None:
         """Take the home; the folder is made when something is written."""
         self.root = home / "flower"
-        self.memory, self._state = self.root / "number.json", self.root / "node.json"
+        self.memory, self.objects = self.root / "number.json", self.root / "objects"
+        self._state = self.root / "node.json"
 
     def write(self, state: str, reason: str = "") -> None:
         """Say what the node is doing; where the disk is full nothing is said, and the daemon says that."""
@@ -113,12 +114,14 @@ def _serve(home: SiteHome, folder: NodeFolder, stopping: threading.Event, limit_
         runtime_port=settings.daemon.runtime_port,
         secret=secret,
         memory=folder.memory,
+        objects=folder.objects,
     )
     node = Node(told, folder.write)
     node.open_runtime()
     come = threading.Event()
     port = settings.daemon.runtime_port
-    options = TaskOptions("site", port, secret, output=home.state / "app.log", modules=APP_MODULES)
+    environment = {handover.FOLDER: str(folder.objects.absolute())}
+    options = TaskOptions("site", port, secret, None, environment, home.state / "app.log", APP_MODULES)
     tasks = Tasks(options, crashed=node.crashed, come=come)
     home.state.mkdir(mode=0o700, parents=True, exist_ok=True)
     tasks.start()

@@ -237,6 +237,9 @@ def _live(told: Mapping[str, Any]) -> int:
     """Be an app process: what Flower's `flwr-clientapp` does; gives its exit code."""
     from flwr.supernode.runtime.run_clientapp import run_clientapp
 
+    from federation.handover import hand_over
+
+    hand_over()
     # The last child's words only: a file that can't grow without end.
     with _written_anew(Path(told["output"])) as output:
         os.dup2(output.fileno(), 1)

@@ -25,6 +25,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from federation import handover
 from federation.identity import Identity
 from federation.manifest import Manifest
 from federation.masking import MaskingError
@@ -161,6 +162,7 @@ def main(grid: Grid, context: Context) -> None:
         ConfigError: no such run, or it has no usable plan.
         FedcometError: the run failed; Flower notes that, too.
     """
+    handover.hand_over()
     root, run = os.environ.get("FEDCOMET_RUNS"), context.run_config.get("run")
     if not root or not isinstance(run, str) or not is_site_name(run):
         raise ConfigError("Name the runs' folder in FEDCOMET_RUNS and the run's folder in it as run-config 'run'.")

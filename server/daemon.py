@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from federation import logs, supervisor, vitals
+from federation import handover, logs, supervisor, vitals
 from federation.flower_tasks import TaskOptions, Tasks
 from federation.identity import Identity
 from federation.manifest import software_version
@@ -133,6 +133,7 @@ class _Daemon:
             "FEDCOMET_RUNS": str(home.runs.absolute()),
             "FEDCOMET_LEDGER": home.ledger_url,
             "FEDCOMET_LEASE": str(token),
+            handover.FOLDER: str(folder.objects.absolute()),
         }
         options = TaskOptions("coordinator", settings.ports.runtime, folder.secret(), folder.root / "tasks", apps)
         self._tasks = Tasks(options)

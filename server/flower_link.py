@@ -30,7 +30,7 @@ from flwr.proto.control_pb2 import (
 )
 from flwr.proto.fab_pb2 import Fab as ProtoFab
 from flwr.proto.fleet_pb2 import PushMessagesRequest
-from flwr.proto.message_pb2 import PullObjectRequest, PushObjectRequest
+from flwr.proto.message_pb2 import PullObjectRequest, PushObjectRequest, PushObjectResponse
 from flwr.proto.transport_pb2 import Scalar
 from flwr.supercore.constant import (
     FLEET_HTTP_PUBLIC_KEY_HEADER,
@@ -111,11 +111,12 @@ class LinkError(FedcometError):
 class SuperLink:
     """Flower's SuperLink as an application without listeners of its own, on one database."""
 
-    def __init__(self, database: Path, secret: bytes) -> None:
+    def __init__(self, database: Path, objects: Path, secret: bytes) -> None:
         """Open it.
 
         Args:
             database: its SQLite file; made when missing.
+            objects: the folder of messages' contents.
             secret: what whoever starts ServerApps must sign with.
         """
         # A run outlives a SuperLink that is away for minutes; a process that died is noticed by whoever started it.
@@ -147,10 +148,11 @@ class SuperLink:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of alembic, about Flower's own migrations
             self._app = create_app(config, SuperLinkLifespan)
-        self._objects, self._news = FileObjectStore(database), News()
+        self._objects, self._news = FileObjectStore(database, objects), News()
         factory = self._app.state.linkstate_factory
         factory.objectstore_factory.store_instance = self._objects
         self._state = factory.state()
+        vars(self._state)["_object_store"] = self._objects  # the application has made its state with Flower's own
         self._give_whole_answers_only()
         self._stage_objects()
 
@@ -188,7 +190,12 @@ class SuperLink:
         return doors
 
     def _take_object(self, node: int, body: bytes) -> tuple[bytes, bytes] | None:
-        return self._bulk(PushObjectRequest, fleet_handlers.push_object, node, body)
+        def take(request: Any, state: Any) -> Any:
+            if not request.object_content:  # what is handed over in files comes from our own processes alone
+                return PushObjectResponse(stored=False)
+            return fleet_handlers.push_object(request, state)
+
+        return self._bulk(PushObjectRequest, take, node, body)
 
     def _give_object(self, node: int, body: bytes) -> tuple[bytes, bytes] | None:
         return self._bulk(PullObjectRequest, fleet_handlers.pull_object, node, body)

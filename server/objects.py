@@ -25,8 +25,9 @@ from flwr.supercore.object_store.sql_object_store import SqlObjectStore
 from flwr.supercore.state.schema.objectstore_models import StoredObject
 from sqlalchemy import select, update
 
-_AT_ONCE = 500
-_PARTIAL = ".partial"
+from federation.handover import PARTIAL, clear, handed
+
+_AT_ONCE, _LEFT_S = 500, 600.0
 
 _log = logging.getLogger(__name__)
 
@@ -34,20 +35,19 @@ _log = logging.getLogger(__name__)
 class FileObjectStore(SqlObjectStore):
     """Flower's object store of a database, with contents in files beside it. One process at a time."""
 
-    def __init__(self, database: Path) -> None:
+    def __init__(self, database: Path, folder: Path) -> None:
         """Open it; what a killed process left half-written is removed."""
         super().__init__(str(database))
-        self._folder = database.parent / "objects"
+        self._folder = folder
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._moving, self._staged = threading.Lock(), threading.local()
-        for left in self._folder.glob(f"*{_PARTIAL}"):
-            left.unlink()
+        clear(self._folder)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of alembic, about Flower's own migrations
             self.initialize()
 
     def put(self, object_id: str, object_content: bytes) -> None:
-        """Keep the content of an object that was announced.
+        """Keep the content of an object that was announced; of an empty one, the file that was handed over.
 
         Raises:
             ValueError: the content is not what its name says, or no object of Flower's.
@@ -58,7 +58,7 @@ class FileObjectStore(SqlObjectStore):
             taken = session.scalar(
                 update(StoredObject)
                 .where(StoredObject.object_id == object_id, StoredObject.is_available == 0)
-                .values(content=str(len(object_content)).encode(), is_available=1)
+                .values(content=str(self._staged.size).encode(), is_available=1)
                 .returning(StoredObject.object_id)
             )
             if taken is not None:
@@ -77,13 +77,17 @@ class FileObjectStore(SqlObjectStore):
         if getattr(self._staged, "name", None) == object_id:  # further out
             yield self._staged.path
             return
-        if object_id != get_object_id(content):
-            raise ValueError(f"Object ID {object_id} does not match content hash")
-        validate_object_content(content=content)
-        aside = self._folder / f"{object_id}.{threading.get_ident()}{_PARTIAL}"
+        aside = self._folder / f"{object_id}.{threading.get_ident()}{PARTIAL}"
         try:
-            aside.write_bytes(content)
-            self._staged.name, self._staged.path = object_id, aside
+            if not content:
+                with contextlib.suppress(FileNotFoundError):
+                    content = handed(self._folder, object_id).replace(aside).read_bytes()
+            if object_id != get_object_id(content):
+                raise ValueError(f"Object ID {object_id} does not match content hash")
+            validate_object_content(content=content)
+            if not aside.exists():
+                aside.write_bytes(content)
+            self._staged.name, self._staged.path, self._staged.size = object_id, aside, len(content)
             yield aside
         finally:
             self._staged.name = None
@@ -108,8 +112,9 @@ class FileObjectStore(SqlObjectStore):
         return content
 
     def sweep(self) -> None:
-        """Remove the files of objects that were dropped."""
-        names = [name for name in os.listdir(self._folder) if not name.endswith(_PARTIAL)]
+        """Remove the files of objects that were dropped, or handed over and never named."""
+        clear(self._folder, _LEFT_S)
+        names = [name for name in os.listdir(self._folder) if "." not in name]
         for start in range(0, len(names), _AT_ONCE):
             some = names[start : start + _AT_ONCE]
             for name in set(some) - self._known(some):

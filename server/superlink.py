@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+import uvloop
 from sqlalchemy.exc import SQLAlchemyError
 
 from federation import bundle, supervisor
@@ -65,6 +66,7 @@ class LinkFolder:
         """Take a folder; it is made, for its owner only, when something is written."""
         self.root = root
         self.database, self.bundle = root / "superlink.sqlite", root / "bundle.sha256"
+        self.objects = root / "objects"
 
     def write(self, options: LinkOptions) -> None:
         """Write the options down for the process."""
@@ -108,7 +110,7 @@ async def serve(folder: LinkFolder, stop: asyncio.Event) -> None:
         ConfigError: the options, certificate or key can't be used.
     """
     options = folder.options()
-    link = SuperLink(folder.database, folder.secret())
+    link = SuperLink(folder.database, folder.objects, folder.secret())
     content = bundle.build()
     link.store(content, bundle.sign(content, Identity.at(Path(options.identity))))
     durable.write_bytes(folder.bundle, bundle.digest(content).encode())
@@ -222,7 +224,7 @@ def main(root: str) -> None:
         await serve(LinkFolder(Path(root)), stop)
 
     try:
-        asyncio.run(run())
+        uvloop.run(run())
     except ConfigError as error:
         print(f"ERROR: {error}", flush=True)
         sys.exit(supervisor.BAD_CONFIG)

@@ -101,9 +101,9 @@ def test_a_process_that_died_is_answered_for_once_whether_it_had_its_message_or_
     from flwr.app import ConfigRecord, Message, RecordDict
 
     flower.assume_identity()
-    options = NodeOptions(
-        "127.0.0.1:1", b"", ec.generate_private_key(ec.SECP384R1()), {}, lambda: (key,), 0, b"s", tmp_path / "memory"
-    )
+    own = ec.generate_private_key(ec.SECP384R1())
+    memory, objects = tmp_path / "memory", tmp_path / "objects"
+    options = NodeOptions("127.0.0.1:1", b"", own, {}, lambda: (key,), 0, b"s", memory, objects)
     for fetched in (False, True):
         node: Any = Node(options)
         node._state.set_node_id(1)

@@ -31,7 +31,7 @@ def fill(session: Session) -> None:
 
 
 def test_a_half_answer_is_held_back_only_while_its_node_is_online(tmp_path: Path) -> None:
-    state = SuperLink(tmp_path / "link.sqlite", b"secret")._state
+    state = SuperLink(tmp_path / "link.sqlite", tmp_path / "objects", b"secret")._state
     first, second = (state.create_node("aid", "name", key, 30.0) for key in (b"one", b"two"))
     for node in (first, second):
         assert state.activate_node(node, 30.0)

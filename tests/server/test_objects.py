@@ -19,7 +19,7 @@ def parts(fill: int = 1) -> tuple[RecordDict, dict[str, bytes]]:
 
 
 def stored(folder: Path) -> tuple[FileObjectStore, str, dict[str, bytes]]:
-    store = FileObjectStore(folder / "link.sqlite")
+    store = FileObjectStore(folder / "link.sqlite", folder / "objects")
     record, contents = parts()
     assert set(store.preregister(RUN, get_object_tree(record))) == set(contents)
     for name, content in contents.items():
@@ -35,7 +35,7 @@ def files(folder: Path) -> set[str]:
 def test_contents_are_kept_beside_the_database_and_survive_a_restart(tmp_path: Path) -> None:
     store, root, contents = stored(tmp_path)
     (tmp_path / "objects" / f"{root}.7.partial").write_bytes(b"half")
-    again = FileObjectStore(tmp_path / "link.sqlite")
+    again = FileObjectStore(tmp_path / "link.sqlite", tmp_path / "objects")
     assert files(tmp_path) == set(contents)
     assert {name: again.get(name) for name in contents} == contents
     assert all(content not in (tmp_path / "link.sqlite").read_bytes() for content in contents.values())
