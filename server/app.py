@@ -38,7 +38,7 @@ from server.journal import GIVEN_UP, Journal, Phase
 from server.ledger import Ledger
 from server.opening import open_sum
 from server.plan import FederationPlan
-from server.post import Post, Roster, TooFewSites, reason, site_name
+from server.post import Post, Roster, TooFewSites, reason, site_name, without_weights
 from server.rounds import TUNING, Answer, Event, Listener, Rounds
 from server.spool import Spool
 from server.tables import RunState
@@ -276,7 +276,9 @@ def _lead_round(
     request = rounds.request(post.deadline())
     if rounds.collecting:
         missing = rounds.missing(nodes)
-        for node, answer in post.ask([nodes[site] for site in missing], request, str(rounds.number)):
+        answers_to = post.ask([nodes[site] for site in missing], request, str(rounds.number))
+        request = without_weights(request)  # what is left to do with it needs none, and they are large
+        for node, answer in answers_to:
             rounds.receive(roster.name(node), answer)
             wishes.between_answers()
         for site in rounds.missing(nodes):
@@ -289,7 +291,9 @@ def _lead_round(
     answers: dict[str, Answer | None] = {}
     if evaluation is not None:
         answers = dict.fromkeys(nodes)
-        for node, answer in post.ask(list(nodes.values()), evaluation, str(rounds.number)):
+        answers_to = post.ask(list(nodes.values()), evaluation, str(rounds.number))
+        evaluation = without_weights(evaluation)
+        for node, answer in answers_to:
             answers[roster.name(node)] = answer
     if rounds.masked and evaluation is not None:
         kept = [site for site, answer in answers.items() if isinstance(answer, Kept)]
