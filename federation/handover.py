@@ -15,6 +15,7 @@ from pathlib import Path
 from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse, PushObjectRequest, PushObjectResponse
 from flwr.supercore.inflatable.inflatable_object import get_object_id
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
+from flwr.supercore.object_store.object_store import NoObjectInStoreError
 from flwr.supercore.runtime import RuntimeHttpClient
 
 FOLDER = "FEDCOMET_OBJECTS"
@@ -86,6 +87,8 @@ class FileContents(InMemoryObjectStore):
             ValueError: no file was handed over.
         """
         path = self._folder / object_id
+        if object_id not in self:
+            raise NoObjectInStoreError(f"Object with ID '{object_id}' was not pre-registered.")
         if object_content:
             super().put(object_id, _IN_FILE if _lay(path, object_content) else object_content)
             return

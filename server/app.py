@@ -280,6 +280,7 @@ def _lead_round(
         request = without_weights(request)  # what is left to do with it needs none, and they are large
         for node, answer in answers_to:
             rounds.receive(roster.name(node), answer)
+            del answer  # or it would lie in memory beside the next one
             wishes.between_answers()
         for site in rounds.missing(nodes):
             rounds.late(site)

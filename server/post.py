@@ -145,6 +145,7 @@ class Post:
                         continue
                     self._note_weights(node, requests[node], answer)
                     yield node, answer
+                    del answer  # or it would lie in memory beside the next one
             if arrived:
                 last = self._clock()
             elif self._clock() >= deadline_s:
