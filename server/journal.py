@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import ColumnElement, Row, delete, func, insert, select
 from sqlalchemy.orm import Session
 
 from federation.manifest import Manifest
@@ -34,7 +34,7 @@ from server.run_entries import (
 )
 from server.schema import open_ledger
 from server.tables import RunState
-from server.transactions import Transactions, note
+from server.transactions import Transactions, note, put, table_of
 from tokenizer.errors import DataError
 
 __all__ = [
@@ -52,7 +52,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-Row = TypeVar("Row", bound=tables.Base)
 
 _NOT_FOR_LEADING = (RunState.PAUSING, RunState.PAUSED, RunState.STOPPING, RunState.STOPPED, RunState.FINISHED)
 _ENDED = (RunState.PAUSED, RunState.STOPPED, RunState.FAILED, RunState.FINISHED)
@@ -68,12 +67,13 @@ class Journal:
             DataError: the file is not a ledger, or newer than this software.
         """
         self._ledger, self._name = open_ledger(path), ""
+        self._known: int | None = None
 
     @classmethod
     def of(cls, ledger: Transactions, name: str) -> Self:
         """Give the journal of the run with this name in an open ledger; whoever opened that closes it."""
         journal = cls.__new__(cls)
-        journal._ledger, journal._name = ledger, name
+        journal._ledger, journal._name, journal._known = ledger, name, None
         return journal
 
     def __enter__(self) -> Self:
@@ -135,12 +135,12 @@ class Journal:
 
     def state(self) -> RunState | None:
         """Give how far the run is, or what somebody wishes of it; none before it was started."""
+        state = select(tables.Run.state)
 
-        def work(session: Session) -> RunState | None:
-            run = self._find(session)
-            return None if run is None else RunState(run.state)
+        def work(session: Session, run: int) -> RunState:
+            return RunState(session.connection().execute(state.where(tables.Run.id == run)).scalar_one())
 
-        return self._ledger.read(work)
+        return self._read(work, None)
 
     def end(self, state: RunState, reason: str = "") -> None:
         """Note that nobody leads the run any more: it is paused, stopped, failed (and why) or finished."""
@@ -169,8 +169,8 @@ class Journal:
         """Note whether a site takes part; a later note replaces an earlier one."""
 
         def work(session: Session) -> None:
-            run = self._get(session).id
-            session.merge(tables.Participant(run=run, **asdict(entry)))
+            run = self._run(session)
+            put(session, tables.Participant, {"run": run, **asdict(entry)})
             note(session, "coordinator", f"site.{entry.status}", run, site=entry.site, told=entry.reason)
             if entry.status is not Status.ACCEPTED:
                 _refuse(session, run, 0, entry.site, "prepare", f"{entry.status}: {entry.reason}")
@@ -181,7 +181,7 @@ class Journal:
         """Note that something of a site was not taken before the rounds began."""
 
         def work(session: Session) -> None:
-            run = self._get(session).id
+            run = self._run(session)
             _refuse(session, run, 0, site, what, reason)
             note(session, "coordinator", f"{what}.refused", run, site=site, told=reason)
 
@@ -196,13 +196,17 @@ class Journal:
     def committed(self) -> int:
         """Give the number of the last committed round; 0 when there is none."""
         last = select(func.max(tables.Round.round)).where(tables.Round.phase == Phase.COMMITTED)
-        return self._read(lambda session, run: session.scalar(last.where(tables.Round.run == run)) or 0, 0)
+
+        def work(session: Session, run: int) -> int:
+            return session.connection().execute(last.where(tables.Round.run == run)).scalar() or 0
+
+        return self._read(work, 0)
 
     def round(self, number: int) -> RoundEntry | None:
         """Give a round's entry, if it was announced."""
 
         def work(session: Session, run: int) -> RoundEntry | None:
-            row = session.get(tables.Round, (run, number))
+            row = _round(session, run, number)
             return None if row is None else RoundEntry(row.round, Phase(row.phase), row.checkpoint_sha256)
 
         return self._read(work, None)
@@ -224,10 +228,10 @@ class Journal:
         """
 
         def work(session: Session) -> None:
-            run = self._get(session).id
+            run = self._run(session)
             self._enter(session, run, number, phase, checkpoint.sha256 if checkpoint else None)
             if checkpoint is not None:
-                session.merge(tables.Checkpoint(run=run, round=number, **asdict(checkpoint)))
+                put(session, tables.Checkpoint, {"run": run, "round": number, **asdict(checkpoint)})
             _measure(session, run, number, figures or {})
 
         self._ledger.write(work)
@@ -236,11 +240,10 @@ class Journal:
         """Take up a round again after a crash: accepted answers stay, the others may be asked for again."""
 
         def work(session: Session) -> None:
-            run, reply = self._get(session).id, tables.Reply
-            session.execute(
-                delete(reply).where(reply.run == run, reply.round == number, reply.status != Status.ACCEPTED)
-            )
-            if session.get(tables.Round, (run, number)) is not None:
+            run, reply = self._run(session), tables.Reply
+            bad = delete(reply).where(reply.run == run, reply.round == number, reply.status != Status.ACCEPTED)
+            session.connection().execute(bad)
+            if _round(session, run, number) is not None:
                 note(session, "coordinator", "round.reopened", run, number)
 
         self._ledger.write(work)
@@ -249,8 +252,8 @@ class Journal:
         """Note what became of a site's answer."""
 
         def work(session: Session) -> None:
-            run, where = self._get(session).id, (entry.round, entry.site)
-            session.merge(tables.Reply(run=run, **asdict(entry), received_at=time.time()))
+            run, where = self._run(session), (entry.round, entry.site)
+            put(session, tables.Reply, {"run": run, **asdict(entry), "received_at": time.time()})
             what = "outlier" if entry.status is Status.ACCEPTED and entry.reason else entry.status
             note(session, "coordinator", f"update.{what}", run, *where, told=entry.reason)
             if entry.status is not Status.ACCEPTED:
@@ -267,8 +270,8 @@ class Journal:
         """Note how far a masked sum is."""
 
         def work(session: Session) -> None:
-            run = self._get(session).id
-            session.merge(tables.Sum(run=run, **asdict(entry)))
+            run = self._run(session)
+            put(session, tables.Sum, {"run": run, **asdict(entry)})
             told = [f"{entry.purpose}, attempt {entry.attempt}: {entry.stage}", entry.reason or entry.dropped]
             note(session, "coordinator", "sum.advanced", run, entry.round, told="; ".join(filter(None, told)))
 
@@ -296,7 +299,7 @@ class Journal:
         sums = sums.where(reply.round <= until, reply.status == Status.ACCEPTED)
 
         def work(session: Session, run: int) -> Work:
-            tokens, steps, sites = session.execute(sums.where(reply.run == run)).one()
+            tokens, steps, sites = session.connection().execute(sums.where(reply.run == run)).one()
             return Work(int(tokens or 0), int(steps or 0), sites)
 
         return self._read(work, Work(0, 0, 0))
@@ -307,13 +310,12 @@ class Journal:
         """Note a round's evaluations, its figures and that it is evaluated, in one step."""
 
         def work(session: Session) -> None:
-            run = self._get(session).id
+            run = self._run(session)
+            put(session, tables.Score, *({"run": run, **asdict(entry)} for entry in entries))
             for entry in entries:
-                session.merge(tables.Score(run=run, **asdict(entry)))
                 if entry.status is not Status.ACCEPTED:
                     told = f"{entry.status}: {entry.reason}"
                     _refuse(session, run, number, entry.site, f"evaluate {entry.split}", told)
-            session.get_one(tables.Round, (run, number))
             self._enter(session, run, number, Phase.EVALUATED, None)
             _measure(session, run, number, figures or {})
 
@@ -323,7 +325,7 @@ class Journal:
         """Note what the sites' answers to the run's questions say together, and why some sites are not in it."""
 
         def work(session: Session) -> None:
-            run = self._get(session).id
+            run = self._run(session)
             for site, reason in left_out.items():
                 _refuse(session, run, number, site, "evaluate tasks", reason)
             _measure(session, run, number, figures)
@@ -335,7 +337,7 @@ class Journal:
         """Note what the coordinator's own questions say of a round's model."""
 
         def work(session: Session) -> None:
-            run = self._get(session).id
+            run = self._run(session)
             _measure(session, run, number, figures)
             note(session, "coordinator", "round.tested", run, number)
 
@@ -343,7 +345,8 @@ class Journal:
 
     def figures(self, name: str) -> dict[int, float]:
         """Give a figure of the whole federation by round."""
-        return {row.round: row.value for row in self._rows(tables.Metric) if row.name == name and not row.site}
+        rows = self._rows(tables.Metric, tables.Metric.name == name, tables.Metric.site == "")
+        return {row.round: row.value for row in rows}
 
     def scores(self) -> list[ScoreEntry]:
         """Give all evaluations, by round, split and site."""
@@ -356,10 +359,10 @@ class Journal:
     def losses(self, split: str) -> dict[int, float]:
         """Give the sites' common mean nll in nats per target on a split, by round."""
         sums: dict[int, tuple[float, int]] = {}
-        for entry in self.scores():
-            if entry.split == split and entry.tokens > 0:
-                nll, tokens = sums.get(entry.round, (0.0, 0))
-                sums[entry.round] = (nll + entry.nll, tokens + entry.tokens)
+        for row in sorted(self._rows(tables.Score, tables.Score.split == split), key=lambda row: (row.round, row.site)):
+            if row.tokens > 0:
+                nll, tokens = sums.get(row.round, (0.0, 0))
+                sums[row.round] = (nll + row.nll, tokens + row.tokens)
         for masked in self.sums(f"evaluate {split}"):
             if masked.tokens > 0:
                 sums[masked.round] = masked.nll, masked.tokens
@@ -377,16 +380,14 @@ class Journal:
         return run
 
     def _enter(self, session: Session, run: int, number: int, phase: Phase, checkpoint_sha256: str | None) -> None:
-        row, now = session.get(tables.Round, (run, number)), time.time()
-        if row is None:
-            row = tables.Round(run=run, round=number, phase="", checkpoint_sha256="", changed_at=now)
-            session.add(row)
-        elif row.phase != phase:
+        row, now = _round(session, run, number), time.time()
+        if row is not None and row.phase != phase:
             # How long the round was in the phase before; a coordinator's absence counts.
             _measure(session, run, number, {f"seconds.{row.phase}": now - row.changed_at})
-        row.phase, row.changed_at = phase, now
-        if checkpoint_sha256 is not None:
-            row.checkpoint_sha256 = checkpoint_sha256
+        if checkpoint_sha256 is None:
+            checkpoint_sha256 = "" if row is None else row.checkpoint_sha256
+        new = {"phase": phase, "checkpoint_sha256": checkpoint_sha256, "changed_at": now}
+        put(session, tables.Round, {"run": run, "round": number, **new})
         note(session, "coordinator", f"round.{phase}", run, number)
 
     def _find(self, session: Session) -> tables.Run | None:
@@ -397,6 +398,16 @@ class Journal:
             raise DataError(f"{self._ledger.place} is the ledger of many runs; name the one.")
         return rows[0] if rows else None
 
+    def _known_run(self, session: Session) -> int | None:
+        """The run's number, which stays what it is once it was found."""
+        if self._known is None and (run := self._find(session)) is not None:
+            self._known = run.id
+        return self._known
+
+    def _run(self, session: Session) -> int:
+        run = self._known_run(session)
+        return self._get(session).id if run is None else run
+
     def _get(self, session: Session) -> tables.Run:
         run = self._find(session)
         if run is None:
@@ -405,32 +416,36 @@ class Journal:
 
     def _read(self, work: Callable[[Session, int], T], empty: T) -> T:
         def found(session: Session) -> T:
-            run = self._find(session)
-            return empty if run is None else work(session, run.id)
+            run = self._known_run(session)
+            return empty if run is None else work(session, run)
 
         return self._ledger.read(found)
 
-    def _rows(self, table: type[Row], *where: Any) -> list[Row]:
-        """The run's rows of a table, free of their session; whoever sorts names does so by code point."""
+    def _rows(self, kind: type[tables.Base], *where: ColumnElement[bool]) -> Sequence[Row[Any]]:
+        """The run's rows of a table; whoever sorts names does so by code point."""
+        table = table_of(kind)
 
-        def work(session: Session, run: int) -> list[Row]:
-            rows = list(session.scalars(select(table).where(table.run == run, *where)))  # type: ignore[attr-defined]
-            session.expunge_all()
-            return rows
+        def work(session: Session, run: int) -> Sequence[Row[Any]]:
+            return session.connection().execute(select(table).where(table.c.run == run, *where)).all()
 
         return self._read(work, [])
 
 
+def _round(session: Session, run: int, number: int) -> Row[Any] | None:
+    table = table_of(tables.Round)
+    return session.connection().execute(select(table).where(table.c.run == run, table.c.round == number)).one_or_none()
+
+
 def _refuse(session: Session, run: int, number: int, site: str, what: str, reason: str) -> None:
     row = {"run": run, "round": number, "site": site, "what": what, "reason": reason}
-    session.add(tables.Refusal(**row, at=time.time()))
+    session.connection().execute(insert(table_of(tables.Refusal)), {**row, "at": time.time()})
 
 
 def _measure(session: Session, run: int, number: int, figures: Mapping[str, float]) -> None:
-    for name, value in figures.items():
-        session.merge(tables.Metric(run=run, round=number, name=name, site="", value=float(value)))
+    where = {"run": run, "round": number, "site": ""}
+    put(session, tables.Metric, *({**where, "name": name, "value": float(value)} for name, value in figures.items()))
 
 
-def _reply_entry(row: tables.Reply) -> ReplyEntry:
+def _reply_entry(row: Row[Any]) -> ReplyEntry:
     values = {name: getattr(row, name) for name in ReplyEntry.__dataclass_fields__}
     return ReplyEntry(**{**values, "status": Status(row.status)})

@@ -97,6 +97,14 @@ class Store(SumStore, Protocol):
         """Drop the checkpoints of all rounds but `keep`, and the updates of all rounds but `open_round`."""
 
 
+@dataclass
+class _OpenRound:
+    """How far the open round is, and what became of each site's answer."""
+
+    phase: Phase | None
+    replies: dict[str, ReplyEntry]
+
+
 class Rounds:
     """The rounds of one run, from the first that is not committed."""
 
@@ -122,6 +130,7 @@ class Rounds:
         self.manifest, self._central = manifest, central
         self._size, self._journal, self._store, self._listen = size, journal, store, listen
         self.number = journal.committed() + 1
+        self._open: _OpenRound | None = None
         self._state = self._load(self.number - 1)
         self._digest = ""
         self._sweep()
@@ -146,8 +155,7 @@ class Rounds:
     @property
     def phase(self) -> Phase | None:
         """The open round's phase, or none before it is announced."""
-        entry = self._journal.round(self.number)
-        return None if entry is None else entry.phase
+        return self._round.phase
 
     @property
     def collecting(self) -> bool:
@@ -158,8 +166,9 @@ class Rounds:
         """Announce the open round, or take it up again: answers that were accepted before a crash stay."""
         if self.collecting:
             self._journal.reopen(self.number)
+            self._open = None
             if self.phase is None:
-                self._journal.enter(self.number, Phase.ANNOUNCED)
+                self._enter(Phase.ANNOUNCED)
             self._tell("round.announced")
         elif self.phase is not Phase.UNMASKING:
             self._state = self._load(self.number)
@@ -175,8 +184,7 @@ class Rounds:
 
     def missing(self, sites: Iterable[str]) -> list[str]:
         """Give the sites, by name, whose answer of the open round is not decided yet."""
-        decided = {entry.site for entry in self._journal.replies(self.number)}
-        return sorted(set(sites) - decided)
+        return sorted(set(sites) - self._round.replies.keys())
 
     def request(self, deadline_s: float) -> TrainRequest:
         """Give the open round's request, and note that it goes out."""
@@ -184,7 +192,7 @@ class Rounds:
         request = TrainRequest(self.manifest.hash, self.number, self._told_weights(), deadline_s, coding)
         self._digest = request.digest
         if self.phase is Phase.ANNOUNCED:
-            self._journal.enter(self.number, Phase.TRAINING)
+            self._enter(Phase.TRAINING)
         return request
 
     def receive(self, site: str, answer: Answer) -> Status:
@@ -194,16 +202,15 @@ class Rounds:
         """
         if isinstance(answer, TrainReply | Kept) and answer.round < self.number:
             return Status.LATE
-        decided = {entry.site: entry.status for entry in self._journal.replies(self.number)}
-        if site in decided:
-            return decided[site]
+        if (decided := self._round.replies.get(site)) is not None:
+            return decided.status
         if self.phase is Phase.TRAINING:
-            self._journal.enter(self.number, Phase.COLLECTING)
+            self._enter(Phase.COLLECTING)
         length = norm(answer.update) if isinstance(answer, TrainReply) else 0.0
         reason = printable(self._objection(site, answer, length))
         if reason or not isinstance(answer, TrainReply | Kept):
             status = _bad(answer)
-            self._journal.note_reply(ReplyEntry(self.number, site, status, reason))
+            self._note(ReplyEntry(self.number, site, status, reason))
             self._tell(f"update.{status}", site, reason)
             return status
         self._accept(site, answer, length)
@@ -211,7 +218,7 @@ class Rounds:
 
     def late(self, site: str) -> None:
         """Note that a site's answer did not come in time."""
-        self._journal.note_reply(ReplyEntry(self.number, site, Status.LATE, "no answer before the deadline"))
+        self._note(ReplyEntry(self.number, site, Status.LATE, "no answer before the deadline"))
         self._tell("update.late", site, "no answer before the deadline")
 
     def ready(self) -> list[str]:
@@ -239,7 +246,7 @@ class Rounds:
     def unmask(self) -> None:
         """Note that sites are asked to sign and open the sum of the round: no more updates are taken."""
         if self.phase is Phase.COLLECTING:
-            self._journal.enter(self.number, Phase.UNMASKING)
+            self._enter(Phase.UNMASKING)
 
     def aggregate(self, opening: Opening | None = None) -> None:
         """Apply the accepted updates, or their opened sum, to the global weights, and keep the result.
@@ -265,14 +272,14 @@ class Rounds:
         for reply, share in zip(accepted, combined.shares, strict=True):
             if share == 0:
                 reason = f"left out by {self.manifest.outer.rule}: it lies far from the others"
-                self._journal.note_reply(replace(reply, reason=reason))
+                self._note(replace(reply, reason=reason))
                 self._tell("update.outlier", reply.site, reason)
         state = outer_step(self._state, combined, self.manifest.outer)
         self._keep(state, {"sites": len(accepted), **self._summary(accepted)})
 
     def _accepted(self) -> list[ReplyEntry]:
         """The good answers of the open round, if they are enough."""
-        replies = self._journal.replies(self.number)
+        replies = [reply for _, reply in sorted(self._round.replies.items())]
         accepted = [entry for entry in replies if entry.status is Status.ACCEPTED]
         masked = self.manifest.secure_aggregation
         least = max(1, self.manifest.min_sites, 0 if masked is None else masked.min_sites)
@@ -289,7 +296,7 @@ class Rounds:
             work = work._replace(tokens=0)  # the ledger holds expected patients in their place
         self._state = state  # first, so that the old one need not lie in memory beside what is written
         checkpoint = self._store.save(self.number, state, work)
-        self._journal.enter(self.number, Phase.AGGREGATED, checkpoint, {f"train.{k}": v for k, v in told.items()})
+        self._enter(Phase.AGGREGATED, checkpoint, {f"train.{k}": v for k, v in told.items()})
         self._tell("round.aggregated", values=told)
 
     def evaluation(self, split: str, deadline_s: float) -> EvaluateRequest | None:
@@ -312,7 +319,7 @@ class Rounds:
             digest = request.digest
             entries = [self._score(site, request, digest, answers[site]) for site in sorted(answers)]
         tokens, nll = sum(entry.tokens for entry in entries), sum(entry.nll for entry in entries)
-        self._journal.note_scores(entries, self.number, _figures(tokens, nll))
+        self._note_scores(entries, _figures(tokens, nll))
         if entries:
             self._tell("round.evaluated", values={self._counted: tokens, "loss": nll / tokens if tokens else math.nan})
 
@@ -320,7 +327,7 @@ class Rounds:
         """Note that the round is evaluated, by a masked sum; one that could not be opened tells no loss."""
         if self.phase is Phase.EVALUATED:
             return
-        self._journal.note_scores([], self.number, _figures(entry.tokens, entry.nll))
+        self._note_scores([], _figures(entry.tokens, entry.nll))
         loss = entry.nll / entry.tokens if entry.tokens else math.nan
         self._tell("round.evaluated", text=entry.reason, values={self._counted: entry.tokens, "loss": loss})
 
@@ -373,7 +380,7 @@ class Rounds:
         if self.phase is Phase.UNMASKING:
             self._keep(self._state, {"sites": 0})
         if self.phase is Phase.AGGREGATED:
-            self._journal.note_scores([], self.number)
+            self._note_scores([], {})
 
     def fail(self, reason: str) -> RoundFailed:
         """Tell that the open round can't be summed, and give the error that says so."""
@@ -393,9 +400,9 @@ class Rounds:
 
     def commit(self) -> None:
         """Close the open round; what is not needed any more is dropped after that."""
-        self._journal.enter(self.number, Phase.COMMITTED)
+        self._enter(Phase.COMMITTED)
         self._tell("round.committed")
-        self.number += 1
+        self.number, self._open = self.number + 1, None
         self._sweep()
 
     def best(self) -> int:
@@ -408,6 +415,29 @@ class Rounds:
         losses = {number: loss for number, loss in self._journal.losses(TUNING).items() if number <= last}
         return min(losses, key=lambda number: (losses[number], number), default=last)
 
+    @property
+    def _round(self) -> "_OpenRound":
+        """The open round as the ledger has it, which is asked once: nobody but this process writes it."""
+        if self._open is None:
+            entry = self._journal.round(self.number)
+            replies = {reply.site: reply for reply in self._journal.replies(self.number)}
+            self._open = _OpenRound(None if entry is None else entry.phase, replies)
+        return self._open
+
+    def _enter(
+        self, phase: Phase, checkpoint: Checkpoint | None = None, figures: Mapping[str, float] | None = None
+    ) -> None:
+        self._journal.enter(self.number, phase, checkpoint, figures)
+        self._round.phase = phase
+
+    def _note(self, entry: ReplyEntry) -> None:
+        self._journal.note_reply(entry)
+        self._round.replies[entry.site] = entry
+
+    def _note_scores(self, entries: list[ScoreEntry], figures: Mapping[str, float]) -> None:
+        self._journal.note_scores(entries, self.number, figures)
+        self._round.phase = Phase.EVALUATED
+
     def _told_weights(self) -> Vector:
         """The global weights as they travel."""
         return nearest(self._state.weights, self.manifest.transport.weights)
@@ -418,7 +448,7 @@ class Rounds:
 
     def _accept(self, site: str, reply: TrainReply | Kept, length: float) -> None:
         if isinstance(reply, Kept):
-            self._journal.note_reply(ReplyEntry(self.number, site, Status.ACCEPTED))
+            self._note(ReplyEntry(self.number, site, Status.ACCEPTED))
             self._tell("update.accepted", site)
             return
         sha256, size = self._store.keep_update(self.number, site, packed(reply, "update"))
@@ -434,7 +464,7 @@ class Rounds:
             bytes=size,
             seconds=reply.seconds,
         )
-        self._journal.note_reply(entry)
+        self._note(entry)
         values = {**self._summary([entry]), "norm": entry.norm, "seconds": reply.seconds}
         self._tell("update.accepted", site, values=values)
 

@@ -11,13 +11,16 @@ import logging
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from functools import cache, cached_property
+from typing import Any, TypeVar, cast
 
-from sqlalchemy import Engine, func, select, text
+from sqlalchemy import Engine, Table, func, insert, select, text
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
+from sqlalchemy.sql.dml import Insert
 
 from federation import database
 from server import tables
@@ -78,7 +81,7 @@ class Transactions:
         """
 
         def attempt() -> T:
-            with Session(database.reading(self.engine)) as session, session.begin():
+            with Session(self._reading) as session, session.begin():
                 return work(session)
 
         return self._until_done(attempt)
@@ -116,6 +119,10 @@ class Transactions:
             return time.time()
         return float(session.scalar(select(func.extract("epoch", func.clock_timestamp()))) or 0.0)
 
+    @cached_property
+    def _reading(self) -> Engine:
+        return database.reading(self.engine)
+
     def _alone(self, session: Session) -> None:
         if self.engine.dialect.name == "postgresql":
             session.execute(text(f"{_WAIT}; SELECT pg_advisory_xact_lock({_LOCK})"))
@@ -132,7 +139,7 @@ class Transactions:
             )
 
     def _committed(self, change: str) -> bool:
-        with Session(database.reading(self.engine)) as session, session.begin():
+        with Session(self._reading) as session, session.begin():
             return session.scalar(select(tables.Event.id).where(tables.Event.change == change).limit(1)) is not None
 
     def _until_done(self, attempt: Callable[[], T]) -> T:
@@ -191,10 +198,34 @@ def note(
 ) -> int:
     """Write down who did what, in the transaction that does it; gives the event's number."""
     where = {"run": run, "round": number, "site": site}
-    event = tables.Event(at=time.time(), who=who, what=what, **where, text=told, change=session.info["change"])
-    session.add(event)
+    event = {"at": time.time(), "who": who, "what": what, **where, "text": told, "change": session.info["change"]}
     session.flush()
-    return event.id
+    key = session.connection().execute(insert(table_of(tables.Event)), event).inserted_primary_key
+    return int(key[0])  # type: ignore[index]  # one row has one key
+
+
+def put(session: Session, kind: type[tables.Base], *rows: Mapping[str, Any]) -> None:
+    """Write rows of all columns, each in the place of one with its key, if there is one.
+
+    No objects are made of them: of what a run writes down, most are such rows.
+    """
+    if rows:
+        connection = session.connection()
+        connection.execute(_replacing(kind, connection.dialect.name), [dict(row) for row in rows])
+
+
+@cache
+def _replacing(kind: type[tables.Base], dialect: str) -> Insert:
+    table = table_of(kind)
+    rows = (postgresql if dialect == "postgresql" else sqlite).insert(table)
+    key = list(table.primary_key)
+    new = {column.name: rows.excluded[column.name] for column in table.columns if column not in set(key)}
+    return rows.on_conflict_do_update(index_elements=key, set_=new)
+
+
+def table_of(kind: type[tables.Base]) -> Table:
+    """Give the table below a class of rows."""
+    return cast(Table, kind.__table__)
 
 
 def _operational(problem: DBAPIError) -> bool:
