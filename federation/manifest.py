@@ -8,7 +8,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from importlib import metadata
 from typing import Literal
 
@@ -412,6 +412,7 @@ def _read(data: bytes) -> Manifest:
     return manifest
 
 
+@cache
 def software_version() -> str:
     """Give the version of fedcomet that runs here."""
     try:

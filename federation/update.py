@@ -70,10 +70,8 @@ def to_decoder(config: DecoderConfig, vector: NDArray[np.float32], device: str =
     Raises:
         DataError: the vector has another length than such a decoder has parameters.
     """
-    with torch.device("meta"):
+    with torch.device(device):
         decoder = Decoder(config)
-    # As `to_empty` does, without its detour over meta tensors, which takes longer than a small model's step.
-    decoder._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))  # type: ignore[no-untyped-call]
     load_vector_(decoder, vector)
     return decoder
 

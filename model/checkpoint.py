@@ -270,9 +270,8 @@ def grow(decoder: Decoder, old: Codebook, new: Codebook) -> Decoder:
     if new.tokens[: len(old)] != old.tokens:
         raise ConfigError(f"codebook {new.hash[:12]} does not extend codebook {old.hash[:12]}; their tokens differ")
     kin = [_kin(token, old) for token in new.tokens[len(old) :]]
-    with torch.device("meta"):
+    with decoder.embed_tokens.weight.device:
         grown = Decoder(replace(decoder.config, vocab=len(new)))
-    grown.to_empty(device=decoder.embed_tokens.weight.device)
     weights = decoder.state_dict()
     with torch.no_grad():
         for name, weight in grown.state_dict().items():

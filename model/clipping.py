@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from model.decoder import Decoder, RMSNorm
+from model.decoder import Decoder, Linear, RMSNorm
 from model.loss import OutputLayer, products_of
 from model.shares import Factored, Pass, Places, Rows, chunks
 from tokenizer.errors import ConfigError
@@ -269,7 +269,7 @@ def _refuse_strangers(decoder: Decoder, weights: dict[str, nn.Parameter]) -> Non
     """Refuse parameters that belong to no layer with a rule."""
     known: set[int] = set()
     for module in decoder.modules():
-        if type(module) in (nn.Linear, nn.Embedding, RMSNorm):
+        if type(module) in (Linear, nn.Embedding, RMSNorm):
             known |= {id(weight) for weight in module.parameters(recurse=False)}
     if strange := [name for name, weight in weights.items() if id(weight) not in known]:
         raise ConfigError(

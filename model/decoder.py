@@ -146,17 +146,21 @@ def preset_of(config: DecoderConfig) -> str | None:
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, final norm and output layer; use `create` for initial weights that follow from a seed."""
+    """Embedding, blocks, final norm and output layer.
+
+    Made directly, its matrices and biases hold anything and are to be overwritten; use `create` for initial weights
+    that follow from a seed.
+    """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        # Its own weight, because the default one is drawn, which on the meta device imports torch's compiler: seconds.
+        # Its own weight, because the default one is drawn; see `Linear`.
         table = torch.empty(config.vocab, config.width)
         self.embed_tokens = nn.Embedding(config.vocab, config.width, _weight=table)
         self.layers = nn.ModuleList(_Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.eps)
-        self.lm_head = None if config.tied else nn.Linear(config.width, config.vocab, bias=False)
+        self.lm_head = None if config.tied else Linear(config.width, config.vocab, bias=False)
 
     @classmethod
     def create(cls, config: DecoderConfig, seed: int) -> "Decoder":
@@ -165,9 +169,7 @@ class Decoder(nn.Module):
         Matrices are normal with deviation 0.02, those that write to the residual stream are scaled by
         1 / sqrt(2 layers) (GPT-2's rule), biases are 0 and norms 1.
         """
-        with torch.device("meta"):
-            decoder = cls(config)
-        decoder.to_empty(device="cpu")
+        decoder = cls(config)
         generator = torch.Generator().manual_seed(seed)
         residual_std = _INIT_STD / math.sqrt(2 * config.layers)
         with torch.no_grad():
@@ -325,15 +327,25 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x_ND, (x_ND.shape[-1],), self.weight, self.eps)
 
 
+class Linear(nn.Linear):
+    """A linear layer whose weights are not drawn: they come from elsewhere.
+
+    Drawing takes longer than a small model's step, and on the meta device imports torch's compiler: seconds.
+    """
+
+    def reset_parameters(self) -> None:
+        """Leave the weights as they are."""
+
+
 class _Attention(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         kv_width, bias = config.kv_heads * config.head_width, config.qkv_bias
         self.head_width = config.head_width
-        self.q_proj = nn.Linear(config.width, config.width, bias=bias)
-        self.k_proj = nn.Linear(config.width, kv_width, bias=bias)
-        self.v_proj = nn.Linear(config.width, kv_width, bias=bias)
-        self.o_proj = nn.Linear(config.width, config.width, bias=False)
+        self.q_proj = Linear(config.width, config.width, bias=bias)
+        self.k_proj = Linear(config.width, kv_width, bias=bias)
+        self.v_proj = Linear(config.width, kv_width, bias=bias)
+        self.o_proj = Linear(config.width, config.width, bias=False)
 
     def forward(self, x_ND: Tensor, layer: int, walk: _Walk) -> Tensor:
         split = (-1, self.head_width)
@@ -346,9 +358,9 @@ class _Attention(nn.Module):
 class _FeedForward(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.width, config.ff, bias=False)
-        self.up_proj = nn.Linear(config.width, config.ff, bias=False)
-        self.down_proj = nn.Linear(config.ff, config.width, bias=False)
+        self.gate_proj = Linear(config.width, config.ff, bias=False)
+        self.up_proj = Linear(config.width, config.ff, bias=False)
+        self.down_proj = Linear(config.ff, config.width, bias=False)
 
     def forward(self, x_ND: Tensor) -> Tensor:
         gate_NF, up_NF = self.gate_proj(x_ND), self.up_proj(x_ND)

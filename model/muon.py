@@ -13,6 +13,7 @@ arXiv 2502.16982, section 2.2. `torch.optim.Muon` does the same one matrix at a 
 of one shape go together, in float32, which is faster on CPUs, and reproducible.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,7 +26,7 @@ _RMS = 0.2
 _TINY = 1e-7
 
 
-class Muon(torch.optim.Optimizer):
+class Muon:
     """Optimizer of two-dimensional parameters.
 
     Args:
@@ -38,12 +39,16 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self, params: Iterable[Tensor], lr: float, *, momentum: float = 0.95, weight_decay: float = 0.0
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        if any(weight.dim() != 2 for group in self.param_groups for weight in group["params"]):
+        matrices = list(params)
+        if any(weight.dim() != 2 for weight in matrices):
             raise ValueError("Muon trains matrices only")
+        self.param_groups: list[dict[str, Any]] = [
+            {"params": matrices, "lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        ]
+        self.state: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self) -> None:
         """Move every matrix that has a gradient."""
         for group in self.param_groups:
             by_shape: dict[tuple[int, ...], list[Tensor]] = {}

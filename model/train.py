@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from model import parallel
 from model.decoder import Decoder, Dropout, hide_from_compiler
+from model.descent import SGD, AdamW, Optimizer
 from model.machine import Machine, Precision, choose_precision
 from model.muon import Muon
 from model.parallel import ALONE, Team, shares
@@ -285,7 +286,7 @@ class Trainer:
         self.global_step = int(state["global_step"])
         for optimizer in self._optimizers:
             optimizer.state.clear()
-            if isinstance(optimizer, torch.optim.SGD):
+            if isinstance(optimizer, SGD):
                 continue
             keys = ("momentum_buffer",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
             held = {weight for group in optimizer.param_groups for weight in group["params"]}
@@ -300,7 +301,7 @@ class Trainer:
 
     def _state_of(self, weight: Tensor) -> dict[str, Tensor]:
         """What the optimizers remember of a parameter; empty before its first step."""
-        plain = (o for o in self._optimizers if not isinstance(o, torch.optim.SGD))  # which remembers nothing
+        plain = (o for o in self._optimizers if not isinstance(o, SGD))  # which remembers nothing
         return {key: value for o in plain for key, value in o.state.get(weight, {}).items()}
 
     def _clip(self) -> float:
@@ -368,7 +369,7 @@ def compile_blocks_(decoder: Decoder, precision: Precision, backend: str = "indu
     decoder.zero_grad(set_to_none=True)
 
 
-def _optimizers(decoder: Decoder, options: TrainOptions) -> Iterable[torch.optim.Optimizer]:
+def _optimizers(decoder: Decoder, options: TrainOptions) -> Iterable[Optimizer]:
     matrices = [p for name, p in decoder.named_parameters() if _is_decayed(name, p)]
     free = [p for name, p in decoder.named_parameters() if not _is_decayed(name, p)]
     groups: list[dict[str, Any]] = [{"params": free, "weight_decay": 0.0}]
@@ -378,9 +379,9 @@ def _optimizers(decoder: Decoder, options: TrainOptions) -> Iterable[torch.optim
         yield Muon(inner, options.lr, weight_decay=options.weight_decay)
     groups.append({"params": matrices, "weight_decay": options.weight_decay})
     if options.optimizer == "sgd":
-        yield torch.optim.SGD(groups, lr=options.lr)
+        yield SGD(groups, options.lr)
         return
-    yield torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, fused=True)
+    yield AdamW(groups, options.lr, options.betas)
 
 
 def _placed(batch: "Batch", device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

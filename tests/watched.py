@@ -110,7 +110,7 @@ def save_checkpoint(path: Path) -> None:
     path.parent.mkdir(parents=True)
     codebook = Codebook.build(Survey(TokenizerOptions()))
     config = manifest().model
-    checkpoint.save(path, Decoder(config), extra={"codebook_hash": codebook.hash})
+    checkpoint.save(path, Decoder.create(config, seed=0), extra={"codebook_hash": codebook.hash})
     codebook.save(path.parents[1] / "codebook.json")
 
 

@@ -29,7 +29,7 @@ bytes, so equal codebooks are equal files with equal hashes. The vocabulary only
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -240,26 +240,7 @@ class Codebook:
         Raises:
             DataError: It isn't a codebook of this version, or is damaged.
         """
-        try:
-            content = parse_json(data, _FORMAT)
-            codebook = cls(
-                TokenizerOptions(**content["options"]),
-                [Token(kind, text, n) for kind, text, n in content["tokens"]],
-                content["advance_us"],
-                content["breaks"],
-                content["medians"],
-                intervals=dict(content["intervals"]),
-                spelled=content["spelled"],
-                spelled_prefixes=content["spelled_prefixes"],
-                prepared=content["prepared"],
-                parent=content["parent"],
-            )
-            codebook._check()
-            if codebook.to_bytes() != data:
-                raise ValueError("its bytes are not canonical")
-        except (ConfigError, DataError, TypeError, ValueError, KeyError, AttributeError) as problem:
-            raise DataError(f"The codebook can't be used ({problem}); fetch it anew.") from None
-        return codebook
+        return _read(data)
 
     def _check(self) -> None:
         specials = tuple(Token("special", text) for text in ("pad", "eot", "unk"))
@@ -461,3 +442,28 @@ def _represent(text: str, edges: Mapping[str, int], gaps: Sketch | None, accurac
     # Whole seconds, inside the class, so that the time written back falls in the class it came
     # from.
     return min(max(round(seconds) * 1_000_000, low), high - 1_000_000)
+
+
+@lru_cache(maxsize=4)
+def _read(data: bytes) -> Codebook:
+    """Read a codebook once: a site needs its run's for every answer."""
+    try:
+        content = parse_json(data, _FORMAT)
+        codebook = Codebook(
+            TokenizerOptions(**content["options"]),
+            [Token(kind, text, n) for kind, text, n in content["tokens"]],
+            content["advance_us"],
+            content["breaks"],
+            content["medians"],
+            intervals=dict(content["intervals"]),
+            spelled=content["spelled"],
+            spelled_prefixes=content["spelled_prefixes"],
+            prepared=content["prepared"],
+            parent=content["parent"],
+        )
+        codebook._check()
+        if codebook.to_bytes() != data:
+            raise ValueError("its bytes are not canonical")
+    except (ConfigError, DataError, TypeError, ValueError, KeyError, AttributeError) as problem:
+        raise DataError(f"The codebook can't be used ({problem}); fetch it anew.") from None
+    return codebook

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from model.decoder import Decoder, DecoderConfig
 from model.feed import ahead
@@ -133,9 +132,7 @@ def losses(decoder: Decoder, codebook: Codebook, split: TokenSplit) -> "NDArray[
 
 
 def _copied(decoder: Decoder) -> Decoder:
-    with torch.device("meta"):
+    with decoder.embed_tokens.weight.device:
         copy = Decoder(decoder.config)
-    device = decoder.embed_tokens.weight.device
-    copy.to_empty(device=device)
     copy.load_state_dict(decoder.state_dict())
     return copy

@@ -260,9 +260,14 @@ def test_training_does_not_load_the_compiler() -> None:
     """It takes seconds to import, which every worker and every command would pay."""
     script = (
         "import sys, torch\n"
+        "from federation.update import to_decoder, to_vector\n"
         "from model.decoder import Decoder, preset\n"
-        "from model.train import Trainer\n"
-        "Decoder.create(preset('0.3m', 50), 0)(torch.arange(9), torch.tensor([9])).sum().backward()\n"
-        "sys.exit('torch._dynamo' in sys.modules)\n"
+        "from model.train import Trainer, TrainOptions\n"
+        "shape = preset('0.3m', 50)\n"
+        "decoder = to_decoder(shape, to_vector(Decoder.create(shape, 0)))\n"
+        "decoder(torch.arange(9), torch.tensor([9])).sum().backward()\n"
+        "for name in ('adamw', 'muon', 'sgd'):\n"
+        "    Trainer(decoder, TrainOptions(name))._update(0.1)\n"
+        "sys.exit(not {'torch._dynamo', 'sympy'}.isdisjoint(sys.modules))\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
