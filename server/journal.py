@@ -9,12 +9,13 @@ fingerprints, however often they were interrupted.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from sqlalchemy import ColumnElement, Row, delete, func, insert, select
+from sqlalchemy import Row, Select, bindparam, delete, func, insert, select
 from sqlalchemy.orm import Session
 
 from federation.manifest import Manifest
@@ -55,6 +56,26 @@ T = TypeVar("T")
 
 _NOT_FOR_LEADING = (RunState.PAUSING, RunState.PAUSED, RunState.STOPPING, RunState.STOPPED, RunState.FINISHED)
 _ENDED = (RunState.PAUSED, RunState.STOPPED, RunState.FAILED, RunState.FINISHED)
+
+
+# Made once: making a statement takes as long as its execution.
+_STATE = select(tables.Run.state).where(tables.Run.id == bindparam("run"))
+_COMMITTED = select(func.max(tables.Round.round)).where(
+    tables.Round.run == bindparam("run"), tables.Round.phase == Phase.COMMITTED
+)
+_FORGET_BAD = delete(table_of(tables.Reply)).where(
+    tables.Reply.run == bindparam("run"),
+    tables.Reply.round == bindparam("round"),
+    tables.Reply.status != Status.ACCEPTED,
+)
+_WORK = select(
+    func.sum(tables.Reply.tokens), func.sum(tables.Reply.steps), func.count(tables.Reply.site.distinct())
+).where(
+    tables.Reply.run == bindparam("run"),
+    tables.Reply.round <= bindparam("until"),
+    tables.Reply.status == Status.ACCEPTED,
+)
+_REFUSE = insert(table_of(tables.Refusal))
 
 
 class Journal:
@@ -135,12 +156,9 @@ class Journal:
 
     def state(self) -> RunState | None:
         """Give how far the run is, or what somebody wishes of it; none before it was started."""
-        state = select(tables.Run.state)
-
-        def work(session: Session, run: int) -> RunState:
-            return RunState(session.connection().execute(state.where(tables.Run.id == run)).scalar_one())
-
-        return self._read(work, None)
+        return self._read(
+            lambda session, run: RunState(session.connection().execute(_STATE, {"run": run}).scalar_one()), None
+        )
 
     def end(self, state: RunState, reason: str = "") -> None:
         """Note that nobody leads the run any more: it is paused, stopped, failed (and why) or finished."""
@@ -170,7 +188,7 @@ class Journal:
 
         def work(session: Session) -> None:
             run = self._run(session)
-            put(session, tables.Participant, {"run": run, **asdict(entry)})
+            put(session, tables.Participant, {"run": run, **vars(entry)})
             note(session, "coordinator", f"site.{entry.status}", run, site=entry.site, told=entry.reason)
             if entry.status is not Status.ACCEPTED:
                 _refuse(session, run, 0, entry.site, "prepare", f"{entry.status}: {entry.reason}")
@@ -195,12 +213,7 @@ class Journal:
 
     def committed(self) -> int:
         """Give the number of the last committed round; 0 when there is none."""
-        last = select(func.max(tables.Round.round)).where(tables.Round.phase == Phase.COMMITTED)
-
-        def work(session: Session, run: int) -> int:
-            return session.connection().execute(last.where(tables.Round.run == run)).scalar() or 0
-
-        return self._read(work, 0)
+        return self._read(lambda session, run: session.connection().execute(_COMMITTED, {"run": run}).scalar() or 0, 0)
 
     def round(self, number: int) -> RoundEntry | None:
         """Give a round's entry, if it was announced."""
@@ -231,7 +244,7 @@ class Journal:
             run = self._run(session)
             self._enter(session, run, number, phase, checkpoint.sha256 if checkpoint else None)
             if checkpoint is not None:
-                put(session, tables.Checkpoint, {"run": run, "round": number, **asdict(checkpoint)})
+                put(session, tables.Checkpoint, {"run": run, "round": number, **vars(checkpoint)})
             _measure(session, run, number, figures or {})
 
         self._ledger.write(work)
@@ -240,9 +253,8 @@ class Journal:
         """Take up a round again after a crash: accepted answers stay, the others may be asked for again."""
 
         def work(session: Session) -> None:
-            run, reply = self._run(session), tables.Reply
-            bad = delete(reply).where(reply.run == run, reply.round == number, reply.status != Status.ACCEPTED)
-            session.connection().execute(bad)
+            run = self._run(session)
+            session.connection().execute(_FORGET_BAD, {"run": run, "round": number})
             if _round(session, run, number) is not None:
                 note(session, "coordinator", "round.reopened", run, number)
 
@@ -253,7 +265,7 @@ class Journal:
 
         def work(session: Session) -> None:
             run, where = self._run(session), (entry.round, entry.site)
-            put(session, tables.Reply, {"run": run, **asdict(entry), "received_at": time.time()})
+            put(session, tables.Reply, {"run": run, **vars(entry), "received_at": time.time()})
             what = "outlier" if entry.status is Status.ACCEPTED and entry.reason else entry.status
             note(session, "coordinator", f"update.{what}", run, *where, told=entry.reason)
             if entry.status is not Status.ACCEPTED:
@@ -263,7 +275,7 @@ class Journal:
 
     def replies(self, number: int) -> list[ReplyEntry]:
         """Give a round's answers by site name."""
-        entries = [_reply_entry(row) for row in self._rows(tables.Reply, tables.Reply.round == number)]
+        entries = [_reply_entry(row) for row in self._rows(tables.Reply, round=number)]
         return sorted(entries, key=lambda entry: entry.site)
 
     def note_sum(self, entry: SumEntry) -> None:
@@ -271,7 +283,7 @@ class Journal:
 
         def work(session: Session) -> None:
             run = self._run(session)
-            put(session, tables.Sum, {"run": run, **asdict(entry)})
+            put(session, tables.Sum, {"run": run, **vars(entry)})
             told = [f"{entry.purpose}, attempt {entry.attempt}: {entry.stage}", entry.reason or entry.dropped]
             note(session, "coordinator", "sum.advanced", run, entry.round, told="; ".join(filter(None, told)))
 
@@ -283,7 +295,7 @@ class Journal:
 
     def sums(self, purpose: str) -> list[SumEntry]:
         """Give the masked sums for a purpose, by round."""
-        rows = self._rows(tables.Sum, tables.Sum.purpose == purpose)
+        rows = self._rows(tables.Sum, purpose=purpose)
         entries = [SumEntry(**{name: getattr(row, name) for name in SumEntry.__dataclass_fields__}) for row in rows]
         return sorted(entries, key=lambda entry: entry.round)
 
@@ -294,12 +306,9 @@ class Journal:
             names = {site for entry in sums_until for site in entry.sites.split(",")}
             tokens, steps = (sum(getattr(entry, name) for entry in sums_until) for name in ("tokens", "steps"))
             return Work(tokens, steps, len(names))
-        reply = tables.Reply
-        sums = select(func.sum(reply.tokens), func.sum(reply.steps), func.count(reply.site.distinct()))
-        sums = sums.where(reply.round <= until, reply.status == Status.ACCEPTED)
 
         def work(session: Session, run: int) -> Work:
-            tokens, steps, sites = session.connection().execute(sums.where(reply.run == run)).one()
+            tokens, steps, sites = session.connection().execute(_WORK, {"run": run, "until": until}).one()
             return Work(int(tokens or 0), int(steps or 0), sites)
 
         return self._read(work, Work(0, 0, 0))
@@ -311,7 +320,7 @@ class Journal:
 
         def work(session: Session) -> None:
             run = self._run(session)
-            put(session, tables.Score, *({"run": run, **asdict(entry)} for entry in entries))
+            put(session, tables.Score, *({"run": run, **vars(entry)} for entry in entries))
             for entry in entries:
                 if entry.status is not Status.ACCEPTED:
                     told = f"{entry.status}: {entry.reason}"
@@ -345,7 +354,7 @@ class Journal:
 
     def figures(self, name: str) -> dict[int, float]:
         """Give a figure of the whole federation by round."""
-        rows = self._rows(tables.Metric, tables.Metric.name == name, tables.Metric.site == "")
+        rows = self._rows(tables.Metric, name=name, site="")
         return {row.round: row.value for row in rows}
 
     def scores(self) -> list[ScoreEntry]:
@@ -359,7 +368,7 @@ class Journal:
     def losses(self, split: str) -> dict[int, float]:
         """Give the sites' common mean nll in nats per target on a split, by round."""
         sums: dict[int, tuple[float, int]] = {}
-        for row in sorted(self._rows(tables.Score, tables.Score.split == split), key=lambda row: (row.round, row.site)):
+        for row in sorted(self._rows(tables.Score, split=split), key=lambda row: (row.round, row.site)):
             if row.tokens > 0:
                 nll, tokens = sums.get(row.round, (0.0, 0))
                 sums[row.round] = (nll + row.nll, tokens + row.tokens)
@@ -421,24 +430,28 @@ class Journal:
 
         return self._ledger.read(found)
 
-    def _rows(self, kind: type[tables.Base], *where: ColumnElement[bool]) -> Sequence[Row[Any]]:
-        """The run's rows of a table; whoever sorts names does so by code point."""
-        table = table_of(kind)
+    def _rows(self, kind: type[tables.Base], **where: Any) -> Sequence[Row[Any]]:
+        """The run's rows of a table with these values; whoever sorts names does so by code point."""
+        return self._read(lambda session, run: _rows_of(session, kind, run=run, **where), [])
 
-        def work(session: Session, run: int) -> Sequence[Row[Any]]:
-            return session.connection().execute(select(table).where(table.c.run == run, *where)).all()
 
-        return self._read(work, [])
+def _rows_of(session: Session, kind: type[tables.Base], **where: Any) -> Sequence[Row[Any]]:
+    return session.connection().execute(_chosen(kind, frozenset(where)), where).all()
+
+
+@cache
+def _chosen(kind: type[tables.Base], names: frozenset[str]) -> Select[Any]:
+    table = table_of(kind)
+    return select(table).where(*(table.c[name] == bindparam(name) for name in sorted(names)))
 
 
 def _round(session: Session, run: int, number: int) -> Row[Any] | None:
-    table = table_of(tables.Round)
-    return session.connection().execute(select(table).where(table.c.run == run, table.c.round == number)).one_or_none()
+    return next(iter(_rows_of(session, tables.Round, run=run, round=number)), None)
 
 
 def _refuse(session: Session, run: int, number: int, site: str, what: str, reason: str) -> None:
     row = {"run": run, "round": number, "site": site, "what": what, "reason": reason}
-    session.connection().execute(insert(table_of(tables.Refusal)), {**row, "at": time.time()})
+    session.connection().execute(_REFUSE, {**row, "at": time.time()})
 
 
 def _measure(session: Session, run: int, number: int, figures: Mapping[str, float]) -> None:
@@ -447,5 +460,5 @@ def _measure(session: Session, run: int, number: int, figures: Mapping[str, floa
 
 
 def _reply_entry(row: Row[Any]) -> ReplyEntry:
-    values = {name: getattr(row, name) for name in ReplyEntry.__dataclass_fields__}
+    values = {each.name: getattr(row, each.name) for each in fields(ReplyEntry)}
     return ReplyEntry(**{**values, "status": Status(row.status)})

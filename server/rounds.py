@@ -165,8 +165,9 @@ class Rounds:
     def open(self) -> None:
         """Announce the open round, or take it up again: answers that were accepted before a crash stay."""
         if self.collecting:
-            self._journal.reopen(self.number)
-            self._open = None
+            if self._round.phase is not None or self._round.replies:
+                self._journal.reopen(self.number)
+                self._open = None
             if self.phase is None:
                 self._enter(Phase.ANNOUNCED)
             self._tell("round.announced")

@@ -200,8 +200,11 @@ def note(
     where = {"run": run, "round": number, "site": site}
     event = {"at": time.time(), "who": who, "what": what, **where, "text": told, "change": session.info["change"]}
     session.flush()
-    key = session.connection().execute(insert(table_of(tables.Event)), event).inserted_primary_key
+    key = session.connection().execute(_EVENT, event).inserted_primary_key
     return int(key[0])  # type: ignore[index]  # one row has one key
+
+
+_EVENT = insert(cast(Table, tables.Event.__table__))
 
 
 def put(session: Session, kind: type[tables.Base], *rows: Mapping[str, Any]) -> None:
