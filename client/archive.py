@@ -37,6 +37,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from client.drift import Drift
@@ -308,7 +309,9 @@ class RunArchive:
     def optimizer_before(self, number: int) -> dict[str, Tensor] | None:
         """Give the optimizer's state after the last answered round before this one."""
         path = self._of_last_before(number, "optimizer")
-        return safetensors.torch.load_file(path) if path.exists() else None
+        if not path.exists():
+            return None
+        return {name: torch.from_numpy(array) for name, array in safetensors.numpy.load_file(path).items()}
 
     def residual_before(self, number: int) -> Vector | None:
         """Give what rounding took away from the update of the last answered round before this one."""
@@ -351,8 +354,10 @@ class RunArchive:
         return self.path / "scores" / f"{number:04d}-{split}.json"
 
     def _sweep(self, last: int) -> None:
-        for path in self.path.glob("**/*.partial"):
-            path.unlink()
+        for folder, _, names in os.walk(self.path):
+            for name in names:
+                if name.endswith(".partial"):
+                    Path(folder, name).unlink()
         for path in sorted((self.path / "rounds").glob("[0-9]*.safetensors")):
             if int(path.stem) <= last:
                 durable.write_bytes(path.with_suffix(".digest"), self._header(path)["request_digest"].encode())

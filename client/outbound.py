@@ -38,6 +38,7 @@ _PURPOSE = "outbound"
 _HEAD = "head.json"
 _FULL_BYTES = 4 << 20
 _SHORT_BYTES = 4096
+_LINE_BYTES = 16384  # more than most lines have
 _DAMAGED = "nothing may leave before `fedcomet site audit` says what is wrong and the list is restored from a copy."
 
 
@@ -243,8 +244,9 @@ def behind(folder: Path, head: Head) -> bytes:
     parts = []
     for path in files(folder):
         if path.name >= head.file:
-            data = path.read_bytes()
-            parts.append(data[head.bytes :] if path.name == head.file else data)
+            with path.open("rb") as file:
+                file.seek(head.bytes if path.name == head.file else 0)
+                parts.append(file.read())
     return b"".join(parts)
 
 
@@ -270,7 +272,12 @@ def read_entry(line: bytes, place: str) -> Entry:
 
 def _last_hash(path: Path, size: int) -> str:
     """The sha256 of the last line of a file's first `size` bytes; empty if there is none."""
-    data = path.read_bytes()[:size] if path.exists() else b""
-    if len(data) < size or not data.endswith(b"\n"):
+    if not path.exists() or not 0 < size <= path.stat().st_size:
         return ""
-    return hashlib.sha256(data[:-1].rpartition(b"\n")[2]).hexdigest()
+    data, back = b"", _LINE_BYTES
+    with path.open("rb") as file:
+        while len(data) < size and b"\n" not in data[:-1]:
+            start = max(0, size - back)
+            file.seek(start)
+            data, back = file.read(size - start), 4 * back
+    return hashlib.sha256(data[:-1].rpartition(b"\n")[2]).hexdigest() if data.endswith(b"\n") else ""

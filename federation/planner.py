@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from scipy.special import erfc, erfcx  # part of what dp-accounting needs
-
 from federation.accountant import DiscreteGaussian, Gaussian, Mechanism, epsilon
 from tokenizer.errors import ConfigError
 
@@ -267,6 +265,8 @@ def _central_limit(wanted: float, delta: float, rate: float, steps: int) -> floa
 
 def _delta_of(size: float, at: float) -> float:
     """Of a Gaussian with sensitivity / deviation `size`: Balle, Wang, ICML 2018, theorem 8, without overflow."""
+    from scipy.special import erfc, erfcx  # part of what dp-accounting needs, and slow to import
+
     near, far = (at / size - size / 2) / math.sqrt(2), (at / size + size / 2) / math.sqrt(2)
     # e^at erfc(far) = e^(-near^2) erfcx(far), as far^2 - near^2 = at.
     return float(0.5 * (erfc(near) - math.exp(-(near**2)) * erfcx(far)))

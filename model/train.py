@@ -16,7 +16,7 @@ Notable choices:
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -157,8 +157,8 @@ class Trainer:
             parallel.shard_(self._loss, decoder.layers)
         if machine.compile:
             compile_blocks_(decoder, self.precision)
-        self._names = [name for name, _ in decoder.named_parameters()]
-        self._optimizers = list(_optimizers(decoder, options))
+        self._named = dict(decoder.named_parameters())  # a walk over all modules takes long beside a small model's step
+        self._optimizers = list(_optimizers(decoder, self._named, options))
         self.pull: Pull | None = None
 
     def step(self, batch: "Batch") -> StepResult:
@@ -211,7 +211,8 @@ class Trainer:
 
     def _passes(self, batch: "Batch", tokens: int) -> Tensor | None:
         """This process's part of `_gradients`; None where memory ran out."""
-        self._loss.zero_grad(set_to_none=True)
+        for weight in self._named.values():
+            weight.grad = None
         device = self.decoder.embed_tokens.weight.device
         total = torch.zeros((), device=device)
         try:
@@ -256,10 +257,10 @@ class Trainer:
 
     def _grads(self) -> list[Tensor]:
         """The gradients of all parameters; a process whose share held nothing gets zeros."""
-        for weight in self.decoder.parameters():
+        for weight in self._named.values():
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
-        return [weight.grad for weight in self.decoder.parameters() if weight.grad is not None]
+        return [weight.grad for weight in self._named.values() if weight.grad is not None]
 
     def _dropout(self, batch: "Batch", first: int) -> Dropout | None:
         """Masks that depend on seed and global step only, so that a resumed run drops the same units."""
@@ -272,7 +273,7 @@ class Trainer:
     def state_dict(self) -> dict[str, Tensor]:
         """Moments and step counts as named tensors (int64 scalars, float32 like the parameters)."""
         state = {"global_step": torch.tensor(self.global_step)}
-        for name, weight in self.decoder.named_parameters():
+        for name, weight in self._named.items():
             for key, value in self._state_of(weight).items():
                 state[f"{key}.{name}"] = parallel.whole(value.detach()).clone()
         return state
@@ -290,7 +291,7 @@ class Trainer:
                 continue
             keys = ("momentum_buffer",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
             held = {weight for group in optimizer.param_groups for weight in group["params"]}
-            for name, weight in self.decoder.named_parameters():
+            for name, weight in self._named.items():
                 moments = {key: state.get(f"{key}.{name}") for key in keys if weight in held}
                 if all(value is None for value in moments.values()):
                     continue
@@ -305,10 +306,10 @@ class Trainer:
         return {key: value for o in plain for key, value in o.state.get(weight, {}).items()}
 
     def _clip(self) -> float:
-        grads = [p.grad for p in self.decoder.parameters() if p.grad is not None]
+        grads = [weight.grad for weight in self._named.values() if weight.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
         if self.options.clip:
-            torch.nn.utils.clip_grads_with_norm_(self.decoder.parameters(), self.options.clip, norm)
+            torch.nn.utils.clip_grads_with_norm_(self._named.values(), self.options.clip, norm)
         return parallel.whole(norm).item()
 
     def _diverged(self, what: str, value: float, lr: float) -> str:
@@ -369,9 +370,9 @@ def compile_blocks_(decoder: Decoder, precision: Precision, backend: str = "indu
     decoder.zero_grad(set_to_none=True)
 
 
-def _optimizers(decoder: Decoder, options: TrainOptions) -> Iterable[Optimizer]:
-    matrices = [p for name, p in decoder.named_parameters() if _is_decayed(name, p)]
-    free = [p for name, p in decoder.named_parameters() if not _is_decayed(name, p)]
+def _optimizers(decoder: Decoder, named: Mapping[str, nn.Parameter], options: TrainOptions) -> Iterable[Optimizer]:
+    matrices = [p for name, p in named.items() if _is_decayed(name, p)]
+    free = [p for name, p in named.items() if not _is_decayed(name, p)]
     groups: list[dict[str, Any]] = [{"params": free, "weight_decay": 0.0}]
     if options.optimizer == "muon":
         inner = [p for p in matrices if p is not decoder.head_weight]

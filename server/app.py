@@ -25,7 +25,6 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from federation import handover
 from federation.identity import Identity
 from federation.manifest import Manifest
 from federation.masking import MaskingError
@@ -162,6 +161,8 @@ def main(grid: Grid, context: Context) -> None:
         ConfigError: no such run, or it has no usable plan.
         FedcometError: the run failed; Flower notes that, too.
     """
+    from federation import handover  # it needs Flower's databases, which no simulation does
+
     handover.hand_over()
     root, run = os.environ.get("FEDCOMET_RUNS"), context.run_config.get("run")
     if not root or not isinstance(run, str) or not is_site_name(run):

@@ -128,7 +128,8 @@ class TokenStore:
         length = self._length(split, field)
         if length == 0:
             return np.empty(0, _FIELDS[field])
-        return np.memmap(_file(self.path, split, field), _FIELDS[field], "r", shape=(length,))
+        # By its name as a text: a path is resolved, which takes longer than the map.
+        return np.memmap(str(_file(self.path, split, field)), _FIELDS[field], "r", shape=(length,))
 
     def _length(self, split: str, field: str) -> int:
         counts = self.manifest["splits"][split]
@@ -140,7 +141,10 @@ class TokenStore:
         for field, kind in _FIELDS.items():
             file = _file(self.path, split, field)
             expected = self._length(split, field) * np.dtype(kind).itemsize
-            found = file.stat().st_size if file.exists() else None
+            try:
+                found = file.stat().st_size
+            except FileNotFoundError:
+                found = None
             if found != expected:
                 size = "is missing" if found is None else f"has {several(found, 'byte')}"
                 raise DataError(f"{file}: {size}, the manifest says {expected:,}. Build the store again.")
