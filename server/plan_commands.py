@@ -109,6 +109,7 @@ def plan(
     from federation.manifest import LocalWork
     from model.decoder import preset
     from server.plan import FederationPlan, PrivacyPlan
+    from tokenizer.codebook import TokenizerOptions
     from tokenizer.split import SplitRule
 
     private = None
@@ -117,6 +118,10 @@ def plan(
             raise typer.BadParameter("--epsilon needs it: noise depends on how rarely a patient is drawn", None, None,
                                      "--patients")  # fmt: skip
         private = PrivacyPlan(sampling_rate=min(1.0, batch / patients), delta=1e-6, epsilon=epsilon)
+    wishes = {"ask": ask, "every": every, "metric": metric, "patience": patience, "foreign": foreign}
+    own = _central(central, wishes)
+    # Without tokens of their own, answers would hide among those of other codes.
+    asked = own.tasks if own else ()
     shape = preset(model, 100, context)
     made = FederationPlan(
         name=run,
@@ -129,9 +134,9 @@ def plan(
         expect_sites=min_sites,
         privacy=private,
         secure_aggregation=None if in_clear else _sums(home, min_sites, patients),
-        central=_central(
-            central, {"ask": ask, "every": every, "metric": metric, "patience": patience, "foreign": foreign}
-        ),
+        central=own,
+        tokenizer=TokenizerOptions(named=tuple(code for task in asked for code in task.codes)),
+        purposes=tuple(task.question for task in asked),
     )
     print(json.dumps(json.loads(made.to_bytes()), indent=2))
     for what, there in (("differential privacy (--epsilon)", private), ("secure aggregation", not in_clear)):
