@@ -1142,7 +1142,7 @@ def plausibility(
     found = compare(real, events, pl.read_parquet(futures / "trajectories.parquet"), days)
     Console().print(table(found))
     if out is not None:
-        write_page(out, found, f"Simulated futures of {days:g} days")
+        write_page(out, found, f"Simulated futures of {days:g} day{'' if days == 1 else 's'}")
 
 
 @app.command("audit", rich_help_panel=_RESEARCH)
