@@ -107,7 +107,8 @@ def merge(summed: ArrayLike, form: Form, sites: int = 1) -> Merged:
     if merged.auroc.value is None:
         return merged
     redrawn = Redrawn(whole.at, whole.middle, merged.cuts, deviation)
-    return replace(merged, **{name: _sure(name, getattr(merged, name), redrawn) for name in FIGURES})
+    sure = {name: _sure(name, getattr(merged, name), redrawn) for name in FIGURES}
+    return Merged(**{**vars(merged), **sure})
 
 
 def ece_at(labels: ArrayLike, scores: ArrayLike, form: Form, cuts: tuple[int, ...]) -> float:

@@ -62,9 +62,10 @@ def _pictures(found: Plausibility) -> list[tuple[str, str]]:
 
 
 def _prevalence(found: Plausibility) -> tuple[str, str]:
-    least = min((share for _, *row in found.prevalence for share in row if share > 0), default=1e-4)
+    least = min((share for _, *row in found.prevalence for share in map(float, row) if share > 0), default=1e-4)
     # Codes that one side doesn't have stand at the edge.
-    real, made = ([max(row[side], least / 2) for row in found.prevalence] for side in (1, 2))
+    real = [max(share, least / 2) for _, share, _ in found.prevalence]
+    made = [max(share, least / 2) for _, _, share in found.prevalence]
 
     def prevalence(axes: Axes) -> None:
         axes.plot(real, made, "o", color=plots.INKS["first"], ms=4, alpha=0.7)
