@@ -113,6 +113,7 @@ class _Daemon:
         elif not well:
             told["reason"] = (
                 self._line.clock
+                or self._line.problem
                 or node.reason
                 or ("the node is about to connect" if condition.running else "the node is started again in a moment")
             )

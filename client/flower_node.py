@@ -32,10 +32,10 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from flwr.supernode.nodestate import NodeStateFactory
 from flwr.supernode.nodestate.in_memory_nodestate import CLIENT_APP_CRASHED_ERROR
 
+from client.objects import FileContents
 from federation import bundle
 from federation.flower_tasks import RUNTIME, TASK_HEARTBEAT_S
 from federation.front import Door, Front
-from federation.handover import FileContents
 from federation.polls import Polls
 from tokenizer import durable
 

@@ -24,7 +24,7 @@ from federation.flower_tasks import TaskOptions, Tasks
 from tokenizer import durable
 from tokenizer.errors import FedcometError
 
-APP_MODULES = ("client.app", "flwr.supernode.runtime.run_clientapp", "torch._dynamo")
+APP_MODULES = ("client.app", "flwr.supernode.runtime.run_clientapp", "federation.handover", "torch._dynamo")
 """What a message's process needs; PyTorch's optimizers import the last one when the first of them is made."""
 
 _LATE_S = 10.0

@@ -14,7 +14,7 @@ arXiv 1901.09847).
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,11 +34,22 @@ class CodingError(ValueError):
     """Bytes that are no vector in this coding, or a vector that this coding can't tell."""
 
 
+class Parts(Protocol):
+    """Bytes that are there a part at a time: an array, or a file."""
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, part: slice, /) -> Bytes:
+        """Give some of them."""
+
+
 @dataclass(frozen=True, eq=False)
 class Packed:
     """A vector as it travels, read a part at a time: `packed[start:stop]` is float32, from a multiple of 32 on."""
 
-    data: Bytes
+    data: Parts
     coding: Coding
 
     @property

@@ -79,21 +79,43 @@ def to_decoder(config: DecoderConfig, vector: NDArray[np.float32], device: str =
 
 
 @torch.no_grad()
+def as_decoder(config: DecoderConfig, vector: NDArray[np.float32]) -> Decoder:
+    """Give the decoder that a vector [P] describes, to be read only: its parameters are views of the vector.
+
+    Raises:
+        DataError: the vector has another length than such a decoder has parameters.
+    """
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    _check_length(decoder, vector)
+    whole_, start = torch.from_numpy(vector), 0
+    for name, parameter in list(decoder.named_parameters()):
+        module, _, own = name.rpartition(".")
+        part = whole_[start : start + parameter.numel()].view_as(parameter)
+        setattr(decoder.get_submodule(module), own, torch.nn.Parameter(part, requires_grad=False))
+        start += parameter.numel()
+    return decoder
+
+
+@torch.no_grad()
 def load_vector_(decoder: Decoder, vector: NDArray[np.float32]) -> None:
     """Overwrite a decoder's parameters by a float32 vector [P].
 
     Raises:
         DataError: the vector has another length than the decoder has parameters.
     """
-    parameters = list(decoder.parameters())
-    size = sum(p.numel() for p in parameters)
-    if vector.shape != (size,):
-        raise DataError(f"A vector of shape {vector.shape} doesn't fit a decoder of {size} parameters.")
+    _check_length(decoder, vector)
     start = 0
-    for parameter in parameters:
+    for parameter in decoder.parameters():
         part = np.array(vector[start : start + parameter.numel()], np.float32)
         parameter.copy_(torch.from_numpy(part).view_as(parameter))
         start += parameter.numel()
+
+
+def _check_length(decoder: Decoder, vector: NDArray[np.float32]) -> None:
+    size = sum(p.numel() for p in decoder.parameters())
+    if vector.shape != (size,):
+        raise DataError(f"A vector of shape {vector.shape} doesn't fit a decoder of {size} parameters.")
 
 
 def norm(vector: NDArray[np.float32]) -> float:

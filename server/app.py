@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from flwr.app import Context
@@ -38,7 +39,7 @@ from server.journal import GIVEN_UP, Journal, Phase
 from server.ledger import Ledger
 from server.opening import open_sum
 from server.plan import FederationPlan
-from server.post import Post, Roster, TooFewSites, reason, site_name
+from server.post import Post, Roster, TooFewSites, reason, site_name, without_weights
 from server.rounds import TUNING, Answer, Event, Listener, Rounds
 from server.spool import Spool
 from server.tables import RunState
@@ -48,6 +49,8 @@ from server.wishes import RunHalted, Wishes
 from tokenizer import durable
 from tokenizer.codebook import Codebook, Survey, merge
 from tokenizer.errors import ConfigError, FedcometError
+
+_AT_ONCE_S, _LOOK_S = 0.01, 0.1
 
 app = ServerApp()
 
@@ -184,9 +187,19 @@ def main(grid: Grid, context: Context) -> None:
     with _ledger(Path(root)) as ledger:
         journal = None if ledger is None else ledger.journal(run)
         try:
-            coordinate(grid, run_dir, plan, listen=listen, identity=identity, journal=journal)
+            coordinate(
+                grid, run_dir, plan, listen=listen, pause=partial(_hear, grid), identity=identity, journal=journal
+            )
         except RunHalted as halted:
             log.info("%s", halted)
+
+
+def _hear(grid: Grid, seconds: float) -> None:
+    """Wait until an answer may have come: the coordinator's SuperLink holds a question for nothing back till then."""
+    began = time.monotonic()
+    grid.pull_messages([])
+    if time.monotonic() - began < _AT_ONCE_S:  # there is news already, or it is another runtime
+        time.sleep(min(seconds, _LOOK_S))
 
 
 @contextmanager
@@ -276,8 +289,11 @@ def _lead_round(
     request = rounds.request(post.deadline())
     if rounds.collecting:
         missing = rounds.missing(nodes)
-        for node, answer in post.ask([nodes[site] for site in missing], request, str(rounds.number)):
+        answers_to = post.ask([nodes[site] for site in missing], request, str(rounds.number))
+        request = without_weights(request)  # what is left to do with it needs none, and they are large
+        for node, answer in answers_to:
             rounds.receive(roster.name(node), answer)
+            del answer  # or it would lie in memory beside the next one
             wishes.between_answers()
         for site in rounds.missing(nodes):
             rounds.late(site)
@@ -289,7 +305,9 @@ def _lead_round(
     answers: dict[str, Answer | None] = {}
     if evaluation is not None:
         answers = dict.fromkeys(nodes)
-        for node, answer in post.ask(list(nodes.values()), evaluation, str(rounds.number)):
+        answers_to = post.ask(list(nodes.values()), evaluation, str(rounds.number))
+        evaluation = without_weights(evaluation)
+        for node, answer in answers_to:
             answers[roster.name(node)] = answer
     if rounds.masked and evaluation is not None:
         kept = [site for site, answer in answers.items() if isinstance(answer, Kept)]

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
 import numpy as np
 from flwr.app import RecordDict
@@ -32,6 +33,8 @@ from server.plan import FederationPlan
 from server.rounds import Answer, Event, Listener
 from tokenizer.codebook import Codebook
 from tokenizer.errors import ConfigError, FedcometError
+
+W = TypeVar("W", bound=Weighted)
 
 _POLL_S = 1.0
 _POLLS = Polls(0.05, _POLL_S)
@@ -107,24 +110,30 @@ class Post:
             return
         packed: dict[tuple[int, bool], RecordDict] = {}
         pending: dict[str, int] = {}
-        first = next(iter(requests.values()))
-        deadline_s = first.deadline_s
+        kind, deadline_s = next((request.kind, request.deadline_s) for request in requests.values())
+
+        def knows(request: Request | masking.Request, node: int) -> bool:
+            return isinstance(request, Weighted) and request.weights_sha256 == self._has.get(node)
 
         def send(node: int) -> bool:
             request = requests[node]
-            known = isinstance(request, Weighted) and request.weights_sha256 == self._has.get(node)
+            known = knows(request, node)
             if (id(request), known) not in packed:
-                packed[id(request), known] = self._packed(_without_weights(request) if known else request)
+                packed[id(request), known] = self._packed(_light(request) if known else request)
             record, ttl_s = packed[id(request), known], deadline_s - self._clock() + _GRACE_S
             message = flower.request(record, request.kind, node, group=group, ttl_s=ttl_s)
             sent = [name for name in self._grid.push_messages([message]) if name]
             pending.update(dict.fromkeys(sent, node))
             return bool(sent)
 
-        self.tell(Event("asked", text=first.kind, values={"sites": len(requests)}))
+        self.tell(Event("asked", text=kind, values={"sites": len(requests)}))
         for node in requests:
             if not send(node):
                 yield node, DeliveryError("Flower did not take the request.")
+        if not any(knows(request, node) for node, request in requests.items()):
+            # Nobody will ask for the weights again: they need not lie in memory until the last site has answered.
+            requests = {node: _light(request) for node, request in requests.items()}
+            packed.clear()
         last = self._clock()
         while pending:
             arrived = False
@@ -136,6 +145,7 @@ class Post:
                         continue
                     self._note_weights(node, requests[node], answer)
                     yield node, answer
+                    del answer  # or it would lie in memory beside the next one
             if arrived:
                 last = self._clock()
             elif self._clock() >= deadline_s:
@@ -226,8 +236,12 @@ class Roster:
         self._post.tell(Event("site.refused", site=name, text=told))
 
 
-def _without_weights(request: Request | masking.Request) -> Weighted:
-    assert isinstance(request, Weighted)
+def _light(request: Request | masking.Request) -> Request | masking.Request:
+    return without_weights(request) if isinstance(request, Weighted) else request
+
+
+def without_weights(request: W) -> W:
+    """Give a request that names its weights only; its digest is the same."""
     return dataclasses.replace(request, weights=np.zeros(0, np.float32), known=request.weights_sha256)
 
 

@@ -123,7 +123,6 @@ class Rounds:
         self._size, self._journal, self._store, self._listen = size, journal, store, listen
         self.number = journal.committed() + 1
         self._state = self._load(self.number - 1)
-        self._sent: tuple[GlobalState, Vector] | None = None
         self._digest = ""
         self._sweep()
 
@@ -200,13 +199,14 @@ class Rounds:
             return decided[site]
         if self.phase is Phase.TRAINING:
             self._journal.enter(self.number, Phase.COLLECTING)
-        reason = printable(self._objection(site, answer))
+        length = norm(answer.update) if isinstance(answer, TrainReply) else 0.0
+        reason = printable(self._objection(site, answer, length))
         if reason or not isinstance(answer, TrainReply | Kept):
             status = _bad(answer)
             self._journal.note_reply(ReplyEntry(self.number, site, status, reason))
             self._tell(f"update.{status}", site, reason)
             return status
-        self._accept(site, answer)
+        self._accept(site, answer, length)
         return Status.ACCEPTED
 
     def late(self, site: str) -> None:
@@ -287,8 +287,8 @@ class Rounds:
         work = self._journal.work(self.number)
         if self.manifest.privacy is not None:
             work = work._replace(tokens=0)  # the ledger holds expected patients in their place
+        self._state = state  # first, so that the old one need not lie in memory beside what is written
         checkpoint = self._store.save(self.number, state, work)
-        self._state = state
         self._journal.enter(self.number, Phase.AGGREGATED, checkpoint, {f"train.{k}": v for k, v in told.items()})
         self._tell("round.aggregated", values=told)
 
@@ -410,15 +410,13 @@ class Rounds:
 
     def _told_weights(self) -> Vector:
         """The global weights as they travel."""
-        if self._sent is None or self._sent[0] is not self._state:
-            self._sent = self._state, nearest(self._state.weights, self.manifest.transport.weights)
-        return self._sent[1]
+        return nearest(self._state.weights, self.manifest.transport.weights)
 
     def _load(self, number: int) -> GlobalState:
         entry = self._journal.round(number)
         return self._store.load(number, entry.checkpoint_sha256 if entry else "")
 
-    def _accept(self, site: str, reply: TrainReply | Kept) -> None:
+    def _accept(self, site: str, reply: TrainReply | Kept, length: float) -> None:
         if isinstance(reply, Kept):
             self._journal.note_reply(ReplyEntry(self.number, site, Status.ACCEPTED))
             self._tell("update.accepted", site)
@@ -432,7 +430,7 @@ class Rounds:
             tokens=reply.tokens,
             steps=reply.steps,
             loss=reply.loss,
-            norm=norm(reply.update),
+            norm=length,
             bytes=size,
             seconds=reply.seconds,
         )
@@ -454,7 +452,7 @@ class Rounds:
         """What sites' answers are weighed by."""
         return "tokens" if self.manifest.privacy is None else "patients"
 
-    def _objection(self, site: str, answer: Answer) -> str:
+    def _objection(self, site: str, answer: Answer, length: float) -> str:
         """Say why an answer can't be used; empty when it can."""
         if isinstance(answer, ProtocolError):
             return str(answer)
@@ -467,7 +465,7 @@ class Rounds:
             return f"a {answer.kind} came in the place of a {wanted.kind}"
         if isinstance(answer, Kept):
             return self._wrong_belonging(answer)
-        return self._wrong_belonging(answer) or self._wrong_work(answer) or self._wrong_update(answer)
+        return self._wrong_belonging(answer) or self._wrong_work(answer) or self._wrong_update(answer, length)
 
     def _wrong_belonging(self, reply: TrainReply | Kept) -> str:
         if reply.manifest_hash != self.manifest.hash:
@@ -490,13 +488,12 @@ class Rounds:
             return f"{reply.tokens} tokens can't come from {reply.steps} steps of {local.batch_tokens}"
         return ""
 
-    def _wrong_update(self, reply: TrainReply) -> str:
+    def _wrong_update(self, reply: TrainReply, length: float) -> str:
         update, agreed = reply.update, self.manifest.transport.update
         if reply.coding != agreed:
             return f"the update travels as {reply.coding}, agreed is {agreed}"
         if update.shape != (self._size,):
             return f"the update has shape {update.shape}, the model has {self._size} parameters"
-        length = norm(update)
         if not math.isfinite(length):
             wrong = int(update.size - np.count_nonzero(np.isfinite(update)))
             return f"the update holds {wrong} values that are not finite"

@@ -26,7 +26,7 @@ from federation import accountant, canonical, protection
 from federation.coding import Bytes, Packed
 from federation.manifest import Manifest, software_version
 from federation.messages import Vector
-from federation.update import to_decoder, to_vector
+from federation.update import as_decoder, to_vector
 from model import checkpoint
 from model.decoder import Decoder, preset_of
 from server.aggregate import GlobalState
@@ -55,7 +55,7 @@ class Spool:
         return hashlib.sha256(data).hexdigest(), data.nbytes
 
     def update(self, number: int, site: str, sha256: str) -> Packed:
-        """Map a kept update [P] into memory.
+        """Give a kept update [P], whose parts are read when they are asked for.
 
         Raises:
             DataError: the file is gone, or its bytes are not those that were accepted.
@@ -63,7 +63,7 @@ class Spool:
         path = self._update_path(number, site)
         if _sha256(path) != sha256:
             raise DataError(f"{path}: the file has changed since the update was accepted.")
-        return Packed(np.memmap(path, np.uint8, "r"), self._manifest.transport.update)
+        return Packed(_FileBytes(path), self._manifest.transport.update)
 
     def keep_sum(self, number: int, purpose: str, collected: Collected) -> str:
         """Keep a sum with all masks on, and give the sha256 of its file."""
@@ -96,7 +96,7 @@ class Spool:
 
     def save(self, number: int, state: GlobalState, work: Work) -> Checkpoint:
         """Keep the state after a round as a checkpoint with its provenance."""
-        decoder = to_decoder(self._manifest.model, state.weights)
+        decoder = as_decoder(self._manifest.model, state.weights)
         moments = {_MOMENTUM: state.momentum, _SECOND: state.second}
         kept = {name: torch.from_numpy(vector) for name, vector in moments.items() if vector is not None}
         manifest = self._manifest
@@ -177,6 +177,20 @@ class Spool:
 
     def _update_path(self, number: int, site: str) -> Path:
         return self._dir / "rounds" / f"{number:04d}" / f"{site}.update"
+
+
+class _FileBytes:
+    """A file's bytes, read part by part: mapped into memory, all of them would stay there till the end of the sum."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self.size = path, path.stat().st_size
+
+    def __getitem__(self, part: slice) -> Bytes:
+        start, stop, _ = part.indices(self.size)
+        data = np.fromfile(self._path, np.uint8, stop - start, offset=start)
+        if data.size != stop - start:
+            raise DataError(f"{self._path}: the file was cut short while it was read.")
+        return data
 
 
 def _sha256(path: Path) -> str:

@@ -1,11 +1,16 @@
-"""An answer of which a part is missing is held back while its site is there, and given up when it has signed off."""
+"""Contents of messages at the SuperLink: in files; half an answer waits as long as its site is there."""
 
 from pathlib import Path
 
 import sqlalchemy
+from flwr.app import ConfigRecord, RecordDict
+from flwr.proto.message_pb2 import PushObjectRequest, PushObjectResponse
+from flwr.proto.node_pb2 import Node
 from flwr.supercore.date import now
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from sqlalchemy.orm import Session
 
+from federation.handover import handed
 from server.flower_link import _PARTIAL, SuperLink
 
 NODE, OTHER = 7, 8
@@ -28,6 +33,27 @@ def fill(session: Session) -> None:
     for statement, values in rows.items():
         for row in values:
             session.connection().exec_driver_sql(statement, row)
+
+
+def test_the_superlink_keeps_contents_in_files_and_takes_handed_over_ones_from_its_own_side_only(
+    tmp_path: Path,
+) -> None:
+    link = SuperLink(tmp_path / "link.sqlite", tmp_path / "objects", b"secret")
+    state, record = link._state, RecordDict({"x": ConfigRecord({"a": 1})})
+    contents = {name: part.deflate() for name, part in get_all_nested_objects(record).items()}
+    node = state.create_node("aid", "name", b"key", 30.0)
+    assert state.object_store.preregister(1, get_object_tree(record))
+    for name, content in contents.items():
+        handed(tmp_path / "objects", name).write_bytes(content)
+        request = PushObjectRequest(node=Node(node_id=node), run_id=1, object_id=name, session_id="s")
+        answer = link.fleet_doors()["/v1/fleet/push-object"].answer
+        assert answer is not None
+        told = answer(node, request.SerializeToString())
+        assert told is not None
+        assert not PushObjectResponse.FromString(told[1]).stored
+        assert state.object_store.get(name) == b""
+        state.object_store.put(name, b"")
+        assert (tmp_path / "objects" / name).read_bytes() == content
 
 
 def test_a_half_answer_is_held_back_only_while_its_node_is_online(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.object_store.object_store import NoObjectInStoreError
 
+from federation.handover import handed
 from server.objects import FileObjectStore
 
 RUN = 3
@@ -98,6 +99,23 @@ def test_a_content_under_a_false_name_is_not_written(tmp_path: Path, name: str) 
         "link.sqlite-wal",
         "link.sqlite-shm",
     }
+
+
+def test_a_file_that_was_handed_over_is_taken_if_it_is_what_its_name_says(tmp_path: Path) -> None:
+    store = FileObjectStore(tmp_path / "link.sqlite", tmp_path / "objects")
+    record, contents = parts()
+    store.preregister(RUN, get_object_tree(record))
+    for name, content in contents.items():
+        with pytest.raises(ValueError, match="does not match"):
+            store.put(name, b"")
+        handed(tmp_path / "objects", name).write_bytes(content + b"x")
+        with pytest.raises(ValueError, match="does not match"):
+            store.put(name, b"")
+        assert store.get(name) == b""
+        handed(tmp_path / "objects", name).write_bytes(content)
+        store.put(name, b"")
+        assert store.get(name) == content
+    assert files(tmp_path) == set(contents)
 
 
 def test_what_nobody_announced_is_refused(tmp_path: Path) -> None:
