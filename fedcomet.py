@@ -208,9 +208,21 @@ def _said(problem: OSError) -> str:
     return f"{place}{problem.strerror or problem}. {todo.get(problem.errno or 0, '--debug shows where.')}"
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from federation.manifest import software_version
+
+        print(f"fedcomet {software_version()}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version, and exit.", is_eager=True, callback=_print_version),
+    ] = False,
 ) -> None:
     """Take options of all commands (`--debug` may also stand after the command)."""
 
@@ -1142,7 +1154,7 @@ def plausibility(
     found = compare(real, events, pl.read_parquet(futures / "trajectories.parquet"), days)
     Console().print(table(found))
     if out is not None:
-        write_page(out, found, f"Simulated futures of {days:g} days")
+        write_page(out, found, f"Simulated futures of {days:g} day{'' if days == 1 else 's'}")
 
 
 @app.command("audit", rich_help_panel=_RESEARCH)

@@ -26,6 +26,8 @@ def main() -> None:
     parser.add_argument("--patients", type=int, default=20_000, help="of each hospital")
     parser.add_argument("--workers", type=int, default=2)
     given = parser.parse_args()
+    from benchmarks.hospitals import make  # workers can't call a function of the program that is run
+
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
     with Pool(given.workers) as pool:
         for _ in [pool.submit("warm", make, "heart", 10).result() for _ in range(2 * given.workers)]:

@@ -103,6 +103,8 @@ def audit(state: Path, key: str | None = None, expect: str | None = None) -> Aud
 def terminal(found: Audit) -> RenderableType:
     """Lay a report out for the terminal."""
     head = Table.grid(padding=(0, 2))
+    head.add_column(no_wrap=True)
+    head.add_column(overflow="fold")  # keys and hashes are noted elsewhere, so none may be cut short
     span = f"{found.since} to {found.until}" if found.entries else "nothing has left yet"
     head.add_row("entries", f"{found.entries:,} ({span})")
     head.add_row("signed by", found.key)

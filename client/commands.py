@@ -46,15 +46,15 @@ def join(
     from federation.invitation import Invitation
     from federation.pki import spoken
 
-    console = Console(highlight=False)
+    console, given = Console(highlight=False, soft_wrap=True), sys.stdin.read() if token == "-" else token
 
     def agree(invitation: Invitation, prints: enrol.Fingerprints) -> bool:
         console.print(f"You are invited as [bold]{invitation.name}[/], a {invitation.role}.")
         console.print(f"The federation's fingerprint: {spoken(prints.authority)}")
         console.print(f"This site's fingerprint:      {spoken(prints.site)}")
-        return yes or typer.confirm("Does the coordinator read you the same federation's fingerprint?")
+        return yes or _confirmed("Does the coordinator read you the same federation's fingerprint?", token == "-")
 
-    made = enrol.join(home, address, sys.stdin.read() if token == "-" else token, agree, None, data, policy)
+    made = enrol.join(home, address, given, agree, None, data, policy)
     console.print(
         f"[bold]{made.name}[/] has joined. Read this site's fingerprint to the coordinator, who sees the same"
     )
@@ -99,3 +99,27 @@ def message(
         console = Console(highlight=False, markup=False)
         for each in link.messages():
             console.print(f"{datetime.fromtimestamp(each.at, UTC):%Y-%m-%d %H:%M} UTC  {each.who}: {each.text}")
+
+
+def _confirmed(question: str, input_is_used: bool) -> bool:
+    """Ask a person yes or no: at the terminal itself where standard input held something else.
+
+    Raises:
+        ConfigError: there is no terminal.
+    """
+    import sys
+    from contextlib import ExitStack
+
+    from tokenizer.errors import ConfigError
+
+    with ExitStack() as after:
+        if input_is_used:
+            after.callback(setattr, sys, "stdin", sys.stdin)
+            try:
+                sys.stdin = after.enter_context(open("/dev/tty", encoding="utf-8"))
+            except OSError:
+                raise ConfigError(
+                    "Not joined: nobody can be asked here, as there is no terminal. Compare the fingerprints, then run "
+                    "the same command with --yes. Nothing was sent."
+                ) from None
+        return typer.confirm(question)

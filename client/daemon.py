@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from client.home import SiteHome
+from client.home import LOCK, SiteHome
 from client.link import Link
 from client.supernode import NodeFolder, trusted_coordinators
 from federation import logs, pki, supervisor, vitals
@@ -113,6 +113,7 @@ class _Daemon:
         elif not well:
             told["reason"] = (
                 self._line.clock
+                or self._line.problem
                 or node.reason
                 or ("the node is about to connect" if condition.running else "the node is started again in a moment")
             )
@@ -186,7 +187,7 @@ def _alone(path: Path) -> Iterator[None]:
     Raises:
         ConfigError: another daemon holds it.
     """
-    descriptor = os.open(path / "daemon.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -123,8 +123,9 @@ def fetch_authority(host: str, port: int, fingerprint: str, timeout_s: float = 2
         ):
             chain = _chain(shown)
     except OSError as cause:
+        told = f"no answer within {timeout_s:g} s" if isinstance(cause, TimeoutError) else cause.strerror or cause
         raise ConfigError(
-            f"The coordinator at {_joined(host, port)} can't be reached ({cause.strerror or cause}); check the "
+            f"The coordinator at {_joined(host, port)} can't be reached ({told}); check the "
             "address, the network and the firewall."
         ) from None
     for der in chain:

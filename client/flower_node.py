@@ -32,10 +32,10 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from flwr.supernode.nodestate import NodeStateFactory
 from flwr.supernode.nodestate.in_memory_nodestate import CLIENT_APP_CRASHED_ERROR
 
+from client.objects import FileContents
 from federation import bundle
 from federation.flower_tasks import RUNTIME, TASK_HEARTBEAT_S
 from federation.front import Door, Front
-from federation.handover import FileContents
 from federation.polls import Polls
 from tokenizer import durable
 
@@ -231,9 +231,8 @@ class Node:
         try:
             with http_request_response(self._options.superlink, False, self._options.authority, keys) as connection:
                 yield connection
-        except SystemExit:
-            # Flower has logged why, and lets a timer end this process soon.
-            raise Refused("the coordinator refused the connection; see the lines before") from None
+        except SystemExit as ended:  # Flower has logged why, and lets a timer end this process soon
+            raise Refused(_said(ended.__context__)) from None
 
     def _sign_off_predecessor(self, keys: Any) -> None:
         """Tell the coordinator that the node of a killed process is gone; else it lets no other in for a minute."""
@@ -257,10 +256,10 @@ class Node:
             time.sleep(_HEARD_S)
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException | None) -> str:
     if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.UNAUTHORIZED:
         return (
             "the coordinator does not know this site (any more), or the clocks differ by more than five minutes; "
-            "ask the coordinator, or join again"
+            "it is tried again and again; if that lasts, ask the coordinator, or join again"
         )
-    return f"the coordinator answers {type(error).__name__}"
+    return f"the coordinator refuses the connection ({error or 'the log has why'}); it is tried again and again"

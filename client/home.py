@@ -10,6 +10,7 @@
 Everything is the owner's alone. Paths in site.toml are relative to the home.
 """
 
+import fcntl
 import tomllib
 from dataclasses import dataclass, fields
 from json import dumps
@@ -137,6 +138,18 @@ class SiteHome:
         return self.path / self.settings.site.policy
 
     @property
+    def has_daemon(self) -> bool:
+        """Whether a daemon runs in it, well or not."""
+        try:
+            with open(self.path / LOCK, "rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
+    @property
     def files(self) -> SiteFiles:
         """What `client.site` is told.
 
@@ -173,6 +186,8 @@ class SiteHome:
 
 
 KEY, CERTIFICATE, AUTHORITY = "tls.key", "tls.crt", "federation.crt"
+LOCK = "daemon.lock"
+"""Held by the daemon that works in a home."""
 
 
 def write_settings(

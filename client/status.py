@@ -43,7 +43,7 @@ def status(home: SiteHome, *, messages: bool = False) -> Plain:
         "software": software_version(),
         "coordinator": f"{where.address}:{where.fleet_port}",
         "certificate": _or_problem(lambda: _certificate(home)),
-        "daemon": _daemon(home.settings.daemon.health_port, home.name),
+        "daemon": _daemon(home),
         "policy": _or_problem(lambda: _policy(home.policy)),
         "budget": _or_problem(lambda: _budget(home)),
         "waiting": Approvals(home.state).waiting(),
@@ -87,15 +87,16 @@ def _certificate(home: SiteHome) -> Plain:
     }
 
 
-def _daemon(port: int, site: str) -> Plain:
+def _daemon(home: SiteHome) -> Plain:
     """What the daemon says of itself; that of another site on the same port is none of ours."""
+    port = home.settings.daemon.health_port
     _, words = vitals.ask(port, _PATIENCE_S)
     try:
         told = json.loads(words)
     except ValueError:
-        return {"running": False, "healthy": False, "reason": words}
-    if not isinstance(told, dict) or told.get("site") != site:
-        return {"running": False, "healthy": False, "reason": f"port {port} is another program's"}
+        return {"running": home.has_daemon, "healthy": False, "reason": words}
+    if not isinstance(told, dict) or told.get("site") != home.name:
+        return {"running": home.has_daemon, "healthy": False, "reason": f"port {port} is another program's"}
     return {"running": True, **told}
 
 

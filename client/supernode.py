@@ -24,10 +24,11 @@ from federation.flower_tasks import TaskOptions, Tasks
 from tokenizer import durable
 from tokenizer.errors import FedcometError
 
-APP_MODULES = ("client.app", "flwr.supernode.runtime.run_clientapp")
+APP_MODULES = ("client.app", "flwr.supernode.runtime.run_clientapp", "federation.handover")
 """What a message's process needs."""
 
 _LATE_S = 10.0
+_BEFORE = ("starting", "connecting")
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +52,12 @@ class NodeFolder:
         self._state = self.root / "node.json"
 
     def write(self, state: str, reason: str = "") -> None:
-        """Say what the node is doing; where the disk is full nothing is said, and the daemon says that."""
+        """Say what the node is doing; where the disk is full nothing is said, and the daemon says that.
+
+        Why it was refused is told until it is let in, for it tries again within seconds.
+        """
+        if state in _BEFORE and not reason:
+            reason = self.read().reason
         aside = self._state.with_suffix(".partial")
         try:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -40,14 +40,14 @@ class Door:
         suits: tells whether a body may come from whom `admit` gave; called in a thread.
         answer: gives media type and body of an answer that needs nothing of the application's own way, which costs
             several copies of every body; None if the application is to answer. Called in a thread.
-        hold: waits before the application is asked.
+        hold: waits before the application is asked with a body.
         told: is called when the application has answered.
     """
 
     admit: Callable[[Headers], Hashable | None]
     suits: Callable[[Any, bytes], bool] = lambda who, body: True
     answer: Callable[[Any, bytes], tuple[bytes, bytes] | None] | None = None
-    hold: Callable[[Any], Awaitable[None]] | None = None
+    hold: Callable[[Any, bytes], Awaitable[None]] | None = None
     told: Callable[[Any], None] | None = None
 
 
@@ -125,7 +125,7 @@ class Front:
                     await _answer(send, 200, *made)
                     return
             if door.hold is not None:
-                await door.hold(who)
+                await door.hold(who, body)
             await self._enter(scope, _again(body, receive), send)
             if door.told is not None:
                 door.told(who)

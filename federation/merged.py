@@ -13,15 +13,17 @@ there is an interval in which the pooled figure must lie:
 - Calibration slope and intercept: the logistic regression of `model.metrics.recalibration`, log-odds cut to ±10, on
   the bins' middles. The bound is of first order: what the derivative makes of all scores' greatest displacements.
 
-With noise, `low` and `high` also hold two standard deviations of what noise makes of the figure, by drawing it anew.
+With noise, `low` and `high` also hold what noise makes of the figure, by drawing it anew (95 %). How sure the figures
+are of patients like these, `least` and `most` say (`federation.merged_intervals`), widened by the bounds.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from federation.merged_intervals import Redrawn
 from federation.tallies import MOMENTS, SPAN, Form
 from model import metrics
 from tokenizer.errors import DataError
@@ -29,16 +31,24 @@ from tokenizer.errors import DataError
 Floats = NDArray[np.float64]
 
 GROUPS = 10
-_REDRAWN = 100
+FIGURES = ("auroc", "auprc", "brier", "ece", "slope", "intercept")
 
 
 @dataclass(frozen=True)
 class Bounded:
-    """A figure and the interval in which that of the pooled predictions lies; all None where it isn't defined."""
+    """A figure of a sum; all None where it isn't defined.
+
+    Attributes:
+        value: the figure.
+        low, high: between which that of the pooled predictions lies.
+        least, most: 95 % interval of what endlessly many predictions like these would give.
+    """
 
     value: float | None
     low: float | None = None
     high: float | None = None
+    least: float | None = None
+    most: float | None = None
 
 
 @dataclass(frozen=True)
@@ -70,10 +80,9 @@ class Merged:
     noise: float = 0.0
 
     def figures(self) -> Mapping[str, float]:
-        """Give the figures that are defined, and their bounds, by name."""
-        names = ("auroc", "auprc", "brier", "ece", "slope", "intercept")
-        told = {f"{name}{end}": getattr(getattr(self, name), part) for name in names
-                for end, part in (("", "value"), (".low", "low"), (".high", "high"))}  # fmt: skip
+        """Give the figures that are defined, their bounds and intervals, by name."""
+        ends = {"": "value", ".low": "low", ".high": "high", ".least": "least", ".most": "most"}
+        told = {f"{name}{end}": getattr(getattr(self, name), part) for name in FIGURES for end, part in ends.items()}
         counts = {"predictions": self.predictions, "positives": self.positives}
         return {name: float(value) for name, value in {**counts, **told}.items() if value is not None}
 
@@ -92,16 +101,14 @@ def merge(summed: ArrayLike, form: Form, sites: int = 1) -> Merged:
     told = np.asarray(summed, np.float64)
     if told.shape != (form.size,) or not np.isfinite(told).all():
         raise DataError(f"a tally of {form.bins} bins in this form has {form.size} finite numbers, got {told.shape}")
-    merged = _Sum(told, form).merged()
-    if not form.noise:
-        return merged
+    whole = _Sum(told, form)
     deviation = float(np.sqrt(form.variance * sites))
-    rng = np.random.default_rng(0)  # of the intervals only; nothing secret follows from it
-    redrawn = [_Sum(told + rng.normal(0.0, deviation, told.shape), form).merged() for _ in range(_REDRAWN)]
-    widened = {
-        name: _widened(name, merged, redrawn) for name in ("auroc", "auprc", "brier", "ece", "slope", "intercept")
-    }
-    return Merged(**{**vars(merged), **widened, "noise": deviation})
+    merged = replace(whole.merged(), noise=deviation)
+    if merged.auroc.value is None:
+        return merged
+    redrawn = Redrawn(whole.at, whole.middle, merged.cuts, deviation)
+    sure = {name: _sure(name, getattr(merged, name), redrawn) for name in FIGURES}
+    return Merged(**{**vars(merged), **sure})
 
 
 def ece_at(labels: ArrayLike, scores: ArrayLike, form: Form, cuts: tuple[int, ...]) -> float:
@@ -111,14 +118,23 @@ def ece_at(labels: ArrayLike, scores: ArrayLike, form: Form, cuts: tuple[int, ..
     return float(np.abs(gap).sum() / max(len(group), 1))
 
 
-def _widened(name: str, merged: Merged, redrawn: list[Merged]) -> Bounded:
-    figure: Bounded = getattr(merged, name)
-    values = [value for each in redrawn if (value := getattr(each, name).value) is not None]
-    if figure.value is None or figure.low is None or figure.high is None or len(values) < _REDRAWN // 2:
+def _sure(name: str, figure: Bounded, redrawn: Redrawn) -> Bounded:
+    """Add what the noise and the choice of patients may have made of a figure."""
+    if figure.value is None or figure.low is None or figure.high is None:
         return Bounded(None)
-    # Noise alone bends some figures to one side (a calibration error can only grow), so its bias is in the width, too.
-    width = abs(float(np.mean(values)) - figure.value) + 2 * float(np.std(values))
-    return Bounded(figure.value, figure.low - width, figure.high + width)
+    below, above = figure.value - figure.low, figure.high - figure.value
+    ends = (-np.inf, np.inf) if name in ("slope", "intercept") else (0.0, 1.0)
+
+    def within(found: tuple[float, float]) -> tuple[float, float]:
+        return max(ends[0], found[0] - below), min(ends[1], found[1] + above)
+
+    low, high = figure.low, figure.high
+    if redrawn.noisy:
+        if (bent := redrawn.interval(name, figure.value, sampled=False)) is None:
+            return Bounded(None)
+        low, high = within(bent)
+    sure = redrawn.interval(name, figure.value, sampled=True)
+    return Bounded(figure.value, low, high, *(within(sure) if sure else ()))
 
 
 class _Sum:

@@ -43,13 +43,12 @@ class Vitals:
         self._health, self._prefix = health, prefix
         self._gauges: dict[str, Gauge] = {}
         try:
-            self._server = ThreadingHTTPServer((_LOOPBACK, port), _handler(self))
+            self._server = _Server((_LOOPBACK, port), _handler(self))
         except OSError as error:
             raise ConfigError(
                 f"Port {port} on {_LOOPBACK}, for health and metrics, can't be used ({error.strerror}); "
                 "end what holds it, or name another port in the settings."
             ) from None
-        self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, name="vitals", daemon=True).start()
 
     @property
@@ -73,6 +72,15 @@ class Vitals:
         """Stop serving."""
         self._server.shutdown()
         self._server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of who didn't wait for the answer; the standard way prints a traceback."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
 
 
 def _handler(vitals: Vitals) -> type[BaseHTTPRequestHandler]:

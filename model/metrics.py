@@ -137,21 +137,24 @@ def fit_logistic(log_odds: Floats, truth: Floats, weights: Floats) -> tuple[floa
     return None if np.isnan(slope[0]) else (float(slope[0]), float(intercept[0]))
 
 
-def recalibrations(log_odds: Floats, truth: Floats, weights: Floats, *, near: bool = False) -> tuple[Floats, Floats]:
+def recalibrations(
+    log_odds: Floats, truth: Floats, weights: Floats, *, near: bool | Floats = False
+) -> tuple[Floats, Floats]:
     """Fit the logistic regression of `recalibration` for many rows of weights at once.
 
     Args:
         log_odds: float64 [n].
         truth: float64 [n], labels or true risks, in [0, 1].
         weights: float64 [B, n], 0 or more.
-        near: begin at the fit of equal weights, which resamples are near; else at 0.
+        near: begin at the fit of these weights, float64 [n], or of equal ones, which resamples are near; else at 0.
 
     Returns:
         Slopes and intercepts, float64 [B]; nan where there is none (see `fit_logistic`).
     """
     found = np.zeros((2, len(weights)))
-    if near:
-        found += np.nan_to_num(np.array(recalibrations(log_odds, truth, np.ones((1, len(truth))))))
+    if near is not False:
+        start = np.ones(len(truth)) if near is True else near
+        found += np.nan_to_num(np.array(recalibrations(log_odds, truth, start[None])))
     yes, total = weights @ truth, weights.sum(axis=1)
     used = weights > 0
     spread = np.where(used, log_odds, -np.inf).max(1, initial=-np.inf) - np.where(used, log_odds, np.inf).min(

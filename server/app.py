@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from flwr.app import Context
@@ -47,6 +48,8 @@ from server.wishes import RunHalted, Wishes
 from tokenizer import durable
 from tokenizer.codebook import Codebook, Survey, merge
 from tokenizer.errors import ConfigError, FedcometError
+
+_AT_ONCE_S, _LOOK_S = 0.01, 0.1
 
 app = ServerApp()
 
@@ -185,9 +188,19 @@ def main(grid: Grid, context: Context) -> None:
     with _ledger(Path(root)) as ledger:
         journal = None if ledger is None else ledger.journal(run)
         try:
-            coordinate(grid, run_dir, plan, listen=listen, identity=identity, journal=journal)
+            coordinate(
+                grid, run_dir, plan, listen=listen, pause=partial(_hear, grid), identity=identity, journal=journal
+            )
         except RunHalted as halted:
             log.info("%s", halted)
+
+
+def _hear(grid: Grid, seconds: float) -> None:
+    """Wait until an answer may have come: the coordinator's SuperLink holds a question for nothing back till then."""
+    began = time.monotonic()
+    grid.pull_messages([])
+    if time.monotonic() - began < _AT_ONCE_S:  # there is news already, or it is another runtime
+        time.sleep(min(seconds, _LOOK_S))
 
 
 @contextmanager

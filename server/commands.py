@@ -49,7 +49,7 @@ def init(
         home, CoordinatorSettings(federation=federation, database=Database(url=database)), passphrase
     )
     Ledger.open(made.ledger_url).close()
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     console.print(f"The federation [bold]{name}[/] is in {home}; keep a copy of it in a safe place.")
     told = "encrypted" if passphrase else "protected by the file's permissions only"
     console.print(f"The authority's key is {told}.")
@@ -82,7 +82,8 @@ def invite(
     with Ledger.open(opened.ledger_url) as ledger:
         token = invited(ledger, authority, site, Role(role), hours, getuser())
     print(token)
-    console, federation, port = Console(stderr=True, highlight=False), opened.settings.federation, opened.settings.ports
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    federation, port = opened.settings.federation, opened.settings.ports
     console.print(f"At {site}: fedcomet site join {federation.address}:{port.enrol} TOKEN (within {hours:g} hours).")
     console.print(f"Read them this fingerprint by another way: {pki.spoken(authority)}")
 

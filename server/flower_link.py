@@ -38,6 +38,7 @@ from flwr.supercore.constant import (
     MAX_TIMESTAMP_DIFF_SECONDS,
     MIN_TIMESTAMP_DIFF_SECONDS,
     NOOP_FEDERATION_ID,
+    TASK_TOKEN_HEADER,
     NodeStatus,
     TaskType,
 )
@@ -50,6 +51,7 @@ from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpI
 from flwr.supercore.interceptors.http.utils import add_headers
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, public_key_to_bytes, verify_signature
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
+from flwr.supercore.state.schema.corestate_models import ObjectPushSession
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
@@ -148,7 +150,8 @@ class SuperLink:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of alembic, about Flower's own migrations
             self._app = create_app(config, SuperLinkLifespan)
-        self._objects, self._news = FileObjectStore(database, objects), News()
+        self._objects = FileObjectStore(database, objects)
+        self._requests, self._answers = News(), News()
         factory = self._app.state.linkstate_factory
         factory.objectstore_factory.store_instance = self._objects
         self._state = factory.state()
@@ -183,8 +186,8 @@ class SuperLink:
     def fleet_doors(self) -> dict[str, Door]:
         """Give the paths of sites: for registered nodes, and each for itself only."""
         doors = {f"/v1/fleet/{name}": Door(self._node) for name in _FLEET}
-        doors["/v1/fleet/push-messages"] = Door(self._node, _own_messages)
-        doors["/v1/fleet/pull-messages"] = Door(self._node, hold=self._news.hold)
+        doors["/v1/fleet/push-messages"] = Door(self._node, _own_messages, told=self._answers.tell)
+        doors["/v1/fleet/pull-messages"] = Door(self._node, hold=lambda node, body: self._requests.hold(node))
         doors["/v1/fleet/push-object"] = Door(self._node, answer=self._take_object)
         doors["/v1/fleet/pull-object"] = Door(self._node, answer=self._give_object)
         return doors
@@ -193,7 +196,11 @@ class SuperLink:
         def take(request: Any, state: Any) -> Any:
             if not request.object_content:  # what is handed over in files comes from our own processes alone
                 return PushObjectResponse(stored=False)
-            return fleet_handlers.push_object(request, state)
+            told = fleet_handlers.push_object(request, state)
+            with state.session() as session:
+                if session.get(ObjectPushSession, request.session_id) is None:  # it was the last one of its message
+                    self._answers.tell_from_thread()
+            return told
 
         return self._bulk(PushObjectRequest, take, node, body)
 
@@ -212,12 +219,24 @@ class SuperLink:
         return PROTOBUF_MEDIA_TYPE.encode(), answer
 
     def own_doors(self, token: str) -> dict[str, Door]:
-        """Give the paths of the coordinator's own processes: the runtime, and control for who has the token."""
-        runtime = Door(lambda headers: "runtime")
-        pushed = Door(lambda headers: "runtime", told=self._news.tell)
+        """Give the paths of the coordinator's own processes: the runtime, and control for who has the token.
+
+        A process that leads a run and pulls no message by name waits until an answer has come.
+        """
+
+        async def hold(who: Any, body: bytes) -> None:
+            if not body:
+                await self._answers.hold(who)
+
+        def leader(headers: Headers) -> Any:
+            return headers.get(TASK_TOKEN_HEADER, "runtime")
+
+        runtime = dict.fromkeys(_RUNTIME, Door(leader))
+        runtime |= dict.fromkeys(_PUSHES, Door(leader, told=self._requests.tell))
+        runtime["pull-messages"] = Door(leader, hold=hold)
         control = Door(lambda headers: "control" if _has_token(headers, token) else None)
         return {
-            **{f"/v1/runtime/{name}": pushed if name in _PUSHES else runtime for name in _RUNTIME},
+            **{f"/v1/runtime/{name}": door for name, door in runtime.items()},
             **{f"/v1/control/{name}": control for name in _CONTROL},
         }
 

@@ -75,7 +75,10 @@ def logs(
     with _ledger(home) as ledger:
         found = ledger.events(run=run, site=site, what=what, limit=last, newest=True)
         if not follow:
-            _print([ledger_view.event_of(event) for event in found], ledger_view.events_table(found), json)
+            if json:
+                print(encoder.dumps([ledger_view.event_of(event) for event in found], indent=2))
+            for event in () if json else found:
+                print(line(event))
             return
         after = 0
         while True:

@@ -83,25 +83,13 @@ def sites_table(found: Sequence[Plain]) -> Table:
         state = site["certificate"] if site["certificate"] in ("expired", "expires soon") else site["status"]
         table.add_row(
             *(Text(site["name"]), site["role"], _coloured(state), _short(site["last_seen"]), Text(site["version"])),
-            *(_short(site["expires_at"]), _figure(site["epsilon"]), _figure(site["limit_epsilon"])),
+            *(Text((site["expires_at"] or "")[:10]), _figure(site["epsilon"]), _figure(site["limit_epsilon"])),
         )
     return table
 
 
-def events_table(found: Iterable[EventEntry]) -> Table:
-    """Show events."""
-    table = _table("at (UTC)", "who", "what", "run", "round", "site", "")
-    for place in (0, 2):
-        table.columns[place].no_wrap = True
-    for event in found:
-        number = "" if event.round is None else str(event.round)
-        texts = (event.who, event.what, event.run or "", number, event.site, event.text)
-        table.add_row(_short(_iso(event.at)), *map(Text, texts))
-    return table
-
-
 def event_line(event: EventEntry) -> str:
-    """Give an event as a line, for logs that are followed."""
+    """Give an event as a line; its words may be long, so it is no row of a table."""
     number = "" if event.round is None else f"round {event.round}"
     parts = (_short(_iso(event.at)), event.who, event.what, event.run or "", number, event.site, event.text)
     return "  ".join(part for part in parts if part)

@@ -187,18 +187,25 @@ class _Side:
         late = self.events.join(death, on="key").filter(pl.col("days") > pl.col("end"))
         return self._share(late.height)
 
-    def impossible_by_sex(self) -> float:
+    def impossible_by_sex(self) -> float | None:
+        """The share of events; None where the records' static facts tell nobody's sex as M or F."""
         sex = self._facts.filter(pl.col("time").is_null() & pl.col("code").str.contains(r"^(GENDER|SEX)//"))
         letter = pl.col("code").str.split("//").list.last().str.slice(0, 1).str.to_uppercase()
         known = sex.select(pl.col("subject_id").alias("owner"), letter.alias("sex")).unique("owner")
+        known = known.filter(pl.col("sex").is_in(["M", "F"]))
+        if known.is_empty():
+            return None
         told = self.events.join(known, on="owner")
         wrong = (pl.col("sex") == "M") & _any(FEMALE_ONLY) | (pl.col("sex") == "F") & _any(MALE_ONLY)
         return self._share(told.filter(wrong).height)
 
-    def impossible_by_age(self) -> float:
+    def impossible_by_age(self) -> float | None:
+        """The share of events; None where the records tell nobody's birth."""
         births = self._facts.filter(pl.col("code") == "MEDS_BIRTH").select(
             pl.col("subject_id").alias("owner"), pl.col("time").alias("birth")
         )
+        if births.is_empty():
+            return None
         told = self.events.join(births.unique("owner"), on="owner")
         years = (pl.col("time") - pl.col("birth")).dt.total_days() / 365.25
         pregnant = pl.col("code").str.starts_with("ICD10CM//O") & ((years < 9) | (years > 60))
@@ -233,7 +240,7 @@ def _compared(real: _Side, made: _Side, left_out: Mapping[str, int], seen: set[s
         Finding("events that the age rules out", real.impossible_by_age(), made.impossible_by_age(), "share of events"),
         Finding("events in a span", float(lengths[0].mean()), float(lengths[1].mean()), "mean"),
         Finding("distance of lengths", None, _distance(*map(np.log1p, lengths)), "Wasserstein, of log(1 + events)"),
-        Finding("gap between moments", _median(gaps[0]), _median(gaps[1]), "median days"),
+        Finding("gap between moments", _median(24 * gaps[0]), _median(24 * gaps[1]), "median hours"),
         Finding("distance of gaps", None, _distance(*map(np.log, gaps)), "Wasserstein, of log days"),
     ]  # fmt: skip
     marks = np.arange(0, 101, 5)

@@ -111,6 +111,11 @@ def picture(
     with _style():
         canvas, axes = _axes(width, height, grid)
         draw(axes)
+        for axis in (axes.xaxis, axes.yaxis):
+            # Text is the page's, which knows no mathematical notation.
+            if isinstance(axis.get_major_formatter(), matplotlib.ticker.LogFormatterMathtext):
+                axis.set_major_formatter(matplotlib.ticker.LogFormatter())
+                axis.set_minor_formatter(matplotlib.ticker.LogFormatter())
         return _svg(canvas, name, described)
 
 

@@ -252,8 +252,8 @@ class Codebook:
 class Together:
     """A question that the sites answered at home: what their tallies say together, and the same from all predictions.
 
-    `figures` are (name, merged with the interval in which the pooled one must lie, pooled); `pooled_predictions` counts
-    what the pooled figures are of.
+    `figures` are (name, merged with the interval in which the pooled one must lie, pooled), `intervals` the same merged
+    figures with their 95 % intervals; `pooled_predictions` counts what the pooled figures are of.
     """
 
     question: str
@@ -262,6 +262,7 @@ class Together:
     pooled_predictions: int
     figures: tuple[tuple[str, Figure, float | None], ...]
     note: str = ""
+    intervals: tuple[Figure, ...] = ()
 
 
 @dataclass(frozen=True)

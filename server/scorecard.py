@@ -151,10 +151,11 @@ def _auc_at(time: NDArray, event: NDArray, risk: NDArray, day: float) -> Figure:
 
 def _weighted(columns: Mapping[str, NDArray]) -> dict[str, Weighted]:
     known = columns["label"] >= 0
-    figures = metrics.by_weight(np.where(known, columns["label"], 0), np.where(known, columns["risk"], 0.0))
+    # Those without an answer have no place in a calibration error's bins either.
+    figures = metrics.by_weight(columns["label"][known], columns["risk"][known])
 
     def of_known(measure: Weighted) -> Weighted:
-        return lambda weights: measure(weights * known)
+        return lambda weights: measure(weights[:, known])
 
     names = {"auroc": "AUROC", "auprc": "AUPRC", "brier": "Brier", "gaps": "ECE"}
     return {told: of_known(figures[name]) for name, told in names.items()}

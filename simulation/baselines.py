@@ -43,24 +43,39 @@ class Features:
     table: Floats
 
 
-def features(asked: Cohort, codebook: Codebook, codes: Sequence[str]) -> Features:
+Events = Sequence[tuple[str, int | None, float | None]]
+"""Of a prompt: code, time in microseconds, value."""
+
+
+def read(asked: Cohort, codebook: Codebook) -> list[Events]:
+    """Give the events of each prompt of a cohort; it takes milliseconds a prompt, so read a cohort once."""
+    found: list[Events] = []
+    for prompt in asked.prompts:
+        events = decode(prompt.tokens, codebook)
+        columns = (events["code"], events["time"].to_physical(), events["numeric_value"])
+        found.append(list(zip(*(column.to_list() for column in columns), strict=True)))
+    return found
+
+
+def features(
+    asked: Cohort, codebook: Codebook, codes: Sequence[str], known: Sequence[Events] | None = None
+) -> Features:
     """Make the features of a cohort's predictions.
 
     Args:
         asked: whose prompts are read.
         codebook: the one that wrote them.
         codes: that have columns of their own; choose them on train patients.
+        known: what `read` gave of the cohort, if it was read.
     """
     place, width = {code: column for column, code in enumerate(codes)}, len(codes)
     table = np.full((len(asked), 3 * width + 3), np.nan)
     table[:, :width] = 0.0
-    for row, prompt in enumerate(asked.prompts):
-        events = decode(prompt.tokens, codebook)
+    known = read(asked, codebook) if known is None else known
+    for row, (prompt, events) in enumerate(zip(asked.prompts, known, strict=True)):
         now = int(codebook.advance_us[prompt.tokens].sum()) + prompt.elapsed_us
         birth = None
-        for code, time, value in zip(
-            events["code"], events["time"].to_physical(), events["numeric_value"], strict=True
-        ):
+        for code, time, value in events:
             if code == "MEDS_BIRTH":
                 birth = time
             column = place.get(code)
@@ -85,11 +100,11 @@ def features(asked: Cohort, codebook: Codebook, codes: Sequence[str]) -> Feature
     return Features(names, table)
 
 
-def codes_of(asked: Cohort, codebook: Codebook, least: int = 5) -> tuple[str, ...]:
-    """Give the codes that at least so many of a cohort's prompts hold, in alphabetical order."""
+def codes_of(prompts: Sequence[Events], least: int = 5) -> tuple[str, ...]:
+    """Give the codes that at least so many prompts hold, in alphabetical order."""
     seen: dict[str, int] = {}
-    for prompt in asked.prompts:
-        for code in set(decode(prompt.tokens, codebook)["code"]):
+    for events in prompts:
+        for code in {code for code, _, _ in events}:
             seen[code] = seen.get(code, 0) + 1
     return tuple(sorted(code for code, count in seen.items() if count >= least and code != "MEDS_BIRTH"))
 
@@ -117,16 +132,25 @@ def baselines(
         site: [cohort(task, store.split(split), codebook).labelled() for split in ("train", "tuning")]
         for site, store in stores.items()
     }
+    events = {site: [read(part, codebook) for part in both] for site, both in parts.items()}
+    wanted_events = read(asked, codebook)
     found: dict[str, Floats] = {}
     for where, sites in {"pooled": list(parts), **{site: [site] for site in parts}}.items():
-        codes = tuple(sorted({code for site in sites for code in codes_of(parts[site][0], codebook)}))
-        told = [[features(part, codebook, codes).table for part in parts[site]] for site in sites]
+        codes = tuple(sorted({code for site in sites for code in codes_of(events[site][0])}))
+        told = [
+            [
+                features(part, codebook, codes, known).table
+                for part, known in zip(parts[site], events[site], strict=True)
+            ]
+            for site in sites
+        ]
         tables = [np.concatenate([site[split] for site in told]) for split in (0, 1)]
         labels = [np.concatenate([parts[site][split].labels for site in sites]) for split in (0, 1)]
         if min((labels[0] == answer).sum() for answer in (0, 1)) < FEWEST:
             continue
         differs = _differs(tables[0])
-        tables, wanted = [table[:, differs] for table in tables], features(asked, codebook, codes).table[:, differs]
+        tables = [table[:, differs] for table in tables]
+        wanted = features(asked, codebook, codes, wanted_events).table[:, differs]
         for name, models in _models(seed).items():
             found[f"{name}, {where}"] = _chosen(models, tables, labels).predict_proba(wanted)[:, 1]
     return found

@@ -143,14 +143,15 @@ def _together(result: Result, federated: Arm) -> tuple[Together, ...]:
             "slope": slope,
             "intercept": intercept,
         }
-        figures = []
+        figures, intervals = [], []
         for name, value in pooled.items():
             part: Bounded = getattr(merged, name)
+            intervals.append(Figure(part.value, part.least, part.most))
             figures.append((name, Figure(part.value, part.low, part.high), None if math.isnan(value) else value))
         same = merged.predictions == len(labels) and asked.split == SPLITS[2]
         note = "" if same else "the pooled figures are of other predictions or rollouts than the sites' own"
         row = (answers.task.name, found.sites, merged.predictions, len(labels), tuple(figures), note)
-        told.append(Together(*row))
+        told.append(Together(*row, tuple(intervals)))
     return tuple(told)
 
 

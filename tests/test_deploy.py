@@ -4,8 +4,11 @@ import os
 import re
 import shlex
 import shutil
+import socket
+import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -177,3 +180,24 @@ def test_the_probe_tells_by_its_exit_code() -> None:
     finally:
         served.close()
     assert "nothing answers" in vitals.ask(served.port)[1]
+
+
+def test_a_probe_that_does_not_wait_leaves_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    asked, gone = threading.Event(), threading.Event()
+
+    def health() -> tuple[bool, dict[str, Any]]:
+        asked.set()
+        gone.wait(10)
+        return True, {}
+
+    served = vitals.Vitals(0, health, "x")
+    try:
+        with socket.create_connection(("127.0.0.1", served.port)) as probe:
+            probe.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+            assert asked.wait(10)
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closes by a reset
+        gone.set()
+        assert vitals.ask(served.port)[0]
+    finally:
+        served.close()
+    assert capfd.readouterr().err == ""

@@ -192,7 +192,14 @@ def site_home(path: Path, *, private: bool = True) -> SiteHome:
     outbound = Outbound(home.state / "outbound", identity)
     now = datetime.now(UTC)
     outbound.note(
-        Leaving("survey_reply", 18_220, "a1" * 32, "survey", content={"reason": "too few patients"}, policy="c3" * 32),
+        Leaving(
+            "survey_reply",
+            18_220,
+            "a1" * 32,
+            "survey",
+            content={"reason": f"too few patients for {'5a' * 32}"},
+            policy="c3" * 32,
+        ),
         now,
     )
     for number in range(1, 7):

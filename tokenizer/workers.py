@@ -86,6 +86,8 @@ class Pool:
         """
         if self._closed:
             raise WorkerDied("The pool is closed.")
+        if getattr(function, "__module__", None) == "__main__":
+            raise ValueError(f"{function!r}: workers don't import the program that is run; put it into a module.")
         future: Future[_T] = Future()
         self._jobs.put((label, pickle.dumps((function, args, kwargs)), future))
         return future

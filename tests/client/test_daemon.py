@@ -1,12 +1,15 @@
 """Claims about a site's daemon that need no coordinator: its settings, whom it trusts, and that it is alone."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from client import daemon
+from client import daemon, flower_node
 from client.flower_node import Node, NodeOptions
 from client.home import SiteHome
 from client.supernode import NodeFolder, trusted_coordinators
@@ -93,8 +96,30 @@ def test_what_the_node_does_is_told_to_the_daemon(tmp_path: Path) -> None:
     folder.write("refused", "the coordinator does not know this site")
     told = folder.read()
     assert (told.state, told.reason) == ("refused", "the coordinator does not know this site")
+    for again in ("starting", "connecting"):
+        folder.write(again)
+        assert folder.read().reason == told.reason, "who looks between two tries sees why, too"
+    folder.write("waiting")
+    folder.write("connecting")
+    assert folder.read().reason == ""
     (folder.root / "node.json").write_text("{")
     assert folder.read().state == "starting"
+
+
+def test_why_flower_gave_up_a_connection_is_told(tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def as_flower_does(*_: Any) -> Iterator[None]:
+        try:
+            raise httpx.HTTPStatusError("no", request=httpx.Request("POST", "https://x"), response=httpx.Response(401))
+        except Exception:
+            raise SystemExit(1)  # noqa: B904  (Flower's exit, which ends this process some seconds later)
+        yield
+
+    monkeypatch.setattr(flower_node, "http_request_response", as_flower_does)
+    own = ec.generate_private_key(ec.SECP384R1())
+    options = NodeOptions("127.0.0.1:1", b"", own, {}, lambda: (key,), 0, b"s", tmp_path / "m", tmp_path / "o")
+    with pytest.raises(flower_node.Refused, match="does not know this site"), Node(options)._connection((own, None)):
+        pass
 
 
 def test_a_process_that_died_is_answered_for_once_whether_it_had_its_message_or_not(tmp_path: Path, key: str) -> None:

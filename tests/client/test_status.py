@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import fedcomet
-from client import status
+from client import daemon, status
 from client.approval import Approvals
 from client.home import SiteHome
 from federation.vitals import Vitals
@@ -69,6 +69,10 @@ def test_a_daemon_that_is_away_or_another_s_is_told_by_the_exit_code(home: SiteH
     away = call("site", "status", home.path)
     assert away.exit_code == 1
     assert "not running" in away.output
+    with daemon._alone(home.path):
+        silent = call("site", "status", home.path)
+    assert silent.exit_code == 1
+    assert "running, not well: nothing answers" in silent.output
 
 
 def test_damage_in_one_part_hides_no_other(home: SiteHome) -> None:

@@ -10,7 +10,8 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.supercore.object_store.object_store import NoObjectInStoreError
 from flwr.supercore.runtime import RuntimeHttpClient
 
-from federation.handover import FOLDER, FileContents, clear, hand_over, handed
+from client.objects import FileContents
+from federation.handover import FOLDER, clear, hand_over, handed
 
 RUN = 3
 RECORD = RecordDict({"x": ConfigRecord({"a": 1})})

@@ -1,11 +1,14 @@
 """Founding a federation, inviting, joining and revoking, as people type it."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 from client.home import SiteHome
 from server.home import CoordinatorHome
 from tests import typed
 from tests.joined import listening
+from tests.superlink import REPOSITORY
 
 
 def fedcomet(*arguments: object, status: int = 0, **environment: str) -> str:
@@ -56,3 +59,29 @@ def test_a_passphrase_protects_the_authority_and_its_file_must_be_its_owners(tmp
     assert "FEDCOMET_CA_PASSPHRASE" in fedcomet("coordinator", "rotate", status=1, **where)
     fedcomet("coordinator", "rotate", FEDCOMET_CA_PASSPHRASE="correct horse battery", **where)
     assert "not empty" in fedcomet(*arguments, status=1)
+
+
+def test_who_hands_in_the_token_by_a_file_is_still_asked_at_the_terminal(tmp_path: Path) -> None:
+    home, site, file = tmp_path / "home", tmp_path / "site", tmp_path / "token"
+    fedcomet("coordinator", "init", home, "--name", "Heart study", "--address", "127.0.0.1")
+    free_ports(home)
+    file.write_text(fedcomet("coordinator", "invite", "icu", "--home", home))
+    in_a_terminal = (sys.executable, "-c", "import pty, sys; sys.exit(pty.spawn(['sh', '-c', *sys.argv[1:]]) >> 8)")
+    with listening(tmp_path, CoordinatorHome.open(home)) as coordinator:
+        program = f"'{sys.executable}' '{REPOSITORY}/fedcomet.py'"
+        join = f"{program} site join {coordinator.enrol_address} - --home '{site}' < '{file}'"
+        asked = "Does the coordinator read you the same federation's fingerprint?"
+        for words, alone, status, told in (
+            (("sh", "-c", join), True, 1, "--yes"),
+            ((*in_a_terminal, join), False, 0, " has joined"),
+        ):
+            done = subprocess.run(
+                words,
+                input="y\n",
+                capture_output=True,
+                text=True,
+                start_new_session=alone,
+                check=False,
+            )
+            assert (done.returncode, told in done.stdout + done.stderr) == (status, True), done
+            assert (asked in done.stdout) == (not alone)

@@ -27,6 +27,32 @@ def test_who_has_asked_waits_until_something_comes() -> None:
     assert asyncio.run(lead()) == ["a", "b", "a", "b"]
 
 
+def test_it_may_be_told_from_a_thread_and_many_words_wake_once() -> None:
+    async def lead() -> int:
+        came = News()
+        await asyncio.to_thread(came.tell_from_thread)  # nobody has asked: there is nobody to tell
+        await came.hold("a")
+        waiting = asyncio.create_task(came.hold("a"))
+        for _ in range(5):
+            await asyncio.to_thread(came.tell_from_thread)
+        await asyncio.wait_for(waiting, 5)
+        return came._came
+
+    assert asyncio.run(lead()) == 1
+
+
+def test_who_asked_long_ago_is_forgotten(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(news, "_MOST", 3)
+
+    async def lead() -> None:
+        came = News()
+        for who in range(10):
+            await came.hold(who)
+        assert list(came._seen) == [7, 8, 9]
+
+    asyncio.run(lead())
+
+
 def test_nobody_waits_for_long(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(news, "HOLD_S", 0.05)
 

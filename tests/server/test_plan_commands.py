@@ -5,12 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from model import task_files
+from server.central import CentralPlan
 from server.home import CoordinatorHome, CoordinatorSettings, Federation
 from server.ledger import Ledger
 from server.plan import FederationPlan
+from tests import tiny
 from tests.typed import fedcomet
 from tests.watched import SITES, enrol
 from tokenizer.codebook import Codebook, Survey, TokenizerOptions
+from tokenizer.events import write_meds
 
 
 @pytest.fixture
@@ -52,3 +56,51 @@ def test_too_few_sites_for_sums_and_what_noise_needs_are_said(home: Path) -> Non
     done = fedcomet("coordinator", "plan", "first", "--epsilon", 3, "--home", home)
     assert done.returncode == 2
     assert "--patients" in done.stderr
+
+
+ASKED = """version = 1
+[[task]]
+name = "lab"
+question = "Which lab comes first?"
+trigger = ["LAB//0"]
+outcome = ["LAB//1"]
+horizon_days = 30
+occurrence = "each"
+"""
+
+
+def test_a_coordinator_says_what_it_asks_by_itself_and_when_the_run_ends_for_it(tmp_path: Path) -> None:
+    write_meds(tmp_path / "held", [("train/0", tiny.records(7, 5))], name="held by the server")
+    (tmp_path / "lab.toml").write_text(ASKED)
+    words = ("coordinator", "plan", "first", "--in-clear", "--central", tmp_path / "held")
+    more = ("--ask", tmp_path / "lab.toml", "--every", 3, "--patience", 2, "--metric", "brier", "--foreign")
+    done = fedcomet(*words, *more)
+    assert done.returncode == 0, done.stderr
+    made = FederationPlan.from_bytes(done.stdout.encode())
+    tasks = task_files.read(tmp_path / "lab.toml")
+    assert made.central == CentralPlan(str(tmp_path / "held"), tasks, every=3, metric="brier", patience=2, foreign=True)
+    assert made.tokenizer.named == ("LAB//0", "LAB//1")
+    assert made.purposes == ("Which lab comes first?",)
+    loss_only = FederationPlan.from_bytes(fedcomet(*words).stdout.encode()).central
+    assert loss_only == CentralPlan(str(tmp_path / "held"), metric="loss")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("--patience", 2), 2, "--patience needs it"),
+        (("--central", "held", "--metric", "f1"), 2, "choose auroc, brier or loss"),
+        (("--central", "held", "--metric", "auroc"), 1, 'metric = "auroc" needs tasks'),
+        (("--central", "held", "--ask", "operation"), 1, "`fedcomet tasks list` names them"),
+        (("--central", "held", "--ask", "icu", "--ask", "icu"), 1, "every task needs a name of its own"),
+        (("--central", "nowhere"), 1, "nowhere"),
+    ],
+)
+def test_what_cannot_be_asked_centrally_is_said_when_the_plan_is_made(
+    words: tuple[object, ...], code: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_meds(tmp_path / "held", [("train/0", tiny.records(7, 5))], name="held by the server")
+    monkeypatch.chdir(tmp_path)
+    done = fedcomet("coordinator", "plan", "first", "--in-clear", *words)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert said in " ".join(done.stderr.replace("│", " ").split())

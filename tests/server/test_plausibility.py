@@ -1,6 +1,7 @@
 """Futures are held against the same patients' records: equal ones agree, and each kind of nonsense shows by itself."""
 
 import datetime as dt
+import re
 
 import numpy as np
 import polars as pl
@@ -108,6 +109,24 @@ def test_the_page_and_the_table_tell_the_figures() -> None:
     assert page.count("<svg") == 3
     assert "ICD10CM//E11" in page
     assert table(found).row_count == len(found.findings)
+
+
+@pytest.mark.filterwarnings("error")
+def test_axes_are_told_in_plain_text_whatever_the_range() -> None:
+    rows = [
+        (who, AT + dt.timedelta(days=1, minutes=who % 3 * n), "LAB//NA", 1.0) for who in range(40) for n in (1, 2, 9)
+    ]
+    for futures in (same(), rows, rows[:9]):
+        page = render(compare(futures), "Futures")
+        assert "mathdefault" not in page
+        assert ">recorded</text>" in page
+        assert re.search(r">[\d.]+ %</text>", page)
+
+
+def test_nothing_is_said_of_sexes_that_the_records_do_not_tell() -> None:
+    coded = [(who, when, code.replace("GENDER//", "GENDER//0"), value) for who, when, code, value in records()]
+    ruled = {each.name: each for each in compare(same(), coded).findings}["events that the sex rules out"]
+    assert (ruled.real, ruled.generated) == (None, None)
 
 
 def test_what_can_not_be_compared_is_refused() -> None:

@@ -46,6 +46,7 @@ def test_every_measure_of_a_table_is_that_of_its_own_module() -> None:
     whole = card.groups[0]
     truth = {
         "AUROC": metrics.auroc(known["label"], known["risk"]),
+        "ECE": metrics.ece(known["label"], known["risk"]),
         "slope": metrics.recalibration(known["label"], known["risk"])[0],
         "sensitivity at 10%": decisions.sensitivity_at(known["label"], known["risk"], 0.1),
         "C-index": survival.concordance(told["time_days"], told["event"], told["risk"]),
@@ -119,7 +120,15 @@ def test_a_file_of_predictions_has_a_page_that_says_what_it_is_of(tmp_path: Path
     page = (tmp_path / "page.html").read_text()
     for phrase in ("Will it come back?", "not asked: age", "ab" * 32, "cd" * 32, "sex: F", 'id="limits"'):
         assert phrase in page
-    for absent in ('id="training"', 'id="sites"', 'id="gains"', "<script"):
+    for absent in (
+        "()",
+        "Trajectories without answer",
+        "paired</th>",
+        'id="training"',
+        'id="sites"',
+        'id="gains"',
+        "<script",
+    ):
         assert absent not in page
     (question,) = report.questions
     assert question.arms[0].auroc.value == pytest.approx(cards[0].groups[0].figures["AUROC"].value)

@@ -7,7 +7,7 @@ import pytest
 
 from model.cohort import Cohort, cohort
 from model.tasks import Task
-from simulation.baselines import BOOSTING, LOGISTIC, baselines, codes_of, features
+from simulation.baselines import BOOSTING, LOGISTIC, baselines, codes_of, features, read
 from simulation.hospital import PROFILES, write_hospital
 from tokenizer.codebook import Codebook, TokenizerOptions
 from tokenizer.events import MedsDataset
@@ -38,7 +38,7 @@ def test_features_follow_from_the_prompt_and_not_from_what_came_after(
     made: tuple[dict[str, TokenStore], Codebook],
 ) -> None:
     asked, codebook = held_out(made), made[1]
-    codes = codes_of(asked, codebook)
+    codes = codes_of(read(asked, codebook))
     whole = features(asked, codebook, codes)
     turned = replace(asked, labels=1 - asked.labels)
     assert np.array_equal(whole.table, features(turned, codebook, codes).table, equal_nan=True)

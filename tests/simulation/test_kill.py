@@ -12,7 +12,10 @@ from typing import Any, NamedTuple
 import pytest
 
 from server.app import coordinate
+from server.journal import Journal
+from server.ledger import Ledger
 from tests import tiny
+from tokenizer.events import write_meds
 
 REPOSITORY = Path(__file__).parents[2]
 NEVER = ("never", 0, 0)
@@ -124,3 +127,28 @@ def test_a_killed_parent_leaves_no_orphan(tmp_path: Path) -> None:
 def test_the_number_of_workers_makes_no_difference(tmp_path: Path, undisturbed: Result) -> None:
     tiny.sites(tmp_path)
     assert end_of(start(tmp_path, NEVER, workers=3)) == undisturbed
+
+
+@pytest.mark.slow
+def test_killed_during_and_after_the_server_s_own_rollouts_it_ends_the_same(tmp_path: Path) -> None:
+    """Killed between two predictions' rollouts, once they are noted, and in the last round: no round is asked twice."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for root in (whole, killed):
+        tiny.sites(root)
+        write_meds(root / "held", [("train/0", tiny.records(7, 30))], name="held by the server")
+    undisturbed = end_of(start(whole, NEVER, workers=1))
+    assert kill_at(killed, ("rollouts", 1, 2), ("round.tested", 1, 1), ("rollouts", 2, 2)) == undisturbed
+    told = [figures_of(root / "run") for root in (whole, killed)]
+    assert told[0] == told[1]
+    assert told[1][1:] == ([1, 2], [1, 2])
+
+
+def figures_of(run: Path) -> tuple[dict[int, float], list[int], list[int]]:
+    """What the server's questions found by round; which rounds were noted as tested and as committed, in this order."""
+    with Journal(run / "ledger.sqlite") as journal:
+        found = journal.figures("central.brier")
+    with Ledger.open(run / "ledger.sqlite") as ledger:
+        tested, committed = (
+            [e.round for e in ledger.events(what=what)] for what in ("round.tested", "round.committed")
+        )
+    return found, tested, committed
