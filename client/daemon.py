@@ -29,6 +29,7 @@ from tokenizer.errors import ConfigError, FedcometError
 _TICK_S = 1.0
 _TELL_S = 60.0
 _AGAIN_S = 5.0
+_TRIES, _TRY_S = 5, 0.05
 _NODE = "supernode"
 _GOOD = ("waiting", "working")
 
@@ -189,10 +190,14 @@ def _alone(path: Path) -> Iterator[None]:
     """
     descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{path}: another `fedcomet site run` uses this home; stop it first.") from None
+        for left in reversed(range(_TRIES)):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not left:
+                    raise ConfigError(f"{path}: another `fedcomet site run` uses this home; stop it first.") from None
+                time.sleep(_TRY_S)  # `site status` holds it for a moment to see whether a daemon does
         yield
     finally:
         os.close(descriptor)
