@@ -25,6 +25,9 @@ _CHUNK = 2_000_000
 # Neighbouring bins are drawn together beyond so many: what is asked of draws is their spread only.
 _MOST_BINS = 512
 
+BENT = ("auprc", "slope", "intercept")
+"""Figures that noise on counts bends, as counts below 0 are left out: no interval of theirs was found to cover."""
+
 
 class Redrawn:
     """The figures of a sum of counts, drawn anew many times over: its predictions, the noise on it, or both."""
@@ -52,7 +55,7 @@ class Redrawn:
         self._own = self._figures(self._counts[None])
 
     def interval(self, name: str, value: float, *, sampled: bool) -> tuple[float, float] | None:
-        """Give the interval of a figure of the sum, or None if too few draws have it.
+        """Give the interval of a figure of the sum, or None if too few draws have it, or none that covers is known.
 
         Args:
             name: `auroc`, `auprc`, `brier`, `ece`, `slope` or `intercept`.
@@ -60,6 +63,8 @@ class Redrawn:
             sampled: whether it is to hold what endlessly many predictions like these would give (95 %), or what these
                 predictions give without the noise on their counts.
         """
+        if sampled and self.noisy and name in BENT:
+            return None
         drawn = self._drawn(sampled=sampled)
         if name == "ece":
             found = metrics.of_gaps(self._own["gaps"][0], drawn["gaps"])

@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 from scipy.stats import binom
 
 from federation.merged import FIGURES, Merged, merge
+from federation.merged_intervals import BENT
 from federation.tallies import Form, noised, tally
 from model import metrics
 from model.private import Secret
@@ -99,6 +100,10 @@ def test_intervals_of_the_sum_cover_the_truth_as_often_as_they_say(form: Form) -
         found = _merged(*_draw(rng, 600), form, secret=f"{repeat}/")
         for name in FIGURES:
             ours, truth = getattr(found, name), getattr(large, name).value
+            if form.noise and name in BENT:
+                assert ours.least is None
+                hits[name] += 1
+                continue
             hits[name] += ours.value is not None and ours.least <= truth <= ours.most
     print({name: count / 300 for name, count in hits.items()})
     for name, count in hits.items():
