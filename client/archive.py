@@ -42,7 +42,7 @@ from torch import Tensor
 
 from client.drift import Drift
 from federation import canonical
-from federation.coding import nearest, pack, unpack
+from federation.coding import Bytes
 from federation.manifest import Manifest
 from federation.messages import (
     AssessReply,
@@ -226,7 +226,7 @@ class RunArchive:
         self,
         reply: TrainReply,
         optimizer: dict[str, Tensor] | None,
-        residual: Vector | None = None,
+        residual: Bytes | None = None,
         noise_key: bytes = b"",
         drift: Drift | None = None,
         head: Vector | None = None,
@@ -237,10 +237,8 @@ class RunArchive:
         """
         number = reply.round
         if residual is not None:
-            # Next to the update that it comes from a residual is small: half its digits are half the bytes on the disk.
-            halves = pack(nearest(residual, "bfloat16"), "bfloat16")
             with durable.file(self.path / "residuals" / f"{number:04d}.safetensors") as path:
-                safetensors.numpy.save_file({"residual": halves}, path)
+                safetensors.numpy.save_file({"residual": residual}, path)
         if optimizer is not None:
             # Byte for byte what `safetensors.torch.save_file` gives, which first looks for memory that tensors share.
             with durable.file(self.path / "optimizer" / f"{number:04d}.safetensors") as path:
@@ -313,10 +311,10 @@ class RunArchive:
             return None
         return {name: torch.from_numpy(array) for name, array in safetensors.numpy.load_file(path).items()}
 
-    def residual_before(self, number: int) -> Vector | None:
-        """Give what rounding took away from the update of the last answered round before this one."""
+    def residual_before(self, number: int) -> Bytes | None:
+        """Give what rounding took away from the update of the last answered round before this one, as `keep` got it."""
         path = self._of_last_before(number, "residuals")
-        return unpack(safetensors.numpy.load_file(path)["residual"], "bfloat16") if path.exists() else None
+        return safetensors.numpy.load_file(path)["residual"] if path.exists() else None
 
     def drift_before(self, number: int) -> Drift | None:
         """Give what drift correction kept of the last answered round before this one."""

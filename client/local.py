@@ -23,10 +23,10 @@ from client.archive import Agreement, Archive, Choices, RunArchive, Snapshot
 from client.drift import Drift, next_drift
 from client.heads import places, with_head
 from federation import protection
-from federation.coding import Coding, round_
+from federation.coding import Bytes, Coding, round_
 from federation.manifest import Manifest, TaskEvaluation
 from federation.messages import ProtocolError, SiteRefusal, TrainReply, TrainRequest, Vector
-from federation.update import cut_, to_decoder, to_vector
+from federation.update import cut_, is_finite, to_decoder, to_vector
 from model.cohort import Cohort, cohort
 from model.estimate import estimate
 from model.feed import ahead
@@ -121,7 +121,7 @@ class LocalRound:
         self._results: list[StepResult] = []
         self._seconds = kept.seconds if kept else 0.0
         self._lost = False
-        self.residual: Vector | None = None
+        self.residual: Bytes | None = None
         self._drift: Vector | None = None
         if work.manifest.local.correct_drift:
             rates = work.rates(request.round - 1)
@@ -181,7 +181,7 @@ class LocalRound:
             update = self._work.protected_update(update, request.round, self._task.key)
         coding = self._work.coding
         if coding != "float32":
-            if not np.isfinite(update).all():
+            if not is_finite(update):
                 raise TrainingDiverged("The update holds values that are not finite; a lower learning rate may help.")
             # Of private training, all that enters here has its noise already.
             before = self._run.residual_before(request.round)
@@ -293,7 +293,7 @@ class Work:
         if not 1 <= number <= self._manifest.rounds:
             raise ProtocolError(f"There is no round {number}; {self._manifest.rounds} were agreed on.")
         size = self._manifest.model.parameters()
-        if weights.shape != (size,) or not np.isfinite(weights).all():
+        if weights.shape != (size,) or not is_finite(weights):
             raise ProtocolError(f"The weights must be {size} finite numbers; they have shape {weights.shape}.")
 
     def weights_at_home(self, run: RunArchive, number: int, weights: Vector) -> Vector:

@@ -100,7 +100,7 @@ def pack(vector: Vector, coding: Coding) -> Bytes:
     for start in range(0, vector.size, _CHUNK):
         part = vector[start : start + _CHUNK]
         if coding == "bfloat16":
-            halves = part.astype("<f4", copy=False).view("<u2")
+            halves = _halves(part)
             if halves[0::2].any():
                 raise CodingError("The vector holds values that bfloat16 can't tell.")
             out[2 * start : 2 * (start + part.size)].view("<u2")[:] = halves[1::2]
@@ -151,7 +151,7 @@ def nearest(vector: Vector, coding: Literal["float32", "bfloat16"]) -> Vector:
     return rounded
 
 
-def round_(vector: Vector, coding: Coding, seed: str, residual: Vector | None = None) -> Vector | None:
+def round_(vector: Vector, coding: Coding, seed: str, residual: Bytes | None = None) -> Bytes | None:
     """Round a vector [P] of finite values in place to what the coding can tell, and give what that took away.
 
     Args:
@@ -161,25 +161,35 @@ def round_(vector: Vector, coding: Coding, seed: str, residual: Vector | None = 
         residual: what the last rounding took away; added before.
 
     Returns:
-        The new residual, float32 [P], in the place of the old one; None for float32.
+        The new residual in bfloat16, as `pack` lays it out: next to the update that it comes from it is small, so that
+        half its digits do. None for float32.
     """
     if coding == "float32":
         return None
-    kept = np.zeros_like(vector) if residual is None else residual
+    before = None if residual is None else Packed(residual, "bfloat16")
+    kept = np.empty(2 * vector.size, np.uint8)
     key = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:16])
     random = np.random.Generator(np.random.Philox(key=key))
     for start in range(0, vector.size, _CHUNK):
         part = vector[start : start + _CHUNK]
-        part += kept[start : start + _CHUNK]
+        if before is not None:
+            part += before[start : start + _CHUNK]
         if coding == "bfloat16":
             told = nearest(part, coding)
         else:
             steps, powers = _steps(part)
             steps += random.random(steps.shape, np.float32)
             told = (np.minimum(np.floor(steps), _MOST) * np.ldexp(np.float32(1), powers)[:, None]).ravel()[: part.size]
-        kept[start : start + _CHUNK] = part - told
+        part -= told
+        kept[2 * start : 2 * (start + part.size)].view("<u2")[:] = _halves(nearest(part, "bfloat16"))[1::2]
         part[:] = told
     return kept
+
+
+def _halves(part: Vector) -> NDArray[np.uint16]:
+    """The lower and the upper half of each value, one after the other."""
+    halves: NDArray[np.uint16] = part.astype("<f4", copy=False).view("<u2")
+    return halves
 
 
 def _steps(part: Vector) -> tuple[Vector, NDArray[np.int32]]:

@@ -126,6 +126,12 @@ def norm(vector: NDArray[np.float32]) -> float:
     return math.sqrt(total)
 
 
+def is_finite(vector: NDArray[np.float32]) -> bool:
+    """Tell whether all values of a vector are finite."""
+    # A minimum is not finite where a value is not a number; a flag for each value would cost more than the question.
+    return vector.size == 0 or bool(np.isfinite([vector.min(), vector.max()]).all())
+
+
 def cut_(vector: NDArray[np.float32], limit: float) -> None:
     """Shorten a vector [P] to the L2 norm `limit`, up to its rounding to float32; all zeros if a value isn't finite."""
     length = norm(vector)
