@@ -16,12 +16,14 @@ study = typer.Typer(
 app.add_typer(study, name="study", rich_help_panel="For a researcher")
 
 File = Annotated[Path, typer.Argument(help="A grid file (TOML), such as those in examples/studies/.")]
+Data = Annotated[Path | None, typer.Option(help="The MEDS dataset of a study of one, if its file names none.")]
 Out = Annotated[Path | None, typer.Option(help="The grid's folder; runs/studies/NAME when not given.")]
 
 
 @study.command()
 def run(
     file: File,
+    data: Data = None,
     out: Out = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Worker processes; as many as there are cores when not given.")
@@ -44,7 +46,7 @@ def run(
 
     console = Console(stderr=True)
     settings = grid.read(file)
-    cells, folder, before = grid.cells(settings), out or _home(settings.name), _processor_s()
+    cells, folder, before = grid.cells(settings, data), out or _home(settings.name), _processor_s()
     columns = (
         TextColumn("cells"),
         BarColumn(),
@@ -67,7 +69,7 @@ def run(
 
 
 @study.command()
-def status(file: File, out: Out = None) -> None:
+def status(file: File, data: Data = None, out: Out = None) -> None:
     """Tell of every cell whether it is done, and why one failed."""
     from rich.console import Console
     from rich.table import Table
@@ -75,7 +77,7 @@ def status(file: File, out: Out = None) -> None:
     from simulation.studies import grid, report
 
     settings = grid.read(file)
-    found = report.status(grid.cells(settings), out or _home(settings.name))
+    found = report.status(grid.cells(settings, data), out or _home(settings.name))
     table = Table(*found.columns)
     for row in found.iter_rows():
         table.add_row(*(f"{value:.0f}" if isinstance(value, float) else str(value) for value in row))
@@ -85,6 +87,7 @@ def status(file: File, out: Out = None) -> None:
 @study.command("report")
 def write_report(
     file: File,
+    data: Data = None,
     out: Out = None,
     docs: Annotated[
         Path | None,
@@ -95,7 +98,7 @@ def write_report(
     from simulation.studies import grid, report
 
     settings = grid.read(file)
-    for path in report.write(settings, grid.cells(settings), out or _home(settings.name), docs):
+    for path in report.write(settings, grid.cells(settings, data), out or _home(settings.name), docs):
         typer.echo(path)
 
 

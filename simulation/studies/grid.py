@@ -158,14 +158,18 @@ def read(path: Path) -> Grid:
     return grid.model_copy(update={"base": path.parent / grid.base})
 
 
-def cells(grid: Grid) -> tuple[Cell, ...]:
+def cells(grid: Grid, data: Path | None = None) -> tuple[Cell, ...]:
     """Give all cells, each of them checked.
+
+    Args:
+        grid: the file.
+        data: the MEDS dataset of a base study of one, in the place of its `data.path`.
 
     Raises:
         ConfigError: the base study can't be read, or a cell would be no study; the cell is named.
     """
-    base = config.read(grid.base).model_dump(mode="python", exclude={"task"})
-    questions = config.read(grid.base).task
+    study = config.read(grid.base, data=data)
+    base, questions = study.model_dump(mode="python", exclude={"task"}), study.task
     found = []
     for places in itertools.product(*(axis.points() for axis in grid.axis)):
         place = {axis.name: point for axis, point in zip(grid.axis, places, strict=True)}

@@ -176,10 +176,12 @@ def _plots(grid: Grid, cells: Sequence[Cell], found: Sequence[Mean]) -> list[tup
     drawn = []
     for measure in asked.y:
         lines: dict[str, list[Mean]] = {}
-        for mean in found:
-            if mean.measure == measure and (not asked.arms or mean.arm in asked.arms):
-                rest = [label for place, label in enumerate(mean.place) if place != along]
-                lines.setdefault(", ".join([*rest, mean.arm]), []).append(mean)
+        shown = [mean for mean in found if mean.measure == measure and (not asked.arms or mean.arm in asked.arms)]
+        arms = {mean.arm for mean in shown}
+        for mean in shown:
+            rest = [label for place, label in enumerate(mean.place) if place != along]
+            # The arm is said where there are several, or where nothing else tells one line from another.
+            lines.setdefault(", ".join([*rest, mean.arm] if len(arms) > 1 or not rest else rest), []).append(mean)
         if lines:
             drawn.append((measure, _picture(measure, asked.x, asked.log, lines, spots, along, ticks)))
     return drawn
@@ -201,6 +203,8 @@ def _picture(
             aside = _STEP * (number - (len(lines) - 1) / 2) if ticks is not None else 0.0
             at = [spots[mean.place[along]] + aside for mean in ordered]
             ink, dashes = _INKS[number % len(_INKS)], "-" if number < len(_INKS) else "--"
+            if ticks is not None:  # between places without a scale there is nothing
+                dashes = ""
             axes.plot(
                 at, [m.mean for m in ordered], marker=_MARKS[number % 8], color=ink, lw=1.6, ls=dashes, ms=5, label=name
             )
