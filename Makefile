@@ -1,7 +1,7 @@
 # Everything a new machine needs: Python 3.11 or newer, git and make.
 #   make demo            the main job on four synthetic hospitals, under five minutes on two cores
 #   make test            the tests that need neither a GPU nor minutes (what CI runs)
-#   make test-services   PostgreSQL, Chromium and libfaketime, which some tests need (Debian, as root)
+#   make test-services   PostgreSQL and Chromium, which some tests need (Debian, as root)
 #   make test-slow       the tests on real Flower processes, long kills and, where there is one, a GPU
 #   make check           formatter, linter, types, import rules
 #   make wheelhouse      a folder from which fedcomet is installed without a network (docs/deploy.md)

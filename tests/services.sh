@@ -1,6 +1,5 @@
 #!/bin/sh
-# Installs what some tests need beside Python: PostgreSQL's programs, Chromium, and libfaketime (for slow ones), as Debian and
-# Ubuntu have them.
+# Installs what some tests need beside Python: PostgreSQL's programs and Chromium, as Debian and Ubuntu have them.
 #
 #   make test-services        once; asks for nothing, and needs root (sudo make test-services)
 #
@@ -11,20 +10,18 @@ set -eu
 
 postgres() { command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1; }
 browser() { command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null; }
-faketime() { ls /usr/lib/*/faketime/libfaketimeMT.so.1 >/dev/null 2>&1; }
 
 wanted=""
 postgres || wanted="postgresql"
 browser || wanted="$wanted chromium"
-faketime || wanted="$wanted faketime"
 if [ -n "$wanted" ]; then
     if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
         echo "missing: $wanted. As root on Debian or Ubuntu: apt-get install $wanted; elsewhere: what provides" >&2
-        echo "initdb and pg_ctl, a chromium, and libfaketime." >&2
+        echo "initdb and pg_ctl, and a chromium." >&2
         exit 1
     fi
     apt-get update -qq
     # shellcheck disable=SC2086  # words
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $wanted >/dev/null
 fi
-postgres && browser && faketime && echo "PostgreSQL, Chromium and libfaketime are there"
+postgres && browser && echo "PostgreSQL and Chromium are there"
