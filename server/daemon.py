@@ -119,15 +119,9 @@ class _Daemon:
         self._link = LinkControl(settings.ports.runtime, folder.token())
         stack.callback(self._link.close)
         self._keeper = Keeper(ledger, self._link, lambda run: ledger.journal(run).committed())
-        self._board = vitals.Vitals(settings.ports.health, self._health, "fedcomet_coordinator")
-        stack.callback(self._board.close)
-        self._listen(stack, enrolment)
         command = (sys.executable, "-m", "server.superlink", str(folder.root))
         environment = supervisor.flower_environment(folder.root)
         self._supervisor = supervisor.Supervisor([supervisor.Program(_LINK, command, environment, stop_s=20.0)])
-        self._supervisor.start()
-        stack.callback(self._supervisor.stop)
-        # Before the SuperLink ends, the processes that lead runs do: they tell it so, and the ledger says "running".
         apps = {
             **environment,
             "FEDCOMET_RUNS": str(home.runs.absolute()),
@@ -137,6 +131,13 @@ class _Daemon:
         }
         options = TaskOptions("coordinator", settings.ports.runtime, folder.secret(), folder.root / "tasks", apps)
         self._tasks = Tasks(options)
+        # Whoever asks for its health from here on is told how these are, before they are started, too.
+        self._board = vitals.Vitals(settings.ports.health, self._health, "fedcomet_coordinator")
+        stack.callback(self._board.close)
+        self._listen(stack, enrolment)
+        self._supervisor.start()
+        stack.callback(self._supervisor.stop)
+        # Before the SuperLink ends, the processes that lead runs do: they tell it so, and the ledger says "running".
         self._tasks.start()
         stack.callback(self._tasks.stop)
 

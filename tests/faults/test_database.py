@@ -52,7 +52,7 @@ def test_a_run_goes_on_when_the_database_is_back_and_a_pause_is_kept(tmp_path: P
         services.postgres(programs) as folder,
         federation(tmp_path, database=services.postgres_url(folder)) as field,
     ):
-        field.begin("first", rounds=4, min_sites=2, evaluate_every=0)
+        field.begin("first", rounds=12, min_sites=2, evaluate_every=0)  # more than are done while a command starts
         field.committed("first", 1)
         gone_for(_GONE_S, programs, folder, field)
         field.cli("coordinator", "pause", "first", "--home", str(field.home.path))
