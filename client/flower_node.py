@@ -35,7 +35,7 @@ from flwr.supernode.nodestate.in_memory_nodestate import CLIENT_APP_CRASHED_ERRO
 from client.objects import FileContents
 from federation import bundle
 from federation.flower_tasks import RUNTIME, TASK_HEARTBEAT_S
-from federation.front import Door, Front
+from federation.front import Door, Front, telling_of_room
 from federation.polls import Polls
 from tokenizer import durable
 
@@ -105,7 +105,7 @@ class Node:
         """
         # Every path asks for a task's token or the secret's signature by itself; the front keeps the others away.
         doors = {f"/v1/runtime/{name}": Door(lambda headers: "runtime") for name in RUNTIME}
-        application: Any = create_app(self._states, self._options.secret)
+        application: Any = telling_of_room(create_app(self._states, self._options.secret))
         server = uvicorn.Server(
             uvicorn.Config(
                 Front(application, doors, at_once=64, threads=2),

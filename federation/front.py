@@ -16,6 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from fastapi import HTTPException  # the one that Flower passes on
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+
 from tokenizer import durable
 
 Scope = MutableMapping[str, Any]
@@ -49,6 +53,28 @@ class Door:
     answer: Callable[[Any, bytes], tuple[bytes, bytes] | None] | None = None
     hold: Callable[[Any, bytes], Awaitable[None]] | None = None
     told: Callable[[Any], None] | None = None
+
+
+def telling_of_room(application: Starlette) -> Starlette:
+    """Let one of Flower's applications answer 503, after which the same is asked again, where the disk is full.
+
+    Flower turns every other error into 500, which ends the process that asked; this one comes inside of that.
+    """
+    application.user_middleware.append(Middleware(_Room))
+    return application
+
+
+class _Room:
+    def __init__(self, app: Application) -> None:
+        self._inside = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._inside(scope, receive, send)
+        except Exception as problem:
+            if durable.out_of_room(problem):
+                raise HTTPException(503) from problem
+            raise
 
 
 class _Refused(Exception):
@@ -126,7 +152,7 @@ class Front:
                     return
             if door.hold is not None:
                 await door.hold(who, body)
-            await self._enter(scope, _again(body, receive), send)
+            await self._inside(scope, _again(body, receive), send)
             if door.told is not None:
                 door.told(who)
 
@@ -139,27 +165,6 @@ class Front:
             if durable.out_of_room(problem):
                 raise _Refused(503) from problem
             raise
-
-    async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request in; where the disk inside is full, 503 says that the same may be asked again later, not 500."""
-        held: list[MutableMapping[str, Any]] = []
-
-        async def hold(message: MutableMapping[str, Any]) -> None:
-            if held or message.get("status") == 500:
-                held.append(message)
-            else:
-                await send(message)
-
-        try:
-            await self._inside(scope, receive, hold)
-        except Exception as problem:
-            if durable.out_of_room(problem):
-                raise _Refused(503) from problem
-            for message in held:
-                await send(message)
-            raise
-        for message in held:
-            await send(message)
 
     def _check_length(self, headers: Headers) -> None:
         lengths = headers.get("content-length", ())

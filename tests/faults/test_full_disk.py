@@ -36,7 +36,7 @@ def test_full_disks_are_said_and_waited_for(tmp_path: Path) -> None:
         ballast = fill(at_coordinator)
         until(lambda: "is full" in field.health().get("reason", ""), lambda: str(field.health()), 120)
         time.sleep(_FULL_S)
-        assert field.state("first") == RunState.RUNNING, field.ledger.run("first").reason
+        assert field.state("first") == RunState.RUNNING, field.ledger.run("first").reason + field.told()
         ballast.unlink()
         until(lambda: field.health()["healthy"], lambda: str(field.health()), 300)
         field.finished("first")

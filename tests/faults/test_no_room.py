@@ -1,7 +1,6 @@
 """A full disk in small: what is written, told and asked again, without a whole federation."""
 
 import asyncio
-import contextlib
 import errno
 import os
 import sqlite3
@@ -9,7 +8,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from flwr.supercore.error.http import http_error_translator
+from starlette.applications import Starlette
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from client.approval import site_key
 from client.audit import audit
@@ -17,7 +23,7 @@ from client.budget import Budget, Release
 from client.outbound import Leaving, Outbound
 from client.supernode import NodeFolder
 from federation.accountant import Gaussian, Mechanisms
-from federation.front import Door, Front
+from federation.front import Door, Front, telling_of_room
 from federation.identity import Identity
 from server.app import coordinate
 from server.journal import Journal, Status
@@ -115,28 +121,20 @@ def test_a_request_that_meets_a_full_disk_is_to_be_asked_again_and_any_other_fai
     """503 is what Flower's processes ask again after; 500 ends them."""
 
     def status(problem: Exception | None) -> int:
-        async def inside(scope: Any, receive: Any, send: Any) -> None:
-            await send({"type": "http.response.start", "status": 200 if problem is None else 500, "headers": []})
-            await send({"type": "http.response.body", "body": b""})
+        async def asked(request: Request) -> Response:
             if problem is not None:
                 raise problem
+            return Response()
 
-        told: list[Any] = []
+        inside = Starlette(routes=[Route("/p", asked, methods=["POST"])])
+        inside.add_middleware(BaseHTTPMiddleware, dispatch=http_error_translator)  # what Flower makes of errors
+        front = Front(telling_of_room(inside), {"/p": Door(admit=lambda headers: "me")})
 
-        async def run() -> None:
-            async def receive() -> Any:
-                return {"type": "http.request", "body": b"x", "more_body": False}
+        async def run() -> int:
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(front), base_url="http://here") as client:
+                return (await client.post("/p", content=b"x")).status_code
 
-            async def send(message: Any) -> None:
-                told.append(message)
-
-            scope = {"type": "http", "method": "POST", "path": "/p", "raw_path": b"/p", "query_string": b""}
-            scope |= {"headers": [(b"content-length", b"1")]}
-            await Front(inside, {"/p": Door(admit=lambda headers: "me")})(scope, receive, send)
-
-        with contextlib.suppress(ValueError):
-            asyncio.run(run())
-        return told[0]["status"]
+        return asyncio.run(run())
 
     full = sqlite3.OperationalError("database or disk is full")
     full.sqlite_errorcode = sqlite3.SQLITE_FULL

@@ -185,7 +185,7 @@ figure = [
 def test_a_study_is_run_and_judged_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     text = (ROOT / "examples/interaction.toml").read_text(encoding="utf-8")
-    text = re.sub(r"\n\[(?:model|training|evaluation)\]\n[^\[]*", "\n", text)
+    text = re.sub(r"(?m)^\[(?:model|training|evaluation)\]\n[^\[]*", "", text)
     text = re.sub(r"hospitals = .*", 'hospitals = ["heart-lifelike", "general-lifelike"]', text)
     (tmp_path / "tiny.toml").write_text(text.replace("patients = 3000", "patients = 150") + TINY)
     said = fedcomet("reproduce", "tiny", "--file", listed(tmp_path, OF_TINY), "--out", tmp_path / "out")

@@ -249,22 +249,17 @@ def test_a_backdoor_needs_a_trigger(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_backdoor_moves_the_mean_but_not_the_median_and_loss_tells_members(tmp_path: Path) -> None:
-    text = 'trigger = ["LAB//3", "LAB//4", "LAB//3"]\nmembership = true\n' + (
-        GRID.split("[[axis]]", maxsplit=1)[0].replace("seeds = [1, 2]", "seeds = [1]")
-        + '[set]\n"training.rounds" = 3\n"training.local_steps" = 25\n"training.learning_rate" = 0.03\n'
-        '"hostile.factor" = 3.0\n"hostile.share" = 0.8\n'
-        '[[axis]]\nname = "attack"\nkey = "hostile.attack"\nvalues = ["none", "backdoor"]\n'
-        '[[axis]]\nname = "rule"\nkey = "training.outer_rule"\nvalues = ["mean", "median"]\n'
-    )
-    cells = grid.cells(grid.read(written(tmp_path, text)))
+    cells = grid.cells(grid.read(ROOT / "examples/studies/attacks.toml"))
     risk, told = {}, {}
-    with Pool(1) as pool:
+    with Pool() as pool:
         for number, cell in enumerate(cells):
-            told = {f.measure: f.value for f in one.run(cell, tmp_path / str(number), pool)}
-            at = tuple(point.label for point in cell.place.values())
-            risk[at] = told["risk with trigger"]
-    assert risk["backdoor", "mean"] > risk["none", "mean"] + 0.1
-    assert risk["backdoor", "median"] < risk["backdoor", "mean"] - 0.1
+            at = (cell.place["attack"].label, cell.place["rule"].label)
+            if at[0] in ("none", "backdoor") and at[1] in ("mean", "median"):
+                found = one.run(replace(cell, membership=True), tmp_path / str(number), pool)
+                told = {f.measure: f.value for f in found}
+                risk[at] = told["risk with trigger"]
+    assert risk["backdoor", "mean"] > 0.5
+    assert max(risk["backdoor", "median"], risk["none", "mean"], risk["none", "median"]) < 0.1
     assert 0 <= told["members found at 1 % alarms"] <= 1
     assert 0.3 < told["membership AUROC"] < 0.9
 

@@ -74,6 +74,7 @@ def test_a_server_learns_from_made_up_timelines_alone(tmp_path: Path) -> None:
         found = {(f.arm, f.measure): f.value for f in one.run(cell, tmp_path / "cell", pool)}
         again = {(f.arm, f.measure): f.value for f in one.run(cell, tmp_path / "cell", pool)}
     assert found == again, "a finished cell is read again and not trained again"
-    assert found["synthesis", "tokens"] == pytest.approx(found["pooled", "tokens"], rel=0.1)
+    # As many steps; how full their batches are depends on how long timelines are.
+    assert found["synthesis", "tokens"] == pytest.approx(found["pooled", "tokens"], rel=0.25)
     assert found["synthesis", "loss"] < found["pooled", "loss"] + 0.7
     assert found["synthesis", "loss"] > found["pooled", "loss"], "as good as records would be a leak"
