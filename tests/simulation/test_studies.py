@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from simulation.studies.grid import Cell
 from simulation.studies.hostile import Hostile
 from simulation.studies.scaling import Law, Run, estimates, exponents, fit_law, profiles
 from tests import tiny
+from tests.superlink import REPOSITORY
 from tokenizer.errors import ConfigError, DataError
 from tokenizer.progress import Watch
 
@@ -249,7 +251,7 @@ def test_a_backdoor_needs_a_trigger(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_backdoor_moves_the_mean_but_not_the_median_and_loss_tells_members(tmp_path: Path) -> None:
-    cells = grid.cells(grid.read(ROOT / "examples/studies/attacks.toml"))
+    cells = grid.cells(grid.read(REPOSITORY / "examples/studies/attacks.toml"))
     risk, told = {}, {}
     with Pool() as pool:
         for number, cell in enumerate(cells):
