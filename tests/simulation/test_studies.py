@@ -22,7 +22,6 @@ from simulation.studies.grid import Cell
 from simulation.studies.hostile import Hostile
 from simulation.studies.scaling import Law, Run, estimates, exponents, fit_law, profiles
 from tests import tiny
-from tests.superlink import REPOSITORY
 from tokenizer.errors import ConfigError, DataError
 from tokenizer.progress import Watch
 
