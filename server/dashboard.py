@@ -25,7 +25,7 @@ from server.curves import Curve
 from server.home import CoordinatorHome
 from server.ledger import Ledger
 from server.ledger_entries import EventEntry, LedgerRefusal
-from server.overview import overview, run_lines
+from server.overview import ONLINE_S, overview, run_lines
 from server.passwords import Passwords
 from server.run_view import PHASES, RunView
 from server.transactions import LedgerUnreachable
@@ -94,7 +94,9 @@ class Dashboard:
     def _federation(self, visit: Visit) -> Response:
         now, latest = time.time(), self._latest()
         found = overview(self._ledger, self._home, now)
-        return self._site.render("federation.html.j2", visit, here="/", found=found, now=now, latest=latest)
+        return self._site.render(
+            "federation.html.j2", visit, here="/", found=found, now=now, online_s=ONLINE_S, latest=latest
+        )
 
     def _runs(self, visit: Visit) -> Response:
         latest = self._latest()

@@ -8,8 +8,11 @@ from rich.table import Table
 from rich.text import Text
 
 from federation.manifest import Manifest
+from federation.page import show_duration
+from federation.pki import Role
 from server.ledger import Ledger
 from server.ledger_entries import BudgetEntry, EventEntry, MemberEntry, RunEntry
+from server.overview import condition
 from server.tables import RunState, SiteStatus
 
 Plain = dict[str, Any]
@@ -78,11 +81,14 @@ def runs_table(found: Sequence[Plain]) -> Table:
 
 def sites_table(found: Sequence[Plain]) -> Table:
     """Show `sites_of`."""
-    table = _table("name", "role", "status", "seen (UTC)", "version", "certificate until", "epsilon", "its limit")
+    table = _table(
+        "name", "role", "status", "online", "seen (UTC)", "version", "certificate until", "epsilon", "its limit"
+    )
     for site in found:
         state = site["certificate"] if site["certificate"] in ("expired", "expires soon") else site["status"]
         table.add_row(
-            *(Text(site["name"]), site["role"], _coloured(state), _short(site["last_seen"]), Text(site["version"])),
+            *(Text(site["name"]), site["role"], _coloured(state), "[green]yes[/]" if site["online"] else "no"),
+            *(_short(site["last_seen"]), Text(site["version"])),
             *(Text((site["expires_at"] or "")[:10]), _figure(site["epsilon"]), _figure(site["limit_epsilon"])),
         )
     return table
@@ -124,6 +130,7 @@ def _member(member: MemberEntry, budget: BudgetEntry | None, now: float) -> Plai
         "name": member.name,
         "role": str(member.role),
         "status": str(member.status),
+        "online": condition(member, now) == "online",
         "online_state": member.online_state,
         "version": member.version,
         "last_seen": _iso(member.last_seen),
@@ -139,12 +146,20 @@ def _member(member: MemberEntry, budget: BudgetEntry | None, now: float) -> Plai
 def _attention(runs: Sequence[Plain], members: Sequence[Plain]) -> list[str]:
     told = [f"run {run['name']} failed: {run['reason']}" for run in runs if run["state"] == RunState.FAILED]
     for member in members:
+        if member["role"] == Role.SITE and member["status"] == SiteStatus.ENROLLED and not member["online"]:
+            told.append(f"{member['name']} was {_last_seen(member['last_seen'])}")
         if member["certificate"] in ("expired", "expires soon"):
             told.append(f"the certificate of {member['name']} {member['certificate']} ({_short(member['expires_at'])})")
         limit = member["limit_epsilon"]
         if limit is not None and member["epsilon"] >= 0.9 * limit:
             told.append(f"{member['name']} has spent epsilon {member['epsilon']:.3g} of {limit:g}")
     return told
+
+
+def _last_seen(iso: str | None) -> str:
+    if iso is None:
+        return "never seen"
+    return f"last seen {show_duration((datetime.now(UTC) - datetime.fromisoformat(iso)).total_seconds())} ago"
 
 
 def _counted(names: Iterable[str]) -> dict[str, int]:

@@ -17,8 +17,8 @@ from server.run_entries import Phase
 from server.tables import RunState, SiteStatus
 from tokenizer.errors import FedcometError
 
-ONLINE_S = 300.0
-"""A site that has not been seen for longer is offline, whatever it said last."""
+ONLINE_S = 90.0
+"""A site that has not been seen for longer is offline, whatever it said last; its daemon speaks up every minute."""
 
 GOING = (RunState.READY, RunState.RUNNING, RunState.PAUSING, RunState.STOPPING)
 """States in which a run has work, or a wish, before it."""
@@ -26,7 +26,7 @@ GOING = (RunState.READY, RunState.RUNNING, RunState.PAUSING, RunState.STOPPING)
 
 @dataclass(frozen=True)
 class MemberView:
-    """A member; `condition` is online, offline, never seen, invited or revoked, `warning` is about its certificate."""
+    """A member; see `condition`; `warning` is about its certificate."""
 
     entry: MemberEntry
     condition: str
@@ -101,16 +101,17 @@ def manifest_of(entry: RunEntry) -> Manifest | None:
         return None
 
 
-def _member(entry: MemberEntry, now: float) -> MemberView:
-    return MemberView(entry, _condition(entry, now), _warning(entry, now))
-
-
-def _condition(entry: MemberEntry, now: float) -> str:
+def condition(entry: MemberEntry, now: float) -> str:
+    """Tell how a member is: online, offline, never seen, invited or revoked; `now` is in seconds since the epoch."""
     if entry.status != SiteStatus.ENROLLED:
         return str(entry.status)
     if entry.last_seen is None:
         return "never seen"
     return "online" if entry.online_state == "online" and now - entry.last_seen < ONLINE_S else "offline"
+
+
+def _member(entry: MemberEntry, now: float) -> MemberView:
+    return MemberView(entry, condition(entry, now), _warning(entry, now))
 
 
 def _warning(entry: MemberEntry, now: float) -> str | None:

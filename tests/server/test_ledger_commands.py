@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+from sqlalchemy import update
 from typer.testing import CliRunner, Result
 
+from server import tables
 from server.home import CoordinatorHome, CoordinatorSettings, Database, Federation
 from server.ledger import Ledger
 from server.ledger_commands import app
 from server.ledger_entries import BudgetEntry
+from server.overview import ONLINE_S
 from server.tables import RunState
 from tests.server.test_backup import filled
 from tokenizer.errors import ConfigError, DataError
@@ -43,10 +46,32 @@ def test_status_tells_what_needs_a_person(home: Path) -> None:
             assert found["leader"]["process"] > 0
     assert found["runs"] == {"failed": 1}
     assert found["members"] == {"enrolled": 1, "invited": 1}
-    assert found["needs_attention"] == ["run icu failed: nobody answered", "north has spent epsilon 2.9 of 3"]
+    assert found["needs_attention"] == [
+        "run icu failed: nobody answered",
+        "north was never seen",
+        "north has spent epsilon 2.9 of 3",
+    ]
     text = told("status", home)
     assert "nobody" in text
     assert "run icu failed: nobody answered" in text
+
+
+def test_a_site_that_is_away_is_named(home: Path) -> None:
+    def away() -> list[str]:
+        return [each for each in json.loads(told("status", home, "--json"))["needs_attention"] if "seen" in each]
+
+    with Ledger.open(home / "ledger.sqlite") as ledger:
+        ledger.members.seen("north", "0.1.0")
+        assert away() == []
+        assert [site["online"] for site in json.loads(told("sites", home, "--json"))] == [True, False]
+        assert "yes" in told("sites", home)
+        with ledger.transactions.engine.begin() as connection:
+            long_ago = tables.Site.last_seen - ONLINE_S - 90
+            connection.execute(update(tables.Site).values(last_seen=long_ago))
+    assert away() == ["north was last seen 3.0 min ago"]
+    assert "north was last seen 3.0 min ago" in told("status", home)
+    assert not any(site["online"] for site in json.loads(told("sites", home, "--json")))
+    assert "yes" not in told("sites", home)
 
 
 def test_runs_and_sites_are_listed(home: Path) -> None:
