@@ -386,9 +386,13 @@ def is_site_name(name: str) -> bool:
     return _SITE_NAME.fullmatch(name) is not None
 
 
+PRINTABLE = 500
+"""How many characters of a text from elsewhere are kept."""
+
+
 def printable(text: str) -> str:
     """Make a text from elsewhere fit for ledgers and terminals: one line of printable characters, at most 500."""
-    return "".join(c if c.isprintable() else " " for c in text[:500])
+    return "".join(c if c.isprintable() else " " for c in text[:PRINTABLE])
 
 
 def _header(data: bytes) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from server.journal import GIVEN_UP, Journal, Phase
 from server.ledger import Ledger
 from server.opening import open_sum
 from server.plan import FederationPlan
-from server.post import Post, Roster, TooFewSites, reason, site_name, without_weights
+from server.post import Post, Roster, reason, site_name, too_few, without_weights
 from server.rounds import TUNING, Answer, Event, Listener, Rounds
 from server.spool import Spool
 from server.tables import RunState
@@ -382,14 +382,14 @@ def _surveys(run_dir: Path, plan: FederationPlan, post: Post, journal: Journal) 
     """Collect surveys, and keep them as they came; a site without a usable one is told about and left out."""
     request = SurveyRequest(plan.split, plan.tokenizer, post.deadline())
     surveys: list[Survey] = []
-    refusals: list[str] = []
+    refusals: dict[str, str] = {}
     for node, answer in post.ask(post.nodes(), request, "survey"):
         site = site_name(node, answer)
         try:
             survey = _read_survey(answer, plan)
         except FedcometError as error:
             reason = printable(str(error))
-            refusals.append(f"{site}: {reason}")
+            refusals[site] = reason
             journal.note_refusal(site, "survey", reason)
             post.tell(Event("survey.refused", site=site, text=reason))
         else:
@@ -397,8 +397,9 @@ def _surveys(run_dir: Path, plan: FederationPlan, post: Post, journal: Journal) 
             surveys.append(survey)
             post.tell(Event("survey.received", site=site, values={"patients": survey.patients}))
     if len(surveys) < plan.min_sites:
-        told = "; ".join(sorted(refusals)) or "none answered in time"
-        raise TooFewSites(f"{len(surveys)} sites gave a survey, at least {plan.min_sites} are needed ({told}).")
+        why = dict(sorted(refusals.items()))
+        does = "site gave a survey", "sites gave a survey"
+        raise too_few(surveys, does, plan.min_sites, why, "none answered in time")
     return surveys
 
 

@@ -1,7 +1,7 @@
 """How the coordinator reaches its sites: one question to many, answers one at a time, and who is behind which node."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import TypeVar
 
 import numpy as np
@@ -12,6 +12,7 @@ from federation import canonical, flower, masking
 from federation.identity import Identity
 from federation.manifest import Manifest
 from federation.messages import (
+    PRINTABLE,
     AssessReply,
     AssessRequest,
     DeliveryError,
@@ -30,6 +31,7 @@ from federation.messages import (
 from federation.polls import Polls
 from server.journal import Journal, SiteEntry, Status
 from server.plan import FederationPlan
+from server.reasons import gathered, many
 from server.rounds import Answer, Event, Listener
 from tokenizer.codebook import Codebook
 from tokenizer.errors import ConfigError, FedcometError
@@ -83,7 +85,7 @@ class Post:
             self._pause(_POLL_S)
             nodes = sorted(self._grid.get_node_ids())
         if len(nodes) < self._plan.min_sites:
-            raise TooFewSites(f"{len(nodes)} sites are connected, at least {self._plan.min_sites} are needed.")
+            raise too_few(nodes, ("site is connected", "sites are connected"), self._plan.min_sites)
         return nodes
 
     def present(self) -> list[int]:
@@ -197,10 +199,8 @@ class Roster:
         if fresh := [node for node in nodes if node not in self._known]:
             self._prepare(fresh)
         if len(self._names) < self._manifest.min_sites:
-            told = "; ".join(f"{e.site}: {e.reason}" for e in self._journal.sites() if e.reason) or "none answered"
-            raise TooFewSites(
-                f"{len(self._names)} sites take part, at least {self._manifest.min_sites} are needed ({told})."
-            )
+            why = {entry.site: entry.reason for entry in self._journal.sites() if entry.reason}
+            raise too_few(self._names, ("site takes part", "sites take part"), self._manifest.min_sites, why)
         return {name: node for node, name in self._names.items()}
 
     def name(self, node: int) -> str:
@@ -234,6 +234,24 @@ class Roster:
         status = Status.REFUSED if isinstance(answer, Refusal) else Status.MALFORMED
         self._journal.note_site(SiteEntry(name, status, told))
         self._post.tell(Event("site.refused", site=name, text=told))
+
+
+def too_few(
+    there: Sized, does: tuple[str, str], least: int, why: Mapping[str, str] | None = None, none: str = "none answered"
+) -> TooFewSites:
+    """Give the error that says how many there are, how many are needed, and why the others are not there.
+
+    Args:
+        there: the sites that are there.
+        does: what one of them does, and what several do.
+        least: how many are needed.
+        why: why each of the others is missing, if that can be known.
+        none: what is told where no site has said why.
+    """
+    begin = f"{many(len(there), *does)}, at least {least} {'is' if least == 1 else 'are'} needed"
+    if why is None:
+        return TooFewSites(f"{begin}.")
+    return TooFewSites(f"{begin} ({gathered(why, PRINTABLE - len(begin) - len(' ().')) or none}).")
 
 
 def _light(request: Request | masking.Request) -> Request | masking.Request:

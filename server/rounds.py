@@ -18,6 +18,7 @@ from federation import masking, protection
 from federation.coding import Bytes, nearest
 from federation.manifest import Manifest
 from federation.messages import (
+    PRINTABLE,
     AssessRequest,
     DeliveryError,
     EvaluateReply,
@@ -38,6 +39,7 @@ from server.aggregate import Combined, GlobalState, TooFewUpdates, Update, combi
 from server.assessment import Assessment
 from server.central import PREFIX, CentralPlan
 from server.journal import GIVEN_UP, Checkpoint, Journal, Phase, ReplyEntry, ScoreEntry, Status, SumEntry, Work
+from server.reasons import gathered, many
 from server.sums import MaskedSum, SumStore
 from server.unmask import Opening
 from tokenizer.errors import FedcometError
@@ -548,12 +550,14 @@ class Rounds:
         return ScoreEntry(*head, Status.ACCEPTED, "", answer.nll, answer.tokens)
 
     def _failure(self, accepted: int, least: int, replies: list[ReplyEntry]) -> str:
-        reasons = [f"{e.site}: {e.status}, {e.reason}" for e in replies if e.status is not Status.ACCEPTED]
-        told = "; ".join(reasons) or "no site answered"
-        return (
-            f"Round {self.number} has {accepted} usable updates, at least {least} are "
-            f"needed ({told}). Once the sites can answer, start the same run again: it continues with this round."
+        begin = (
+            f"Round {self.number} has {many(accepted, 'usable update', 'usable updates')}, at least {least} "
+            f"{'is' if least == 1 else 'are'} needed ("
         )
+        end = "). Once the sites can answer, start the same run again: it continues with this round."
+        reasons = {e.site: f"{e.status}, {e.reason}" for e in replies if e.status is not Status.ACCEPTED}
+        told = gathered(reasons, PRINTABLE - len(begin) - len(end)) or "no site answered"
+        return f"{begin}{told}{end}"
 
     def _sweep(self) -> None:
         last = self.number - 1

@@ -17,7 +17,10 @@ from federation.messages import ProtocolError, Refusal, printable
 from federation.messages import Reply as RoundReply
 from federation.summed import LOSS, STEPS, TOKENS, aggregation_of, agreement_of
 from server.journal import Journal, SumEntry
+from server.reasons import gathered
 from server.unmask import Collected, Opening, Stage, Unmasking
+
+_MOST_TOLD, _LEAST_TOLD = 250, 80  # characters of why a sum failed, which `Rounds.fail` puts into a sentence
 
 Answer = RoundReply | Reply | ProtocolError
 """What came back for a request: a reply of any vocabulary, or why it could not be read."""
@@ -126,7 +129,8 @@ class MaskedSum:
         try:
             opening.advance()
         except TooFewSites as problem:
-            told = "; ".join(f"{site}: {self._why(site)}" for site in missing)
+            room = max(_LEAST_TOLD, _MOST_TOLD - len(str(problem)))
+            told = gathered({site: self._why(site) for site in missing}, room)
             reason = f"{problem} ({told})" if told else str(problem)
             self._entry = replace(self._entry, reason=reason)
             self._journal.note_sum(self._entry)

@@ -134,7 +134,9 @@ def test_too_few_sites_fail_the_round_with_the_reason_and_it_goes_on_when_they_a
     undisturbed = dict(played.grid.nodes)
     for number in (2, 4):
         played.silence(number, kind)
-    with pytest.raises(RoundFailed, match=r"Missing: site-1, site-3.*site-1: no answer before the deadline.*same run"):
+    with pytest.raises(
+        RoundFailed, match=r"Missing: site-1, site-3.*site-1, site-3: no answer before the deadline.*same run"
+    ):
         played.lead()
     entry = entry_of(ram_path)
     signed = kind == "query.mask_open"

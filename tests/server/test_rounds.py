@@ -11,7 +11,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from federation.manifest import LocalWork, Manifest, OuterOptions
-from federation.messages import DeliveryError, EvaluateReply, EvaluateRequest, ProtocolError, Refusal, TrainReply
+from federation.messages import (
+    DeliveryError,
+    EvaluateReply,
+    EvaluateRequest,
+    ProtocolError,
+    Refusal,
+    TrainReply,
+    printable,
+)
 from federation.update import Layout, to_vector
 from model.decoder import Decoder
 from server.journal import Journal, Phase, Status
@@ -264,6 +272,19 @@ def test_too_few_updates_fail_the_round_which_can_be_taken_up_again(run: Run, ex
     run.rounds.open()
     assert run.rounds.missing(SITES) == ["icu-b", "icu-c"]
     assert finish(run) == expected
+
+
+def test_the_reason_of_a_failed_round_names_every_site_in_what_is_kept_of_it(run: Run) -> None:
+    run.rounds.open()
+    run.rounds.request(1e12)
+    for site in SITES:
+        run.rounds.receive(site, Refusal(site, f"{site} has not approved {'5a' * 32}; {'look at it, ' * 25}then start"))
+    with pytest.raises(RoundFailed) as failed:
+        run.rounds.aggregate()
+    told = str(failed.value)
+    assert printable(told) == told
+    assert f"({', '.join(SITES)}: refused, the site has not approved 5a5a5a5a; look at it," in told
+    assert told.endswith(" …). Once the sites can answer, start the same run again: it continues with this round.")
 
 
 def test_an_update_file_that_changed_is_not_used(run: Run) -> None:
