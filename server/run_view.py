@@ -94,7 +94,8 @@ class SiteView:
         condition: in the open round: "waited for", its answer's status, or "not in it" with the reason.
         behind_s: how long after the round's first answer its own came, in the median of rounds.
         last: in how many rounds its answer was the last one that was taken.
-        late, refused: how many answers came too late, or were not taken or not given for another reason.
+        late: how many answers came too late.
+        no_update: how often it gave none that could be taken for another reason: it refused, failed or sent a bad one.
     """
 
     name: str
@@ -104,7 +105,7 @@ class SiteView:
     behind_s: float | None
     last: int
     late: int
-    refused: int
+    no_update: int
     bytes: int
 
 
@@ -253,7 +254,7 @@ def _site(row: tables.Participant, rounds: Sequence[RoundView], open_: RoundView
         behind_s=median(answer.behind_s for answer in taken) if taken else None,
         last=sum(_is_last(row.site, each) for each in rounds),
         late=sum(answer.status == Status.LATE for answer in own),
-        refused=sum(answer.status not in (Status.ACCEPTED, Status.LATE) for answer in own),
+        no_update=sum(answer.status not in (Status.ACCEPTED, Status.LATE) for answer in own),
         bytes=sum(answer.bytes for answer in own),
     )
 

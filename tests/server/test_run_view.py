@@ -30,7 +30,7 @@ def test_a_run_tells_who_is_waited_for_and_who_is_slow(watched: Watched) -> None
     assert found.committed == 6
     assert found.open is not None
     assert (found.open.number, found.open.accepted) == (7, 1)
-    conditions = {site.name: (site.condition, site.accepted, site.late, site.refused) for site in found.sites}
+    conditions = {site.name: (site.condition, site.accepted, site.late, site.no_update) for site in found.sites}
     assert conditions == {
         "aachen": ("accepted", 7, 0, 0),
         "bergen": ("refused", 6, 0, 1),
