@@ -55,6 +55,7 @@ _LOOK_S = 0.3
 _ASK_S = 1.0
 _AWAY_S = 2.0
 _END_S = 10.0
+_BEGIN_S = 15.0  # in which a runtime that was started together with this one need not answer yet
 
 _log = logging.getLogger(__name__)
 
@@ -137,7 +138,7 @@ class Tasks:
         client = self._client(
             SuperExecAuthHttpInterceptor(master_secret=self._options.secret, protected_methods={_ACQUIRE})
         )
-        away, asked = False, 0.0
+        away, said, asked, patient_until = False, False, 0.0, time.monotonic() + _BEGIN_S
         while not self._stopping.is_set():
             self._look()
             wait_s = _LOOK_S
@@ -148,10 +149,12 @@ class Tasks:
                 if due:
                     asked = now
                     self._take(client)
-                away = False
+                    patient_until = 0.0
+                away = said = False
             except (httpx.HTTPError, OSError, ValueError) as error:
-                if not away:
+                if not said and time.monotonic() >= patient_until:
                     _log.info("the runtime does not answer (%s); asking again", error)
+                    said = True
                 away, wait_s = True, _AWAY_S
             if self._come is None or away:
                 self._stopping.wait(wait_s)
