@@ -20,6 +20,7 @@ from federation.pki import Member, Role
 from server.enrolment import Enrolment
 from server.ledger import Ledger
 from server.ledger_entries import BudgetEntry, EventEntry, LedgerRefusal, MemberEntry, RunEntry
+from server.reasons import many
 from server.tables import RunState
 from tokenizer.errors import FedcometError
 
@@ -223,7 +224,8 @@ class Control:
         self._ledger.members.seen(caller.name, printable(told.version)[:64])
         # In steps of two, so that the ledger hears of what changes, not of every gigabyte.
         free = 1 << (told.free_gigabytes.bit_length() - 1) if told.free_gigabytes else 0
-        state = f"{told.queue:,} runs wait for approval, {free:,} GB or more are free"
+        waiting = many(told.queue, "run waits for approval", "runs wait for approval")
+        state = f"{waiting}, {free:,} GB or more are free"
         if self._told.get(caller.name) != state:
             self._told[caller.name] = state
             self._ledger.note(caller.name, "site.health", site=caller.name, told=state)

@@ -104,13 +104,13 @@ def event_line(event: EventEntry) -> str:
 def _run(ledger: Ledger, run: RunEntry) -> Plain:
     journal = ledger.journal(run.name)
     losses = journal.losses("tuning")
-    rounds = Manifest.from_bytes(run.manifest).rounds if run.manifest else None
+    manifest = Manifest.from_bytes(run.manifest) if run.manifest else None
     return {
         "name": run.name,
         "state": str(run.state),
         "reason": run.reason,
         "round": journal.committed(),
-        "rounds": rounds,
+        "rounds": None if manifest is None else manifest.rounds,
         "sites": sum(entry.status == "accepted" for entry in journal.sites()),
         "tuning_loss": losses[max(losses)] if losses else None,
         "manifest_hash": run.manifest_hash,
@@ -118,7 +118,17 @@ def _run(ledger: Ledger, run: RunEntry) -> Plain:
         "started_at": _iso(run.started_at),
         "ended_at": _iso(run.ended_at),
         "refusals": len(ledger.refusals(run.name)),
+        "approved_since": _approved_since(ledger, run, manifest),
     }
+
+
+def _approved_since(ledger: Ledger, run: RunEntry, manifest: Manifest | None) -> list[str]:
+    """The sites that have approved a failed run since it failed, if those that take part are enough with them."""
+    if run.state != RunState.FAILED or manifest is None or run.ended_at is None:
+        return []
+    since = [each.site for each in ledger.approvals(run.manifest_hash) if each.at > run.ended_at]
+    there = {entry.site for entry in ledger.journal(run.name).sites() if entry.status == "accepted"}
+    return since if len(there.union(since)) >= manifest.min_sites else []
 
 
 def _member(member: MemberEntry, budget: BudgetEntry | None, now: float) -> Plain:
@@ -145,6 +155,12 @@ def _member(member: MemberEntry, budget: BudgetEntry | None, now: float) -> Plai
 
 def _attention(runs: Sequence[Plain], members: Sequence[Plain]) -> list[str]:
     told = [f"run {run['name']} failed: {run['reason']}" for run in runs if run["state"] == RunState.FAILED]
+    told += [
+        f"run {run['name']} can go on, as {', '.join(run['approved_since'])} approved it since it failed: "
+        f"fedcomet coordinator resume {run['name']}"
+        for run in runs
+        if run["approved_since"]
+    ]
     for member in members:
         if member["role"] == Role.SITE and member["status"] == SiteStatus.ENROLLED and not member["online"]:
             told.append(f"{member['name']} was {_last_seen(member['last_seen'])}")

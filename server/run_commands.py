@@ -112,11 +112,11 @@ def _tell(ledger: "Ledger", run: "RunEntry", follow: bool = False) -> None:
         typer.echo("No coordinator serves now; start one: fedcomet coordinator serve HOME", err=True)
     if follow:
         run = _follow(ledger, run.name)
-    typer.echo(f"run {run.name} is {run.state}" + (f": {run.reason}" if run.reason else ""))
-    if follow and run.state == RunState.FAILED:
+    if follow and run.state == RunState.FAILED:  # why it has is the last that was told
         raise FedcometError(
             f"Run {run.name} has failed. Mend what it says, then: fedcomet coordinator resume {run.name}"
         )
+    typer.echo(f"run {run.name} is {run.state}" + (f": {run.reason}" if run.reason else ""))
 
 
 def _follow(ledger: "Ledger", name: str) -> "RunEntry":

@@ -1,13 +1,14 @@
 """What a coordinator's people type about the ledger."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
 from sqlalchemy import update
 from typer.testing import CliRunner, Result
 
-from server import tables
+from server import run_commands, tables
 from server.home import CoordinatorHome, CoordinatorSettings, Database, Federation
 from server.ledger import Ledger
 from server.ledger_commands import app
@@ -15,7 +16,7 @@ from server.ledger_entries import BudgetEntry
 from server.overview import ONLINE_S
 from server.tables import RunState
 from tests.server.test_backup import filled
-from tokenizer.errors import ConfigError, DataError
+from tokenizer.errors import ConfigError, DataError, FedcometError
 
 
 @pytest.fixture
@@ -54,6 +55,38 @@ def test_status_tells_what_needs_a_person(home: Path) -> None:
     text = told("status", home)
     assert "nobody" in text
     assert "run icu failed: nobody answered" in text
+
+
+def test_a_run_that_was_approved_after_it_failed_can_be_resumed(home: Path) -> None:
+    def hints() -> list[str]:
+        return [each for each in json.loads(told("status", home, "--json"))["needs_attention"] if "resume" in each]
+
+    with Ledger.open(home / "ledger.sqlite") as ledger:
+        ledger.approve(ledger.run("icu").manifest_hash, "north", "ab")
+        ledger.journal("icu").end(RunState.FAILED, "nobody has approved it")
+        assert hints() == []
+        ledger.approve(ledger.run("icu").manifest_hash, "south", "ab")
+    assert hints() == [
+        "run icu can go on, as south approved it since it failed: fedcomet coordinator resume icu",
+    ]
+
+
+def test_what_is_followed_is_told_once(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Ledger.open(home / "ledger.sqlite") as ledger:
+        ledger.start("icu")
+
+        def fail() -> None:
+            ledger.journal("icu").start("icu")
+            ledger.journal("icu").end(RunState.FAILED, "nobody answered")
+
+        later = threading.Timer(1.0, fail)
+        later.start()
+        with pytest.raises(FedcometError, match=r"Run icu has failed\. Mend what it says"):
+            run_commands.resume("icu", follow=True, home=home)
+        later.join()
+    out = capsys.readouterr().out
+    assert out.count("nobody answered") == 1
+    assert "run.failed nobody answered" in out
 
 
 def test_a_site_that_is_away_is_named(home: Path) -> None:
