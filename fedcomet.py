@@ -422,7 +422,7 @@ def approve(
     manifest: Annotated[
         str,
         typer.Argument(
-            help="A manifest's file, or the beginning of the hash of one that waits; none lists those that wait.",
+            help="A manifest's file, or the beginning of the hash of one that waits or was refused; none lists them.",
             show_default=False,
         ),
     ] = "",
@@ -442,17 +442,18 @@ def approve(
 ) -> None:
     """See what a run would do here, and sign it.
 
-    What will run, what will leave, and what it costs a patient. A run that breaks the policy can't be signed. The
-    approval holds for this manifest and for no other, not even one that differs in a single bit. With a home, the
-    coordinator is told at once.
+    What will run, what will leave, and what it costs a patient. A run that breaks the policy is kept with the rules
+    that it breaks, and can't be signed. The approval holds for this manifest and for no other, not even one that
+    differs in a single bit. With a home, the coordinator is told at once.
     """
     from rich.console import Console
 
     from client.approval import Approvals
-    from client.approval_page import terminal
+    from client.approval_page import listed, terminal
     from client.budget import FILE, Budget
-    from client.policy import Policy, PolicyRefusal
+    from client.policy import Broken, Policy, PolicyRefusal
     from federation import protection
+    from federation.manifest import Manifest
 
     opened = None
     if home is not None and state is None:
@@ -463,17 +464,24 @@ def approve(
         device, budget = opened.settings.site.device, budget or opened.settings.site.budget
     state = state or Path()
     console, approvals = Console(soft_wrap=True), Approvals(state)
+    rules = None if policy is None or not (manifest or approvals.refused()) else Policy.read(policy)
+
+    def forbidden(asked: Manifest) -> list[Broken]:
+        if rules is None:
+            return []
+        broken = rules.check(asked, device=device)
+        if rules.limit is not None and asked.privacy is not None:
+            with Budget.open(budget or state / FILE, rules.limit) as ledger:
+                broken += rules.check_total(asked, ledger.mechanisms(but=asked.hash))
+        return broken
+
     if not manifest:
-        for waiting in approvals.waiting():
-            console.print(f"{waiting} waits for approval", highlight=False)
+        for line in listed(approvals, forbidden):
+            console.print(line, highlight=False, markup=False)
         return
     asked = approvals.find(manifest)
     protection.check(asked.manifest)
-    rules = None if policy is None else Policy.read(policy)
-    broken = [] if rules is None else rules.check(asked.manifest, device=device)
-    if rules is not None and rules.limit is not None:
-        with Budget.open(budget or state / FILE, rules.limit) as ledger:
-            broken += rules.check_total(asked.manifest, ledger.mechanisms(but=asked.manifest.hash))
+    broken = forbidden(asked.manifest)
     console.print(terminal(asked, rules, broken))
     if broken:
         raise PolicyRefusal("this site", broken)

@@ -1,9 +1,10 @@
-"""What a person at the site has agreed to: approved manifests, signed with the site's key, and those that wait.
+"""What a person at the site has agreed to: approved manifests, signed with the site's key, and those not agreed to.
 
     identity/site.key            the site's private key, made on first use; only its owner can read it
     approvals/<hash>.json        an approval; remove it to withdraw
     waiting/<hash>.json          a manifest that was sent and isn't approved, as it came
     waiting/<hash>.coordinator   the public key of whoever signed it; empty if nobody did
+    refused/                     the same of manifests that the policy refused when they were last sent
 
 An approval names a manifest by the sha256 of its bytes: one changed bit makes another one, which isn't approved.
 """
@@ -20,7 +21,7 @@ from tokenizer import durable
 from tokenizer.errors import ConfigError, DataError
 
 _PURPOSE = "approval"
-_MOST_WAITING = 20
+_MOST_KEPT = 20
 
 
 @dataclass(frozen=True)
@@ -51,20 +52,20 @@ def site_key(state: Path) -> Path:
 
 
 class Approvals:
-    """What has been approved at the site with this state folder, and what waits."""
+    """What has been approved at the site with this state folder, what waits, and what the policy refused."""
 
     def __init__(self, state: Path) -> None:
         self._state = state
+        self._waiting, self._refused = state / "waiting", state / "refused"
 
     def approve(self, manifest: Manifest, policy: str | None, now: datetime | None = None) -> Approval:
-        """Sign a manifest; it no longer waits."""
+        """Sign a manifest; it no longer waits, nor counts as refused."""
         identity = Identity.at(site_key(self._state))
         time = (now or datetime.now(UTC)).astimezone(UTC).isoformat(timespec="seconds")
         bare = Approval(manifest.hash, policy, time)
         approval = replace(bare, signature=identity.sign(_PURPOSE, bare.to_bytes()))
         durable.write_bytes(self._approval(manifest.hash), approval.to_bytes())
-        for path in self._waiting.glob(f"{manifest.hash}.*"):
-            path.unlink()
+        self.drop(manifest.hash)
         return approval
 
     def approved(self, manifest_hash: str) -> bool:
@@ -85,46 +86,67 @@ class Approvals:
 
     def wait(self, manifest: Manifest, coordinator: str) -> None:
         """Keep a manifest for a person to look at; of many, only the latest are kept."""
-        if self._path(manifest.hash).exists():
-            return
-        durable.write_bytes(self._waiting / f"{manifest.hash}.coordinator", coordinator.encode())
-        durable.write_bytes(self._path(manifest.hash), manifest.to_bytes())
-        for path in self._newest_first()[_MOST_WAITING:]:
-            path.unlink(missing_ok=True)
-            path.with_suffix(".coordinator").unlink(missing_ok=True)
+        _keep(self._waiting, manifest, coordinator)
+        _unlink(self._refused / f"{manifest.hash}.json")
+
+    def refuse(self, manifest: Manifest, coordinator: str) -> None:
+        """Keep a manifest that the policy refuses, for a person to see; of many, only the latest are kept."""
+        _keep(self._refused, manifest, coordinator)
+        _unlink(self._waiting / f"{manifest.hash}.json")
+
+    def drop(self, manifest_hash: str) -> None:
+        """Keep a manifest no longer: it may run."""
+        for folder in (self._waiting, self._refused):
+            _unlink(folder / f"{manifest_hash}.json")
 
     def waiting(self) -> list[str]:
         """Give the hashes of the manifests that wait, the latest first."""
-        return [path.stem for path in self._newest_first()]
+        return [path.stem for path in _newest_first(self._waiting)]
+
+    def refused(self) -> list[str]:
+        """Give the hashes of the manifests that the policy refused, the latest first."""
+        return [path.stem for path in _newest_first(self._refused)]
 
     def find(self, wanted: str) -> Asked:
-        """Give the manifest in a file, or the one that waits and whose hash begins so.
+        """Give the manifest in a file, or the one that waits or was refused and whose hash begins so.
 
         Raises:
-            ConfigError: there is none, or several wait.
+            ConfigError: there is none, or there are several.
             ProtocolError: it is no manifest that this software knows.
         """
         if Path(wanted).is_file():
             return Asked(_read(Path(wanted)))
-        fitting = [name for name in self.waiting() if wanted and name.startswith(wanted)]
+        kept = [*_newest_first(self._waiting), *_newest_first(self._refused)]
+        fitting = [path for path in kept if wanted and path.name.startswith(wanted)]
         if len(fitting) != 1:
-            told = ", ".join(name[:16] for name in self.waiting()) or "none"
-            raise ConfigError(f"{wanted!r} is neither a manifest's file nor the beginning of a waiting one ({told}).")
-        signer = self._waiting / f"{fitting[0]}.coordinator"
-        return Asked(_read(self._path(fitting[0])), signer.read_text() if signer.exists() else "")
-
-    @property
-    def _waiting(self) -> Path:
-        return self._state / "waiting"
-
-    def _path(self, manifest_hash: str) -> Path:
-        return self._waiting / f"{manifest_hash}.json"
+            told = ", ".join(path.stem[:16] for path in kept) or "none"
+            raise ConfigError(
+                f"{wanted!r} is neither a manifest's file nor the beginning of one that waits or was refused ({told})."
+            )
+        signer = fitting[0].with_suffix(".coordinator")
+        return Asked(_read(fitting[0]), signer.read_text() if signer.exists() else "")
 
     def _approval(self, manifest_hash: str) -> Path:
         return self._state / "approvals" / f"{manifest_hash}.json"
 
-    def _newest_first(self) -> list[Path]:
-        return sorted(self._waiting.glob("*.json"), key=lambda path: (-path.stat().st_mtime_ns, path.name))
+
+def _keep(folder: Path, manifest: Manifest, coordinator: str) -> None:
+    path = folder / f"{manifest.hash}.json"
+    if path.exists():
+        return
+    durable.write_bytes(path.with_suffix(".coordinator"), coordinator.encode())
+    durable.write_bytes(path, manifest.to_bytes())
+    for other in _newest_first(folder)[_MOST_KEPT:]:
+        _unlink(other)
+
+
+def _unlink(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.with_suffix(".coordinator").unlink(missing_ok=True)
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.json"), key=lambda path: (-path.stat().st_mtime_ns, path.name))
 
 
 def _read(path: Path) -> Manifest:

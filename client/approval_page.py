@@ -1,17 +1,18 @@
 """What a person reads before approving a run: what will run, what will leave, what it costs, and what forbids it."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from client.approval import Asked
+from client.approval import Approvals, Asked
 from client.policy import Broken, Policy
 from federation import protection
 from federation.accountant import epsilon
 from federation.manifest import Manifest, Privacy
 from federation.summed import shares_noise, update_bytes
 from model.decoder import DecoderConfig
+from tokenizer.errors import FedcometError
 
 
 def sections(asked: Asked) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -41,6 +42,19 @@ def terminal(asked: Asked, policy: Policy | None, broken: Iterable[Broken]) -> R
     else:
         parts.append("[green]The run keeps every rule of the policy that can be checked before it begins.[/]")
     return Group(*parts)
+
+
+def listed(approvals: Approvals, forbidden: Callable[[Manifest], list[Broken]]) -> list[str]:
+    """Give a line for each manifest that waits, and for each that was refused, with the rules that it breaks."""
+    lines = [f"{digest} waits for approval" for digest in approvals.waiting()]
+    for digest in approvals.refused():
+        try:
+            broken = forbidden(approvals.find(digest).manifest)
+            told = f" ({'; '.join(map(str, broken))})" if broken else ""
+        except FedcometError as problem:
+            told = f" ({problem})"
+        lines.append(f"{digest} was refused by the policy{told}")
+    return lines or ["No run waits for approval."]
 
 
 def _what_runs(asked: Asked) -> list[tuple[str, str]]:

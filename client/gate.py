@@ -10,7 +10,7 @@ only after the budget's ledger holds its charge, for just these bytes.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -101,8 +101,7 @@ class Gate:
                 broken += policy.check_survey(self.survey_privacy())
             case PrepareRequest():
                 manifest = Manifest.from_bytes(request.manifest)
-                broken += self._too_dear(policy, manifest)
-                self._admit_run(policy, manifest, coordinator, broken)
+                self._admit_run(policy, manifest, coordinator, broken, self._too_dear(policy, manifest))
             case TrainRequest() | EvaluateRequest() | AssessRequest():
                 run = self.archive.run(request.manifest_hash)
                 if isinstance(request, TrainRequest):
@@ -222,15 +221,32 @@ class Gate:
             return "unusable"
         return "" if policy is None else policy.sha256
 
-    def _admit_run(self, policy: Policy, manifest: Manifest, coordinator: str | None, broken: list[Broken]) -> None:
-        self.refuse([*broken, *policy.check(manifest, device=self.device)])
+    def _admit_run(
+        self,
+        policy: Policy,
+        manifest: Manifest,
+        coordinator: str | None,
+        broken: list[Broken],
+        dear: Sequence[Broken] = (),
+    ) -> None:
+        """Check a run.
+
+        Args:
+            broken: the rules that the request breaks by itself.
+            dear: those that the run breaks together with what the budget has spent.
+        """
+        of_run = [*dear, *policy.check(manifest, device=self.device)]
         approvals = Approvals(self.archive.path)
+        if of_run and all(each.rule != "runs.coordinators" for each in broken):  # strangers leave nothing here
+            approvals.refuse(manifest, coordinator or "")
+        self.refuse([*broken, *of_run])
         if policy.runs.manifests == "ask" and not approvals.approved(manifest.hash):
             approvals.wait(manifest, coordinator or "")
             raise SiteRefusal(
                 f"{self.name} has not approved the manifest {manifest.hash}; start the run again when a person there "
                 f"has looked at it: fedcomet site approve {manifest.hash[:16]}."
             )
+        approvals.drop(manifest.hash)
 
     def _too_dear(self, policy: Policy, manifest: Manifest) -> list[Broken]:
         """Whether the whole run fits into what the budget has left; each round is checked again when it is charged."""

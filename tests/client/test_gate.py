@@ -221,6 +221,38 @@ def test_many_manifests_do_not_fill_the_disk(tmp_path: Path) -> None:
     assert len(list((tmp_path / "waiting").iterdir())) == 40
 
 
+def test_a_run_that_the_policy_refuses_is_kept_for_a_person_to_see(files: SiteFiles, run: Run, ram_path: Path) -> None:
+    one, other = (Identity.at(ram_path / name) for name in ("one.key", "other.key"))
+    site, approvals = Site(files), Approvals(files.state)
+    asked = {"manifests": "ask", "coordinators": f'"{one.public}"'}
+    write(policy_of(files), "[work]\nmax_rounds = 1\n", **asked)
+    assert refused(site, other.sign_request(run.prepare())) == ["runs.coordinators", "work.max_rounds"]
+    assert approvals.refused() == [], "a stranger leaves nothing here"
+    assert refused(site, one.sign_request(run.prepare())) == ["work.max_rounds"]
+    assert (approvals.refused(), approvals.waiting()) == ([run.manifest.hash], [])
+    assert approvals.find(run.manifest.hash[:8]).coordinator == one.public
+    write(policy_of(files), **asked)
+    with pytest.raises(SiteRefusal, match="has not approved"):
+        site.answer(one.sign_request(run.prepare()))
+    assert (approvals.refused(), approvals.waiting()) == ([], [run.manifest.hash])
+    write(policy_of(files), "[work]\nmax_rounds = 1\n", **asked)
+    refused(site, one.sign_request(run.prepare()))
+    write(policy_of(files))
+    assert isinstance(site.answer(run.prepare()), PrepareReply)
+    assert (approvals.refused(), approvals.waiting()) == ([], []), "it runs"
+
+
+def test_many_refused_manifests_push_out_none_that_waits(tmp_path: Path) -> None:
+    approvals = Approvals(tmp_path)
+    manifest = tiny.plan().manifest(Codebook.build(Survey(tiny.plan().tokenizer)))
+    approvals.wait(manifest, "")
+    for seed in range(1, 31):
+        approvals.refuse(dataclasses.replace(manifest, seed=manifest.seed + seed), "")
+    assert approvals.waiting() == [manifest.hash]
+    assert len(approvals.refused()) == 20
+    assert len(list((tmp_path / "refused").iterdir())) == 40
+
+
 def test_a_tightened_policy_holds_in_the_middle_of_a_run(files: SiteFiles, run: Run) -> None:
     site = Site(files)
     site.answer(run.prepare())
