@@ -11,9 +11,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from client.approval import site_key
-from client.outbound import FIRST, Entry, Head, alone, behind, lines, read_entry, read_head
+from client.outbound import FIRST, Entry, Head, alone, behind, lines, read_entry, read_head, without_privacy
 from federation.identity import Identity, is_public_key
 from tokenizer.errors import ConfigError, DataError
+from tokenizer.wording import several
+
+_ENROLMENT = "EnrolRequest"
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class Audit:
         epsilons: privacy costs as the entries tell them ("ε = 1, δ = 1e-06"), each with its number of releases; the
             same bytes sent again are the same release.
         refusals: reasons of refusals with their number.
-        without_policy: messages that left while no usable policy was in force.
+        without_privacy: runs whose updates left without differential privacy, by manifest hash.
+        without_policy: messages that left while no usable policy was in force; enrolling comes before there is one.
         dropped_bytes: what crashes had left of messages that never left, and was dropped since.
         unfinished_bytes: the same, still behind the end.
     """
@@ -54,6 +58,7 @@ class Audit:
     runs: Mapping[str, Total] = field(default_factory=dict)
     epsilons: Mapping[str, int] = field(default_factory=dict)
     refusals: Mapping[str, int] = field(default_factory=dict)
+    without_privacy: tuple[str, ...] = ()
     without_policy: int = 0
     dropped_bytes: int = 0
     unfinished_bytes: int = 0
@@ -112,7 +117,8 @@ def terminal(found: Audit) -> RenderableType:
     whole = "[green]whole: every entry follows the one before it and is signed[/]"
     head.add_row("the list is", whole if found.broken is None else f"[red]broken[/] at {found.broken}")
     if found.without_policy:
-        head.add_row("without policy", f"[yellow]{found.without_policy:,} messages left while none was in force[/]")
+        told = several(found.without_policy, "message")
+        head.add_row("without policy", f"[yellow]{told} left while none was in force[/]")
     if found.dropped_bytes or found.unfinished_bytes:
         count = found.dropped_bytes + found.unfinished_bytes
         head.add_row("crashes", f"left {count:,} bytes of entries whose messages never left")
@@ -188,7 +194,10 @@ def _summed(entries: list[Entry], head: str, public: str) -> Audit:
         runs={run: Total(len(sizes), sum(sizes)) for run, sizes in sorted(runs.items())},
         epsilons={told: len(releases) for told, releases in sorted(costs.items())},
         refusals=dict(refusals.most_common()),
-        without_policy=sum(entry.message.policy in (None, "unusable") for entry in entries),
+        without_privacy=tuple(without_privacy(entry.message for entry in entries)),
+        without_policy=sum(
+            entry.message.policy in (None, "unusable") and entry.message.kind != _ENROLMENT for entry in entries
+        ),
         dropped_bytes=sum(entry.dropped_bytes for entry in entries),
     )
 

@@ -17,7 +17,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -26,15 +26,17 @@ from typing import Any
 
 from federation import canonical, masking
 from federation.identity import Identity, verify
-from federation.messages import Reply, SurveyReply, to_wire
+from federation.messages import Reply, SurveyReply, TrainReply, to_wire
 from tokenizer import durable
 from tokenizer.codebook import Survey
 from tokenizer.errors import DataError
+from tokenizer.wording import several
 
 FIRST = "0" * 64
 """What stands for the line before the first one."""
 
 _PURPOSE = "outbound"
+_UPDATES = (TrainReply.kind, masking.Masked.kind)
 _HEAD = "head.json"
 _FULL_BYTES = 4 << 20
 _SHORT_BYTES = 4096
@@ -209,6 +211,38 @@ def content_of(reply: Reply | masking.Reply) -> dict[str, Any]:
         for name in ("codes", "prefixes", "statics", "static_prefixes", "values", "gaps"):
             content["survey"][name] = len(getattr(survey, name))
     return content
+
+
+def without_privacy(messages: Iterable[Leaving]) -> list[str]:
+    """Give the runs whose updates left without differential privacy, in the order in which they began to.
+
+    A masked sum's message doesn't say whether it is an update, but of a private run each update has its cost.
+    """
+    private: dict[str, bool] = {}
+    for message in messages:
+        if message.run is not None and message.kind in _UPDATES:
+            private[message.run] = private.get(message.run, False) or message.epsilon is not None
+    return [run for run, has_cost in private.items() if not has_cost]
+
+
+def runs_without_privacy(folder: Path) -> list[str]:
+    """Give those of a list (`without_privacy`), without a look at the many entries that are no updates.
+
+    Raises:
+        DataError: an entry can't be read.
+    """
+    if not folder.is_dir():
+        return []
+    marks = [f'"{kind}"'.encode() for kind in _UPDATES]
+    found = ((place, line) for place, line in lines(folder, read_head(folder)) if any(mark in line for mark in marks))
+    return without_privacy(read_entry(line, place).message for place, line in found)
+
+
+def told_without_privacy(runs: Sequence[str]) -> str:
+    """Say that the runs' updates left without differential privacy; empty where there is none."""
+    if not runs:
+        return ""
+    return f"updates of {several(len(runs), 'run')} left without differential privacy: no epsilon is claimed for them"
 
 
 def files(folder: Path) -> list[Path]:

@@ -20,7 +20,16 @@ from rich.console import Console
 
 from client.approval import site_key
 from client.audit import Audit, audit, terminal
-from client.outbound import Head, Leaving, Outbound, content_of, lines, read_entry, read_head
+from client.outbound import (
+    Head,
+    Leaving,
+    Outbound,
+    content_of,
+    lines,
+    read_entry,
+    read_head,
+    runs_without_privacy,
+)
 from federation import canonical
 from federation.identity import Identity
 from federation.messages import Refusal
@@ -43,6 +52,13 @@ def filled(state: Path, entries: int = 7) -> Outbound:
     for number in range(entries):
         listed.note(message(number), NOW + timedelta(hours=number))
     return listed
+
+
+def shown(found: Audit) -> str:
+    console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(terminal(found))
+    console.file.close()
+    return console.export_text()
 
 
 def files(state: Path) -> list[Path]:
@@ -279,6 +295,30 @@ def test_the_bytes_of_the_last_day_are_counted(tmp_path: Path) -> None:
     assert listed.bytes_since(NOW + timedelta(hours=7)) == 0
 
 
+def test_enrolling_comes_before_any_policy_and_is_no_alarm(tmp_path: Path) -> None:
+    listed = outbound(tmp_path)
+    listed.note(Leaving("EnrolRequest", 9, "a" * 64, "control"), NOW)
+    assert audit(tmp_path).without_policy == 0
+    listed.note(dataclasses.replace(message(1), policy=None), NOW)
+    found = audit(tmp_path)
+    assert found.without_policy == 1
+    assert "1 message left while none was in force" in shown(found)
+
+
+def test_runs_whose_updates_left_without_privacy_are_named(tmp_path: Path) -> None:
+    listed = outbound(tmp_path)
+    assert runs_without_privacy(tmp_path / "outbound") == []
+    of = {run: Leaving("train.reply", 9, run * 64, "train", run=run * 64, policy="1" * 64) for run in "abcd"}
+    masked = dataclasses.replace(of["c"], kind="query.masked.reply")
+    statistics = dataclasses.replace(of["d"], kind="query.masked.reply")
+    private = dataclasses.replace(of["d"], kind="query.masked.reply", epsilon=1.0, delta=1e-6)
+    prepared = dataclasses.replace(of["b"], kind="query.prepare.reply")
+    for each in (of["a"], of["a"], masked, statistics, private, prepared):
+        listed.note(each, NOW)
+    assert runs_without_privacy(tmp_path / "outbound") == ["a" * 64, "c" * 64]
+    assert audit(tmp_path).without_privacy == ("a" * 64, "c" * 64)
+
+
 def test_costs_are_counted_once_per_release(tmp_path: Path) -> None:
     listed = outbound(tmp_path)
     private = dataclasses.replace(message(1), epsilon=1.0, delta=1e-6, policy=None)
@@ -288,10 +328,7 @@ def test_costs_are_counted_once_per_release(tmp_path: Path) -> None:
     found = audit(tmp_path)
     assert found.epsilons == {"ε = 1, δ = 1e-06": 2}
     assert found.without_policy == 4
-    console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(terminal(found))
-    console.file.close()
-    told = console.export_text()
+    told = shown(found)
     for part in ("whole", "ε = 1, δ = 1e-06", "because 1", "4 messages left while none", found.head):
         assert part in told
     assert "broken" in str(dataclasses.replace(found, broken="entry 3").to_plain())
