@@ -32,6 +32,7 @@ _AGAIN_S = 5.0
 _TRIES, _TRY_S = 5, 0.05
 _NODE = "supernode"
 _GOOD = ("waiting", "working")
+_STARTING_S = 60.0
 
 _log = logging.getLogger(__name__)
 
@@ -105,19 +106,20 @@ class _Daemon:
             "restarts": condition.ends,
             "control": self._line.problem or "fine",
         }
+        asked = self._line.asked.is_set()
+        trouble = self._line.clock or self._line.problem or (node.reason if asked else "")
         if free < durable.LEAST_FREE:
             told["reason"] = durable.full(self._home.state)
         elif refused := self._line.refused:
             told["reason"] = refused
-        elif not self._line.asked.is_set():
-            told["reason"] = self._line.problem or "the coordinator is about to be asked what it has heard of this site"
+        elif not well and trouble:
+            told["reason"] = trouble
+        elif not well and asked and not condition.running and condition.ends:
+            told["reason"] = "the node is started again in a moment"
         elif not well:
-            told["reason"] = (
-                self._line.clock
-                or self._line.problem
-                or node.reason
-                or ("the node is about to connect" if condition.running else "the node is started again in a moment")
-            )
+            before = "the coordinator is about to be asked what it has heard of this site"
+            told["reason"] = "the node is about to connect" if asked else before
+            told["starting"] = not condition.ends and time.time() - self._began < _STARTING_S
         return well, told
 
     def _measure(self, board: vitals.Vitals, well: bool) -> None:

@@ -81,6 +81,22 @@ def test_bundles_are_taken_from_whom_the_policy_lists_or_else_from_whom_the_site
         trusted_coordinators(SiteHome.open(home(tmp_path / "c", key, policy="version = 2\n")))
 
 
+def test_a_daemon_that_has_just_begun_starts_and_one_that_can_not_says_why(tmp_path: Path, key: str) -> None:
+    path = home(tmp_path / "icu", key)
+    (path / "state").mkdir()
+    begun = daemon._Daemon(SiteHome.open(path))
+    well, told = begun._health()
+    assert (well, told["starting"]) == (False, True)
+    begun._line.asked.set()
+    assert begun._health()[1]["reason"] == "the node is about to connect"
+    begun._folder.write("refused", "the coordinator does not know this site")
+    assert begun._health()[1]["reason"] == "the coordinator does not know this site"
+    assert "starting" not in begun._health()[1]
+    begun._folder.write("waiting")
+    begun._began -= 120
+    assert not begun._health()[1]["starting"], "it should have connected by now"
+
+
 def test_two_daemons_do_not_share_a_home(tmp_path: Path) -> None:
     with (
         daemon._alone(tmp_path),
