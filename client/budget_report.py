@@ -108,7 +108,11 @@ def table_of_reservations(found: Sequence[Charge], delta: float) -> "RenderableT
     """What is reserved, since when, and what it would give back, for a terminal."""
     from rich.table import Table
 
-    table = Table(title=f"Reserved and never charged; epsilon alone, at delta {delta:g}")
+    table = Table(
+        title=f"Reserved and not charged; epsilon alone, at delta {delta:g}",
+        caption="A round that is still open is reserved, too: while its run goes on, nothing needs to be done.",
+        caption_justify="left",
+    )
     for name in ("what", "run", "round", "last asked for (UTC)"):
         table.add_column(name)
     table.add_column("epsilon", justify="right")

@@ -5,7 +5,7 @@ Each part is looked at by itself: one that is damaged tells so in its place, and
 
 import json
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,7 +41,7 @@ class Outbound:
 
 @dataclass(frozen=True)
 class Waiting:
-    """A manifest that waits: its hash, what it would do, rules that it breaks, what approves it; or why it can't be."""
+    """A manifest not agreed to: its hash, what it would do, rules that it breaks, what approves it; or a problem."""
 
     hash: str
     sections: tuple[tuple[str, list[tuple[str, str]]], ...] = ()
@@ -77,6 +77,7 @@ class SiteView:
     outbound: Outbound | str
     budget: BudgetReport | str
     waiting: tuple[Waiting, ...]
+    refused: tuple[Waiting, ...]
     policy: Rules | str
     troubles: tuple[Trouble, ...]
 
@@ -90,12 +91,14 @@ class Window:
 
     def look(self) -> SiteView:
         """Look at it now."""
+        approvals = Approvals(self.home.state)
         return SiteView(
             name=self.home.name,
             certificate=_told(self._certificate),
             outbound=_told(self._outbound),
             budget=_told(self._budget),
-            waiting=tuple(self._waiting()),
+            waiting=tuple(self._looked_at(approvals, approvals.waiting())),
+            refused=tuple(self._looked_at(approvals, approvals.refused())),
             policy=_told(self._policy),
             troubles=tuple(troubles(self.home.path / "logs")),
         )
@@ -103,7 +106,8 @@ class Window:
     def stamp(self) -> str:
         """Give a text that changes with whatever the page shows, without reading much."""
         state = self.home.state
-        paths = [state / "outbound" / "head.json", state / "waiting", state / "approvals", self.home.policy]
+        paths = [state / "outbound" / "head.json", self.home.policy]
+        paths += [state / name for name in ("waiting", "refused", "approvals")]
         paths += [state / FILE, self.home.path / "logs" / "site.jsonl", self.home.certificate]
         found = [path.stat().st_mtime_ns if path.exists() else 0 for path in paths]
         return "-".join(str(each % 10**15) for each in found)
@@ -134,9 +138,8 @@ class Window:
         rules = Policy.read(self.home.policy)
         return Rules(self.home.policy.read_text(encoding="utf-8"), rules.sha256)
 
-    def _waiting(self) -> Iterator[Waiting]:
-        approvals = Approvals(self.home.state)
-        for digest in approvals.waiting():
+    def _looked_at(self, approvals: Approvals, hashes: Iterable[str]) -> Iterator[Waiting]:
+        for digest in hashes:
             try:
                 asked = approvals.find(digest)
                 yield Waiting(

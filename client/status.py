@@ -5,7 +5,7 @@ the list of what leaves as any other question; so they are read only where someb
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from client.approval import Approvals
+from client.archive import Archive
 from client.budget import FILE, Budget
 from client.home import SiteHome
 from client.link import Link
-from client.outbound import Entry
+from client.outbound import Entry, runs_without_privacy, told_without_privacy
 from client.policy import Policy
 from client.site_view import last_entries, troubles
 from federation import pki, vitals
@@ -38,6 +39,7 @@ def status(home: SiteHome, *, messages: bool = False) -> Plain:
         messages: also ask the coordinator for the texts of its people.
     """
     where = home.settings.coordinator
+    approvals = Approvals(home.state)
     told: Plain = {
         "site": home.name,
         "software": software_version(),
@@ -46,10 +48,13 @@ def status(home: SiteHome, *, messages: bool = False) -> Plain:
         "daemon": _daemon(home),
         "policy": _or_problem(lambda: _policy(home.policy)),
         "budget": _or_problem(lambda: _budget(home)),
-        "waiting": Approvals(home.state).waiting(),
+        "without_privacy": _or_problem(lambda: runs_without_privacy(home.state / "outbound")),
+        "waiting": approvals.waiting(),
+        "refused": approvals.refused(),
         "answers": _or_problem(lambda: _answers(home.state / "outbound")),
         "troubles": [vars(each) for each in troubles(home.path / "logs")[:_TROUBLES]],
     }
+    told["names"] = _names(home.state, [*told["waiting"], *told["refused"], *_runs(told["answers"])])
     if messages:
         told["messages"] = _or_problem(lambda: _messages(home))
     return told
@@ -64,10 +69,13 @@ def table(found: Plain) -> Table:
     shown.add_row("daemon", _daemon_text(found["daemon"]))
     shown.add_row("policy", _policy_text(found["policy"]))
     shown.add_row("budget", _budget_text(found["budget"]))
-    _add(
-        shown, "waits", (Text(f"{each[:16]}  (see it: fedcomet site approve {each[:8]})") for each in found["waiting"])
-    )
-    _add(shown, "answered", _lines(found["answers"], _answer_text))
+    if told := told_without_privacy(_list(found["without_privacy"])):
+        shown.add_row("", Text(told, "yellow"))
+    names = found["names"]
+    _add(shown, "waits", (_run_to_see(each, names) for each in found["waiting"]))
+    if found["refused"]:
+        _add(shown, "refused", (_run_to_see(each, names) for each in found["refused"]))
+    _add(shown, "answered", _lines(found["answers"], lambda each: _answer_text(each, names)))
     _add(shown, "log", (Text(f"{each['time'][:19]} {each['message']}", "yellow") for each in found["troubles"]))
     if "messages" in found:
         _add(
@@ -143,6 +151,22 @@ def _answer(entry: Entry) -> Plain:
     }
 
 
+def _runs(answers: Any) -> list[str]:
+    return [each["run"] for each in _list(answers) if each["run"]]
+
+
+def _names(state: Path, runs: Iterable[str]) -> dict[str, str]:
+    """The names of runs whose manifests are here, by hash."""
+    approvals, archive = Approvals(state), Archive(state)
+    kept, names = {*approvals.waiting(), *approvals.refused()}, {}
+    for run in dict.fromkeys(runs):
+        try:
+            names[run] = (approvals.find(run).manifest if run in kept else archive.run(run).manifest()).name
+        except (FedcometError, OSError):
+            continue
+    return names
+
+
 def _messages(home: SiteHome) -> list[Plain]:
     with Link(home) as link:
         found = link.messages()
@@ -161,6 +185,11 @@ def _or_problem(look: Callable[[], Any]) -> Any:
         return {"problem": f"{problem.filename or 'a file'}: can't be read ({problem.strerror})."}
 
 
+def _list(found: Any) -> list[Any]:
+    """A part that is a list; nothing where it can't be read."""
+    return found if isinstance(found, list) else []
+
+
 def _problem(found: Any) -> Text | None:
     return Text(found["problem"], "red") if isinstance(found, dict) and "problem" in found else None
 
@@ -176,6 +205,8 @@ def _certificate_text(found: Plain) -> Text:
 def _daemon_text(found: Plain) -> Text:
     if not found["running"]:
         return Text(f"not running ({found['reason']}); start it: fedcomet site run", "red")
+    if found.get("starting"):
+        return Text(f"starting: {found['reason']}")
     if not found["healthy"]:
         return Text(f"running, not well: {found.get('reason', 'no reason given')}", "yellow")
     control = "" if found["control"] == "fine" else f"; control: {found['control']}"
@@ -200,9 +231,15 @@ def _budget_text(found: Plain | None) -> Text:
     return Text(f"epsilon {found['epsilon']:.3f}{limit} at delta {found['delta']:g}")
 
 
-def _answer_text(answer: Plain) -> Text:
-    number = answer["round"] and f"round {answer['round']}"
-    about = " ".join(filter(None, (answer["what"], (answer["run"] or "")[:8], number)))
+def _run_to_see(run: str, names: Mapping[str, str]) -> Text:
+    named = f"{names[run]} ({run[:16]})" if run in names else run[:16]
+    return Text(f"{named}  (see it: fedcomet site approve {run[:8]})")
+
+
+def _answer_text(answer: Plain, names: Mapping[str, str]) -> Text:
+    number, run = answer["round"] and f"round {answer['round']}", answer["run"] or ""
+    named = f"{names[run]} ({run[:8]})" if run in names else run[:8]
+    about = " ".join(filter(None, (answer["what"], named, number)))
     reason = f": {answer['reason']}" if answer["reason"] else ""
     return Text(f"{answer['at'][:19]}  {about}, {answer['bytes']:,} bytes{reason}")
 

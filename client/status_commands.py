@@ -49,13 +49,17 @@ def budget(home: Home, json: Json = False) -> None:
     from client.budget import FILE, Budget
     from client.budget_report import report, reservations, table_of_reservations, tables
     from client.home import SiteHome
+    from client.outbound import runs_without_privacy, told_without_privacy
     from client.policy import Policy
     from federation import canonical
 
     opened = SiteHome.open(home)
     place = opened.settings.site.budget or opened.state / FILE
+    unprotected = runs_without_privacy(opened.state / "outbound")
     if isinstance(place, Path) and not place.exists():
         print("null" if json else "nothing private was released here, so nothing is spent")
+        if unprotected and not json:
+            print(told_without_privacy(unprotected))
         return
     with Budget.open(place, Policy.read(opened.policy).limit, begin=False) as ledger:
         found, reserved = report(ledger), reservations(ledger.charges())
@@ -65,10 +69,14 @@ def budget(home: Home, json: Json = False) -> None:
         ]
         print(
             encoder.dumps(
-                {**encoder.loads(canonical.encode(found)), "reserved": releases}, indent=2, ensure_ascii=False
+                {**encoder.loads(canonical.encode(found)), "reserved": releases, "without_privacy": unprotected},
+                indent=2,
+                ensure_ascii=False,
             )
         )
         return
     console = Console(highlight=False)
     for part in [*tables(found), *([table_of_reservations(reserved, found.delta)] if reserved else [])]:
         console.print(part)
+    if unprotected:
+        console.print(f"[yellow]{told_without_privacy(unprotected)}[/]")

@@ -4,15 +4,18 @@ import html
 import json
 import os
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from client.approval import Approvals
+from client.approval import Approvals, site_key
 from client.dashboard import dashboard
 from client.home import SiteHome
+from client.outbound import Leaving, Outbound
 from client.site_view import Window, troubles
+from federation.identity import Identity
 from tests.watched import Browser, site_home
 
 TOKEN = "the token that was printed"
@@ -69,6 +72,24 @@ def test_the_page_changes_nothing(home: SiteHome) -> None:
     said(browser)
     assert browser.post("/", {}).status_code == 405
     assert {path: path.read_bytes() for path in home.path.rglob("*") if path.is_file()} == before
+
+
+def test_a_refused_run_and_updates_without_privacy_are_told(home: SiteHome) -> None:
+    browser = visitor(dashboard(home, TOKEN))
+    assert "Refused by the policy" not in said(browser)
+    approvals = Approvals(home.state)
+    (digest,) = approvals.waiting()
+    approvals.refuse(approvals.find(digest).manifest, "")
+    listed = Outbound(home.state / "outbound", Identity.at(site_key(home.state)))
+    listed.note(Leaving("train.reply", 10, "1" * 64, "train", run=digest, policy="1" * 64), datetime.now(UTC))
+    text = said(browser)
+    for told in (
+        "0 runs wait for approval",
+        f"Refused by the policy stroke-2026 {digest[:16]}",
+        "privacy.training : the run has no differential privacy",
+        "Updates of 1 run left without differential privacy : no epsilon is claimed",
+    ):
+        assert told in text, told
 
 
 def test_a_changed_entry_breaks_the_list_and_is_named(home: SiteHome) -> None:

@@ -1,6 +1,7 @@
 """What a site's people type to see how it stands, to approve with no more than their home, and to audit it."""
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,13 @@ from typer.testing import CliRunner, Result
 
 import fedcomet
 from client import daemon, status
-from client.approval import Approvals
+from client.approval import Approvals, site_key
+from client.budget import Budget, Release
 from client.home import SiteHome
+from client.outbound import Leaving, Outbound
+from client.policy import PolicyRefusal
+from federation.accountant import Gaussian, Mechanisms
+from federation.identity import Identity
 from federation.vitals import Vitals
 from tests.watched import site_home
 
@@ -104,6 +110,57 @@ def test_an_approval_needs_no_more_than_the_home(home: SiteHome) -> None:
     assert f"approved: {waits}" in done.output
     assert "The coordinator could not be told" in done.output, "it is away here; the approval holds"
     assert Approvals(home.state).approved(waits)
+
+
+def test_a_refused_run_is_shown_with_its_rules_and_not_signed_while_it_breaks_them(home: SiteHome) -> None:
+    approvals = Approvals(home.state)
+    (digest,) = approvals.waiting()
+    approvals.refuse(approvals.find(digest).manifest, "")
+    assert f"stroke-2026 ({digest[:16]})  (see it:" in call("site", "status", home.path).output
+    assert json.loads(call("site", "status", home.path, "--json").output)["refused"] == [digest]
+    listed = call("site", "approve", "--home", home.path).output
+    assert f"{digest} was refused by the policy (privacy.training: the run has no differential privacy" in listed
+    with pytest.raises(PolicyRefusal, match=r"privacy\.training"):
+        call("site", "approve", digest[:8], "--home", home.path, "--yes")
+    assert not approvals.approved(digest)
+    home.policy.write_text("version = 1\n[privacy]\ntraining = 'optional'\n[secure_aggregation]\nrequired = false\n")
+    assert f"{digest} was refused by the policy\n" in call("site", "approve", "--home", home.path).output
+    assert f"approved: {digest}" in call("site", "approve", digest[:8], "--home", home.path, "--yes").output
+    assert call("site", "approve", "--home", home.path).output == "No run waits for approval.\n"
+
+
+def test_updates_without_privacy_are_told_beside_the_budget_and_by_their_run_s_name(home: SiteHome) -> None:
+    told = "updates of 1 run left without differential privacy: no epsilon is claimed for them"
+    for command in ("status", "budget"):
+        assert told not in call("site", command, home.path).output
+    (digest,) = Approvals(home.state).waiting()
+    listed = Outbound(home.state / "outbound", Identity.at(site_key(home.state)))
+    listed.note(Leaving("train.reply", 10, "1" * 64, "train", run=digest, round=1, policy="1" * 64), datetime.now(UTC))
+    for command in ("status", "budget"):
+        assert told in call("site", command, home.path).output
+    assert f"train.reply stroke-2026 ({digest[:8]}) round 1, 10 bytes" in call("site", "status", home.path).output
+    assert json.loads(call("site", "budget", home.path, "--json").output)["without_privacy"] == [digest]
+    (home.state / "budget.sqlite").unlink()
+    assert told in call("site", "budget", home.path).output
+
+
+def test_a_reservation_of_an_open_round_asks_for_nothing(home: SiteHome) -> None:
+    with Budget.open(home.state / "budget.sqlite") as budget:
+        budget.reserve(Release("5a" * 32, 4, "training", Mechanisms((Gaussian(1.1, 0.01, 200),)), "q"))
+    shown = " ".join(call("site", "budget", home.path).output.split())
+    assert "while its run goes on, nothing needs to be done" in shown
+
+
+def test_a_site_that_starts_is_not_unwell(home: SiteHome) -> None:
+    told = {"site": "bergen", "node": "connecting", "reason": "the node is about to connect", "starting": True}
+    vitals = Vitals(0, lambda: (False, told), "x")
+    try:
+        shown = call("site", "status", with_health_port(home, vitals.port).path)
+    finally:
+        vitals.close()
+    assert "starting: the node is about to connect" in shown.output
+    assert "not well" not in shown.output
+    assert shown.exit_code == 1, "it takes no part yet"
 
 
 def test_an_audit_takes_the_home_as_well_as_the_state(home: SiteHome) -> None:
