@@ -76,7 +76,9 @@ def budget(home: Home, json: Json = False) -> None:
         )
         return
     console = Console(highlight=False)
-    for part in [*tables(found), *([table_of_reservations(reserved, found.delta)] if reserved else [])]:
+    for part in tables(found):
         console.print(part)
     if unprotected:
         console.print(f"[yellow]{told_without_privacy(unprotected)}[/]")
+    if reserved:
+        console.print(table_of_reservations(reserved, found.delta))
