@@ -66,7 +66,7 @@ def test_beginnings_of_too_few_patients_are_not_used(site: tuple[Path, Path, Pat
 @pytest.mark.slow
 def test_a_server_learns_from_made_up_timelines_alone(tmp_path: Path) -> None:
     text = GRID.split("[[axis]]", maxsplit=1)[0].replace("seeds = [1, 2]", "seeds = [1]") + (
-        '[set]\narms = ["federated", "alone", "pooled", "synthesis"]\n"training.local_steps" = 20\n'
+        '[set]\narms = ["federated", "alone", "pooled", "synthesis"]\n"training.local_steps" = 60\n'
         '"training.learning_rate" = 0.02\n"synthesis.least_patients" = 2\n'
     )
     (cell,) = grid.cells(grid.read(written(tmp_path, text)))
