@@ -167,7 +167,7 @@ OF_TINY = """
 [[entry]]
 name = "tiny"
 section = "Here"
-shows = "the interaction study, much smaller: how far behind the best possible, slope, gradient boosting"
+shows = "the interaction study, much smaller: how far behind the best possible, Brier score, gradient boosting"
 command = "fedcomet simulate tiny.toml --out {out} --workers 1"
 seed = 11
 result = "report"
@@ -175,7 +175,7 @@ figure = [
   { key = "kidney_injury_90d / federated / auroc", low = 0.0, high = 1.0 },
   { key = "kidney_injury_90d / true risk / known behind", expected = 0.0, tolerance = 1e-9 },
   { key = "kidney_injury_90d / federated / known behind", low = 0.0 },
-  { key = "kidney_injury_90d / federated / slope", low = -1e6, high = 1e6 },
+  { key = "kidney_injury_90d / federated / brier", low = 0.0, high = 1.0 },
   { key = "kidney_injury_90d / gradient boosting, pooled / difference", low = -1.0, high = 1.0 },
 ]
 """
