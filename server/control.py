@@ -20,9 +20,9 @@ from federation.pki import Member, Role
 from server.enrolment import Enrolment
 from server.ledger import Ledger
 from server.ledger_entries import BudgetEntry, EventEntry, LedgerRefusal, MemberEntry, RunEntry
-from server.reasons import many
 from server.tables import RunState
 from tokenizer.errors import FedcometError
+from tokenizer.wording import several
 
 _ALL = frozenset(Role)
 _READERS, _LEADERS = frozenset({Role.COORDINATOR, Role.VIEWER}), frozenset({Role.COORDINATOR})
@@ -224,7 +224,7 @@ class Control:
         self._ledger.members.seen(caller.name, printable(told.version)[:64])
         # In steps of two, so that the ledger hears of what changes, not of every gigabyte.
         free = 1 << (told.free_gigabytes.bit_length() - 1) if told.free_gigabytes else 0
-        waiting = many(told.queue, "run waits for approval", "runs wait for approval")
+        waiting = several(told.queue, "run waits for approval", "runs wait for approval")
         state = f"{waiting}, {free:,} GB or more are free"
         if self._told.get(caller.name) != state:
             self._told[caller.name] = state

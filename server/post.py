@@ -31,10 +31,11 @@ from federation.messages import (
 from federation.polls import Polls
 from server.journal import Journal, SiteEntry, Status
 from server.plan import FederationPlan
-from server.reasons import gathered, many
+from server.reasons import gathered
 from server.rounds import Answer, Event, Listener
 from tokenizer.codebook import Codebook
 from tokenizer.errors import ConfigError, FedcometError
+from tokenizer.wording import several
 
 W = TypeVar("W", bound=Weighted)
 
@@ -248,7 +249,7 @@ def too_few(
         why: why each of the others is missing, if that can be known.
         none: what is told where no site has said why.
     """
-    begin = f"{many(len(there), *does)}, at least {least} {'is' if least == 1 else 'are'} needed"
+    begin = f"{several(len(there), *does)}, at least {least} {'is' if least == 1 else 'are'} needed"
     if why is None:
         return TooFewSites(f"{begin}.")
     return TooFewSites(f"{begin} ({gathered(why, PRINTABLE - len(begin) - len(' ().')) or none}).")

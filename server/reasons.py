@@ -10,11 +10,6 @@ _NAMES = 3
 """How many sites of one reason are named where there is no room for all."""
 
 
-def many(number: int, one: str, more: str) -> str:
-    """Count something: `1 site`, `2 sites`."""
-    return f"{number:,} {one if number == 1 else more}"
-
-
 def gathered(reasons: Mapping[str, str], most: int) -> str:
     """Give why each site is missing, in at most so many characters; sites with the same reason stand together.
 

@@ -39,10 +39,11 @@ from server.aggregate import Combined, GlobalState, TooFewUpdates, Update, combi
 from server.assessment import Assessment
 from server.central import PREFIX, CentralPlan
 from server.journal import GIVEN_UP, Checkpoint, Journal, Phase, ReplyEntry, ScoreEntry, Status, SumEntry, Work
-from server.reasons import gathered, many
+from server.reasons import gathered
 from server.sums import MaskedSum, SumStore
 from server.unmask import Opening
 from tokenizer.errors import FedcometError
+from tokenizer.wording import several
 
 TUNING = "tuning"
 """The split whose loss is followed from round to round."""
@@ -551,7 +552,7 @@ class Rounds:
 
     def _failure(self, accepted: int, least: int, replies: list[ReplyEntry]) -> str:
         begin = (
-            f"Round {self.number} has {many(accepted, 'usable update', 'usable updates')}, at least {least} "
+            f"Round {self.number} has {several(accepted, 'usable update', 'usable updates')}, at least {least} "
             f"{'is' if least == 1 else 'are'} needed ("
         )
         end = "). Once the sites can answer, start the same run again: it continues with this round."

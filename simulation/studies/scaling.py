@@ -23,7 +23,7 @@ from tokenizer.errors import DataError
 Floats = NDArray[np.float64]
 _DELTA = 1e-3
 _SCALE = 1e6  # so that the optimizer does not think that it has arrived
-_SAME = 0.25  # computes within so many natural logarithms are one profile: rounds are whole, so none is met exactly
+_SAME = 0.15  # computes within so many natural logarithms are one profile
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Why sites are missing is told in a few characters: who gives one reason stands together, and no word is cut."""
 
-from server.reasons import gathered, many
+from server.reasons import gathered
 
 
 def test_sites_with_one_reason_stand_together() -> None:
@@ -34,7 +34,3 @@ def test_the_last_sites_are_counted_where_there_is_no_room() -> None:
     alike = gathered(dict.fromkeys(reasons, "no answer"), 100)
     assert alike == "site-0, site-1, site-2 and 37 more: no answer"
     assert len(gathered({"a" * 64: "b" * 500, "c" * 64: "d" * 500}, 100)) <= 100
-
-
-def test_one_is_no_plural() -> None:
-    assert [many(number, "site", "sites") for number in (0, 1, 1000)] == ["0 sites", "1 site", "1,000 sites"]
