@@ -6,11 +6,12 @@
 
 One window of each patient. "plain" is the gradient of the batch's mean loss, as training without privacy makes it;
 "private" the sum of per-patient gradients, each clipped (`model.clipping`); "one at a time" the same with a single
-patient under way, as a loop over patients does it. Before timing, the norms are compared with those of plain backward
-passes of each patient. Each side runs in a process of its own, in turn; memory is the process's peak over that of one
-that has loaded the model only. On a GPU both compute in bfloat16, and "one at a time" is left out unless `--sides`
-names it. With `--step` both take the whole step, noise, AdamW and all; noise is drawn once a step, however many
-patients it has. Every round is printed to stderr, so a run that is cut off still tells something.
+patient under way, as a loop over patients does it; "as rows" writes out gradients of single patients, as "private" does
+on CPUs. Before timing, the norms are compared with those of plain backward passes of each patient. Each side runs in a
+process of its own, in turn; memory is the process's peak over that of one that has loaded the model only. On a GPU all
+compute in bfloat16, and "one at a time" is left out unless `--sides` names it. With `--step` both take the whole step,
+noise, AdamW and all; noise is drawn once a step, however many patients it has. Every round is printed to stderr, so a
+run that is cut off still tells something.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from model.private import PrivateOptions, PrivateTrainer, Secret
 from model.train import Trainer, TrainOptions
 from tokenizer.windows import Batch
 
-SIDES = ("plain", "private", "as products", "one at a time")
+SIDES = ("plain", "private", "as rows", "one at a time")
 OPTIONS = TrainOptions(lr=1e-5, warmup_steps=0)
 
 
@@ -87,8 +88,8 @@ def measure(side: str, given: argparse.Namespace) -> None:
     work: dict[str, Callable[[], object]] = {
         "plain": lambda: plain(decoder, batch),
         "private": lambda: clipped_sum(decoder, batch, 1.0, autocast=autocast),
-        "as products": lambda: clipped_sum(decoder, batch, 1.0, factored=True, autocast=autocast),
-        "one at a time": lambda: clipped_sum(decoder, batch, 1.0, budget_bytes=1, autocast=autocast),
+        "as rows": lambda: clipped_sum(decoder, batch, 1.0, factored=False, autocast=autocast),
+        "one at a time": lambda: clipped_sum(decoder, batch, 1.0, budget_bytes=1, factored=False, autocast=autocast),
     }
     if given.step:
         whole = Trainer(decoder, OPTIONS)

@@ -15,7 +15,7 @@ K head width.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -99,9 +99,10 @@ class SegmentPlan:
 def _attend_flat(q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, ends: Tensor, longest: int) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    grouped = q_NHK.shape[1] != k_NGK.shape[1]
+    # Groups of queries are asked for only where there are some: older releases of PyTorch don't know the word.
+    attend = varlen_attn if q_NHK.shape[1] == k_NGK.shape[1] else partial(varlen_attn, enable_gqa=True)
     # The window (-1, 0) is all of the past and nothing of the future.
-    out = varlen_attn(q_NHK, k_NGK, v_NGK, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=grouped)
+    out = attend(q_NHK, k_NGK, v_NGK, ends, ends, longest, longest, window_size=(-1, 0))
     assert isinstance(out, Tensor)
     return out
 

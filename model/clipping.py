@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -79,7 +80,7 @@ def clipped_sum(
     clip: float,
     *,
     budget_bytes: int | None = None,
-    factored: bool = False,
+    factored: bool | None = None,
     autocast: Autocast = nullcontext,
 ) -> Clipped:
     """Sum the gradients of each patient's mean loss, each clipped to the norm `clip`.
@@ -90,7 +91,8 @@ def clipped_sum(
         clip: largest Euclidean norm of a patient's share, over all parameters together.
         budget_bytes: for gradients of single patients; one at least is held. None takes `BUDGET_BYTES`.
         factored: whether gradients are kept as products (`model.shares`), for which there is no budget and which need
-            Triton. Meant for many short windows on a GPU; off unless asked for, as it has run in the interpreter only.
+            Triton. None does so on GPUs where Triton is: whatever the batch, since a choice that one patient's window
+            could tip would round everybody else's share in another way.
         autocast: makes the context in which the decoder computes.
 
     Returns:
@@ -113,6 +115,8 @@ def clipped_sum(
     threads = torch.get_num_threads()
     device = decoder.embed_tokens.weight.device
     on_cpu = device.type == "cpu"
+    if factored is None:
+        factored = device.type == "cuda" and find_spec("triton") is not None
     teams = max(1, min(_MOST_TEAMS, threads, len(batch.lengths))) if on_cpu and not factored else 1
     held = BUDGET_BYTES["cpu" if on_cpu else "other"] if budget_bytes is None else budget_bytes
     most = len(batch.lengths) if factored else max(1, held // (places.size * 4 * teams))
