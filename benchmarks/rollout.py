@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from benchmarks.qwen import qwen_of
-from model.clock import Clock
+from model.clock import Clock, Waits
 from model.decoder import Decoder, preset
 from model.rollout import Prompt, Stop, rollout
 from tokenizer import sketch
@@ -61,7 +61,9 @@ def main() -> None:
 
     # No token ends a timeline here: both sides sample exactly `tokens` tokens per row.
     nothing = np.zeros(vocab, dtype=bool)
-    clock = Clock(np.zeros(vocab, dtype=np.int64), 1, np.arange(vocab) == 1, nothing, nothing)
+    clock = Clock(
+        Waits.of(np.arange(0), np.empty((0, 1), dtype=np.int64), vocab), 1, np.arange(vocab) == 1, nothing, nothing
+    )
     settings = {
         "trajectories": TRAJECTORIES, "stop": Stop([], None, given.tokens), "seed": 0, "batch_rows": given.rows,
     }  # fmt: skip

@@ -313,7 +313,8 @@ def _estimates(drawn: Draws, task: Task | None) -> Estimates:
     yes, told = drawn.yes.sum(axis=1), drawn.told.sum(axis=1)
     overall = yes.sum() / told.sum() if told.any() else 0.5
     safe = np.where(told > 0, told, 1.0)
-    risk = np.where(told > 0, np.minimum(yes / safe, 1.0), overall)
+    # Below 0 by chance where codes have several tokens (`model.guide`).
+    risk = np.where(told > 0, np.clip(yes / safe, 0.0, 1.0), overall)
     resolved = np.isin(drawn.reason, (Reason.EVENT, Reason.HORIZON)) & drawn.used
     number = drawn.used.sum(axis=1)
     found = Estimates(
@@ -332,8 +333,8 @@ def _estimates(drawn: Draws, task: Task | None) -> Estimates:
         found = replace(
             found,
             grid_days=grid_days(task),
-            curve=np.minimum(curves[:, 0], 1.0),
-            competing=np.minimum(curves[:, 1], 1.0),
+            curve=np.clip(curves[:, 0], 0.0, 1.0),
+            competing=np.clip(curves[:, 1], 0.0, 1.0),
         )
     if task.kind == "set":
         known = ~np.isnan(drawn.codes)

@@ -57,7 +57,7 @@ class Head:
             masks: what may be drawn.
             places: int64 [B], which of the masks each row has.
             wide: rows before this one get all scores, the others only those of the few tokens that they may draw.
-            also: int64 [E], wide rows, and bool [E, V], tokens forbidden to them besides.
+            also: int64 [E], wide rows, and float32 [E, V], logarithms of what their chances are multiplied by.
         """
         if self._sharpness != 1.0:
             hidden_BD = hidden_BD * self._sharpness
@@ -67,8 +67,8 @@ class Head:
             masks.hide_(scores[:, : self._vocab], places[:wide])
             scores[:, self._vocab :] = -torch.inf
             if len(also[0]):
-                rows, forbidden = (torch.from_numpy(x).to(scores.device) for x in also)
-                scores[rows, : self._vocab] = scores[rows, : self._vocab].masked_fill_(forbidden, -torch.inf)
+                rows, factors = (torch.from_numpy(x).to(scores.device) for x in also)
+                scores[rows, : self._vocab] += factors
             torch.softmax(scores, 1, out=chances_BV[:wide])
         if wide < len(hidden_BD):
             tokens_BA, bias_BA = masks.few(places[wide:])

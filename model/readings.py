@@ -61,7 +61,7 @@ def _trajectories(
     for prediction in range(predictions):
         for number in range(count):
             sampled = rolled.trajectory(prediction, number)
-            clock = np.cumsum(codebook.advance_us[sampled]) - elapsed_us[prediction]
+            clock = np.cumsum(rolled.passed(prediction, number)) - elapsed_us[prediction]
             places, nodes = codebook.grammar.events(sampled)
             at = np.maximum(clock[places], 0)
             inside = at <= (np.iinfo(np.int64).max if task.horizon_us is None else task.horizon_us)

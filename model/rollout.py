@@ -7,10 +7,12 @@ Notable choices:
   logits by rounding only (about 1e-6), so a trajectory changes only if a draw falls that close to a boundary.
 - When a window is full, its oldest tokens go, header tokens stay, and the rest is computed anew. What the decoder
   then sees is what it would see from scratch; no stale state survives.
+- How long an interval lasts is drawn from the gaps of its class, which may be wide: with one time for all of "2-6mo",
+  no event that follows it could come within 90 days. That a horizon passes is told as a chance, from all its times.
 - The prompt's patient is known to have had no event between the last one and the prediction. While a trajectory's clock
-  is before the prediction, only intervals that reach it (or the end of the timeline) can be drawn: nothing is
-  simulated into a time that is already known to be empty.
-
+  is before the prediction, only intervals that reach it (or the end of the timeline) can be drawn, each as probable as
+  the model finds it times the share of its class that is as long: nothing is simulated into a time that is already
+  known to be empty.
 - Only tokens that the codebook's grammar allows can be drawn (`model.guide`): every trajectory is a valid timeline.
 
 The module knows codes by masks only; what an outcome is, tasks decide.
@@ -48,6 +50,7 @@ _ROWS = 256
 _ROWS_ON_DEVICES = 4096
 ENCOUNTER_ENDS = ("ENCOUNTER_END", "HOSPITAL_DISCHARGE")
 _NO_TOKENS = np.empty(0, dtype=np.int32)
+_NO_TIMES = np.empty(0, dtype=np.int64)
 
 
 class Reason(IntEnum):
@@ -115,9 +118,11 @@ class Rollouts:
         tokens_sampled: int32 [P, R].
         chances: float64 [P, R, K + 1], for each of the K outcomes, and last for the horizon: the probabilities that
             the next token brings it, summed over the steps of the trajectory. Their mean over trajectories is the
-            chance that a trajectory ends so.
+            chance that a trajectory ends so. Where codes have several tokens, single ones may be below 0
+            (`model.guide`).
         altered: what made the draws differ from the model's own probabilities (temperature, top_p); empty if nothing.
         tokens: int32 [sum], all sampled tokens in the order of `offsets`; None unless kept.
+        passed_us: int64 [sum], the time that passes with each of them; None unless kept.
         offsets: int64 [P * R + 1]; None unless kept.
         curve: float64 [P, R, K, G], chances of each outcome by when it would come: cell g is behind `grid_us[g - 1]`
             and by `grid_us[g]`; None without a grid.
@@ -132,6 +137,7 @@ class Rollouts:
     tokens: np.ndarray | None = None
     offsets: np.ndarray | None = None
     curve: np.ndarray | None = None
+    passed_us: np.ndarray | None = None
 
     def trajectory(self, prompt: int, trajectory: int) -> np.ndarray:
         """Sampled tokens, int32, of one trajectory.
@@ -139,10 +145,21 @@ class Rollouts:
         Raises:
             ConfigError: when the rollout kept no tokens.
         """
-        if self.tokens is None or self.offsets is None:
+        return self._of(self.tokens, prompt, trajectory)
+
+    def passed(self, prompt: int, trajectory: int) -> np.ndarray:
+        """Time in us, int64, that passes with each sampled token of one trajectory.
+
+        Raises:
+            ConfigError: when the rollout kept no tokens.
+        """
+        return self._of(self.passed_us, prompt, trajectory)
+
+    def _of(self, kept: np.ndarray | None, prompt: int, trajectory: int) -> np.ndarray:
+        if kept is None or self.offsets is None:
             raise ConfigError("this rollout kept no tokens; run it with keep_tokens=True")
         row = prompt * self.reason.shape[1] + trajectory
-        return self.tokens[self.offsets[row] : self.offsets[row + 1]]
+        return kept[self.offsets[row] : self.offsets[row + 1]]
 
 
 @torch.inference_mode()
@@ -232,8 +249,8 @@ class _Settings:
 
     def check(self, decoder: Decoder, clock: Clock, rules: "Grammar | None") -> None:
         vocab, stop = decoder.config.vocab, self.stop
-        if len(clock.advance_us) != vocab:
-            raise ConfigError(f"rollout: the codebook has {len(clock.advance_us)} tokens, the decoder {vocab}")
+        if len(clock.never) != vocab:
+            raise ConfigError(f"rollout: the codebook has {len(clock.never)} tokens, the decoder {vocab}")
         events = vocab if rules is None else rules.nodes
         for place, mask in enumerate(stop.outcomes):
             if mask.shape != (events,) or mask.dtype != np.bool_:
@@ -278,10 +295,10 @@ class _Run:
             never=clock.never,
             device=self._device,
         )
+        self._guide.look_ahead(self._after)
         most = max(1, min(settings.batch_rows, len(prompts) * trajectories))
         self._head = Head(decoder, settings.temperature, settings.top_p, most)
         self.cache = _cache(decoder, most, settings, [len(prompt.tokens) for prompt in prompts])
-        self._passing = np.flatnonzero(clock.advance_us)
         keys = [place if prompt.key is None else prompt.key for place, prompt in enumerate(prompts)]
         self._key = np.repeat(np.array(keys, dtype=np.int64), trajectories)
         self._trajectory = settings.first + np.tile(np.arange(trajectories), len(prompts))
@@ -296,10 +313,22 @@ class _Run:
         self.reason = np.full(rows, -1, dtype=np.int8)
         # Of rows under way: the tokens drawn, in a slot each; the window, and how many of the drawn ones it holds.
         self._drawn = np.empty((most, stop.max_tokens), dtype=np.int32)
+        self._passed = np.empty((most, stop.max_tokens if settings.keep_tokens else 0), dtype=np.int64)
         self._slot = np.full(rows, -1, dtype=np.int64)
         self._free_slots = list(range(most))
         self._window: dict[int, tuple[np.ndarray, int]] = {}
-        self._kept: list[np.ndarray] | None = [_NO_TOKENS] * rows if settings.keep_tokens else None
+        self._kept: list[tuple[np.ndarray, np.ndarray]] | None = None
+        if settings.keep_tokens:
+            self._kept = [(_NO_TOKENS, _NO_TIMES)] * rows
+
+    def _after(self, paths: Sequence[Sequence[int]]) -> np.ndarray:
+        """Chances of the next token after some tokens of a patient of whom little else is known: float64 [S, V]."""
+        header = self._clock.header()
+        paths = [[*header, *path] for path in paths]
+        lengths = torch.tensor([len(path) for path in paths])
+        tokens = torch.tensor([token for path in paths for token in path], device=self._device)
+        hidden = self._decoder(tokens, lengths)[lengths.cumsum(0).to(self._device) - 1]
+        return torch.softmax(self._decoder.logits(hidden).double(), 1).cpu().numpy()
 
     def board(self, tasks: Sequence[Boarding]) -> None:
         """Compute windows and draw the first token of every row."""
@@ -341,11 +370,13 @@ class _Run:
         if self._kept is None:
             return result
         offsets = np.concatenate([[0], np.cumsum(self._count)])
-        return replace(result, tokens=np.concatenate([_NO_TOKENS, *self._kept]), offsets=offsets)
+        tokens, passed_us = (np.concatenate(part) for part in zip((_NO_TOKENS, _NO_TIMES), *self._kept, strict=True))
+        return replace(result, tokens=tokens, offsets=offsets, passed_us=passed_us)
 
     def _draw(self, rows: np.ndarray, hidden_BD: Tensor) -> None:
         """Draw a token for each of `rows`, move their clocks, and drop those that end from the cache."""
-        token, end_chances = self._choose(rows, hidden_BD)
+        uniform = uniforms(self._settings.seed, self._key[rows], self._trajectory[rows], self._count[rows])
+        token, end_chances = self._choose(rows, hidden_BD, uniform[0])
         self._chances[rows] += end_chances
         cell = np.searchsorted(self._grid, np.maximum(self._now_us[rows], 0), side="left")
         told = cell < len(self._grid)
@@ -354,9 +385,12 @@ class _Run:
         # A token that only told what the one before it was is no part of the trajectory.
         self._newest[rows] = token
         more = rows[~before]
+        passed_us = np.where(before, 0, self._clock.waits.draw(token, uniform[1], -self._now_us[rows]))
         self._drawn[self._slot[more], self._count[more]] = token[~before]
+        if self._kept is not None:
+            self._passed[self._slot[more], self._count[more]] = passed_us[~before]
         self._count[more] += 1
-        self._now_us[rows] += np.where(before, 0, self._clock.advance_us[token])
+        self._now_us[rows] += passed_us
         reason = self._reasons(rows, token, event)
         self._event[rows] = np.where(reason == Reason.EVENT, event, -1)
         self.reason[rows] = reason
@@ -370,11 +404,11 @@ class _Run:
         for row in rows.tolist():
             self._window.pop(row)
             if self._kept is not None:
-                self._kept[row] = self._drawn[self._slot[row], : self._count[row]].copy()
+                slot, count = self._slot[row], self._count[row]
+                self._kept[row] = self._drawn[slot, :count].copy(), self._passed[slot, :count].copy()
 
-    def _choose(self, rows: np.ndarray, hidden_BD: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def _choose(self, rows: np.ndarray, hidden_BD: Tensor, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Draw the next tokens, int64 [B], and tell the chances of what may end each row, float64 [B, K + 1]."""
-        uniform = uniforms(self._settings.seed, self._key[rows], self._trajectory[rows], self._count[rows])
         places = self._guide.places(rows)
         narrow = np.zeros(len(rows), dtype=bool)
         if self._device.type == "cpu":  # on GPUs the product with all tokens costs less than sorting the rows
@@ -405,11 +439,13 @@ class _Run:
         """Chance that the next token brings each outcome or, last, passes the horizon: float64 [B, K + 1]."""
         found, before = self._guide.chances(rows, chances_BV)
         late = np.zeros((len(rows), 1))
-        if self._settings.stop.horizon_us is not None and len(self._passing):
-            passing = chances_BV[:, self._to_device(self._passing)].cpu().numpy()
-            arrival = self._now_us[rows, None] + self._clock.advance_us[self._passing]
-            beyond = (arrival > self._settings.stop.horizon_us) & ~before[:, None]
-            late = (passing * beyond).sum(1, keepdims=True)
+        waits, horizon_us = self._clock.waits, self._settings.stop.horizon_us
+        if horizon_us is not None and len(waits.tokens):
+            passing = chances_BV[:, self._to_device(waits.tokens)].cpu().numpy()
+            now_us = self._now_us[rows]
+            # Of the times that can be drawn: before the prediction, only those that reach it.
+            share = waits.beyond(horizon_us - now_us) / waits.beyond(np.maximum(-now_us, 0) - 1).clip(min=1)
+            late = (passing * share * ~before[:, None]).sum(1, keepdims=True)
         return np.concatenate([found, late], axis=1)
 
     def _reasons(self, rows: np.ndarray, token: np.ndarray, event: np.ndarray) -> np.ndarray:
@@ -426,19 +462,23 @@ class _Run:
         return np.select(list(conditions.values()), [int(reason) for reason in conditions], -1).astype(np.int8)
 
     def _silence(self, rows: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which of the rows lie before the prediction, int64 [E], and what they may not draw for that, bool [E, V].
+        """Which of the rows lie before the prediction, int64 [E], and what that leaves of chances, float32 [E, V].
 
-        A code that is being spelled, or the event that an age announces, comes first: no time passes within.
+        These are logarithms: of the share of its class's times that reach the prediction, and -inf for all that takes
+        no time. A code that is being spelled, or the event that an age announces, comes first: no time passes within.
         """
-        now_us, advance = self._now_us[rows], self._clock.advance_us
-        early = np.flatnonzero(now_us < 0) if advance.any() else np.empty(0, dtype=np.int64)
+        now_us, waits = self._now_us[rows], self._clock.waits
+        early = np.flatnonzero(now_us < 0) if len(waits.tokens) else np.empty(0, dtype=np.int64)
+        left = np.full((len(early), self._decoder.config.vocab), -np.inf, dtype=np.float32)
         if not len(early):
-            return early, np.empty((0, len(advance)), dtype=bool)
-        need_us = np.minimum(-now_us[early], advance.max())
-        late = advance < need_us[:, None]
-        late[:, self._clock.eot] = False
-        stuck = (late | self._guide.masks.forbids(places[early])).all(1)
-        return early[~stuck], late[~stuck]
+            return early, left
+        # A time that exceeds all classes takes several of the longest.
+        enough = waits.beyond(np.minimum(-now_us[early], waits.times_us[-1, -1]) - 1)
+        with np.errstate(divide="ignore"):
+            left[:, waits.tokens] = np.log(enough / waits.times_us.shape[1])
+        left[:, self._clock.eot] = 0.0
+        stuck = (np.isneginf(left) | self._guide.masks.forbids(places[early])).all(1)
+        return early[~stuck], left[~stuck]
 
     def _to_device(self, numbers: np.ndarray) -> Tensor:
         return torch.from_numpy(numbers).to(self._device)

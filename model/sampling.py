@@ -20,7 +20,7 @@ _BLOCK = 64
 
 
 def uniforms(seed: int, key: np.ndarray, trajectory: np.ndarray, step: np.ndarray) -> np.ndarray:
-    """Uniform numbers in [0, 1) with 53 random bits.
+    """Two uniform numbers in [0, 1) with 53 random bits each, that don't depend on each other.
 
     Args:
         seed: of the whole run; its low 64 bits count.
@@ -29,12 +29,12 @@ def uniforms(seed: int, key: np.ndarray, trajectory: np.ndarray, step: np.ndarra
         step: int64 [B], below 2^32.
 
     Returns:
-        float64 [B].
+        float64 [2, B].
     """
     wide = key.astype(np.int64).view(np.uint64)
     counter = (wide & _LOW, wide >> _HALF, trajectory.astype(np.uint64), step.astype(np.uint64))
-    words = philox(counter, (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))
-    bits = (words[0] << _HALF | words[1]) >> np.uint64(11)
+    words = np.stack(philox(counter, (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)))
+    bits = (words[::2] << _HALF | words[1::2]) >> np.uint64(11)
     return bits.astype(np.float64) * 2.0**-53
 
 

@@ -162,7 +162,9 @@ def futures(
     last = int(times[known - 1])
     told = [_numbered(history_of(prompt.tokens, times[:known], codebook), -1)]
     for number in range(trajectories):
-        told.append(_numbered(events_of(decode(rolled.trajectory(0, number), codebook, start_us=last)), number))
+        passed_us = rolled.passed(0, number)
+        events = decode(rolled.trajectory(0, number), codebook, start_us=last, passed_us=passed_us)
+        told.append(_numbered(events_of(events), number))
     ends = tuple(_ENDS[Reason(int(reason))] for reason in rolled.reason[0])
     return Futures(subject, _when(at_us), pl.concat(told), ends)
 

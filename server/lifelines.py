@@ -267,7 +267,9 @@ class _Teller:
 
     def _future(self, task: Task, told: Told, where: tuple[int, int], elapsed_us: int, at: int) -> Future:
         rolled, horizon = told.rolled, task.horizon_days
-        events = events_of(decode(rolled.trajectory(*where), self._codebook, start_us=at - elapsed_us))
+        events = events_of(
+            decode(rolled.trajectory(*where), self._codebook, start_us=at - elapsed_us, passed_us=rolled.passed(*where))
+        )
         reason = Reason(int(rolled.reason[where]))
         end = _ENDS.get(reason, "outcome" if rolled.event[where] == 0 else "competing")
         day = max(float(rolled.elapsed_us[where]) / _DAY_US, 0.0)

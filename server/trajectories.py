@@ -235,7 +235,12 @@ class _Run:
             known = self._known(part, place) if self._history else None
             for trajectory in range(runs):
                 subject = (first + place) * runs + trajectory
-                found = decode(rolled.trajectory(place, trajectory), self._codebook, start_us=last_us)
+                found = decode(
+                    rolled.trajectory(place, trajectory),
+                    self._codebook,
+                    start_us=last_us,
+                    passed_us=rolled.passed(place, trajectory),
+                )
                 future = events_of(found)
                 self.events += future.height
                 told = future if known is None else pl.concat([known, future])

@@ -76,7 +76,9 @@ __all__ = [
 # The time of an event without a time.
 STATIC = int(np.iinfo(np.int64).min)
 
-_FORMAT = "fedcomet-codebook/2"
+_FORMAT = "fedcomet-codebook/3"
+# Times that stand for the gaps of a class: a horizon inside a class is passed by as many of 32 as lie behind it.
+_POINTS = 32
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ class Codebook:
         spelled_prefixes: Ancestors whose rarer codes are told by `*` behind their path.
         prepared: Digests of the maps and unit tables that the surveyed records went through.
         parent: Hash of the codebook that this one extends.
-        advance_us: int64 [V], the time that an interval token stands for, 0 for other tokens.
+        advance_us: int64 [V], the mean time that passes with an interval token, 0 for other tokens.
+        waits_us: int64 [C, K], for each class of gaps, ascending: equally likely times that pass with it.
         is_header: bool [V], static and age tokens.
         hash: SHA-256 (hex) of the canonical bytes.
     """
@@ -127,6 +130,7 @@ class Codebook:
         breaks: Mapping[str, Sequence[float]],
         medians: Mapping[str, Sequence[float]],
         *,
+        waits: Mapping[str, Sequence[int]] | None = None,
         intervals: Mapping[str, int] | None = None,
         spelled: Iterable[str] = (),
         spelled_prefixes: Iterable[str] = (),
@@ -140,6 +144,12 @@ class Codebook:
         self.spelled, self.spelled_prefixes = frozenset(spelled), frozenset(spelled_prefixes)
         self.prepared, self.parent = tuple(sorted(set(prepared))), parent
         self._advance = dict(advance)
+        # Always the mean where no others are given.
+        self._waits = (
+            {text: (time,) for text, time in advance.items()}
+            if waits is None
+            else {text: tuple(times) for text, times in waits.items()}
+        )
         self._medians = {code: tuple(values) for code, values in medians.items()}
         self._ids = {token: place for place, token in enumerate(self.tokens)}
         kinds = [token.kind for token in self.tokens]
@@ -147,14 +157,16 @@ class Codebook:
         self.advance_us = np.array(
             [self._advance[t.text] if t.kind == "interval" else 0 for t in self.tokens], np.int64
         )
+        self.waits_us = np.array([self._waits[text] for text in self.intervals], np.int64)
 
     @classmethod
     def build(cls, survey: Survey) -> "Codebook":
         """The codebook of a (merged) survey.
 
-        Codes whose values all fall in one bucket get no value bins: their value says nothing. A gap class
-        that nobody could release stands for the geometric middle of its edges, any other for the mean of its
-        gaps: elapsed times are sums of these, and only means keep sums right. `6mo+` is 180 days, as it is
+        Codes whose values all fall in one bucket get no value bins: their value says nothing. Where one time
+        stands for a class of gaps, it is the mean of its gaps: elapsed times are sums of these, and only means keep
+        sums right. Where time passes by chance (rollouts), it is one of their quantiles. A class that nobody
+        could release has equally likely logarithms of times between its edges. `6mo+` is 180 days, as it is
         repeated.
         """
         options, edges = survey.options, survey.options.interval_edges
@@ -165,13 +177,14 @@ class Codebook:
         breaks = {code: inner for code, (inner, _) in cuts.items() if inner}
         medians = {code: cuts[code][1] for code in breaks}
         names = Vocabulary.of(survey, breaks)
-        advance = {text: _represent(text, edges, survey.gaps.get(text), accuracy) for text in edges}
+        classes = {text: _Gaps.of(text, edges, survey.gaps.get(text), accuracy) for text in edges}
         return cls(
             options,
             names.tokens(options, edges, {code: len(values) for code, values in medians.items()}),
-            advance,
+            {text: gaps.mean_us for text, gaps in classes.items()},
             breaks,
             medians,
+            waits={text: gaps.waits_us for text, gaps in classes.items()},
             spelled=names.spelled,
             spelled_prefixes=names.spelled_prefixes,
             prepared=survey.prepared,
@@ -204,6 +217,7 @@ class Codebook:
                 for code, edges in (self.breaks | {code: new.breaks[code] for code in fresh}).items()
             },
             {**self._medians, **{code: new._medians[code] for code in fresh}},
+            waits=self._waits,
             intervals=self.intervals,
             spelled=self.spelled | new.spelled,
             spelled_prefixes=self.spelled_prefixes | new.spelled_prefixes,
@@ -224,6 +238,7 @@ class Codebook:
                 "tokens": [[token.kind, token.text, token.bin] for token in self.tokens],
                 "intervals": [[text, edge] for text, edge in self.intervals.items()],
                 "advance_us": self._advance,
+                "waits_us": self._waits,
                 "breaks": {code: edges.tolist() for code, edges in self.breaks.items()},
                 "medians": self._medians,
                 "spelled": sorted(self.spelled),
@@ -271,7 +286,8 @@ class Codebook:
             if self.tokens[first : first + len(block)] != tuple(block):
                 raise ValueError(f"the tokens from {block[0]} on are not in place")
         edges = list(self.intervals.values())
-        if edges != sorted(edges) or list(self.intervals)[-1] != LONGEST or self._advance.keys() != {*self.intervals}:
+        fits = list(self.intervals)[-1] == LONGEST and self._advance.keys() == self._waits.keys() == {*self.intervals}
+        if edges != sorted(edges) or not fits or self.waits_us.ndim != 2 or (np.diff(self.waits_us.ravel()) < 0).any():
             raise ValueError("its interval classes don't fit together")
 
     def save(self, path: Path) -> None:
@@ -433,15 +449,27 @@ class Codebook:
         return medians[bin - 1] if 1 <= bin <= len(medians) else float("nan")
 
 
-def _represent(text: str, edges: Mapping[str, int], gaps: Sketch | None, accuracy: float) -> int:
-    low = edges[text]
-    if text == LONGEST:
-        return low
-    high = min(edge for edge in edges.values() if edge > low)
-    seconds = (low * high) ** 0.5 / 1e6 if gaps is None else sketch.mean(gaps, accuracy)
-    # Whole seconds, inside the class, so that the time written back falls in the class it came
-    # from.
-    return min(max(round(seconds) * 1_000_000, low), high - 1_000_000)
+@dataclass(frozen=True)
+class _Gaps:
+    """What stands for the gaps of a class: their mean, and equally likely ones."""
+
+    mean_us: int
+    waits_us: tuple[int, ...]
+
+    @classmethod
+    def of(cls, text: str, edges: Mapping[str, int], gaps: Sketch | None, accuracy: float) -> "_Gaps":
+        low = edges[text]
+        if text == LONGEST:
+            return cls(low, (low,) * _POINTS)
+        high = min(edge for edge in edges.values() if edge > low)
+        if gaps is None:
+            middle = (low * high) ** 0.5 / 1e6
+            points: Sequence[float] = [low * (high / low) ** ((k + 0.5) / _POINTS) / 1e6 for k in range(_POINTS)]
+        else:
+            middle, points = sketch.mean(gaps, accuracy), sketch.quantiles(gaps, _POINTS, accuracy)
+        # Whole seconds, inside the class, so that the time written back falls in the class it came from.
+        mean_us, *waits_us = (min(max(round(time) * 1_000_000, low), high - 1_000_000) for time in (middle, *points))
+        return cls(mean_us, tuple(waits_us))
 
 
 @lru_cache(maxsize=4)
@@ -455,6 +483,7 @@ def _read(data: bytes) -> Codebook:
             content["advance_us"],
             content["breaks"],
             content["medians"],
+            waits=content["waits_us"],
             intervals=dict(content["intervals"]),
             spelled=content["spelled"],
             spelled_prefixes=content["spelled_prefixes"],

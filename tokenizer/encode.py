@@ -95,22 +95,29 @@ def encode(frame: pl.DataFrame, codebook: Codebook) -> Encoded:
     return Encoded(tokens, times, offsets, subjects, rows, codes.fallbacks())
 
 
-def decode(tokens: NDArray[np.int32], codebook: Codebook, *, start_us: int = 0, subject_id: int = 0) -> pl.DataFrame:
+def decode(
+    tokens: NDArray[np.int32],
+    codebook: Codebook,
+    *,
+    start_us: int = 0,
+    subject_id: int = 0,
+    passed_us: Ints | None = None,
+) -> pl.DataFrame:
     """Readable MEDS events of one patient's tokens: subject_id, time, code, numeric_value.
 
-    Times count from `start_us` by the intervals' representative durations, values are the medians
-    of their bins, an ancestor of rare codes reads `LAB//*`, and an age gives a MEDS_BIRTH that agrees
-    with all ages of the timeline where that is possible. Tokens that the grammar doesn't hold together (a
-    value after no code, a piece that leads nowhere) are passed over; a code that breaks off reads like an
-    ancestor.
+    Times count from `start_us` by the time that passed with each token, where that is known, else by the
+    intervals' mean durations; values are the medians of their bins, an ancestor of rare codes reads `LAB//*`,
+    and an age gives a MEDS_BIRTH that agrees with all ages of the timeline where that is possible. Tokens that
+    the grammar doesn't hold together (a value after no code, a piece that leads nowhere) are passed over; a
+    code that breaks off reads like an ancestor.
 
     For a timeline that the grammar accepts, `encode(decode(tokens)) == tokens` if its ages change where the
-    representative durations put them and the events of a moment stand in canonical order (for those that
+    mean durations put them and the events of a moment stand in canonical order (for those that
     `encode` wrote: if no ancestors stand for rare codes, and moments are as far apart as the shortest
     interval). Ages aside, and with the events between two intervals taken as a set, it holds for every one.
     """
     kinds = np.array([token.kind for token in codebook.tokens])[tokens]
-    time = start_us + np.cumsum(codebook.advance_us[tokens])
+    time = start_us + np.cumsum(codebook.advance_us[tokens] if passed_us is None else passed_us)
     rows: list[tuple[int | None, str, float | None]] = [
         (None, codebook.tokens[token].text, None) for token in tokens[kinds == "static"]
     ]

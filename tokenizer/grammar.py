@@ -154,6 +154,10 @@ class Grammar:
         mode = state // self._slots
         return np.where(mode < self.nodes, mode, -1)
 
+    def state_of(self, node: Ints) -> Ints:
+        """A state that has reached each node."""
+        return node * self._slots
+
     def events(self, tokens: NDArray[np.integer]) -> tuple[Ints, Ints]:
         """Where the events of a timeline end, and what they are.
 
@@ -184,6 +188,20 @@ class Grammar:
             low[parent] = min(low[parent], low[child])
             high[parent] = max(high[parent], high[child])
         return np.where(low == high, low, -2)
+
+    def holds(self, marked: Bools) -> Bools:
+        """Whether an event that ends at or below each node is marked: bool [M, K] for bool [M, K]."""
+        found = marked & self._ends[:, None]
+        for edge in np.argsort(-self._child, kind="stable"):
+            found[self._parent_of_edge[edge]] |= found[self._child[edge]]
+        return found
+
+    def path(self, node: int) -> list[int]:
+        """The tokens that spell a node."""
+        above = np.flatnonzero(self._child == node)
+        if not len(above):
+            return [node]
+        return [*self.path(int(self._parent_of_edge[above[0]])), int(self._edge_token[above[0]])]
 
     def _modes(self, words: Words) -> Ints:
         """The mode after each token, int64 [V]; the tokens of pieces, which depend on the state, are dead."""

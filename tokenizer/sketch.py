@@ -58,6 +58,14 @@ def mean(sketch: Sketch, accuracy: float) -> float:
     return total / sum(sketch.values())
 
 
+def quantiles(sketch: Sketch, points: int, accuracy: float) -> tuple[float, ...]:
+    """Values that so many equal parts of the sketched ones have in their middles, ascending."""
+    buckets = sorted(sketch)
+    ends = np.cumsum([sketch[bucket] for bucket in buckets])
+    middles = (2 * np.arange(points) + 1) * ends[-1]  # in 2 * points parts of an event, so that nothing is rounded
+    return tuple(bucket_value(buckets[place], accuracy) for place in np.searchsorted(2 * points * ends, middles))
+
+
 def quantile_bins(sketch: Sketch, bins: int, accuracy: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Cut the sketched values in at most `bins` bins of nearly equal weight.
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from model.attention import SegmentPlan
-from model.clock import Clock
+from model.clock import Clock, Waits
 from model.decoder import Decoder, preset
 from model.feed import ahead
 from model.machine import Machine
@@ -98,7 +98,7 @@ def test_memory_that_runs_out_is_found_out_and_shared_out() -> None:
 
 def test_rollouts_on_the_device_end_as_on_the_cpu() -> None:
     clock = Clock(
-        advance_us=np.where(np.arange(CONFIG.vocab) < 10, 3_600_000_000, 0),
+        waits=Waits.of(np.arange(10), np.full((10, 1), 3_600_000_000), CONFIG.vocab),
         eot=1,
         never=np.arange(CONFIG.vocab) == 0,
         is_static=np.zeros(CONFIG.vocab, bool),

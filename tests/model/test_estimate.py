@@ -10,7 +10,7 @@ from model.estimate import Estimates, estimate, summarize
 from model.predictions import prediction_table
 from model.rollout import Prompt, Reason, Rollouts, Stop, rollout
 from model.tasks import Task
-from tests.model.test_rollout import CLOCK, DEATH, DIES, LAB, NOTHING, SEX, markov_decoder, random_chances
+from tests.model.test_rollout import CLOCK, DEATH, DIES, LAB, NOTHING, SEX, markov_decoder, random_chances, times_of
 from tokenizer.codebook import INTERVALS, Codebook, Token, TokenizerOptions
 from tokenizer.errors import ConfigError
 
@@ -144,7 +144,7 @@ def _exact_incidence(chances: np.ndarray, longest: int, horizon: int) -> tuple[n
     while waiting:
         last, now, length, chance = waiting.pop()
         for token in np.flatnonzero(live[last]).tolist():
-            then, weight = now + int(CLOCK.advance_us[token]), chance * live[last, token]
+            then, weight = now + times_of(CLOCK, token)[0], chance * live[last, token]
             if then > horizon:
                 told += weight
             elif token == DEATH:

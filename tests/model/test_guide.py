@@ -106,7 +106,7 @@ def test_a_code_that_may_go_on_is_told_by_what_follows() -> None:
     category = book.id(Token("code", "ICD10CM//E11"))
     assert any(tokens[-1] == category for tokens in ended)
     assert any(tokens[-1] != category for tokens in ended)
-    times = [book.advance_us[tokens].sum() for tokens in each(found)]
+    times = [found.passed(0, place).sum() for place in range(found.reason.size)]
     assert found.elapsed_us.ravel().tolist() == times
 
 
@@ -127,11 +127,11 @@ def test_summed_chances_agree_with_how_trajectories_end(book: Codebook) -> None:
 def test_known_silence_is_kept_and_so_is_the_grammar(days: int) -> None:
     book, waited = BOOKS[0], days * 86_400_000_000
     found = futures(book, Stop([], None, 20), elapsed_us=waited)
-    for tokens in each(found):
+    for place, tokens in enumerate(each(found)):
         assert book.grammar.accepts(np.concatenate([prompt(book).tokens, tokens]))
         kinds = [book.tokens[token].kind for token in tokens]
         first = next((n for n, kind in enumerate(kinds) if kind in ("code", "other")), len(kinds))
-        assert kinds[0] != "interval" or book.advance_us[tokens[:first]].sum() >= waited
+        assert kinds[0] != "interval" or found.passed(0, place)[:first].sum() >= waited
 
 
 def test_draws_do_not_depend_on_the_batch() -> None:

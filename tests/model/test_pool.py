@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from model import pool, rollout
 from model.cache import Boarding
-from model.clock import Clock
+from model.clock import Clock, Waits
 from model.decoder import Decoder, DecoderConfig
 from model.lanes import Lanes, plain_attention_with_lse
 from model.pages import PAGE, own, rows_per_tile, shared
@@ -96,7 +96,7 @@ def test_rollouts_over_pages_are_those_over_lanes(monkeypatch: pytest.MonkeyPatc
     """Rows end at different times, prompts wait, windows overflow and slide: the same tokens, one by one."""
     config = DecoderConfig(vocab=40, layers=2, width=32, heads=2, kv_heads=kv_heads, ff=32, context=90)
     clock = Clock(
-        advance_us=np.where(np.arange(40) < 12, 3_600_000_000, 0), eot=1, never=np.arange(40) == 0,
+        waits=Waits.of(np.arange(12), np.full((12, 1), 3_600_000_000), 40), eot=1, never=np.arange(40) == 0,
         is_static=np.zeros(40, bool), is_age=np.zeros(40, bool),
     )  # fmt: skip
     prompts = [rollout.Prompt(np.arange(3, 3 + n) % 37 + 3) for n in (80, 9, 66)]

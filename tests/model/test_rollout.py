@@ -2,13 +2,14 @@
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import chi2
 
-from model.clock import Clock
+from model.clock import Clock, Waits
 from model.decoder import Decoder, DecoderConfig
 from model.rollout import Prompt, Reason, Rollouts, Stop, rollout
 from model.sampling import uniforms
@@ -21,12 +22,14 @@ VOCAB = 10
 STATIC = np.arange(VOCAB) == SEX
 AGE = np.isin(np.arange(VOCAB), (AGE_40, AGE_45))
 CLOCK = Clock(
-    advance_us=np.where(np.arange(VOCAB) == HOUR, 1, np.where(np.arange(VOCAB) == DAY, 24, 0)).astype(np.int64),
+    waits=Waits.of(np.array([HOUR, DAY]), np.array([[1], [24]]), VOCAB),
     eot=EOT,
     never=np.isin(np.arange(VOCAB), (PAD, UNK)),
     is_static=STATIC,
     is_age=AGE,
 )
+# The same, but what takes time takes one of four times.
+WIDE = replace(CLOCK, waits=Waits.of(np.array([DAY, HOUR]), np.array([[20, 24, 28, 40], [0, 1, 2, 5]]), VOCAB))
 DIES = np.arange(VOCAB) == DEATH
 NOTHING = np.zeros(VOCAB, dtype=bool)
 
@@ -114,9 +117,15 @@ def test_a_wrong_temperature_would_be_noticed() -> None:
     assert distance > limit
 
 
-def death_within(chances: np.ndarray, horizon: int, longest: int) -> float:
+def times_of(clock: Clock, token: int) -> list[int]:
+    """The equally likely times that pass with a token."""
+    place = int(clock.waits.place[token])
+    return [0] if place < 0 else clock.waits.times_us[place].tolist()
+
+
+def death_within(chances: np.ndarray, horizon: int, longest: int, clock: Clock) -> float:
     """Exact chance that a trajectory from LAB ends with death by the horizon."""
-    live = np.where(CLOCK.never, 0.0, chances)
+    live = np.where(clock.never, 0.0, chances)
     live /= live.sum(1, keepdims=True)
     state = {(LAB, 0): 1.0}
     death = 0.0
@@ -124,21 +133,24 @@ def death_within(chances: np.ndarray, horizon: int, longest: int) -> float:
         following: dict[tuple[int, int], float] = {}
         for (token, now), chance in state.items():
             for successor in np.flatnonzero(live[token]).tolist():
-                later, joint = now + int(CLOCK.advance_us[successor]), chance * live[token, successor]
-                if successor == DEATH:
-                    death += joint
-                elif successor != EOT and later <= horizon:
-                    following[successor, later] = following.get((successor, later), 0.0) + joint
+                times = times_of(clock, successor)
+                for later in (now + time for time in times):
+                    joint = chance * live[token, successor] / len(times)
+                    if successor == DEATH:
+                        death += joint
+                    elif successor != EOT and later <= horizon:
+                        following[successor, later] = following.get((successor, later), 0.0) + joint
         state = following
     return death
 
 
-def test_the_share_of_deaths_within_the_horizon_is_the_exact_one() -> None:
+@pytest.mark.parametrize("clock", [CLOCK, WIDE], ids=["narrow", "wide"])
+def test_the_share_of_deaths_within_the_horizon_is_the_exact_one(clock: Clock) -> None:
     chances, horizon = random_chances(4), 30
-    death = death_within(chances, horizon, 60)
+    death = death_within(chances, horizon, 60, clock)
     stop = Stop([DIES], horizon_us=horizon, max_tokens=60)
     result = rollout(
-        markov_decoder(chances), CLOCK, [Prompt(np.array([LAB]))], trajectories=6000, stop=stop, seed=1, batch_rows=2000
+        markov_decoder(chances), clock, [Prompt(np.array([LAB]))], trajectories=6000, stop=stop, seed=1, batch_rows=2000
     )
     share = (result.reason == Reason.EVENT).mean()
     assert abs(share - death) < 4 * (death * (1 - death) / 6000) ** 0.5
@@ -146,17 +158,18 @@ def test_the_share_of_deaths_within_the_horizon_is_the_exact_one() -> None:
     assert (result.elapsed_us[result.reason == Reason.HORIZON] > horizon).all()
 
 
-def test_summed_chances_are_unbiased_and_vary_less_than_counts() -> None:
+@pytest.mark.parametrize("clock", [CLOCK, WIDE], ids=["narrow", "wide"])
+def test_summed_chances_are_unbiased_and_vary_less_than_counts(clock: Clock) -> None:
     """Against the exact chance of death, and every way to end adds up to one.
 
     Each at four standard errors: a right estimator fails one of the two with a chance of at most 1.3e-4 by the normal
     approximation. The seed is fixed, so the test does or doesn't for good.
     """
     chances, horizon = random_chances(4), 30
-    death = death_within(chances, horizon, 60)
+    death = death_within(chances, horizon, 60, clock)
     stop = Stop([DIES, np.arange(VOCAB) == EOT], horizon_us=horizon, max_tokens=200)
     result = rollout(
-        markov_decoder(chances), CLOCK, [Prompt(np.array([LAB]))], trajectories=3000, stop=stop, seed=1, batch_rows=3000
+        markov_decoder(chances), clock, [Prompt(np.array([LAB]))], trajectories=3000, stop=stop, seed=1, batch_rows=3000
     )
     told = result.chances[0]
     error = told.std(0) / 3000**0.5
@@ -179,9 +192,9 @@ def without_cache(decoder: Decoder, prompt: Prompt, key: int, trajectory: int, s
             logits = decoder.logits(decoder(torch.from_numpy(window), torch.tensor([len(window)]))[-1:])[0]
         logits[torch.from_numpy(CLOCK.never)] = -torch.inf
         cumulated = logits.softmax(0).double().cumsum(0).numpy()
-        uniform = uniforms(seed, np.array([key]), np.array([trajectory]), np.array([step]))[0]
+        uniform = uniforms(seed, np.array([key]), np.array([trajectory]), np.array([step]))[0, 0]
         token = int(np.searchsorted(cumulated, uniform * cumulated[-1], side="right"))
-        window, now = np.append(window, token), now + int(CLOCK.advance_us[token])
+        window, now = np.append(window, token), now + times_of(CLOCK, token)[0]
         drawn.append(token)
         late = stop.horizon_us is not None and now > stop.horizon_us
         if late or token == EOT or any(mask[token] for mask in stop.outcomes):
@@ -223,13 +236,21 @@ def test_no_trajectory_depends_on_what_else_is_sampled() -> None:
         assert fewer.trajectory(p, 1).tolist() == together.trajectory(p, 1).tolist()
 
 
-def ends(chances_after: dict[int, dict[int, float]], prompt: list[int], stop: Stop, elapsed_us: int = 0) -> Rollouts:
+def ends(
+    chances_after: dict[int, dict[int, float]],
+    prompt: list[int],
+    stop: Stop,
+    elapsed_us: int = 0,
+    clock: Clock = CLOCK,
+    trajectories: int = 200,
+) -> Rollouts:
     chances = np.full((VOCAB, VOCAB), 1e-30)
     for token, following in chances_after.items():
         for successor, chance in following.items():
             chances[token, successor] = chance
     prompts = [Prompt(np.array(prompt), elapsed_us)]
-    return rollout(markov_decoder(chances), CLOCK, prompts, trajectories=200, stop=stop, seed=0, keep_tokens=True)
+    decoder = markov_decoder(chances)
+    return rollout(decoder, clock, prompts, trajectories=trajectories, stop=stop, seed=0, keep_tokens=True)
 
 
 def test_an_outcome_ends_a_trajectory_and_the_first_mask_counts() -> None:
@@ -268,6 +289,21 @@ def test_the_clock_starts_at_the_prediction_and_known_silence_stays_silent() -> 
     assert (ends(model, [SEX, LAB], Stop([DIES], 18, 9), elapsed_us=5).reason[dead] == Reason.HORIZON).all()
 
 
+def test_silence_leaves_each_interval_the_share_of_its_times_that_reach_the_prediction() -> None:
+    """One of four times of HOUR and all of DAY are three hours or more; of DAY's, two reach past hour 23."""
+    model = {LAB: {DEATH: 0.5, HOUR: 0.4, DAY: 0.1}, DAY: {DEATH: 1}, HOUR: {DEATH: 1}}
+    result = ends(model, [LAB], Stop([DIES], 23, 9), elapsed_us=3, clock=WIDE, trajectories=4000)
+    assert set(result.elapsed_us[result.reason == Reason.EVENT].tolist()) == {5 - 3, 20 - 3, 24 - 3}
+    assert set(result.elapsed_us[result.reason == Reason.HORIZON].tolist()) == {28 - 3, 40 - 3}
+    hour, late = 0.4 / 4 / (0.4 / 4 + 0.1), 0.1 / 2 / (0.4 / 4 + 0.1)
+    for share, chance in (((result.elapsed_us == 2).mean(), hour), ((result.reason == Reason.HORIZON).mean(), late)):
+        assert abs(share - chance) < 4 * (chance * (1 - chance) / 4000) ** 0.5
+    # The first step alone tells the horizon's chance, and exactly.
+    np.testing.assert_allclose(result.chances[0, :, 1], late, rtol=1e-5)
+    for place in range(20):
+        assert result.passed(0, place).sum() - 3 == result.elapsed_us[0, place]
+
+
 def test_a_silence_longer_than_any_interval_is_told_by_the_longest_ones() -> None:
     model = {LAB: {DEATH: 0.9, HOUR: 0.05, DAY: 0.05}, DAY: {LAB: 0.9, HOUR: 0.09, DAY: 0.01}}
     result = ends(model, [LAB], Stop([DIES], None, 2), elapsed_us=30)
@@ -290,9 +326,9 @@ def test_a_crop_keeps_static_tokens_the_last_age_before_it_and_the_newest() -> N
 def test_a_clock_is_read_from_a_codebook() -> None:
     words = [("special", "pad"), ("special", "eot"), ("special", "unk"), ("static", "SEX//F"), ("age", "40-45")]
     tokens = [Token(*word) for word in [*words, ("interval", "1-2d"), ("code", "LAB//1")]]
-    codebook = Codebook(TokenizerOptions(), tokens, {"1-2d": 5}, {}, {}, intervals={"1-2d": 3})
+    codebook = Codebook(TokenizerOptions(), tokens, {"1-2d": 5}, {}, {}, waits={"1-2d": [4, 6]}, intervals={"1-2d": 3})
     clock = Clock.of(codebook)
-    assert clock.advance_us.tolist() == [0, 0, 0, 0, 0, 5, 0]
+    assert clock.waits.draw(np.array([6, 5, 5]), np.array([0.9, 0.1, 0.9]), np.array([0, 0, 0])).tolist() == [0, 4, 6]
     assert np.flatnonzero(clock.never).tolist() == [codebook.pad, codebook.unk]
     assert (np.flatnonzero(clock.is_static).tolist(), np.flatnonzero(clock.is_age).tolist()) == ([3], [4])
     decoder = Decoder.create(DecoderConfig(7, 1, 8, 1, 1, 8, 16), 0)

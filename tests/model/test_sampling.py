@@ -29,17 +29,18 @@ def test_philox_gives_the_known_answers_of_random123(counter: tuple, key: tuple,
 
 def test_uniforms_are_even_and_unrelated_along_every_axis() -> None:
     key, trajectory, step = (axis.ravel() for axis in np.meshgrid(np.arange(20), np.arange(20), np.arange(50)))
-    drawn = uniforms(1, key, trajectory, step)
+    drawn, second = uniforms(1, key, trajectory, step)
+    assert abs(np.corrcoef(drawn, second)[0, 1]) < 0.03
+    assert kstest(second, "uniform").pvalue > 1e-3
     assert drawn.min() >= 0
     assert drawn.max() < 1
     assert len(set(drawn)) == len(drawn)
     assert kstest(drawn, "uniform").pvalue > 1e-3
     others = [(2, key, trajectory, step), (1, key + 1, trajectory, step), (1, key, trajectory + 1, step)]
     for other in [*others, (1, key, trajectory, step + 1)]:
-        assert abs(np.corrcoef(drawn, uniforms(*other))[0, 1]) < 0.03
-    assert uniforms(1, np.array([-5]), np.array([0]), np.array([0])) != uniforms(
-        1, np.array([5]), np.array([0]), np.array([0])
-    )
+        assert abs(np.corrcoef(drawn, uniforms(*other)[0])[0, 1]) < 0.03
+    plus, minus = (uniforms(1, np.array([sign * 5]), np.array([0]), np.array([0])) for sign in (1, -1))
+    assert (plus != minus).all()
 
 
 def test_pick_inverts_the_cumulated_probabilities() -> None:
