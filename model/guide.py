@@ -155,8 +155,11 @@ class Guide:
         begun = np.flatnonzero(wanted.any(1) & (self._known < 0))
         if not len(begun):
             return
-        chances = after([self._grammar.path(node) for node in begun.tolist()])
-        row, token, child = self._grammar.children(self._grammar.state_of(begun))
+        chances, states = after([self._grammar.path(node) for node in begun.tolist()]), self._grammar.state_of(begun)
+        if self._masked:
+            chances *= self._grammar.allowed(states)
+            chances /= chances.sum(1, keepdims=True)
+        row, token, child = self._grammar.children(states)
         for place in range(len(begun))[::-1]:  # longer beginnings have higher numbers
             node, goes_on = begun[place], row == place
             pieces = chances[place, token[goes_on]]
