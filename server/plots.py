@@ -114,9 +114,16 @@ def picture(
         for axis in (axes.xaxis, axes.yaxis):
             # Text is the page's, which knows no mathematical notation.
             if isinstance(axis.get_major_formatter(), matplotlib.ticker.LogFormatterMathtext):
-                axis.set_major_formatter(matplotlib.ticker.LogFormatter())
-                axis.set_minor_formatter(matplotlib.ticker.LogFormatter())
+                low, high = axis.get_view_interval()
+                between = (2.0, 5.0) if high < 100 * low else ()  # else there is no room for them
+                axis.set_major_formatter(_short)
+                axis.set_minor_locator(matplotlib.ticker.LogLocator(subs=between))
+                axis.set_minor_formatter(_short)
         return _svg(canvas, name, described)
+
+
+def _short(value: float, _: object) -> str:
+    return f"{value:g}" if value < 1000 else matplotlib.ticker.EngFormatter()(value)
 
 
 def _forest(arms: Sequence["ArmResult"], name: str) -> str:
