@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client import local, supernode
+from federation.coding import Told
 from model.train import StepResult
 from tokenizer.windows import Batch
 
@@ -23,9 +24,9 @@ def noise() -> NDArray[np.float32]:
     return np.random.default_rng().standard_normal(TILE, np.float32) * np.float32(1e-3)
 
 
-def moved(weights: NDArray[np.float32]) -> NDArray[np.float32]:
+def moved(weights: Told) -> NDArray[np.float32]:
     """Give weights [P] that have moved by noise, in a new vector."""
-    tile, result = noise(), np.empty_like(weights)
+    tile, result = noise(), np.empty(weights.size, np.float32)
     for number, start in enumerate(range(0, weights.size, TILE)):
         part = weights[start : start + TILE]
         np.add(part, np.roll(tile, number)[: part.size], out=result[start : start + TILE])
@@ -37,7 +38,7 @@ class RandomTrainer:
 
     precision, micro_tokens = "fp32", 512
 
-    def __init__(self, weights: NDArray[np.float32]) -> None:
+    def __init__(self, weights: Told) -> None:
         self.decoder = weights
 
     def step(self, batch: Batch) -> StepResult:
@@ -49,7 +50,7 @@ class RandomTrainer:
         return {}
 
 
-def trainer(work: local.Work, number: int, weights: NDArray[np.float32], *how: Any, **more: Any) -> RandomTrainer:
+def trainer(work: local.Work, number: int, weights: Told, *how: Any, **more: Any) -> RandomTrainer:
     """Stand in for `client.local.Work.trainer`."""
     return RandomTrainer(weights)
 

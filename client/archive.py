@@ -26,7 +26,7 @@ import fcntl
 import json
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -42,7 +42,7 @@ from torch import Tensor
 
 from client.drift import Drift
 from federation import canonical
-from federation.coding import Bytes
+from federation.coding import Packed, Told
 from federation.manifest import Manifest
 from federation.messages import (
     AssessReply,
@@ -55,12 +55,14 @@ from federation.messages import (
     sha256_of,
     to_wire,
 )
+from federation.parts import Bytes, FileBytes
 from model.machine import Precision
 from tokenizer import durable
 from tokenizer.codebook import Codebook
 from tokenizer.errors import DataError
 
 _KEPT_ROUNDS = 2
+_DTYPES = {"uint8": "U8", "float32": "F32"}
 _SNAPSHOT = "local.safetensors"
 
 
@@ -226,19 +228,15 @@ class RunArchive:
         self,
         reply: TrainReply,
         optimizer: dict[str, Tensor] | None,
-        residual: Bytes | None = None,
         noise_key: bytes = b"",
         drift: Drift | None = None,
         head: Vector | None = None,
     ) -> None:
-        """Keep a round's answer with the key of its noise; before it, optimizer's state, residual, drift and own head.
+        """Keep a round's answer with the key of its noise; before it, optimizer's state, drift and own head.
 
         Then drop what is too old.
         """
         number = reply.round
-        if residual is not None:
-            with durable.file(self.path / "residuals" / f"{number:04d}.safetensors") as path:
-                safetensors.numpy.save_file({"residual": residual}, path)
         if optimizer is not None:
             # Byte for byte what `safetensors.torch.save_file` gives, which first looks for memory that tensors share.
             with durable.file(self.path / "optimizer" / f"{number:04d}.safetensors") as path:
@@ -251,8 +249,11 @@ class RunArchive:
                 safetensors.numpy.save_file({"head": head}, path)
         wire = to_wire(reply)
         told = {"header": wire.header.decode(), **({"noise_key": noise_key.hex()} if noise_key else {})}
-        with durable.file(self._round(number)) as path:
-            safetensors.numpy.save_file(dict(wire.payloads), path, told)  # type: ignore[arg-type]
+        vectors = {name: np.asarray(payload) for name, payload in wire.payloads.items()}
+        with durable.file(self._round(number)) as path, path.open("wb") as file:
+            file.write(_head({name: (array.dtype.name, array.size) for name, array in vectors.items()}, told))
+            for array in vectors.values():
+                file.write(array.astype(array.dtype.newbyteorder("<"), copy=False).data)
         (self.path / _SNAPSHOT).unlink(missing_ok=True)
         self._sweep(number - _KEPT_ROUNDS)
 
@@ -311,10 +312,21 @@ class RunArchive:
             return None
         return {name: torch.from_numpy(array) for name, array in safetensors.numpy.load_file(path).items()}
 
-    def residual_before(self, number: int) -> Bytes | None:
-        """Give what rounding took away from the update of the last answered round before this one, as `keep` got it."""
+    @contextmanager
+    def new_residual(self, number: int, size: int) -> Iterator[Callable[[Bytes], object]]:
+        """Keep what rounding takes away from a round's update [P], which comes in parts; it counts with the answer."""
+        with durable.file(self.path / "residuals" / f"{number:04d}.safetensors") as path, path.open("wb") as file:
+            file.write(_head({"residual": ("uint8", 2 * size)}))
+            yield lambda part: file.write(part.data)
+
+    def residual_before(self, number: int) -> Packed | None:
+        """Give what rounding took away from the update of the last answered round before this one."""
         path = self._of_last_before(number, "residuals")
-        return safetensors.numpy.load_file(path)["residual"] if path.exists() else None
+        if not path.exists():
+            return None
+        with path.open("rb") as file:
+            head = int.from_bytes(file.read(8), "little")
+        return Packed(FileBytes(path, 8 + head), "bfloat16")
 
     def drift_before(self, number: int) -> Drift | None:
         """Give what drift correction kept of the last answered round before this one."""
@@ -326,7 +338,7 @@ class RunArchive:
         path = self._of_last_before(number, "heads")
         return safetensors.numpy.load_file(path)["head"] if path.exists() else None
 
-    def keep_weights(self, weights: Vector) -> None:
+    def keep_weights(self, weights: Told) -> None:
         """Keep weights that are likely to be asked about again."""
         durable.write_bytes(self.path / "weights.f32", np.ascontiguousarray(weights, "<f4").data)
 
@@ -375,6 +387,18 @@ class RunArchive:
         with safetensors.safe_open(path, "np") as file:
             metadata: dict[str, str] = file.metadata()
         return metadata
+
+
+def _head(vectors: Mapping[str, tuple[str, int]], metadata: Mapping[str, str] | None = None) -> bytes:
+    """What a safetensors file begins with; its own writers copy all that they write."""
+    told: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    end = 0
+    for name, (dtype, size) in vectors.items():
+        start, end = end, end + size * np.dtype(dtype).itemsize
+        told[name] = {"dtype": _DTYPES[dtype], "shape": [size], "data_offsets": [start, end]}
+    data = json.dumps(told).encode()
+    data += b" " * (-len(data) % 8)
+    return len(data).to_bytes(8, "little") + data
 
 
 @contextmanager

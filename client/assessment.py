@@ -15,8 +15,9 @@ from client.gate import Gate, digest_of_answer
 from client.local import Work
 from federation import protection
 from federation.accountant import Mechanisms
+from federation.coding import Told
 from federation.manifest import TaskEvaluation
-from federation.messages import AssessReply, AssessRequest, SiteRefusal, Vector
+from federation.messages import AssessReply, AssessRequest, SiteRefusal
 from federation.tallies import noised, tally
 from model.private import Secret
 
@@ -85,7 +86,7 @@ def _reply(
     site: str,
     request: AssessRequest,
     work: Work,
-    weights: Vector,
+    weights: Told,
     device: str,
     watch: Callable[[int, int], None],
     key: bytes,

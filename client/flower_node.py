@@ -33,9 +33,11 @@ from flwr.supernode.nodestate import NodeStateFactory
 from flwr.supernode.nodestate.in_memory_nodestate import CLIENT_APP_CRASHED_ERROR
 
 from client.objects import FileContents
+from client.reads import read_more_at_a_time
 from federation import bundle
 from federation.flower_tasks import RUNTIME, TASK_HEARTBEAT_S
 from federation.front import Door, Front, telling_of_room
+from federation.handover import push_in_turn
 from federation.polls import Polls
 from tokenizer import durable
 
@@ -92,6 +94,8 @@ class Node:
         # A process that starts on a busy machine may take longer to say a word than the half minute that Flower gives
         # it; one that died is noticed by whoever started it.
         vars(in_memory_corestate)["HEARTBEAT_DEFAULT_INTERVAL"] = TASK_HEARTBEAT_S
+        vars(inside)["push_object_contents_from_iterable"] = push_in_turn
+        read_more_at_a_time()
         self._store, factory = FileContents(options.objects), ObjectStoreFactory()
         factory.store_instance = self._store
         self._states = NodeStateFactory(factory)
@@ -168,7 +172,8 @@ class Node:
                         receive=receive,
                         get_run=get_run,
                         get_fab=lambda name, run: self._checked(get_fab(name, run)),
-                        pull_object=pull,
+                        # As it comes: Flower holds all of a message before it stores any of it.
+                        pull_object=lambda run, name: self._store.lay_aside(name, pull(run, name)),
                         confirm_message_received=confirm,
                         trusted_entities=bundle.trusted_entities(options.coordinators()),
                     )

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import numpy as np
+
 from client.approval import Approvals, site_key
 from client.archive import Archive, RunArchive
 from client.budget import FILE, Budget, Purpose
@@ -358,7 +360,7 @@ def digest_of_answer(reply: SurveyReply | TrainReply | EvaluateReply | AssessRep
         case SurveyReply():
             data: bytes | memoryview = reply.survey
         case TrainReply():
-            data = reply.update.astype("<f4", copy=False).data
+            data = np.asarray(reply.update).astype("<f4", copy=False).data
         case AssessReply():
             data = reply.tallies.astype("<f4", copy=False).data
         case EvaluateReply():

@@ -12,6 +12,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from federation.coding import Told
 from federation.messages import Vector
 from federation.update import Layout
 from model.decoder import DecoderConfig
@@ -27,10 +28,10 @@ def places(config: DecoderConfig) -> NDArray[np.bool_]:
     return np.repeat([name.split(".")[0] in wanted for name in layout.names], sizes)
 
 
-def with_head(config: DecoderConfig, weights: Vector, head: Vector | None) -> Vector:
+def with_head(config: DecoderConfig, weights: Told, head: Vector | None) -> Told:
     """Give global weights, float32 [P], with a site's head, float32 [H]; as they are where the site has none yet."""
     if head is None:
         return weights
-    whole = weights.copy()
+    whole = np.array(weights)
     whole[places(config)] = head
     return whole

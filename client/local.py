@@ -23,10 +23,10 @@ from client.archive import Agreement, Archive, Choices, RunArchive, Snapshot
 from client.drift import Drift, next_drift
 from client.heads import places, with_head
 from federation import protection
-from federation.coding import Bytes, Coding, round_
+from federation.coding import Coding, Told, round_
 from federation.manifest import Manifest, TaskEvaluation
 from federation.messages import ProtocolError, SiteRefusal, TrainReply, TrainRequest, Vector
-from federation.update import cut_, is_finite, to_decoder, to_vector
+from federation.update import cut_, is_finite, subtract_, to_decoder, to_vector
 from model.cohort import Cohort, cohort
 from model.estimate import estimate
 from model.feed import ahead
@@ -121,11 +121,10 @@ class LocalRound:
         self._results: list[StepResult] = []
         self._seconds = kept.seconds if kept else 0.0
         self._lost = False
-        self.residual: Bytes | None = None
         self._drift: Vector | None = None
         if work.manifest.local.correct_drift:
             rates = work.rates(request.round - 1)
-            self._drift = next_drift(run.drift_before(request.round), request.round, request.weights, rates)
+            self._drift = next_drift(run.drift_before(request.round), request.round, np.asarray(request.weights), rates)
         self._begun = work.weights_at_home(run, request.round, request.weights)
         if kept is None:
             optimizer = run.optimizer_before(request.round) if work.keeps_optimizer else None
@@ -169,10 +168,10 @@ class LocalRound:
             self._keep()
 
     def reply(self, site: str) -> TrainReply:
-        """What the round came to; what rounding took from the update is in `residual` then."""
+        """What the round came to; what rounding took from the update is kept."""
         request = self._task.request
         update = to_vector(self.trainer.decoder)
-        update -= self._begun
+        subtract_(update, self._begun)
         if self._work.manifest.local.own_head:
             update[places(self._work.manifest.model)] = 0.0
         if self._work.noises_update:
@@ -180,12 +179,14 @@ class LocalRound:
                 update[:] = 0.0
             update = self._work.protected_update(update, request.round, self._task.key)
         coding = self._work.coding
+        told: Told = update
         if coding != "float32":
             if not is_finite(update):
                 raise TrainingDiverged("The update holds values that are not finite; a lower learning rate may help.")
             # Of private training, all that enters here has its noise already.
-            before = self._run.residual_before(request.round)
-            self.residual = round_(update, coding, f"{request.manifest_hash}/{request.round}/{site}", before)
+            before, seed = self._run.residual_before(request.round), f"{request.manifest_hash}/{request.round}/{site}"
+            with self._run.new_residual(request.round, update.size) as keep:
+                told = round_(update, coding, seed, before, keep)
         steps = self._work.releases(len(self._results))
         weight, loss, seconds = self._work.expected_patients(steps), 0.0, 0.0
         if weight is None:
@@ -197,7 +198,7 @@ class LocalRound:
             manifest_hash=request.manifest_hash,
             round=request.round,
             request_digest=request.digest,
-            update=update,
+            update=told,
             tokens=weight,
             steps=steps,
             loss=loss,
@@ -214,21 +215,21 @@ class LocalRound:
         """What drift correction must not forget of the round; None in a run without it."""
         if self._drift is None:
             return None
-        return Drift(reply.round, self._drift, self._task.request.weights + reply.update)
+        return Drift(reply.round, self._drift, np.asarray(self._task.request.weights) + np.asarray(reply.update))
 
     def head(self) -> Vector | None:
         """The site's own head after the round, float32 [H]; None in a run without."""
         if not self._work.manifest.local.own_head:
             return None
         # A round that was lost leaves the head as it was.
-        ended = self._begun if self._lost else to_vector(self.trainer.decoder)
+        ended = np.asarray(self._begun) if self._lost else to_vector(self.trainer.decoder)
         return ended[places(self._work.manifest.model)]
 
     def _pull_back(self) -> None:
         """Add the agreed terms to every gradient of the round."""
         proximal = self._work.manifest.local.proximal
         if proximal or self._drift is not None:
-            self.trainer.pull = Pull(self.trainer.decoder, self._begun, proximal, self._drift)
+            self.trainer.pull = Pull(self.trainer.decoder, np.asarray(self._begun), proximal, self._drift)
 
     def _step(self, batch: Batch) -> StepResult:
         """Take a step, and rest as long as the device's share of time asks for."""
@@ -288,7 +289,7 @@ class Work:
         if self._windows.steps(0) == 0:
             raise SiteRefusal(f"{self._site} has no timeline with something to predict in the train split.")
 
-    def check_request(self, number: int, weights: Vector) -> None:
+    def check_request(self, number: int, weights: Told) -> None:
         """Refuse weights that don't fit the agreed model, or a round that was not agreed on."""
         if not 1 <= number <= self._manifest.rounds:
             raise ProtocolError(f"There is no round {number}; {self._manifest.rounds} were agreed on.")
@@ -296,7 +297,7 @@ class Work:
         if weights.shape != (size,) or not is_finite(weights):
             raise ProtocolError(f"The weights must be {size} finite numbers; they have shape {weights.shape}.")
 
-    def weights_at_home(self, run: RunArchive, number: int, weights: Vector) -> Vector:
+    def weights_at_home(self, run: RunArchive, number: int, weights: Told) -> Told:
         """Give global weights, float32 [P], as a round begins with them here: with the site's own head."""
         if not self._manifest.local.own_head:
             return weights
@@ -305,7 +306,7 @@ class Work:
     def trainer(
         self,
         number: int,
-        weights: Vector,
+        weights: Told,
         machine: Machine,
         optimizer: dict[str, Tensor] | None,
         team: Team = ALONE,
@@ -401,7 +402,7 @@ class Work:
         """What this machine computes the run's products in; may be measured."""
         return choose_precision(self._manifest.train.precision, machine, self._manifest.model)
 
-    def evaluate(self, split: str, weights: Vector, device: str, precision: Precision) -> tuple[float, int]:
+    def evaluate(self, split: str, weights: Told, device: str, precision: Precision) -> tuple[float, int]:
         """Give the mean nll in nats and the number of targets."""
         decoder = to_decoder(self._manifest.model, weights, device)
         return evaluate(decoder, ahead(self._split_windows(split).epoch(0), device), precision)
@@ -414,7 +415,7 @@ class Work:
         self,
         task: Question,
         asked: Cohort,
-        weights: Vector,
+        weights: Told,
         device: str,
         options: TaskEvaluation,
         progress: Callable[[int, int], None],
@@ -434,7 +435,7 @@ class Work:
         )
         return found.risk
 
-    def patient_losses(self, split: str, weights: Vector, device: str, precision: Precision) -> "NDArray[np.float64]":
+    def patient_losses(self, split: str, weights: Told, device: str, precision: Precision) -> "NDArray[np.float64]":
         """Give each patient's mean loss per target, float64 [P] in nats; nan where there is nothing to predict."""
         decoder = to_decoder(self._manifest.model, weights, device)
         return patient_losses(decoder, self._split_windows(split).epoch(0), self.patients(split), precision)

@@ -42,6 +42,10 @@ class FileContents(InMemoryObjectStore):
             raise ValueError(f"No content of object {object_id} was handed over") from None
         super().put(object_id, _IN_FILE)
 
+    def lay_aside(self, object_id: str, content: bytes) -> bytes:
+        """Write a content that has come down; gives what `put` is to be told: nothing, where it is in a file."""
+        return b"" if content and lay(handed(self._folder, object_id), content) else content
+
     def get(self, object_id: str) -> bytes | None:
         """Give an object's content: empty if it is still to come, None if there is no such object."""
         content = super().get(object_id)
@@ -51,7 +55,8 @@ class FileContents(InMemoryObjectStore):
         """Drop an object that no other holds, and what it alone holds."""
         super().delete(object_id)
         if object_id not in self:
-            (self._folder / object_id).unlink(missing_ok=True)
+            for path in (self._folder / object_id, handed(self._folder, object_id)):
+                path.unlink(missing_ok=True)
 
     def has(self, object_id: str) -> bool:
         """Tell whether an object's content is there."""

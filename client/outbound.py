@@ -24,9 +24,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from federation import canonical, masking
 from federation.identity import Identity, verify
-from federation.messages import Reply, SurveyReply, TrainReply, to_wire
+from federation.messages import Reply, SurveyReply, TrainReply, sha256_of_payload, to_wire
 from tokenizer import durable
 from tokenizer.codebook import Survey
 from tokenizer.errors import DataError
@@ -201,8 +203,8 @@ def content_of(reply: Reply | masking.Reply) -> dict[str, Any]:
     wire = to_wire(reply)
     content: dict[str, Any] = json.loads(wire.header)
     for name, part in wire.payloads.items():
-        data = part if isinstance(part, bytes) else part.astype(part.dtype.newbyteorder("<"), copy=False).data
-        content[name] = {"bytes": len(memoryview(data).cast("B")), "sha256": hashlib.sha256(data).hexdigest()}
+        size = part.nbytes if isinstance(part, np.ndarray) else len(part)
+        content[name] = {"bytes": size, "sha256": sha256_of_payload(part)}
         if isinstance(part, bytes) and len(part) <= _SHORT_BYTES:
             content[name]["text"] = part.decode(errors="backslashreplace")
     if isinstance(reply, SurveyReply):

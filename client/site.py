@@ -324,7 +324,6 @@ class Site:
         run.keep(
             reply,
             local.trainer.state_dict() if work.keeps_optimizer else None,
-            local.residual,
             noise_key,
             local.drift(reply),
             local.head(),

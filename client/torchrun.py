@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import safetensors
 import safetensors.numpy
 import torch
@@ -93,7 +94,7 @@ def advance(files: "SiteFiles", run: RunArchive, work: Work, task: Task) -> None
             task.share_of_time,
         )
         header = {"job": canonical.encode(job).decode()}
-        safetensors.numpy.save_file({"weights": request.weights}, folder / "request.safetensors", header)
+        safetensors.numpy.save_file({"weights": np.asarray(request.weights)}, folder / "request.safetensors", header)
         try:
             code, told = _run(folder, machine)
             failures = [json.loads(path.read_bytes()) for path in sorted(folder.glob("failed-*.json"))]

@@ -13,14 +13,15 @@ arXiv 1901.09847).
 """
 
 import hashlib
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Callable
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from federation.parts import Bytes, Parts
+
 Coding = Literal["float32", "bfloat16", "int8"]
-Bytes = NDArray[np.uint8]
 Vector = NDArray[np.float32]
 
 BLOCK = 32
@@ -34,45 +35,50 @@ class CodingError(ValueError):
     """Bytes that are no vector in this coding, or a vector that this coding can't tell."""
 
 
-class Parts(Protocol):
-    """Bytes that are there a part at a time: an array, or a file."""
-
-    @property
-    def size(self) -> int:
-        """How many there are."""
-
-    def __getitem__(self, part: slice, /) -> Bytes:
-        """Give some of them."""
-
-
-@dataclass(frozen=True, eq=False)
 class Packed:
-    """A vector as it travels, read a part at a time: `packed[start:stop]` is float32, from a multiple of 32 on."""
+    """A vector [P] as it travels, read a part at a time; nothing is unpacked before it is asked for.
 
-    data: Parts
-    coding: Coding
+    `packed[start:stop]` is float32, of int8 from a multiple of 32 on; `numpy.asarray(packed)` is all of it.
 
-    @property
-    def size(self) -> int:
-        """The number of values P.
+    Attributes:
+        data: its bytes.
+        coding: how they are laid out.
+        size: the number of values P.
+    """
+
+    def __init__(self, data: Parts, coding: Coding) -> None:
+        """Take a vector's bytes.
 
         Raises:
-            CodingError: no vector has so many bytes.
+            CodingError: no vector has so many.
         """
-        width = {"float32": 4, "bfloat16": 2}.get(self.coding)
-        size = self.data.size // width if width else self.data.size - -(-self.data.size // (BLOCK + 1))
-        if length(size, self.coding) != self.data.size:
-            raise CodingError(f"{self.data.size} bytes are no whole vector in {self.coding}.")
-        return size
+        width = {"float32": 4, "bfloat16": 2}.get(coding)
+        size = data.size // width if width else data.size - -(-data.size // (BLOCK + 1))
+        if length(size, coding) != data.size:
+            raise CodingError(f"{data.size} bytes are no whole vector in {coding}.")
+        self.data, self.coding, self.size = data, coding, size
+
+    @property
+    def shape(self) -> tuple[int]:
+        """That of the vector."""
+        return (self.size,)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes the values take in float32."""
+        return 4 * self.size
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return unpack(self.data, self.coding).astype(dtype or np.float32, copy=False)
 
     def __getitem__(self, part: slice) -> Vector:
         start, stop, _ = part.indices(self.size)
         if self.coding == "float32":
             return self.data[4 * start : 4 * stop].view("<f4").astype(np.float32, copy=False)
         if self.coding == "bfloat16":
-            values = np.zeros(stop - start, "<f4")
-            values.view("<u2")[1::2] = self.data[2 * start : 2 * stop].view("<u2")
-            return values.astype(np.float32, copy=False)
+            bits = self.data[2 * start : 2 * stop].view("<u2").astype(np.uint32)
+            bits <<= np.uint32(16)
+            return bits.view(np.float32)
         if start % BLOCK:
             raise ValueError("A part must begin at a whole block.")
         blocks = slice(self.size + start // BLOCK, self.size + -(-stop // BLOCK))
@@ -80,6 +86,10 @@ class Packed:
         values = self.data[start:stop].view(np.int8).astype(np.float32)
         values *= np.repeat(scales, BLOCK)[: values.size]
         return values
+
+
+Told = Vector | Packed
+"""A vector [P] as it was made, or as it travels."""
 
 
 def length(size: int, coding: Coding) -> int:
@@ -100,10 +110,9 @@ def pack(vector: Vector, coding: Coding) -> Bytes:
     for start in range(0, vector.size, _CHUNK):
         part = vector[start : start + _CHUNK]
         if coding == "bfloat16":
-            halves = _halves(part)
-            if halves[0::2].any():
+            if (part.view(np.uint32) & np.uint32(0xFFFF)).any():
                 raise CodingError("The vector holds values that bfloat16 can't tell.")
-            out[2 * start : 2 * (start + part.size)].view("<u2")[:] = halves[1::2]
+            out[2 * start : 2 * (start + part.size)] = _upper(part)
             continue
         steps, powers = _steps(part)
         whole = np.rint(steps)
@@ -115,7 +124,7 @@ def pack(vector: Vector, coding: Coding) -> Bytes:
     return out
 
 
-def unpack(data: Bytes, coding: Coding) -> Vector:
+def unpack(data: Parts, coding: Coding) -> Vector:
     """Give the vector [P] that travelled; of float32, a view.
 
     Raises:
@@ -151,45 +160,66 @@ def nearest(vector: Vector, coding: Literal["float32", "bfloat16"]) -> Vector:
     return rounded
 
 
-def round_(vector: Vector, coding: Coding, seed: str, residual: Bytes | None = None) -> Bytes | None:
-    """Round a vector [P] of finite values in place to what the coding can tell, and give what that took away.
+def coded(vector: Vector, coding: Literal["float32", "bfloat16"]) -> Told:
+    """Give the nearest vector [P] that the coding can tell, as it travels; of float32, itself."""
+    if coding == "float32":
+        return vector
+    out = np.empty(length(vector.size, coding), np.uint8)
+    for start in range(0, vector.size, _CHUNK):
+        part = vector[start : start + _CHUNK]
+        out[2 * start : 2 * (start + part.size)] = _upper(nearest(part, coding))
+    return Packed(out, coding)
+
+
+def round_(
+    vector: Vector,
+    coding: Coding,
+    seed: str,
+    residual: Packed | None = None,
+    keep: Callable[[Bytes], object] = lambda part: None,
+) -> Packed:
+    """Round a vector [P] of finite values to what the coding can tell.
 
     Args:
-        vector: changed.
+        vector: its memory is what the result lies in, for new memory costs more than all that is done here.
         coding: int8 rounds at random; the others to the nearest.
         seed: names the randomness; equal seeds round equally. It protects nothing.
         residual: what the last rounding took away; added before.
+        keep: is given the new residual part by part, in bfloat16: next to the update that it comes from it is small,
+            so that half its digits do. Of float32 there is none.
 
     Returns:
-        The new residual in bfloat16, as `pack` lays it out: next to the update that it comes from it is small, so that
-        half its digits do. None for float32.
+        The rounded vector.
     """
     if coding == "float32":
-        return None
-    before = None if residual is None else Packed(residual, "bfloat16")
-    kept = np.empty(2 * vector.size, np.uint8)
+        return Packed(pack(vector, coding), coding)
+    out, scales = vector.view(np.uint8), np.empty(-(-vector.size // BLOCK), np.uint8)
     key = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:16])
     random = np.random.Generator(np.random.Philox(key=key))
     for start in range(0, vector.size, _CHUNK):
-        part = vector[start : start + _CHUNK]
-        if before is not None:
-            part += before[start : start + _CHUNK]
+        part = vector[start : start + _CHUNK].copy()
+        if residual is not None:
+            part += residual[start : start + _CHUNK]
         if coding == "bfloat16":
             told = nearest(part, coding)
+            out[2 * start : 2 * (start + part.size)] = _upper(told)
         else:
             steps, powers = _steps(part)
             steps += random.random(steps.shape, np.float32)
-            told = (np.minimum(np.floor(steps), _MOST) * np.ldexp(np.float32(1), powers)[:, None]).ravel()[: part.size]
+            whole = np.minimum(np.floor(steps), _MOST)
+            told = (whole * np.ldexp(np.float32(1), powers)[:, None]).ravel()[: part.size]
+            out[start : start + part.size] = whole.ravel()[: part.size].astype(np.int8).view(np.uint8)
+            scales[start // BLOCK : start // BLOCK + powers.size] = powers + _BIAS
         part -= told
-        kept[2 * start : 2 * (start + part.size)].view("<u2")[:] = _halves(nearest(part, "bfloat16"))[1::2]
-        part[:] = told
-    return kept
+        keep(_upper(nearest(part, "bfloat16")))
+    if coding == "int8":
+        out[vector.size : vector.size + scales.size] = scales
+    return Packed(out[: length(vector.size, coding)], coding)
 
 
-def _halves(part: Vector) -> NDArray[np.uint16]:
-    """The lower and the upper half of each value, one after the other."""
-    halves: NDArray[np.uint16] = part.astype("<f4", copy=False).view("<u2")
-    return halves
+def _upper(part: Vector) -> Bytes:
+    """The upper half of each value, as bfloat16 travels."""
+    return (part.view(np.uint32) >> np.uint32(16)).astype("<u2").view(np.uint8)
 
 
 def _steps(part: Vector) -> tuple[Vector, NDArray[np.int32]]:

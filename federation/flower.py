@@ -8,8 +8,9 @@ and no array header is parsed. Whatever arrives from the other side in another s
 Checked against flwr 1.41; the version is pinned.
 """
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, RecordDict
 from flwr.app import Message as FlowerMessage
 from flwr.app.message.arraychunk import ArrayChunk
 from flwr.common.constant import ErrorCode
-from flwr.supercore.constant import HEAD_BODY_DIVIDER
+from flwr.supercore.constant import HEAD_BODY_DIVIDER, HEAD_VALUE_DIVIDER
 from flwr.supercore.inflatable.inflatable_object import (
+    InflatableObject,
     get_all_nested_objects,
     get_object_body,
     get_object_head_values_from_object_content,
@@ -28,12 +30,12 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from federation import masking, messages
 from federation.messages import DeliveryError, Message, Payload, ProtocolError, Vector, Wire, Words, from_wire, to_wire
+from federation.parts import Joined
 
 KINDS: Mapping[str, type[Any]] = {**messages.KINDS, **masking.KINDS}
 """Everything that is said: rounds, and the masked sums in them."""
 
-# A chunk never changes once it is cut; Flower would hash it again for each site that is sent the same weights.
-ArrayChunk.is_dirty = property(lambda chunk: False)  # type: ignore[method-assign, assignment]
+# A chunk never changes once it is cut, so each is hashed once: Flower would do it for each site that is sent it.
 
 
 def _inflate_chunk(kind: type[ArrayChunk], content: bytes, children: Mapping[str, Any] | None = None) -> ArrayChunk:
@@ -44,19 +46,67 @@ def _inflate_chunk(kind: type[ArrayChunk], content: bytes, children: Mapping[str
     return kind(memoryview(content)[content.find(HEAD_BODY_DIVIDER) + len(HEAD_BODY_DIVIDER) :])
 
 
+def _head(chunk: ArrayChunk) -> bytes:
+    return f"{ArrayChunk.__qualname__}{HEAD_VALUE_DIVIDER}{HEAD_VALUE_DIVIDER}{len(chunk.data)}".encode()
+
+
+def places(part: InflatableObject) -> Sequence[bytes | memoryview]:
+    """Give where the bytes lie that Flower sends of an object, one after the other; those of a chunk are not copied."""
+    if isinstance(part, ArrayChunk):
+        return _head(part), HEAD_BODY_DIVIDER, part.data
+    return (part.deflate(),)
+
+
+def _name_chunk(chunk: ArrayChunk) -> str:
+    """Do what `ArrayChunk.object_id` does, without two copies."""
+    if "_object_id" not in chunk.__dict__:
+        digest = hashlib.sha256()
+        for place in places(chunk):
+            digest.update(place)
+        chunk.__dict__["_object_id"] = digest.hexdigest()
+    name: str = chunk.__dict__["_object_id"]
+    return name
+
+
 def _inflate_array(kind: type[Array], content: bytes, children: Mapping[str, Any] | None = None) -> Array:
-    """Do what `Array.inflate` does, with one copy in the place of two and a growing one."""
+    """Do what `Array.inflate` does, without copies of what is sent in pieces of bytes: `_payload` gives these."""
     _, parts, _ = get_object_head_values_from_object_content(content)
     told = json.loads(get_object_body(content, kind))
     names = [parts[number] for number in told["arraychunk_ids"]]
     if set(names) != set(children or {}):
         raise ValueError("An array's chunks are not those that it names.")
-    array = kind(told["dtype"], tuple(told["shape"]), told["stype"], b"")
-    array.data = b"".join([(children or {})[name].data for name in names])
+    pieces = [(children or {})[name].data for name in names]
+    data = Joined(pieces) if told["dtype"] == "uint8" and len(pieces) > 1 else b"".join(pieces)
+    return _array_of(told["dtype"], tuple(told["shape"]), told["stype"], data)
+
+
+def _array_of(dtype: str, shape: tuple[int, ...], stype: str, data: Any) -> Array:
+    """Give an array whose bytes need not be `bytes`."""
+    array = Array(dtype, shape, stype, b"")
+    array.data = data
     return array
 
 
+def _record_of(kind: type[ArrayRecord], array_dict: Mapping[str, Array], *, keep_input: bool = True) -> ArrayRecord:
+    """Do what `ArrayRecord.from_array_dict` does, whatever holds the arrays' bytes."""
+    record = kind()
+    for name, array in array_dict.items():
+        record[name] = _array_of(array.dtype, tuple(array.shape), array.stype, array.data)
+    return record
+
+
+def _cut(array: Array, cut: Callable[[Array], Any] = Array.slice_array) -> Any:
+    """Do what `Array.slice_array` does, also with an array that came in pieces and is sent on."""
+    if isinstance(array.data, Joined):
+        array.data = bytes(array.data)
+    return cut(array)
+
+
+ArrayChunk.deflate = lambda chunk: b"".join(places(chunk))  # type: ignore[method-assign, assignment]
+ArrayChunk.object_id = property(_name_chunk)  # type: ignore[method-assign, assignment]
 ArrayChunk.inflate = classmethod(_inflate_chunk)  # type: ignore[method-assign, assignment]
+ArrayRecord.from_array_dict = classmethod(_record_of)  # type: ignore[method-assign, assignment]
+Array.slice_array = _cut  # type: ignore[method-assign, assignment]
 Array.inflate = classmethod(_inflate_array)  # type: ignore[method-assign, assignment]
 
 _RAW = "fedcomet.raw"
@@ -119,13 +169,13 @@ def on_the_wire(record: RecordDict) -> tuple[str, int]:
     twin = RecordDict({name: _twin(part) for name, part in record.items()})
     with no_object_id_recompute():  # Flower would hash every part again for each one that holds it
         parts = get_all_nested_objects(twin)
-        return twin.object_id, sum(len(part.deflate()) for part in parts.values())
+        return twin.object_id, sum(len(place) for part in parts.values() for place in places(part))
 
 
 def _twin(part: Any) -> Any:
     if not isinstance(part, ArrayRecord):
         return part
-    return ArrayRecord({name: Array(a.dtype, a.shape, a.stype, a.data) for name, a in part.items()})
+    return ArrayRecord(dict(part))
 
 
 # What a person can make something of, for what happens at every crash.
@@ -169,7 +219,11 @@ def assume_identity() -> None:
 def _array(payload: Payload) -> Array:
     if isinstance(payload, bytes):
         return Array("uint8", (len(payload),), _RAW, payload)
+    if isinstance(payload, Joined):
+        return _array(bytes(payload))
     name = payload.dtype.name
+    if name == "uint8":  # a packed vector, which nobody changes any more
+        return _array_of(name, (payload.size,), _RAW, payload)
     return Array(name, (payload.size,), _RAW, payload.astype(_DTYPES[name], copy=False).tobytes())
 
 
@@ -182,7 +236,7 @@ def _payload(name: str, array: Any) -> Payload:
     if len(array.shape) != 1 or array.shape[0] * dtype.itemsize != len(array.data):
         raise ProtocolError(f"The payload {name[:80]!r} has {len(array.data)} bytes; its shape says otherwise.")
     if array.dtype == "uint8":
-        data: bytes = array.data
+        data: bytes | Joined = array.data
         return data
     vector: Vector | Words = np.frombuffer(array.data, dtype).astype(array.dtype, copy=False)
     return vector

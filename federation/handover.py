@@ -11,16 +11,21 @@ import mmap
 import os
 import threading
 import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse, PushObjectRequest, PushObjectResponse
+from flwr.supercore.inflatable import inflatable_utils
 from flwr.supercore.inflatable.inflatable_object import get_object_id
 from flwr.supercore.runtime import RuntimeHttpClient
 
 FOLDER = "FEDCOMET_OBJECTS"
 """Of an app process's environment: where contents are."""
 
+_AT_ONCE = 2
 PARTIAL, _HANDED = ".partial", ".handed"
 
 
@@ -61,8 +66,36 @@ def hand_over() -> None:
         return _Content(content)  # type: ignore[return-value]
 
     vars(push_object)["folder"] = folder
+    vars(inflatable_utils)["push_object_contents_from_iterable"] = push_in_turn
     for name, method in {"PushObject": push_object, "PullObject": pull_object}.items():
         setattr(RuntimeHttpClient, name, method)
+
+
+def push_in_turn(
+    object_contents: Iterable[tuple[str, bytes]], push_object_fn: Callable[[str, bytes], None], **how: Any
+) -> None:
+    """Do what Flower's `push_object_contents_from_iterable` does, which has all contents in memory at a time."""
+    turns, failed = threading.Semaphore(_AT_ONCE), threading.Event()
+
+    def push(name: str, content: bytes) -> None:
+        try:
+            push_object_fn(name, content)
+        except BaseException:
+            failed.set()
+            raise
+        finally:
+            turns.release()
+
+    begun = []
+    with ThreadPoolExecutor(_AT_ONCE) as threads:
+        for name, content in object_contents:
+            turns.acquire()
+            if failed.is_set():
+                break
+            begun.append(threads.submit(push, name, content))
+            del content
+    for one in begun:
+        one.result()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ text, `ed25519:` and 64 hexadecimal digits, which is what a policy lists. Every 
 name is signed too, so a signature under an approval can never stand under a request.
 """
 
-import hashlib
+import dataclasses
 import os
 import stat
 import tempfile
@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from federation import canonical
-from federation.messages import altered, to_wire
+from federation.messages import sha256_of_payload, to_wire
 from tokenizer import durable
 from tokenizer.errors import ConfigError
 
@@ -25,7 +25,7 @@ _SCHEME = "ed25519:"
 _REQUEST = "request"
 
 
-S = TypeVar("S")
+S = TypeVar("S", bound=Any)
 
 
 class Identity:
@@ -80,7 +80,7 @@ class Identity:
     def sign_request(self, request: S) -> S:
         """Give a request, of rounds or of masked sums, with this identity's key and signature."""
         signature = self.sign(_REQUEST, _content(request))
-        signed: S = altered(request, coordinator=self.public, signature=signature)
+        signed: S = dataclasses.replace(request, coordinator=self.public, signature=signature)
         return signed
 
 
@@ -122,12 +122,9 @@ def signed_by(request: Any) -> str | None:
 
 def _content(request: Any) -> bytes:
     """What stands for a request under its signature: its header, and the sha256 of every payload."""
-    bare = altered(request, deadline_s=float(request.deadline_s), coordinator="", signature="")
+    bare = dataclasses.replace(request, deadline_s=float(request.deadline_s), coordinator="", signature="")
     wire = to_wire(bare)
-    hashes = {
-        name: hashlib.sha256(part if isinstance(part, bytes) else part.data).hexdigest()
-        for name, part in wire.payloads.items()
-    }
+    hashes = {name: sha256_of_payload(part) for name, part in wire.payloads.items()}
     return wire.header + b"\n" + canonical.encode(hashes)
 
 

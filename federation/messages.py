@@ -20,8 +20,9 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from federation import canonical
-from federation.coding import Bytes, Coding, CodingError, pack, unpack
+from federation import canonical, parts
+from federation.coding import Coding, CodingError, Packed, Told, pack
+from federation.parts import Bytes, Joined, Parts
 from tokenizer.codebook import TokenizerOptions
 from tokenizer.errors import FedcometError
 from tokenizer.split import SplitRule
@@ -32,11 +33,11 @@ VERSION = 1
 Vector = NDArray[np.float32]
 Words = NDArray[np.unsignedinteger]
 """Integers of a masked sum, little-endian uint32 or uint64."""
-Payload = bytes | Vector | Words | NDArray[np.uint8]
+Payload = bytes | Vector | Words | Bytes | Joined
 """What travels beside a header; uint8 is a packed vector."""
 
 _HEADER_LIMIT = 1 << 20
-_PACKED = "_packed"
+_CHUNK = 1 << 18
 _SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -125,7 +126,7 @@ class TrainRequest:
     kind: ClassVar[str] = "train"
     manifest_hash: str
     round: int
-    weights: Vector
+    weights: Told
     deadline_s: float
     coding: Coding = "float32"
     known: str = ""
@@ -157,7 +158,7 @@ class TrainReply:
     manifest_hash: str
     round: int
     request_digest: str
-    update: Vector
+    update: Told
     tokens: int
     steps: int
     loss: float
@@ -176,7 +177,7 @@ class EvaluateRequest:
     manifest_hash: str
     round: int
     split: str
-    weights: Vector
+    weights: Told
     deadline_s: float
     coding: Coding = "float32"
     known: str = ""
@@ -218,7 +219,7 @@ class AssessRequest:
     kind: ClassVar[str] = "evaluate.tasks"
     manifest_hash: str
     round: int
-    weights: Vector
+    weights: Told
     deadline_s: float
     coding: Coding = "float32"
     known: str = ""
@@ -307,8 +308,8 @@ def to_wire(message: Any) -> Wire:
         value = getattr(message, field.name)
         if field.type == Words:
             payloads[field.name] = np.ascontiguousarray(value)
-        elif isinstance(value, np.ndarray):
-            payloads[field.name] = packed(message, field.name)
+        elif isinstance(value, np.ndarray | Packed):
+            payloads[field.name] = _packed(value, getattr(message, "coding", "float32"))
         elif isinstance(value, bytes):
             payloads[field.name] = value
         else:
@@ -316,26 +317,22 @@ def to_wire(message: Any) -> Wire:
     return Wire(canonical.encode(header), payloads)
 
 
-def packed(message: Any, name: str) -> Vector | Bytes:
-    """Give a message's vector as it travels: float32 [P], or bytes in its coding, laid out once.
-
-    Of a message that came they are the very bytes that came. A message's vectors never change once it is made.
-    """
-    coding: Coding = getattr(message, "coding", "float32")
-    vector = np.ascontiguousarray(getattr(message, name), np.float32)
-    if coding == "float32":
-        return vector
-    known: dict[str, Bytes] = message.__dict__.setdefault(_PACKED, {})
-    if name not in known:
-        known[name] = pack(vector, coding)
-    return known[name]
+def sha256_of_payload(payload: Payload) -> str:
+    """Give the sha256 of a payload's bytes as they travel."""
+    if isinstance(payload, bytes):
+        return hashlib.sha256(payload).hexdigest()
+    if isinstance(payload, Joined):
+        return parts.sha256(payload)
+    return hashlib.sha256(payload.astype(payload.dtype.newbyteorder("<"), copy=False).data).hexdigest()
 
 
-def altered(message: Any, **changes: Any) -> Any:
-    """Give a message with other fields, but the same vectors, laid out once for both."""
-    other = dataclasses.replace(message, **changes)
-    other.__dict__[_PACKED] = message.__dict__.setdefault(_PACKED, {})
-    return other
+def _packed(vector: Told, coding: Coding) -> Vector | Bytes | Joined:
+    """Give a vector as it travels; of a message that came they are the very bytes that came."""
+    if isinstance(vector, Packed) and vector.coding == coding != "float32":
+        data = vector.data
+        return data if isinstance(data, np.ndarray | Joined) else data[: data.size]
+    whole = np.ascontiguousarray(vector, np.float32)
+    return whole if coding == "float32" else pack(whole, coding)
 
 
 def from_wire(wire: Wire, kinds: Mapping[str, type[Any]] = KINDS) -> Any:
@@ -359,7 +356,7 @@ def from_wire(wire: Wire, kinds: Mapping[str, type[Any]] = KINDS) -> Any:
     if kind is None:
         raise ProtocolError(f"There is no message of kind {_short(kind_name)}.")
     for field in dataclasses.fields(kind):
-        if field.type in (bytes, Vector, Words):
+        if field.type in (bytes, Vector, Told, Words):
             if field.name in fields:
                 raise ProtocolError(f"{kind_name}.{field.name} must be a payload, not part of the header.")
             fields[field.name] = _payload(wire.payloads, kind_name, field, fields.get("coding", "float32"))
@@ -367,18 +364,18 @@ def from_wire(wire: Wire, kinds: Mapping[str, type[Any]] = KINDS) -> Any:
     if extra := sorted(set(wire.payloads) - expected):
         raise ProtocolError(f"{kind_name} has the unknown payload {_short(extra[0])}.")
     message = canonical.build(kind, fields, kind_name, ProtocolError)
-    if getattr(message, "coding", "float32") != "float32":
-        vectors = {f.name: wire.payloads[f.name] for f in dataclasses.fields(kind) if f.type == Vector}
-        message.__dict__[_PACKED] = {name: np.frombuffer(data, np.uint8) for name, data in vectors.items()}
     site = getattr(message, "site", None)
     if site is not None and not is_site_name(site):
         raise ProtocolError(f"{_short(site)} can't be the name of a site: use letters, digits, '.', '_' and '-'.")
     return message
 
 
-def sha256_of(vector: Vector) -> str:
+def sha256_of(vector: Told) -> str:
     """Give the sha256 of a vector's little-endian float32 bytes."""
-    return hashlib.sha256(np.ascontiguousarray(vector, "<f4").data).hexdigest()
+    digest = hashlib.sha256()
+    for start in range(0, vector.size, _CHUNK):
+        digest.update(np.ascontiguousarray(vector[start : start + _CHUNK], "<f4").data)
+    return digest.hexdigest()
 
 
 def is_site_name(name: str) -> bool:
@@ -408,30 +405,27 @@ def _header(data: bytes) -> dict[str, Any]:
     return header
 
 
-_DTYPES: dict[Any, tuple[str, ...]] = {Vector: ("float32",), Words: ("uint32", "uint64")}
+_DTYPES: dict[Any, tuple[str, ...]] = {Vector: ("float32",), Told: ("float32",), Words: ("uint32", "uint64")}
 
 
-def _payload(payloads: Mapping[str, Any], kind: str, field: dataclasses.Field[Any], coding: Any) -> Payload:
+def _payload(payloads: Mapping[str, Any], kind: str, field: dataclasses.Field[Any], coding: Any) -> Any:
     value: Payload | None = payloads.get(field.name)
     if value is None:
         raise ProtocolError(f"{kind} lacks the payload {field.name!r}.")
-    if field.type == Vector and coding in ("bfloat16", "int8"):
-        return _unpacked(value, coding, f"The payload {field.name!r} of {kind}")
-    if isinstance(value, np.ndarray):
-        fits = value.dtype.name in _DTYPES.get(field.type, ())
-    else:
-        fits = isinstance(value, bytes) and field.type is bytes
+    if field.type == Told and coding in ("bfloat16", "int8"):
+        return _as_told(value, coding, f"The payload {field.name!r} of {kind}")
+    fits = value.dtype.name in _DTYPES.get(field.type, ()) if isinstance(value, np.ndarray) else field.type is bytes
     if not fits:
         raise ProtocolError(f"The payload {field.name!r} of {kind} is of the wrong type.")
-    return value
+    return bytes(value) if isinstance(value, Joined) else value
 
 
-def _unpacked(value: Payload, coding: Coding, what: str) -> Vector:
-    data: NDArray[Any] = np.frombuffer(value, np.uint8) if isinstance(value, bytes) else value
-    if data.dtype != np.uint8:
+def _as_told(value: Payload, coding: Coding, what: str) -> Packed:
+    data: Parts | NDArray[Any] = np.frombuffer(value, np.uint8) if isinstance(value, bytes) else value
+    if isinstance(data, np.ndarray) and data.dtype != np.uint8:
         raise ProtocolError(f"{what} is of the wrong type.")
     try:
-        return unpack(data, coding)
+        return Packed(data, coding)
     except CodingError as cause:
         raise ProtocolError(f"{what} can't be read: {cause}") from None
 

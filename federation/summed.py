@@ -93,10 +93,10 @@ def update_bytes(manifest: Manifest) -> int:
 def update_of(manifest: Manifest, reply: TrainReply, noise_key: bytes = b"") -> Summand:
     """Give what a round's work adds to the sum; the vector is the reply's own."""
     if shares_noise(manifest):
-        return Summand(reply.update, 1, {TOKENS: 1, STEPS: 1, LOSS: 0.0}, noise_key)
+        return Summand(np.asarray(reply.update), 1, {TOKENS: 1, STEPS: 1, LOSS: 0.0}, noise_key)
     loss = min(reply.loss, _MOST_LOSS) * reply.tokens
     weight = reply.tokens if manifest.outer.weights == "tokens" else 1
-    return Summand(reply.update, weight, {TOKENS: reply.tokens, STEPS: reply.steps, LOSS: loss})
+    return Summand(np.asarray(reply.update), weight, {TOKENS: reply.tokens, STEPS: reply.steps, LOSS: loss})
 
 
 def score_of(manifest: Manifest, reply: EvaluateReply) -> Summand:

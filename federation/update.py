@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from federation import canonical
+from federation.coding import Told
 from model.decoder import Decoder, DecoderConfig
 from model.parallel import whole
 from tokenizer.errors import DataError
@@ -64,7 +65,7 @@ def to_vector(decoder: Decoder) -> NDArray[np.float32]:
     return array
 
 
-def to_decoder(config: DecoderConfig, vector: NDArray[np.float32], device: str = "cpu") -> Decoder:
+def to_decoder(config: DecoderConfig, vector: Told, device: str = "cpu") -> Decoder:
     """Build the decoder that a vector [P] describes, on a torch device.
 
     Raises:
@@ -96,7 +97,7 @@ def as_decoder(config: DecoderConfig, vector: NDArray[np.float32]) -> Decoder:
 
 
 @torch.no_grad()
-def load_vector_(decoder: Decoder, vector: NDArray[np.float32]) -> None:
+def load_vector_(decoder: Decoder, vector: Told) -> None:
     """Overwrite a decoder's parameters by a float32 vector [P].
 
     Raises:
@@ -110,13 +111,13 @@ def load_vector_(decoder: Decoder, vector: NDArray[np.float32]) -> None:
         start += parameter.numel()
 
 
-def _check_length(decoder: Decoder, vector: NDArray[np.float32]) -> None:
+def _check_length(decoder: Decoder, vector: Told) -> None:
     size = sum(p.numel() for p in decoder.parameters())
     if vector.shape != (size,):
         raise DataError(f"A vector of shape {vector.shape} doesn't fit a decoder of {size} parameters.")
 
 
-def norm(vector: NDArray[np.float32]) -> float:
+def norm(vector: Told) -> float:
     """Give the L2 norm of a vector [P], summed in float64 by chunks; not finite when a value is not."""
     total = 0.0
     with np.errstate(invalid="ignore"):
@@ -126,10 +127,17 @@ def norm(vector: NDArray[np.float32]) -> float:
     return math.sqrt(total)
 
 
-def is_finite(vector: NDArray[np.float32]) -> bool:
+def is_finite(vector: Told) -> bool:
     """Tell whether all values of a vector are finite."""
     # A minimum is not finite where a value is not a number; a flag for each value would cost more than the question.
-    return vector.size == 0 or bool(np.isfinite([vector.min(), vector.max()]).all())
+    parts = (vector[start : start + _CHUNK] for start in range(0, vector.size, _CHUNK))
+    return all(bool(np.isfinite([part.min(), part.max()]).all()) for part in parts)
+
+
+def subtract_(vector: NDArray[np.float32], other: Told) -> None:
+    """Take another vector [P] away."""
+    for start in range(0, vector.size, _CHUNK):
+        vector[start : start + _CHUNK] -= other[start : start + _CHUNK]
 
 
 def cut_(vector: NDArray[np.float32], limit: float) -> None:

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from federation import masking, protection
-from federation.coding import Bytes, nearest
+from federation.coding import Told, coded
 from federation.manifest import Manifest
 from federation.messages import (
     PRINTABLE,
@@ -24,15 +24,15 @@ from federation.messages import (
     EvaluateReply,
     EvaluateRequest,
     Kept,
+    Payload,
     ProtocolError,
     Refusal,
     Reply,
     TrainReply,
     TrainRequest,
-    Vector,
     Weighted,
-    packed,
     printable,
+    to_wire,
 )
 from federation.update import norm
 from server.aggregate import Combined, GlobalState, TooFewUpdates, Update, combine, outer_step
@@ -81,7 +81,7 @@ Answer = Reply | masking.Reply | ProtocolError
 class Store(SumStore, Protocol):
     """Where the engine keeps vectors; each method returns when the bytes are on the disk."""
 
-    def keep_update(self, number: int, site: str, update: Vector | Bytes) -> tuple[str, int]:
+    def keep_update(self, number: int, site: str, update: Payload) -> tuple[str, int]:
         """Keep a site's update of a round as it travelled, and give the sha256 and the number of its bytes."""
 
     def update(self, number: int, site: str, sha256: str) -> Update:
@@ -363,7 +363,7 @@ class Rounds:
             return None
         weights, best = self._told_weights(), self._best(self.number)
         if self.number == self.manifest.rounds and best != self.number:
-            weights = nearest(self._load(best).weights, self.manifest.transport.weights)
+            weights = coded(self._load(best).weights, self.manifest.transport.weights)
         return AssessRequest(self.manifest.hash, self.number, weights, deadline_s, self.manifest.transport.weights)
 
     def assessed(self, found: Assessment) -> None:
@@ -442,9 +442,9 @@ class Rounds:
         self._journal.note_scores(entries, self.number, figures)
         self._round.phase = Phase.EVALUATED
 
-    def _told_weights(self) -> Vector:
+    def _told_weights(self) -> Told:
         """The global weights as they travel."""
-        return nearest(self._state.weights, self.manifest.transport.weights)
+        return coded(self._state.weights, self.manifest.transport.weights)
 
     def _load(self, number: int) -> GlobalState:
         entry = self._journal.round(number)
@@ -455,7 +455,7 @@ class Rounds:
             self._note(ReplyEntry(self.number, site, Status.ACCEPTED))
             self._tell("update.accepted", site)
             return
-        sha256, size = self._store.keep_update(self.number, site, packed(reply, "update"))
+        sha256, size = self._store.keep_update(self.number, site, to_wire(reply).payloads["update"])
         entry = ReplyEntry(
             self.number,
             site,

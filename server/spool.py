@@ -23,9 +23,10 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from federation import accountant, canonical, protection
-from federation.coding import Bytes, Packed
+from federation.coding import Packed
 from federation.manifest import Manifest, software_version
-from federation.messages import Vector
+from federation.messages import Payload
+from federation.parts import FileBytes, Joined, pieces, sha256
 from federation.update import as_decoder, to_vector
 from model import checkpoint
 from model.decoder import Decoder, preset_of
@@ -48,11 +49,13 @@ class Spool:
         """Tell where the checkpoint after a round is."""
         return self._dir / "checkpoints" / f"{number:04d}.safetensors"
 
-    def keep_update(self, number: int, site: str, update: Vector | Bytes) -> tuple[str, int]:
+    def keep_update(self, number: int, site: str, update: Payload) -> tuple[str, int]:
         """Keep a site's update of a round as it travelled, and give the sha256 and the number of its bytes."""
-        data = np.ascontiguousarray(update).view(np.uint8).data
-        durable.write_bytes(self._update_path(number, site), data)
-        return hashlib.sha256(data).hexdigest(), data.nbytes
+        data = update if isinstance(update, Joined) else Joined([np.ascontiguousarray(update).view(np.uint8)])
+        with durable.file(self._update_path(number, site)) as aside, aside.open("wb") as file:
+            for piece in pieces(data):
+                file.write(piece.data)
+        return sha256(data), data.size
 
     def update(self, number: int, site: str, sha256: str) -> Packed:
         """Give a kept update [P], whose parts are read when they are asked for.
@@ -63,7 +66,7 @@ class Spool:
         path = self._update_path(number, site)
         if _sha256(path) != sha256:
             raise DataError(f"{path}: the file has changed since the update was accepted.")
-        return Packed(_FileBytes(path), self._manifest.transport.update)
+        return Packed(FileBytes(path), self._manifest.transport.update)
 
     def keep_sum(self, number: int, purpose: str, collected: Collected) -> str:
         """Keep a sum with all masks on, and give the sha256 of its file."""
@@ -177,20 +180,6 @@ class Spool:
 
     def _update_path(self, number: int, site: str) -> Path:
         return self._dir / "rounds" / f"{number:04d}" / f"{site}.update"
-
-
-class _FileBytes:
-    """A file's bytes, read part by part: mapped into memory, all of them would stay there till the end of the sum."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self.size = path, path.stat().st_size
-
-    def __getitem__(self, part: slice) -> Bytes:
-        start, stop, _ = part.indices(self.size)
-        data = np.fromfile(self._path, np.uint8, stop - start, offset=start)
-        if data.size != stop - start:
-            raise DataError(f"{self._path}: the file was cut short while it was read.")
-        return data
 
 
 def _sha256(path: Path) -> str:

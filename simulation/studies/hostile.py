@@ -121,8 +121,7 @@ def _play_badly(hostile: Hostile, function: Callable[..., Any], args: Any, kwarg
     if not isinstance(reply, TrainReply):
         return answer
     seed = int.from_bytes(hashlib.sha256(f"{reply.site}/{reply.round}".encode()).digest()[:8])
-    update = hostile.changed(np.array(reply.update), seed)
-    if reply.coding != "float32":
-        round_(update, reply.coding, f"hostile/{seed}", None)
+    changed = hostile.changed(np.array(reply.update), seed)
+    update = changed if reply.coding == "float32" else round_(changed, reply.coding, f"hostile/{seed}")
     answer.content = flower.to_record(replace(reply, update=update))
     return answer

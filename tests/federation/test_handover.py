@@ -1,5 +1,6 @@
 """Contents go from process to process in files, and over HTTP where files can't be had."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from flwr.supercore.object_store.object_store import NoObjectInStoreError
 from flwr.supercore.runtime import RuntimeHttpClient
 
 from client.objects import FileContents
-from federation.handover import FOLDER, clear, hand_over, handed
+from federation.handover import FOLDER, clear, hand_over, handed, push_in_turn
 
 RUN = 3
 RECORD = RecordDict({"x": ConfigRecord({"a": 1})})
@@ -119,3 +120,39 @@ def test_files_go_with_their_objects_and_with_whoever_kept_them(wire: Wire, tmp_
     assert handed(tmp_path / "objects", NAME).exists()
     FileContents(tmp_path / "objects")
     assert list((tmp_path / "objects").iterdir()) == []
+
+
+def test_what_comes_down_is_laid_aside_and_goes_with_a_message_that_never_became_whole(
+    wire: Wire, tmp_path: Path
+) -> None:
+    told = wire.store.lay_aside(NAME, CONTENT)
+    assert told == b""
+    wire.store.put(NAME, told)
+    assert wire.store.get(NAME) == CONTENT
+    other = next(name for name in CONTENTS if name != NAME)
+    wire.store.lay_aside(other, CONTENTS[other])
+    wire.store.delete(RECORD.object_id)
+    assert list((tmp_path / "objects").iterdir()) == []
+    (tmp_path / "objects").rmdir()
+    assert wire.store.lay_aside(NAME, CONTENT) == CONTENT
+
+
+def test_contents_leave_before_all_of_them_are_made_and_an_error_ends_it() -> None:
+    made, pushed = list[str](), list[str]()
+
+    def contents() -> Iterator[tuple[str, bytes]]:
+        for number in range(20):
+            assert len(made) - len(pushed) <= 2
+            made.append(str(number))
+            yield str(number), b""
+
+    push_in_turn(contents(), lambda name, content: pushed.append(name))
+    assert sorted(pushed) == sorted(made)
+
+    def refuse(name: str, content: bytes) -> None:
+        raise ValueError(name)
+
+    many = iter([(str(number), b"") for number in range(20)])
+    with pytest.raises(ValueError, match="0"):
+        push_in_turn(many, refuse)
+    assert len(list(many)) > 10
