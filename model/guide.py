@@ -202,7 +202,8 @@ class Guide:
         found[before, late[before]] = np.maximum(1.0 - on[before], 0.0)
         np.add.at(found, row, pieces[:, None] * self._worth[node])
         begun = self._begun(rows)
-        found[begun >= 0] -= self._worth[begun[begun >= 0]]
+        open_ = (begun >= 0) & (self._known[begun] < 0)  # what is known was no mere chance
+        found[open_] -= self._worth[begun[open_]]
         return found, before
 
     def _late_class(self, rows: np.ndarray) -> np.ndarray:
