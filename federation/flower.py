@@ -35,8 +35,6 @@ from federation.parts import Joined
 KINDS: Mapping[str, type[Any]] = {**messages.KINDS, **masking.KINDS}
 """Everything that is said: rounds, and the masked sums in them."""
 
-# A chunk never changes once it is cut, so each is hashed once: Flower would do it for each site that is sent it.
-
 
 def _inflate_chunk(kind: type[ArrayChunk], content: bytes, children: Mapping[str, Any] | None = None) -> ArrayChunk:
     """Do what `ArrayChunk.inflate` does, without a copy."""
@@ -59,6 +57,7 @@ def places(part: InflatableObject) -> Sequence[bytes | memoryview]:
 
 def _name_chunk(chunk: ArrayChunk) -> str:
     """Do what `ArrayChunk.object_id` does, without two copies."""
+    # A chunk never changes once it is cut, so each is hashed once: Flower would do it for each site that is sent it.
     if "_object_id" not in chunk.__dict__:
         digest = hashlib.sha256()
         for place in places(chunk):

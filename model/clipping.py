@@ -30,7 +30,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,6 +37,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from model.attention import has_kernels
 from model.decoder import Decoder, Linear, RMSNorm
 from model.loss import OutputLayer, products_of
 from model.shares import Factored, Pass, Places, Rows, chunks
@@ -116,7 +116,7 @@ def clipped_sum(
     device = decoder.embed_tokens.weight.device
     on_cpu = device.type == "cpu"
     if factored is None:
-        factored = device.type == "cuda" and find_spec("triton") is not None
+        factored = has_kernels(decoder.embed_tokens.weight)
     teams = max(1, min(_MOST_TEAMS, threads, len(batch.lengths))) if on_cpu and not factored else 1
     held = BUDGET_BYTES["cpu" if on_cpu else "other"] if budget_bytes is None else budget_bytes
     most = len(batch.lengths) if factored else max(1, held // (places.size * 4 * teams))
