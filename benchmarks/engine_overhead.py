@@ -2,10 +2,11 @@
 
     python -m benchmarks.engine_overhead [--sites 8] [--rounds 10] [--workers 2] [--flower] [--profile]
 
-A round is timed from its announcement to its commit, without evaluation. The model has some 3,000 parameters and makes
-one step, so all but that step is overhead. Where other work takes the cores, CPU seconds (of this process and of its
-workers) tell more than the clock. `--flower` runs Flower's own simulation on Ray behind it. Files lie in memory
-(/dev/shm) unless --disk: what a disk takes to confirm a write is its own matter.
+A round is timed from its announcement to its commit, without evaluation. The model has some 3,000 parameters and each
+site makes one step: what such steps take by themselves, in the same workers, is told beside and left out of the
+overhead. Where other work takes the cores, CPU seconds tell more than the clock. `--flower` runs Flower's own
+simulation on Ray behind it. Files lie in memory (/dev/shm) unless --disk: what a disk takes to confirm a write is its
+own matter.
 """
 
 import argparse
@@ -20,8 +21,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+
 from federation.manifest import LocalWork
-from model.decoder import DecoderConfig
+from model.decoder import Decoder, DecoderConfig
+from model.train import Trainer, TrainOptions
 from server.plan import FederationPlan
 from server.rounds import Event
 from simulation.engine import run_federation
@@ -30,6 +34,7 @@ from simulation.pool import Pool
 from tokenizer.codebook import TokenizerOptions
 from tokenizer.events import write_meds
 from tokenizer.split import SplitRule
+from tokenizer.windows import Batch
 
 TRIVIAL = DecoderConfig(vocab=8, layers=1, width=16, heads=2, kv_heads=2, ff=32, context=64)
 
@@ -54,6 +59,7 @@ def main() -> None:
 
 
 def measure(given: argparse.Namespace, folder: Path) -> None:
+    from benchmarks.engine_overhead import step_s  # workers don't know the program that is run
     from client.site import SiteFiles
 
     events = generate(PROFILES["general"], given.patients, seed=1).events
@@ -72,10 +78,15 @@ def measure(given: argparse.Namespace, folder: Path) -> None:
         join_s=0.0,
         evaluate_every=given.rounds,
     )
-    marks: list[tuple[str, int, float, float]] = []
+    marks: list[tuple[str, int, float, float, float]] = []
 
     def note(event: Event) -> None:
-        marks.append((event.kind, event.round, time.perf_counter(), _cpu()))
+        # Asking for CPU seconds takes half a millisecond, which at every event of a round would count as overhead.
+        if event.kind == "round.announced":
+            of_workers = sum(_cpu_of(pid) for pid in pool.pids())
+            marks.append((event.kind, event.round, time.perf_counter(), _cpu(), of_workers))
+        elif event.kind == "round.committed":
+            marks.append((event.kind, event.round, time.perf_counter(), _cpu(), 0.0))
 
     begun = time.perf_counter()
     profile = cProfile.Profile()
@@ -86,21 +97,41 @@ def measure(given: argparse.Namespace, folder: Path) -> None:
         (profile.runcall if given.profile else lambda f, *a: f(*a))(
             run_federation, plan, sites, folder / "run", pool, note
         )
-        workers = sum(_cpu_of(pid) for pid in pool.pids())
-    announced = {n: (t, cpu) for kind, n, t, cpu in marks if kind == "round.announced"}
-    committed = {n: (t, cpu) for kind, n, t, cpu in marks if kind == "round.committed"}
+        steps = [pool.submit("steps", step_s).result for _ in range(given.workers)]
+        step = statistics.median(take() for take in steps) * given.sites / given.workers
+    announced = {n: (t, cpu) for kind, n, t, cpu, _ in marks if kind == "round.announced"}
+    committed = {n: (t, cpu) for kind, n, t, cpu, _ in marks if kind == "round.committed"}
+    of_workers = {n: cpu for kind, n, _, _, cpu in marks if kind == "round.announced"}
     prepared = min(t for t, _ in announced.values())
     quiet = [n for n in committed if n not in (1, given.rounds)]
     rounds = [committed[n][0] - announced[n][0] for n in quiet]
     own = [committed[n][1] - announced[n][1] for n in quiet]
+    workers = (of_workers[given.rounds] - of_workers[2]) / (given.rounds - 2)
     print(f"{given.sites} sites, {given.workers} workers, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
     print(f"start-up: {ready - begun:.2f} s until the workers answer, {prepared - ready:.2f} s until round 1")
     print(
+        f"overhead: {statistics.median(rounds) - step:.4f} s a round (fastest {min(rounds) - step:.4f}), "
+        f"which is without {step:.4f} s for the sites' steps"
+    )
+    print(
         f"a round: {statistics.median(rounds):.4f} s (fastest {min(rounds):.4f}), "
-        f"of the coordinator {statistics.median(own):.4f} CPU s; all workers {workers:.2f} CPU s since they began"
+        f"of CPU seconds the coordinator {statistics.median(own):.4f} and all workers {workers:.4f}"
     )
     if given.profile:
         pstats.Stats(profile).sort_stats("tottime").print_stats(25)
+
+
+def step_s(steps: int = 50) -> float:
+    """Give the median seconds of a step like those of the sites, in a process of its own."""
+    trainer = Trainer(Decoder.create(TRIVIAL, 0), TrainOptions(warmup_steps=0, total_steps=steps))
+    tokens = np.full(64, 1)
+    batch = Batch(tokens, tokens, np.array([32, 32]), np.array([0, 1]))
+    seconds = []
+    for _ in range(steps):
+        begun = time.perf_counter()
+        trainer.step(batch)
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds)
 
 
 def _cpu() -> float:

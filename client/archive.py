@@ -24,6 +24,7 @@ Every file appears whole or not at all. Work on a run, and on the stores, is don
 
 import fcntl
 import json
+import math
 import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -38,6 +39,7 @@ import safetensors
 import safetensors.numpy
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from client.drift import Drift
@@ -62,8 +64,10 @@ from tokenizer.codebook import Codebook
 from tokenizer.errors import DataError
 
 _KEPT_ROUNDS = 2
-_DTYPES = {"uint8": "U8", "float32": "F32"}
+_DTYPES = {"u1": "U8", "i8": "I64", "f4": "F32", "f8": "F64"}  # safetensors' names of NumPy's types
 _SNAPSHOT = "local.safetensors"
+_ANSWER = ".safetensors"
+_BESIDE = ("optimizer", "residuals", "drift", "heads")  # what is kept beside an answer
 
 
 @dataclass(frozen=True)
@@ -103,16 +107,19 @@ class Snapshot:
 
 
 class Archive:
-    """A site's state folder."""
+    """A site's state folder; make one for each request, as it reads what was agreed only once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._opened: dict[str, RunArchive] = {}
 
     def run(self, manifest_hash: str) -> "RunArchive":
         """Give the part that belongs to one run; the hash must be one (it becomes a folder's name)."""
         if len(manifest_hash) != 64 or not set(manifest_hash) <= set("0123456789abcdef"):
             raise ProtocolError("A manifest hash has 64 hexadecimal digits.")
-        return RunArchive(self.path / "runs" / manifest_hash)
+        if manifest_hash not in self._opened:
+            self._opened[manifest_hash] = RunArchive(self.path / "runs" / manifest_hash)
+        return self._opened[manifest_hash]
 
     def runs(self) -> "list[RunArchive]":
         """Give the runs that the site has agreed to."""
@@ -147,6 +154,8 @@ class RunArchive:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._agreement: Agreement | None = None
+        self._manifest: Manifest | None = None
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -163,13 +172,15 @@ class RunArchive:
     def agreement(self) -> Agreement | None:
         """Give the agreement, if the site takes part in the run."""
         path = self.path / "agreement.json"
-        if not path.exists():
-            return None
-        return canonical.decode(Agreement, path.read_bytes(), str(path), DataError)
+        if self._agreement is None and path.exists():
+            self._agreement = canonical.decode(Agreement, path.read_bytes(), str(path), DataError)
+        return self._agreement
 
     def manifest(self) -> Manifest:
         """Give the manifest that the site agreed to."""
-        return Manifest.from_bytes((self.path / "manifest.json").read_bytes())
+        if self._manifest is None:
+            self._manifest = Manifest.from_bytes((self.path / "manifest.json").read_bytes())
+        return self._manifest
 
     def codebook(self) -> Codebook:
         """Give the run's codebook."""
@@ -201,12 +212,18 @@ class RunArchive:
         fields = {**header, "tensors": safetensors.torch.load_file(path)}
         return canonical.build(Snapshot, fields, str(path), DataError)
 
-    def answered(self) -> dict[int, str]:
-        """Give what was asked in every round that has an answer: request digests by round."""
-        digests = {int(p.stem): p.read_text() for p in (self.path / "rounds").glob("[0-9]*.digest")}
-        for path in (self.path / "rounds").glob("[0-9]*.safetensors"):
-            digests[int(path.stem)] = self._header(path)["request_digest"]
-        return digests
+    def answered(self) -> set[int]:
+        """Give the rounds that have an answer, be it still kept or not."""
+        return {number for number, kind in _numbered(self.path / "rounds") if kind in (".digest", _ANSWER)}
+
+    def asked(self, number: int) -> str | None:
+        """Give the digest of the request that a round's answer was for; None if there is no answer."""
+        path = self._round(number)
+        if path.exists():
+            digest: str = self._header(path)["request_digest"]
+            return digest
+        digest_path = path.with_suffix(".digest")
+        return digest_path.read_text() if digest_path.exists() else None
 
     def reply(self, number: int) -> TrainReply | None:
         """Give the answer of a round, while it is kept."""
@@ -238,28 +255,20 @@ class RunArchive:
         """
         number = reply.round
         if optimizer is not None:
-            # Byte for byte what `safetensors.torch.save_file` gives, which first looks for memory that tensors share.
-            with durable.file(self.path / "optimizer" / f"{number:04d}.safetensors") as path:
-                safetensors.numpy.save_file({name: value.cpu().numpy() for name, value in optimizer.items()}, path)
+            self._write("optimizer", number, {name: value.cpu().numpy() for name, value in optimizer.items()})
         if drift is not None:
-            with durable.file(self.path / "drift" / f"{number:04d}.safetensors") as path:
-                safetensors.numpy.save_file({"drift": drift.drift, "ended": drift.ended}, path)
+            self._write("drift", number, {"drift": drift.drift, "ended": drift.ended})
         if head is not None:
-            with durable.file(self.path / "heads" / f"{number:04d}.safetensors") as path:
-                safetensors.numpy.save_file({"head": head}, path)
+            self._write("heads", number, {"head": head})
         wire = to_wire(reply)
         told = {"header": wire.header.decode(), **({"noise_key": noise_key.hex()} if noise_key else {})}
-        vectors = {name: np.asarray(payload) for name, payload in wire.payloads.items()}
-        with durable.file(self._round(number)) as path, path.open("wb") as file:
-            file.write(_head({name: (array.dtype.name, array.size) for name, array in vectors.items()}, told))
-            for array in vectors.values():
-                file.write(array.astype(array.dtype.newbyteorder("<"), copy=False).data)
+        self._write("rounds", number, {name: np.asarray(payload) for name, payload in wire.payloads.items()}, told)
         (self.path / _SNAPSHOT).unlink(missing_ok=True)
         self._sweep(number - _KEPT_ROUNDS)
 
     def forget(self, number: int) -> None:
         """Drop a round's answer, the optimizer's state after it, its update's residual, its drift, and the own head."""
-        for folder in ("rounds", "optimizer", "residuals", "drift", "heads"):
+        for folder in ("rounds", *_BESIDE):
             (self.path / folder / f"{number:04d}.safetensors").unlink(missing_ok=True)
 
     def held(self, purpose: str) -> bytes | None:
@@ -316,7 +325,7 @@ class RunArchive:
     def new_residual(self, number: int, size: int) -> Iterator[Callable[[Bytes], object]]:
         """Keep what rounding takes away from a round's update [P], which comes in parts; it counts with the answer."""
         with durable.file(self.path / "residuals" / f"{number:04d}.safetensors") as path, path.open("wb") as file:
-            file.write(_head({"residual": ("uint8", 2 * size)}))
+            file.write(_head({"residual": ("u1", (2 * size,))}))
             yield lambda part: file.write(part.data)
 
     def residual_before(self, number: int) -> Packed | None:
@@ -350,9 +359,18 @@ class RunArchive:
         weights: Vector = np.fromfile(path, "<f4").astype(np.float32, copy=False)
         return weights if sha256_of(weights) == sha256 else None
 
+    def _write(
+        self, folder: str, number: int, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """Write a safetensors file; safetensors' own writers copy all that they write."""
+        with durable.file(self.path / folder / f"{number:04d}{_ANSWER}") as path, path.open("wb") as file:
+            file.write(_head({name: (array.dtype.str[1:], array.shape) for name, array in arrays.items()}, metadata))
+            for array in arrays.values():
+                file.write(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).data)
+
     def _of_last_before(self, number: int, kind: str) -> Path:
-        answered = [n for n in self.answered() if n < number]
-        return self.path / kind / f"{max(answered, default=0):04d}.safetensors"
+        last = max((n for n in self.answered() if n < number), default=0)
+        return self.path / kind / f"{last:04d}{_ANSWER}"
 
     def _round(self, number: int) -> Path:
         return self.path / "rounds" / f"{number:04d}.safetensors"
@@ -368,14 +386,13 @@ class RunArchive:
             for name in names:
                 if name.endswith(".partial"):
                     Path(folder, name).unlink()
-        for path in sorted((self.path / "rounds").glob("[0-9]*.safetensors")):
-            if int(path.stem) <= last:
-                durable.write_bytes(path.with_suffix(".digest"), self._header(path)["request_digest"].encode())
-                path.unlink()
-        for kind in ("optimizer", "residuals", "drift", "heads"):
-            for path in (self.path / kind).glob("[0-9]*.safetensors"):
-                if int(path.stem) <= last:
-                    path.unlink()
+        for number in sorted(_too_old(self.path / "rounds", last)):
+            path = self._round(number)
+            durable.write_bytes(path.with_suffix(".digest"), self._header(path)["request_digest"].encode())
+            path.unlink()
+        for kind in _BESIDE:
+            for number in _too_old(self.path / kind, last):
+                (self.path / kind / f"{number:04d}{_ANSWER}").unlink()
 
     @classmethod
     def _header(cls, path: Path) -> dict[str, Any]:
@@ -389,13 +406,25 @@ class RunArchive:
         return metadata
 
 
-def _head(vectors: Mapping[str, tuple[str, int]], metadata: Mapping[str, str] | None = None) -> bytes:
-    """What a safetensors file begins with; its own writers copy all that they write."""
+def _numbered(folder: Path) -> Iterator[tuple[int, str]]:
+    """The rounds' files in a folder: number and suffix."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    parts = (os.path.splitext(name) for name in names)
+    return ((int(stem), suffix) for stem, suffix in parts if stem.isdecimal())
+
+
+def _too_old(folder: Path, last: int) -> list[int]:
+    """The rounds up to `last` whose vectors lie in a folder."""
+    return [number for number, suffix in _numbered(folder) if suffix == _ANSWER and number <= last]
+
+
+def _head(arrays: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None) -> bytes:
+    """What a safetensors file of arrays of these types and shapes begins with."""
     told: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     end = 0
-    for name, (dtype, size) in vectors.items():
-        start, end = end, end + size * np.dtype(dtype).itemsize
-        told[name] = {"dtype": _DTYPES[dtype], "shape": [size], "data_offsets": [start, end]}
+    for name, (dtype, shape) in arrays.items():
+        start, end = end, end + math.prod(shape) * int(dtype[1:])
+        told[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
     data = json.dumps(told).encode()
     data += b" " * (-len(data) % 8)
     return len(data).to_bytes(8, "little") + data

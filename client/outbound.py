@@ -158,7 +158,8 @@ class Outbound:
             while left:  # a disk that fills up takes a part, and refuses the rest only when asked again
                 left = left[file.write(left) :]
             os.fsync(file.fileno())
-        durable.sync_directory(self.folder)
+        if not size:
+            durable.sync_directory(self.folder)
         end = Head(entry.sequence, hashlib.sha256(line).hexdigest(), name, size + len(line) + 1)
         durable.write_bytes(self.folder / _HEAD, canonical.encode(end))
         return entry

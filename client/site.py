@@ -296,7 +296,7 @@ class Site:
     @staticmethod
     def _forget_uncharged(run: RunArchive, budget: Budget) -> None:
         """Drop answers that were kept and never charged: a later round must not go on from what they did."""
-        for number in run.answered():
+        for number in sorted(run.answered()):
             charge = budget.find(run.manifest().hash, number, "training")
             if charge is None or not charge.state.spent:
                 run.forget(number)
@@ -408,14 +408,14 @@ class Site:
             raise SiteRefusal("The deadline of the request has passed.")
 
     def _answered(self, run: RunArchive, request: TrainRequest) -> TrainReply | None:
-        answered = run.answered()
-        if request.round in answered:
-            if answered[request.round] != request.digest:
+        asked = run.asked(request.round)
+        if asked is not None:
+            if asked != request.digest:
                 raise SiteRefusal(f"Round {request.round} was answered already, for another request.")
             if (reply := run.reply(request.round)) is None:
                 raise SiteRefusal(f"Round {request.round} was answered already; its answer is no longer kept.")
             return reply
-        if request.round < (last := max(answered, default=0)):
+        if request.round < (last := max(run.answered(), default=0)):
             raise SiteRefusal(f"Round {request.round} is over: round {last} was answered already.")
         return None
 

@@ -73,7 +73,7 @@ class Summing:
     def _worked_on(self, place: Place) -> str:
         """Give the digest of the request whose answer was kept."""
         if place.purpose == "train":
-            digest = self._run.answered().get(place.round)
+            digest = self._run.asked(place.round)
         elif place.purpose == "evaluate tasks":
             told = self._run.assessment(place.round)
             digest = None if told is None else told.request_digest

@@ -78,21 +78,29 @@ def to_decoder(config: DecoderConfig, vector: Told, device: str = "cpu") -> Deco
 
 
 @torch.no_grad()
-def as_decoder(config: DecoderConfig, vector: NDArray[np.float32]) -> Decoder:
+def as_decoder(config: DecoderConfig, vector: NDArray[np.float32], again: Decoder | None = None) -> Decoder:
     """Give the decoder that a vector [P] describes, to be read only: its parameters are views of the vector.
+
+    Args:
+        config: its shape.
+        vector: float32 [P].
+        again: one that this function gave for the same shape, to be used again for this vector.
 
     Raises:
         DataError: the vector has another length than such a decoder has parameters.
     """
     with torch.device("meta"):
-        decoder = Decoder(config)
-    _check_length(decoder, vector)
+        decoder = again or Decoder(config)
+    parameters = _fitting(decoder, vector)
     whole_, start = torch.from_numpy(vector), 0
-    for name, parameter in list(decoder.named_parameters()):
-        module, _, own = name.rpartition(".")
+    for name, parameter in parameters:
         part = whole_[start : start + parameter.numel()].view_as(parameter)
-        setattr(decoder.get_submodule(module), own, torch.nn.Parameter(part, requires_grad=False))
-        start += parameter.numel()
+        if again is not None:
+            parameter.data = part
+        else:
+            module, _, own = name.rpartition(".")
+            setattr(decoder.get_submodule(module), own, torch.nn.Parameter(part, requires_grad=False))
+        start += part.numel()
     return decoder
 
 
@@ -103,18 +111,20 @@ def load_vector_(decoder: Decoder, vector: Told) -> None:
     Raises:
         DataError: the vector has another length than the decoder has parameters.
     """
-    _check_length(decoder, vector)
-    start = 0
-    for parameter in decoder.parameters():
+    parameters, start = _fitting(decoder, vector), 0
+    for _, parameter in parameters:
         part = np.array(vector[start : start + parameter.numel()], np.float32)
         parameter.copy_(torch.from_numpy(part).view_as(parameter))
         start += parameter.numel()
 
 
-def _check_length(decoder: Decoder, vector: Told) -> None:
-    size = sum(p.numel() for p in decoder.parameters())
+def _fitting(decoder: Decoder, vector: Told) -> list[tuple[str, torch.nn.Parameter]]:
+    """A decoder's parameters by name, which a vector must be as long as."""
+    parameters = list(decoder.named_parameters())
+    size = sum(parameter.numel() for _, parameter in parameters)
     if vector.shape != (size,):
         raise DataError(f"A vector of shape {vector.shape} doesn't fit a decoder of {size} parameters.")
+    return parameters
 
 
 def norm(vector: Told) -> float:

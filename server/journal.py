@@ -260,11 +260,13 @@ class Journal:
 
         self._ledger.write(work)
 
-    def note_reply(self, entry: ReplyEntry) -> None:
-        """Note what became of a site's answer."""
+    def note_reply(self, entry: ReplyEntry, phase: Phase | None = None) -> None:
+        """Note what became of a site's answer, and the phase that the round reaches with it."""
 
         def work(session: Session) -> None:
             run, where = self._run(session), (entry.round, entry.site)
+            if phase is not None:
+                self._enter(session, run, entry.round, phase, None)
             put(session, tables.Reply, {"run": run, **vars(entry), "received_at": time.time()})
             what = "outlier" if entry.status is Status.ACCEPTED and entry.reason else entry.status
             note(session, "coordinator", f"update.{what}", run, *where, told=entry.reason)

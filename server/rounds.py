@@ -208,8 +208,6 @@ class Rounds:
             return Status.LATE
         if (decided := self._round.replies.get(site)) is not None:
             return decided.status
-        if self.phase is Phase.TRAINING:
-            self._enter(Phase.COLLECTING)
         length = norm(answer.update) if isinstance(answer, TrainReply) else 0.0
         reason = printable(self._objection(site, answer, length))
         if reason or not isinstance(answer, TrainReply | Kept):
@@ -435,7 +433,9 @@ class Rounds:
         self._round.phase = phase
 
     def _note(self, entry: ReplyEntry) -> None:
-        self._journal.note_reply(entry)
+        first = Phase.COLLECTING if self.phase is Phase.TRAINING and entry.status is not Status.LATE else None
+        self._journal.note_reply(entry, first)
+        self._round.phase = first or self.phase
         self._round.replies[entry.site] = entry
 
     def _note_scores(self, entries: list[ScoreEntry], figures: Mapping[str, float]) -> None:

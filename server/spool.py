@@ -44,6 +44,7 @@ class Spool:
 
     def __init__(self, run_dir: Path, manifest: Manifest) -> None:
         self._dir, self._manifest = run_dir, manifest
+        self._decoder: Decoder | None = None
 
     def checkpoint_path(self, number: int) -> Path:
         """Tell where the checkpoint after a round is."""
@@ -99,7 +100,8 @@ class Spool:
 
     def save(self, number: int, state: GlobalState, work: Work) -> Checkpoint:
         """Keep the state after a round as a checkpoint with its provenance."""
-        decoder = as_decoder(self._manifest.model, state.weights)
+        # Made once: making its modules takes as long as writing a small one.
+        self._decoder = as_decoder(self._manifest.model, state.weights, self._decoder)
         moments = {_MOMENTUM: state.momentum, _SECOND: state.second}
         kept = {name: torch.from_numpy(vector) for name, vector in moments.items() if vector is not None}
         manifest = self._manifest
@@ -116,7 +118,7 @@ class Spool:
         )
         path = self.checkpoint_path(number)
         path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.save(path, decoder, extra=asdict(provenance), arrays=kept)
+        checkpoint.save(path, self._decoder, extra=asdict(provenance), arrays=kept)
         return Checkpoint(str(path.relative_to(self._dir)), _sha256(path), path.stat().st_size)
 
     def load(self, number: int, sha256: str) -> GlobalState:

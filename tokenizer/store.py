@@ -302,7 +302,7 @@ def _part_file(folder: Path, split: str, field: str) -> Path:
 
 
 def _file(root: Path, split: str, field: str) -> Path:
-    return root / split / f"{field}.{'i32' if _FIELDS[field] == '<i4' else 'i64'}"
+    return root.joinpath(split, f"{field}.{'i32' if _FIELDS[field] == '<i4' else 'i64'}")
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
