@@ -19,7 +19,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.site import Site, SiteFiles
@@ -94,6 +94,14 @@ def mask_consent(message: Message, context: Context) -> Message:
 def mask_open(message: Message, context: Context) -> Message:
     """Answer the last request of a masked sum."""
     return _answer(message, context)
+
+
+def play(site: SiteFiles, node: int, message: Message) -> Message:
+    """Answer a message as a site with this number among Flower's nodes, but without a node: in a simulation.
+
+    It is here because a worker process that plays sites imports what it calls, and needs nothing of the coordinator's.
+    """
+    return app(message, Context(0, node, site.node_config(), RecordDict(), {}))
 
 
 def site_files(context: Context) -> SiteFiles:

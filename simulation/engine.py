@@ -17,10 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
-from flwr.app import Context, Message, MessageType, RecordDict
+from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
+from client.app import play
 from client.approval import site_key
 from client.site import SiteFiles
 from federation import flower
@@ -79,13 +80,6 @@ def _by(pool: Pool | None) -> Player:
     if pool is None:
         raise ConfigError("A federation on one machine needs a pool of workers, or somebody else who plays its sites.")
     return lambda site, node, message: pool.submit(site.name, play, site, node, message)
-
-
-def play(site: SiteFiles, node: int, message: Message) -> Message:
-    """Answer a message as a site: through the ClientApp that runs at real sites, in a worker process."""
-    from client.app import app
-
-    return app(message, Context(0, node, site.node_config(), RecordDict(), {}))
 
 
 _LEAP_S = 600.0

@@ -15,6 +15,7 @@ import pytest
 from flwr.app import Message as FlowerMessage
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
+from client.app import play
 from client.audit import audit
 from client.budget import State
 from client.outbound import Entry, lines, read_entry, read_head
@@ -38,7 +39,7 @@ from federation.update import to_vector
 from model.decoder import Decoder
 from server.app import coordinate
 from server.control import RULES
-from simulation.engine import LocalGrid, play
+from simulation.engine import LocalGrid
 from simulation.pool import Pool
 from tests import tiny
 from tokenizer.codebook import Codebook, Survey

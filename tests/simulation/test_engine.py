@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from client.app import play
 from client.site import SiteFiles
 from federation.manifest import LocalWork, OuterOptions
 from server.app import Outcome, coordinate
 from server.journal import Journal, Status
 from server.rounds import Event
-from simulation.engine import LocalGrid, play, run_federation
+from simulation.engine import LocalGrid, run_federation
 from simulation.engine_processes import run_as_processes
 from simulation.pool import Pool
 from simulation.scenario import Scenario
