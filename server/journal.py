@@ -368,16 +368,8 @@ class Journal:
         return sorted(entries, key=lambda entry: (entry.round, entry.split, entry.site))
 
     def losses(self, split: str) -> dict[int, float]:
-        """Give the sites' common mean nll in nats per target on a split, by round."""
-        sums: dict[int, tuple[float, int]] = {}
-        for row in sorted(self._rows(tables.Score, split=split), key=lambda row: (row.round, row.site)):
-            if row.tokens > 0:
-                nll, tokens = sums.get(row.round, (0.0, 0))
-                sums[row.round] = (nll + row.nll, tokens + row.tokens)
-        for masked in self.sums(f"evaluate {split}"):
-            if masked.tokens > 0:
-                sums[masked.round] = masked.nll, masked.tokens
-        return {number: nll / tokens for number, (nll, tokens) in sums.items()}
+        """Give the sites' common mean nll in nats per target on a split, by round: the figure `<split>.loss`."""
+        return self.figures(f"{split}.loss")
 
     def fingerprint(self) -> str:
         """Give the sha256 of everything that the ledger holds of the run but wall-clock times."""

@@ -570,7 +570,7 @@ class Rounds:
 
 def _figures(tokens: int, nll: float) -> dict[str, float]:
     """What the ledger keeps of an evaluation, if any site told one."""
-    return {f"{TUNING}.tokens": tokens, f"{TUNING}.loss": nll / tokens} if tokens else {}
+    return {f"{TUNING}.tokens": tokens, f"{TUNING}.loss": nll / tokens} if tokens > 0 else {}
 
 
 def _bad(answer: Answer) -> Status:

@@ -2,7 +2,7 @@
 
 - federated: all sites, through the round engine; it builds the codebook that all arms share.
 - alone: each site by itself, as a federation of one, with as many passes over its own patients.
-- personal: each site goes on by itself from the federation's best model, and keeps what it comes to.
+- personal: each site goes on by itself from the federation's best model, and keeps what it comes to if that is better.
 - pooled: the records of all sites in one place, which a real federation can't have: the ceiling. It trains on as many
   tokens as the federated arm.
 - synthesis: timelines that the sites' models of the arm "alone" make up, in one place; as many tokens as pooled.
@@ -12,6 +12,7 @@ side by side over one pool, and each ends with its best round by the loss of its
 """
 
 import hashlib
+import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -22,15 +23,19 @@ from types import MappingProxyType
 import polars as pl
 
 from client.archive import Archive
+from client.local import open_work
 from client.site import SiteFiles
 from federation.manifest import LocalWork, OuterOptions, PrivateEvaluation, SecureAggregation, TaskEvaluation, Transport
 from federation.masking import MaskingOptions
 from federation.tallies import Form
+from federation.update import to_vector
+from model import checkpoint
 from model.train import TrainOptions
 from server.app import Outcome
 from server.central import CentralPlan
+from server.journal import Journal
 from server.plan import FederationPlan, PrivacyPlan
-from server.rounds import Event
+from server.rounds import TUNING, Event
 from simulation.config import Study, Training
 from simulation.engine import roster_of, run_federation
 from simulation.engine_processes import run_as_processes
@@ -50,6 +55,7 @@ FEDERATED, POOLED, SYNTHESIS = "federated", "pooled", "synthesis"
 SERVER = ".server"
 """The folder of the server's own made-up patients, beside those of the sites."""
 _OTHERS = 1_000_003
+_INITIAL = "initial.safetensors"
 _SITE_IDS = 1_000_000_000
 """Made-up patients of a site are numbered from a multiple of this."""
 
@@ -139,17 +145,45 @@ def _synthesis(
 def _personal(
     study: Study, sites: Sequence[SiteFiles], federated: Arm, codebook: bytes, home: Path, pool: Pool, watch: Watch
 ) -> list[Arm]:
-    """Let every site go on from the federation's best model, side by side."""
+    """Let every site go on from the federation's best model, side by side, and keep what its own patients gain by.
+
+    Without noise, sites don't tell losses of a private run, nor compare by them: there the last round's model is kept.
+    """
     assert federated.outcome is not None
     best = federated.outcome.best_checkpoint.read_bytes()
     begun = hashlib.sha256(best).hexdigest()
-    arms = [Arm(f"{site.name} personal", home / f"personal-{site.name}", (site,)) for site in sites]
-    for arm in arms:
-        durable.write_bytes(arm.folder / "initial.safetensors", best)
-    rounds = study.training.personal_rounds
-    with ThreadPoolExecutor(max_workers=len(arms)) as threads:
-        changes = {"initial": begun, "rounds": rounds}
-        return list(threads.map(lambda arm: _train_single(study, arm, codebook, 1, pool, watch, changes), arms))
+    options = train_options(study.training)
+    rate = study.training.personal_learning_rate or options.lr / 10
+    changes = {
+        "initial": begun,
+        "rounds": study.training.personal_rounds,
+        "train": replace(options, lr=rate),
+        "evaluate_every": 1,
+    }
+
+    def trained(site: SiteFiles) -> Arm:
+        arm = Arm(f"{site.name} personal", home / f"personal-{site.name}", (site,))
+        durable.write_bytes(arm.folder / _INITIAL, best)
+        arm = _train_single(study, arm, codebook, 1, pool, watch, changes)
+        if arm.outcome is None or study.privacy is not None:
+            return arm
+        before = pool.submit(arm.name, _loss_before, site, arm.outcome.manifest.hash, arm.folder / _INITIAL).result()
+        with Journal(arm.folder / "ledger.sqlite") as journal:
+            after = min(journal.losses(TUNING).values(), default=math.inf)
+        if after < before:
+            return arm
+        return replace(arm, outcome=replace(arm.outcome, best_checkpoint=arm.folder / _INITIAL))
+
+    with ThreadPoolExecutor(max_workers=len(sites)) as threads:
+        return list(threads.map(trained, sites))
+
+
+def _loss_before(site: SiteFiles, run: str, model: Path) -> float:
+    """Give a model's mean loss on a site's tuning patients in nats per token, as the rounds of a run measure it."""
+    archive = Archive(site.state)
+    work = open_work(archive, archive.run(run), site.name)
+    loss, _ = work.evaluate(TUNING, to_vector(checkpoint.load(model)[0]), site.machine.device, "fp32")
+    return loss
 
 
 def _asked_for(study: Study) -> tuple[str, ...]:

@@ -143,7 +143,9 @@ class Training(Section):
     (client/heads.py). The federation's model is then none without a site's head: losses can be compared, each site's
     with its own head after the last round, the only one that is evaluated; questions can't be put to it.
 
-    In the arm "personal" every site goes on alone from the federation's best model, for `personal_rounds`.
+    In the arm "personal" every site goes on alone from the federation's best model, for `personal_rounds` at
+    `personal_learning_rate` (a tenth of `learning_rate` if left out), and ends with the best round on its own tuning
+    patients; that may be the federation's model as it is.
 
     Every `evaluate_every` rounds, and after the last, the loss of the tuning patients is measured; an arm ends with the
     best of these rounds.
@@ -177,6 +179,7 @@ class Training(Section):
     min_sites: _Positive = 1
     sites_per_round: _Positive | None = None
     personal_rounds: _Positive = 1
+    personal_learning_rate: Annotated[float, Field(gt=0.0)] | None = None
     evaluate_every: _Positive = 1
     round_deadline_minutes: Annotated[float, Field(gt=0.0)] = 120.0
 

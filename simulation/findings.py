@@ -390,7 +390,7 @@ def _training(arm: Arm) -> Training:
         losses = dict(sorted(journal.losses(TUNING).items()))
         private = arm.outcome.manifest.privacy is not None
         tokens = 0 if private else journal.work(journal.committed()).tokens
-    best = int(arm.outcome.best_checkpoint.stem)
+    best = int(stem) if (stem := arm.outcome.best_checkpoint.stem).isdecimal() else 0  # the model that it began with
     return Training(arm.name, _kind(arm.name), tuple(losses), tuple(losses.values()), best, tokens)
 
 

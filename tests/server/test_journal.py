@@ -24,7 +24,7 @@ def fill(journal: Journal, seconds: float = 1.0) -> None:
     journal.note_reply(ReplyEntry(1, "icu", Status.ACCEPTED, "", "ab", 10, 2, 0.5, 1.5, 40, seconds))
     journal.note_reply(ReplyEntry(1, "ccu", Status.LATE, "no answer"))
     journal.enter(1, Phase.AGGREGATED, Checkpoint("checkpoints/0001", "cd", 7), {"train.loss": 0.5})
-    journal.note_scores([ScoreEntry(1, "icu", "tuning", Status.ACCEPTED, "", 20.0, 10)], 1)
+    journal.note_scores([ScoreEntry(1, "icu", "tuning", Status.ACCEPTED, "", 20.0, 10)], 1, {"tuning.loss": 2.0})
     journal.enter(1, Phase.COMMITTED)
 
 
