@@ -333,6 +333,13 @@ class RunArchive:
         path = self._of_last_before(number, "residuals")
         if not path.exists():
             return None
+        try:
+            with safetensors.safe_open(path, "np") as whole:
+                fits = list(whole.keys()) == ["residual"]
+        except safetensors.SafetensorError:
+            fits = False
+        if not fits:
+            raise DataError(f"{path} is damaged: it holds no residual. Restore it from a copy, or begin a new run.")
         with path.open("rb") as file:
             head = int.from_bytes(file.read(8), "little")
         return Packed(FileBytes(path, 8 + head), "bfloat16")

@@ -62,13 +62,17 @@ _SITE_IDS = 1_000_000_000
 
 @dataclass(frozen=True)
 class Arm:
-    """A trained arm: where its ledger and checkpoints are, or why there are none."""
+    """A trained arm: where its ledger and checkpoints are, or why there are none.
+
+    `begun_at` is the tuning loss of the model that it went on from, where there is one and it was compared with.
+    """
 
     name: str
     folder: Path
     sites: tuple[SiteFiles, ...]
     outcome: Outcome | None = None
     failure: str = ""
+    begun_at: float | None = None
 
 
 def train(study: Study, sites: tuple[SiteFiles, ...], folder: Path, pool: Pool, watch: Watch) -> tuple[Arm, ...]:
@@ -170,9 +174,8 @@ def _personal(
         before = pool.submit(arm.name, _loss_before, site, arm.outcome.manifest.hash, arm.folder / _INITIAL).result()
         with Journal(arm.folder / "ledger.sqlite") as journal:
             after = min(journal.losses(TUNING).values(), default=math.inf)
-        if after < before:
-            return arm
-        return replace(arm, outcome=replace(arm.outcome, best_checkpoint=arm.folder / _INITIAL))
+        better = arm.outcome if after < before else replace(arm.outcome, best_checkpoint=arm.folder / _INITIAL)
+        return replace(arm, outcome=better, begun_at=before)
 
     with ThreadPoolExecutor(max_workers=len(sites)) as threads:
         return list(threads.map(trained, sites))

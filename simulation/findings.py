@@ -388,6 +388,8 @@ def _training(arm: Arm) -> Training:
         return Training(arm.name, _kind(arm.name), (), (), 0, 0, arm.failure)
     with Journal(arm.folder / "ledger.sqlite") as journal:
         losses = dict(sorted(journal.losses(TUNING).items()))
+        if arm.begun_at is not None:
+            losses = {0: arm.begun_at, **losses}
         private = arm.outcome.manifest.privacy is not None
         tokens = 0 if private else journal.work(journal.committed()).tokens
     best = int(stem) if (stem := arm.outcome.best_checkpoint.stem).isdecimal() else 0  # the model that it began with

@@ -18,6 +18,7 @@ from server.journal import Journal, Status
 from server.rounds import Event, RoundFailed
 from tests import tiny
 from tests.tiny import FunctionGrid, Node
+from tokenizer.errors import DataError
 
 
 class Wiretap:
@@ -85,6 +86,10 @@ def test_what_rounding_takes_away_comes_with_the_next_update(ram_path: Path) -> 
     assert isinstance(again, TrainReply)
     assert np.array_equal(again.update, kept.update)
     assert np.array_equal(run.residual_before(4), last)
+    path = run.path / "residuals" / "0003.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"0003\.safetensors is damaged"):
+        run.residual_before(4)
 
 
 def test_weights_that_were_evaluated_are_not_sent_again(ram_path: Path) -> None:

@@ -121,6 +121,26 @@ def ends(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.parametrize(("rate", "kept"), [(3e-3, "0001.safetensors"), (10.0, "initial.safetensors")])
+def test_a_site_keeps_its_own_model_only_where_its_tuning_patients_gain_by_it(
+    tmp_path: Path, rate: float, kept: str
+) -> None:
+    training = {"rounds": 1, "local_epochs": 0.5, "batch_tokens": 512, "personal_learning_rate": rate}
+    settings = study(tiny.sites(tmp_path)[:2], arms=["federated", "personal"], training=training)
+    found = run_study(settings, tmp_path / "study", workers=2, ask=False)
+    federated, *own = found.arms
+    assert [arm.name for arm in own] == ["site-0 personal", "site-1 personal"]
+    for arm in own:
+        assert arm.outcome is not None
+        assert arm.outcome.best_checkpoint.name == kept
+        if kept.startswith("initial"):
+            assert federated.outcome is not None
+            assert arm.outcome.best_checkpoint.read_bytes() == federated.outcome.best_checkpoint.read_bytes()
+    told = next(training for training in report_of(found, "").training if training.arm == "site-0 personal")
+    assert told.rounds == (0, 1)
+    assert told.best == np.argmin(told.loss) == int(kept == "0001.safetensors")
+
+
 def test_other_settings_in_the_same_folder_are_refused_by_name(result: Result, root: Path) -> None:
     other = study(tiny_sites(root), seed=5)
     with pytest.raises(ConfigError, match=r"other settings \(seed\); take another --out"):
