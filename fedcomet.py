@@ -615,7 +615,7 @@ def plan_privacy(
 
     from federation import canonical
     from federation.planner import Wish, batches_around, honest_by_default, plan, plan_updates
-    from model.decoder import preset
+    from model.settings import preset
 
     parameters = preset(model, vocab=5000).parameters()
     wish = Wish(patients, epsilon, delta, rounds, steps_per_round, passes, parameters)

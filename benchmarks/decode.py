@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from model.cache import Boarding
-from model.decoder import Decoder, preset
-from model.machine import Precision
+from model.decoder import Decoder
 from model.pool import Pool
+from model.settings import Precision, preset
 
 _VOCAB = 7105
 

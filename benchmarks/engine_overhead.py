@@ -24,8 +24,9 @@ from pathlib import Path
 import numpy as np
 
 from federation.manifest import LocalWork
-from model.decoder import Decoder, DecoderConfig
-from model.train import Trainer, TrainOptions
+from model.decoder import Decoder
+from model.settings import DecoderConfig, TrainOptions
+from model.train import Trainer
 from server.plan import FederationPlan
 from server.rounds import Event
 from simulation.engine import run_federation
@@ -60,7 +61,7 @@ def main() -> None:
 
 def measure(given: argparse.Namespace, folder: Path) -> None:
     from benchmarks.engine_overhead import step_s  # workers don't know the program that is run
-    from client.site import SiteFiles
+    from client.files import SiteFiles
 
     events = generate(PROFILES["general"], given.patients, seed=1).events
     sites = []

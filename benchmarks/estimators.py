@@ -20,11 +20,12 @@ import numpy as np
 import polars as pl
 
 from model.cohort import Cohort, cohort
-from model.decoder import Decoder, preset
+from model.decoder import Decoder
 from model.metrics import auroc
 from model.rollout import Reason, Rollouts, Stop, rollout
+from model.settings import TrainOptions, preset
 from model.tasks import Task, task_tokens
-from model.train import Trainer, TrainOptions
+from model.train import Trainer
 from simulation.hospital import PROFILES, generate
 from tokenizer.codebook import Codebook, TokenizerOptions, merge
 from tokenizer.events import MedsDataset, write_meds

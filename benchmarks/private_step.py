@@ -30,9 +30,10 @@ import torch
 
 from benchmarks.train_step import batch_of, ragged_lengths
 from model.clipping import BUDGET_BYTES, clipped_sum
-from model.decoder import Decoder, preset
+from model.decoder import Decoder
 from model.private import PrivateOptions, PrivateTrainer, Secret
-from model.train import Trainer, TrainOptions
+from model.settings import TrainOptions, preset
+from model.train import Trainer
 from tokenizer.windows import Batch
 
 SIDES = ("plain", "private", "as rows", "one at a time")

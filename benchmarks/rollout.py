@@ -20,8 +20,9 @@ import torch
 
 from benchmarks.qwen import qwen_of
 from model.clock import Clock, Waits
-from model.decoder import Decoder, preset
+from model.decoder import Decoder
 from model.rollout import Prompt, Stop, rollout
+from model.settings import preset
 from tokenizer import sketch
 from tokenizer.codebook import Codebook, Survey, TokenizerOptions
 

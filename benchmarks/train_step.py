@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.qwen import qwen_of
-from model.decoder import Decoder, DecoderConfig, preset
-from model.machine import Machine
-from model.train import Trainer, TrainOptions
+from model.decoder import Decoder
+from model.settings import DecoderConfig, Machine, TrainOptions, preset
+from model.train import Trainer
 from tokenizer.windows import Batch
 
 

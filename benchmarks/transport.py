@@ -37,7 +37,7 @@ from client.home import SiteHome
 from federation import pki, supervisor
 from federation.manifest import LocalWork, Transport
 from federation.pki import Role
-from model.decoder import DecoderConfig
+from model.settings import DecoderConfig
 from server.enrolment import invite
 from server.home import CoordinatorHome, CoordinatorSettings, Federation, Listen, Ports
 from server.ledger import Ledger

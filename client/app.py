@@ -6,7 +6,7 @@ given: "standard"; with "none" they stay as they are); `policy` is the file that
 (`client.policy`; when not given, it answers whoever reaches it); `budget` is the SQLAlchemy URL of the privacy
 budget's database (`client.budget`; when not given, a file in `state`). How its machine trains is its own choice:
 `device`, `precision`, `micro_tokens`, `checkpointing`, `compile`, `processes` and `shard` are those of
-`model.machine.Machine`, and `snapshot_minutes` is how much of a round's work may be lost when it is stopped.
+`model.settings.Machine`, and `snapshot_minutes` is how much of a round's work may be lost when it is stopped.
 
 This is the one place where messages leave, and each one is on the site's list first (`client.outbound`). Whatever goes
 wrong is answered by a refusal. The text of an error travels only when it is about the protocol or settings; errors
@@ -22,10 +22,11 @@ from typing import Any
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.site import Site, SiteFiles
+from client.files import SiteFiles
+from client.site import Site
 from federation import flower, masking
 from federation.messages import ProtocolError, Refusal, Reply, Request, SiteRefusal
-from model.machine import Machine
+from model.settings import Machine
 from model.train import TrainingDiverged
 from tokenizer import durable
 from tokenizer.errors import ConfigError, FedcometError

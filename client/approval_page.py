@@ -11,7 +11,7 @@ from federation import protection
 from federation.accountant import epsilon
 from federation.manifest import Manifest, Privacy
 from federation.summed import shares_noise, update_bytes
-from model.decoder import DecoderConfig
+from model.settings import DecoderConfig
 from tokenizer.errors import FedcometError
 
 

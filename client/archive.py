@@ -32,15 +32,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors
 import safetensors.numpy
-import safetensors.torch
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from client.drift import Drift
 from federation import canonical
@@ -58,10 +55,13 @@ from federation.messages import (
     to_wire,
 )
 from federation.parts import Bytes, FileBytes
-from model.machine import Precision
+from model.settings import Precision
 from tokenizer import durable
 from tokenizer.codebook import Codebook
 from tokenizer.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _KEPT_ROUNDS = 2
 _DTYPES = {"u1": "U8", "i8": "I64", "f4": "F32", "f8": "F64"}  # safetensors' names of NumPy's types
@@ -103,7 +103,7 @@ class Snapshot:
     done: int
     choices: Choices
     seconds: float
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Any]  # of torch.Tensor, which only those who make snapshots load
 
 
 class Archive:
@@ -197,12 +197,16 @@ class RunArchive:
 
     def keep_snapshot(self, snapshot: Snapshot) -> None:
         """Replace the snapshot of the round that is being worked on."""
+        import safetensors.torch
+
         header = {key: value for key, value in vars(snapshot).items() if key != "tensors"}
         with durable.file(self.path / _SNAPSHOT) as path:
             safetensors.torch.save_file(snapshot.tensors, path, {"header": canonical.encode(header).decode()})
 
     def snapshot(self, request_digest: str) -> Snapshot | None:
         """Give the snapshot of the work on this request, if there is one."""
+        import safetensors.torch
+
         path = self.path / _SNAPSHOT
         if not path.exists():
             return None
@@ -244,7 +248,7 @@ class RunArchive:
     def keep(
         self,
         reply: TrainReply,
-        optimizer: dict[str, Tensor] | None,
+        optimizer: "dict[str, Tensor] | None",
         noise_key: bytes = b"",
         drift: Drift | None = None,
         head: Vector | None = None,
@@ -314,8 +318,10 @@ class RunArchive:
             if other < path:
                 other.unlink()
 
-    def optimizer_before(self, number: int) -> dict[str, Tensor] | None:
+    def optimizer_before(self, number: int) -> "dict[str, Tensor] | None":
         """Give the optimizer's state after the last answered round before this one."""
+        import torch
+
         path = self._of_last_before(number, "optimizer")
         if not path.exists():
             return None

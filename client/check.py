@@ -17,8 +17,9 @@ import torch
 
 from client.site import survey_bytes
 from federation.manifest import software_version
-from model.decoder import Decoder, preset
-from model.train import Trainer, TrainOptions
+from model.decoder import Decoder
+from model.settings import TrainOptions, preset
+from model.train import Trainer
 from tokenizer.accounting import Accounting
 from tokenizer.check import Timelines, count_timelines
 from tokenizer.codebook import Codebook, Survey, TokenizerOptions, merge

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from federation.coding import Told
 from federation.messages import Vector
 from federation.update import Layout
-from model.decoder import DecoderConfig
+from model.settings import DecoderConfig
 
 _HEAD = ("embed_tokens", "lm_head", "norm")
 

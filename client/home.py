@@ -20,11 +20,11 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from client.approval import site_key
-from client.site import SiteFiles
+from client.files import SiteFiles
 from federation import pki
 from federation.identity import Identity, is_public_key
 from federation.messages import is_site_name
-from model.machine import Machine
+from model.settings import Machine
 from tokenizer.errors import ConfigError
 from tokenizer.settings import AS_THEY_ARE, STANDARD, explain
 
@@ -37,7 +37,7 @@ class _Section(BaseModel):
 
 
 class Work(_Section):
-    """What the site works with; see `client.site.SiteFiles`."""
+    """What the site works with; see `client.files.SiteFiles`."""
 
     name: str
     data: str = "data"

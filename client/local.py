@@ -26,17 +26,19 @@ from federation import protection
 from federation.coding import Coding, Told, round_
 from federation.manifest import Manifest, TaskEvaluation
 from federation.messages import ProtocolError, SiteRefusal, TrainReply, TrainRequest, Vector
-from federation.update import cut_, is_finite, subtract_, to_decoder, to_vector
+from federation.update import to_decoder, to_vector
+from federation.vectors import cut_, is_finite, subtract_
 from model.cohort import Cohort, cohort
 from model.estimate import estimate
 from model.feed import ahead
 from model.losses import patient_losses
-from model.machine import Machine, Precision, choose_precision
+from model.machine import choose_precision
 from model.parallel import ALONE, Team
 from model.private import PrivateOptions, PrivateTrainer, Secret, noised_update
 from model.pull import Pull
+from model.settings import Machine, Precision, TrainOptions
 from model.tasks import Task as Question
-from model.train import StepResult, Trainer, TrainingDiverged, TrainOptions, evaluate, learning_rate
+from model.train import StepResult, Trainer, TrainingDiverged, evaluate, learning_rate
 from tokenizer.codebook import Codebook
 from tokenizer.errors import ConfigError
 from tokenizer.store import TokenStore

@@ -9,13 +9,13 @@ work again. What leaves are surveys over the floor, counts, updates and sums; ne
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 
 from client import assessment, evaluation, torchrun
 from client.approval import site_key
 from client.archive import Agreement, Archive, RunArchive
 from client.budget import Budget, Release, State
+from client.files import SiteFiles
 from client.gate import Gate, digest_of_answer
 from client.local import LocalRound, Task, Work, agreement_of, choices_of, open_work
 from client.summing import Summing
@@ -41,67 +41,19 @@ from federation.messages import (
     TrainReply,
     TrainRequest,
     Weighted,
-    is_site_name,
 )
 from federation.update import Layout
-from model.machine import Machine
+from model.settings import Machine
 from model.train import TrainingDiverged
 from tokenizer.codebook import Codebook, TokenizerOptions
-from tokenizer.errors import ConfigError, DataError
-from tokenizer.events import MedsDataset, Records
+from tokenizer.errors import DataError
+from tokenizer.events import Records
 from tokenizer.noisy_survey import SurveyPrivacy, noisy_survey, price
-from tokenizer.prepare import Prepared, records_of
-from tokenizer.settings import AS_THEY_ARE, agreed
+from tokenizer.settings import agreed
 from tokenizer.shards import AS_IT_FITS, Crew
 from tokenizer.split import SPLITS, SplitRule
 from tokenizer.store import TokenStore, build_store
 from tokenizer.survey import survey
-
-
-@dataclass(frozen=True)
-class SiteFiles:
-    """A site's name, its records (a MEDS dataset's folder) and the folder for what it must not forget.
-
-    Attributes:
-        name: up to 64 letters, digits, '.', '_' and '-'.
-        data, state: the folders.
-        settings: what is done to the records before they are surveyed or encoded: a TOML file, "standard", or "none".
-        machine: how it computes.
-        snapshot_minutes: how much of a round's work may be lost when it is stopped in the middle; 0 loses nothing.
-        policy: the site's rules (a TOML file, see `client.policy`); without them it answers whoever reaches it.
-        budget: SQLAlchemy URL of the privacy budget's database; a file in `state` if empty.
-    """
-
-    name: str
-    data: Path
-    state: Path
-    settings: str = AS_THEY_ARE
-    machine: Machine = field(default_factory=Machine)
-    snapshot_minutes: float = 10.0
-    policy: Path | None = None
-    budget: str = ""
-
-    def __post_init__(self) -> None:
-        if not is_site_name(self.name):
-            raise ConfigError(
-                f"{self.name!r} can't be the name of a site: use up to 64 letters, digits, '.', '_' and '-'."
-            )
-
-    def node_config(self) -> dict[str, bool | float | int | str]:
-        """What a Flower node is told to be this site; `client.app` reads it back."""
-        folders = {"name": self.name, "data": str(self.data), "state": str(self.state)}
-        policy = {} if self.policy is None else {"policy": str(self.policy)}
-        budget = {"budget": self.budget} if self.budget else {}
-        rest = {"settings": self.settings, "snapshot_minutes": self.snapshot_minutes, **vars(self.machine)}
-        return {**folders, **policy, **budget, **rest}
-
-    def records(self, codebook: Codebook | None = None) -> MedsDataset | Prepared:
-        """Open the records as they are to be read, and by this codebook.
-
-        Raises:
-            ConfigError: The codebook was made of records to which something else was done.
-        """
-        return records_of(MedsDataset.open(self.data), agreed(self.settings, codebook).preparation)
 
 
 class Site:

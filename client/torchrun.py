@@ -34,13 +34,13 @@ from client.local import LocalRound, Task, Work, choices_of, open_work
 from client.policy import PolicyRefusal
 from federation import canonical
 from federation.messages import ProtocolError, SiteRefusal, TrainRequest
-from model.machine import Machine
 from model.parallel import Team
+from model.settings import Machine
 from model.train import TrainingDiverged
 from tokenizer.errors import ConfigError, DataError, FedcometError
 
 if TYPE_CHECKING:
-    from client.site import SiteFiles
+    from client.files import SiteFiles
 
 _OUT_OF_MEMORY = "OutOfMemoryError"
 _TOLD_AS_THEY_ARE = {

@@ -16,13 +16,16 @@ together changes the probability of no event of a draw by more than 2^-118, and 
 from bisect import bisect_right
 from decimal import Context, Decimal
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from federation.messages import Words
-from model.private import Secret
 from tokenizer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from model.private import Secret
 
 _DIGITS = Context(prec=50)
 _ALL = 1 << 128
@@ -44,7 +47,7 @@ class DiscreteGaussianNoise:
         ConfigError: the variance is out of range.
     """
 
-    def __init__(self, variance: float, secret: Secret) -> None:
+    def __init__(self, variance: float, secret: "Secret") -> None:
         if not 0 < variance <= _MOST_DEVIATION**2:
             raise ConfigError(f"Discrete Gaussian noise needs a variance above 0 and of 2^96 at most, not {variance}.")
         self._variance, self._secret = variance, secret

@@ -17,9 +17,8 @@ from federation.coding import Coding
 from federation.masking import MaskingOptions, TooFewSites, check_roster
 from federation.messages import ProtocolError
 from federation.tallies import Form
-from model.decoder import DecoderConfig
+from model.settings import DecoderConfig, TrainOptions
 from model.tasks import Task
-from model.train import TrainOptions
 from tokenizer.codebook import TokenizerOptions
 from tokenizer.errors import ConfigError
 from tokenizer.split import SplitRule

@@ -17,7 +17,7 @@ from federation.fixed_point import FixedPoint, Total
 from federation.manifest import Manifest, SecureAggregation
 from federation.masking import Agreement, MaskingOptions, Place
 from federation.messages import AssessReply, EvaluateReply, ProtocolError, TrainReply, Vector
-from federation.update import norm
+from federation.vectors import norm
 
 TOKENS, STEPS, LOSS = "tokens", "steps", "loss"
 """The totals: targets, optimizer steps, and the sum of negative log-likelihoods in nats."""

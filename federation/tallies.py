@@ -16,13 +16,16 @@ sites add up (also under masks). Three forms, which `Form` chooses:
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from federation.discrete_noise import DiscreteGaussianNoise
-from model.private import Secret
 from tokenizer.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from model.private import Secret
 
 SPAN = 10.0
 """Log-odds beyond ±SPAN count as that; a risk of 4.5e-5, or of 1 less that."""
@@ -138,7 +141,7 @@ def tally(labels: ArrayLike, scores: ArrayLike, subjects: ArrayLike, form: Form)
     return told
 
 
-def noised(told: NDArray[np.float64], form: Form, secret: Secret) -> NDArray[np.float64]:
+def noised(told: NDArray[np.float64], form: Form, secret: "Secret") -> NDArray[np.float64]:
     """Add a site's noise to its tally; equal secrets give equal noise."""
     return told + DiscreteGaussianNoise(form.variance, secret).draw(told.size)
 

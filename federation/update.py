@@ -1,6 +1,6 @@
 """The flat update vector: a decoder's parameters as one float32 vector in a fixed order.
 
-Clipping, noise, sums and files all work on that vector, in chunks where it matters. Weights that are tied stand in it
+Clipping, noise, sums and files all work on that vector (`federation.vectors`). Weights that are tied stand in it
 once. The order is that of `Decoder.named_parameters()`; its `Layout.hash` is in the run manifest, so that both sides
 mean the same number by the same position.
 """
@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 
 from federation import canonical
 from federation.coding import Told
-from model.decoder import Decoder, DecoderConfig
+from model.decoder import Decoder
 from model.parallel import whole
+from model.settings import DecoderConfig
 from tokenizer.errors import DataError
-
-_CHUNK = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -125,37 +124,3 @@ def _fitting(decoder: Decoder, vector: Told) -> list[tuple[str, torch.nn.Paramet
     if vector.shape != (size,):
         raise DataError(f"A vector of shape {vector.shape} doesn't fit a decoder of {size} parameters.")
     return parameters
-
-
-def norm(vector: Told) -> float:
-    """Give the L2 norm of a vector [P], summed in float64 by chunks; not finite when a value is not."""
-    total = 0.0
-    with np.errstate(invalid="ignore"):
-        for start in range(0, vector.size, _CHUNK):
-            part = vector[start : start + _CHUNK].astype(np.float64)
-            total += float(np.square(part, out=part).sum())  # a BLAS would spin on all processors for so little
-    return math.sqrt(total)
-
-
-def is_finite(vector: Told) -> bool:
-    """Tell whether all values of a vector are finite."""
-    # A minimum is not finite where a value is not a number; a flag for each value would cost more than the question.
-    parts = (vector[start : start + _CHUNK] for start in range(0, vector.size, _CHUNK))
-    return all(bool(np.isfinite([part.min(), part.max()]).all()) for part in parts)
-
-
-def subtract_(vector: NDArray[np.float32], other: Told) -> None:
-    """Take another vector [P] away."""
-    for start in range(0, vector.size, _CHUNK):
-        vector[start : start + _CHUNK] -= other[start : start + _CHUNK]
-
-
-def cut_(vector: NDArray[np.float32], limit: float) -> None:
-    """Shorten a vector [P] to the L2 norm `limit`, up to its rounding to float32; all zeros if a value isn't finite."""
-    length = norm(vector)
-    if not math.isfinite(length):
-        vector[:] = 0.0
-    elif length > limit:
-        for start in range(0, vector.size, _CHUNK):
-            part = vector[start : start + _CHUNK]
-            part[:] = part * np.float64(limit / length)

@@ -19,7 +19,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from model.decoder import Decoder, DecoderConfig, preset_of
+from model.decoder import Decoder
+from model.settings import DecoderConfig, preset_of
 from tokenizer import durable
 from tokenizer.codebook import Codebook, Token
 from tokenizer.errors import ConfigError, DataError
@@ -80,7 +81,7 @@ class Provenance:
     Attributes:
         codebook_hash: of the vocabulary.
         manifest_hash: of the agreement that the sites trained under.
-        preset: name of the preset that the decoder is (`model.decoder.preset_of`), or None.
+        preset: name of the preset that the decoder is (`model.settings.preset_of`), or None.
         round: the round after which this is the state.
         rounds: how many the run has.
         tokens: that all sites together trained on until then; tokens of repeated passes count again. 0 after private

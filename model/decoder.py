@@ -16,7 +16,7 @@ V vocabulary. `x_ND` is float [N, D].
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -25,124 +25,13 @@ from torch.utils.checkpoint import checkpoint
 
 from model.attention import SegmentPlan, has_kernels, rotary_angles, rotate
 from model.loss import chunked_nll
+from model.settings import DecoderConfig
 from tokenizer.errors import ConfigError
 
 _INIT_STD = 0.02
 
 # (layer, q_NHK, k_NGK, v_NGK) -> [N, H, K]: how queries meet keys, of this batch or of a cache.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """Shape of a decoder.
-
-    Attributes:
-        vocab: number of tokens.
-        layers: number of blocks.
-        width: size of the residual stream.
-        heads: query heads; `width / heads` is the head width and must be even.
-        kv_heads: key/value heads, a divisor of `heads`.
-        ff: width of the feed-forward layer.
-        context: most tokens in one segment.
-        rope_base: base of the rotary frequencies.
-        dropout: share of the residual branches' outputs that training drops.
-        tied: one matrix for embedding and output layer.
-        qkv_bias: biases on q, k and v.
-        eps: added to the mean square in RMSNorm.
-
-    Raises:
-        ConfigError: for a shape that can't be built.
-    """
-
-    vocab: int
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    ff: int
-    context: int
-    rope_base: float = 10_000.0
-    dropout: float = 0.0
-    tied: bool = True
-    qkv_bias: bool = True
-    eps: float = 1e-6
-
-    def __post_init__(self) -> None:
-        for name in ("vocab", "layers", "width", "heads", "kv_heads", "ff", "context"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"decoder: {name} is {getattr(self, name)}; it must be at least 1")
-        if self.width % self.heads or (self.width // self.heads) % 2:
-            raise ConfigError(f"decoder: width {self.width} over {self.heads} heads must give an even whole number")
-        if self.heads % self.kv_heads:
-            raise ConfigError(f"decoder: kv_heads {self.kv_heads} must divide heads {self.heads}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"decoder: dropout is {self.dropout}; it must lie in [0, 1)")
-
-    @property
-    def head_width(self) -> int:
-        """Size of one attention head."""
-        return self.width // self.heads
-
-    def parameters(self) -> int:
-        """Exact number of parameters, without building anything."""
-        kv_width = self.kv_heads * self.head_width
-        attention = 2 * self.width * self.width + 2 * self.width * kv_width
-        bias = (self.width + 2 * kv_width) if self.qkv_bias else 0
-        block = attention + bias + 3 * self.width * self.ff + 2 * self.width
-        tables = (1 if self.tied else 2) * self.vocab * self.width
-        return tables + self.layers * block + self.width
-
-
-def _small(layers: int, width: int, heads: int, ff: int) -> DecoderConfig:
-    return DecoderConfig(500, layers, width, heads, heads, ff, context=1024)
-
-
-def _comet(layers: int, width: int, heads: int, ff: int) -> DecoderConfig:
-    return DecoderConfig(7105, layers, width, heads, heads, ff, context=8192)
-
-
-# Small presets are named by their size at a vocabulary of about 500. CoMET's find sizes give 62.1 M, 118.7 M and
-# 1,088 M with its vocabulary of 7,105, tied embeddings and as many key/value heads as query heads; layers and widths
-# follow a re-implementation of arXiv 2508.12104, and only this reading gives the published 62 M, 119 M and 1 B.
-PRESETS: dict[str, DecoderConfig] = {
-    "0.3m": _small(layers=3, width=96, heads=3, ff=192),
-    "1m": _small(layers=4, width=128, heads=4, ff=384),
-    "3m": _small(layers=6, width=192, heads=6, ff=576),
-    "10m": _small(layers=6, width=320, heads=5, ff=1280),
-    "comet-s": _comet(layers=6, width=768, heads=12, ff=3072),
-    "comet-m": _comet(layers=12, width=768, heads=12, ff=3072),
-    "comet-l": _comet(layers=16, width=2048, heads=32, ff=8192),
-}
-
-
-def preset(name: str, vocab: int, context: int | None = None, dropout: float | None = None) -> DecoderConfig:
-    """The preset `name` for a vocabulary, with another context or dropout where given.
-
-    Raises:
-        ConfigError: when no preset has this name.
-
-    >>> f"{preset('comet-s', vocab=7105).parameters():,}"
-    '62,103,552'
-    """
-    if name not in PRESETS:
-        raise ConfigError(f"no model preset is called {name!r}; there are {', '.join(PRESETS)}")
-    config = replace(PRESETS[name], vocab=vocab)
-    if context is not None:
-        config = replace(config, context=context)
-    return config if dropout is None else replace(config, dropout=dropout)
-
-
-def preset_of(config: DecoderConfig) -> str | None:
-    """Name of the preset that a decoder is, whatever its vocabulary, context and dropout; None if it is none.
-
-    >>> preset_of(preset("1m", vocab=77, context=256))
-    '1m'
-    """
-    for name, shape in PRESETS.items():
-        if config == replace(shape, vocab=config.vocab, context=config.context, dropout=config.dropout):
-            return name
-    return None
 
 
 class Decoder(nn.Module):

@@ -28,7 +28,8 @@ from torch import Tensor
 from model import qwen2
 from model.card import card
 from model.checkpoint import Checkpoint, digest_of, save
-from model.decoder import Decoder, DecoderConfig, preset_of
+from model.decoder import Decoder
+from model.settings import DecoderConfig, preset_of
 from tokenizer import durable
 from tokenizer.codebook import Codebook, Token
 from tokenizer.errors import ConfigError, DataError

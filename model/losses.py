@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from model.decoder import Decoder
-from model.machine import Precision
+from model.settings import Precision
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -8,17 +8,13 @@ for bit (a site's run does) writes the answer down and passes it on.
 
 import logging
 import time
-from dataclasses import dataclass
 from functools import cache
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from model.decoder import DecoderConfig
+from model.settings import DecoderConfig, Machine, Precision
 from tokenizer.errors import ConfigError
-
-Precision = Literal["fp32", "bf16"]
 
 # bfloat16 loses digits, so it must win clearly to be taken.
 _CLEARLY = 1.2
@@ -26,43 +22,6 @@ _PROBE_ROWS = 256
 _PROBE_REPEATS = 5
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Machine:
-    """A machine's own choices.
-
-    Attributes:
-        device: torch's name of it; only on "cpu" does the same work give the same bits.
-        precision: used where a run leaves the choice open; "auto" measures.
-        micro_tokens: most tokens that go through the model at once (a step's batch takes as many passes as it needs);
-            0 begins with the whole batch. It is halved by itself when memory runs out.
-        checkpointing: compute activations again on the way back instead of keeping them.
-        compile: run the blocks through torch.compile; where that fails, they run as they are, and the log says why.
-        processes: how many processes train together, each on a device of its own (a CPU is shared).
-        shard: split weights, gradients and moments over the processes (FSDP2) instead of keeping a copy in each.
-
-    Raises:
-        ConfigError: for a value out of range.
-    """
-
-    device: str = "cpu"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    micro_tokens: int = 0
-    checkpointing: bool = False
-    compile: bool = False
-    processes: int = 1
-    shard: bool = False
-
-    def __post_init__(self) -> None:
-        checks = {
-            "precision is auto, fp32 or bf16": self.precision in ("auto", "fp32", "bf16"),
-            "micro_tokens must not be negative": self.micro_tokens >= 0,
-            "processes must be at least 1": self.processes >= 1,
-            "shard needs 2 processes or more": not self.shard or self.processes > 1,
-        }
-        if wrong := [rule for rule, holds in checks.items() if not holds]:
-            raise ConfigError(f"this machine's options: {'; '.join(wrong)}")
 
 
 def usable(device: str) -> torch.device:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from model.cache import Boarding, filled, prefill, take_rows
 from model.decoder import Decoder
-from model.machine import Precision
 from model.pages import PAGE, own, rows_per_tile, shared
+from model.settings import Precision
 from tokenizer.errors import ConfigError
 
 # Of the memory that is free, what the cache may take.

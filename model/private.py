@@ -34,8 +34,8 @@ from torch import Tensor
 
 from model.clipping import clipped_sum
 from model.decoder import Decoder
-from model.machine import Machine
-from model.train import StepResult, Trainer, TrainOptions, learning_rate
+from model.settings import Machine, TrainOptions
+from model.train import StepResult, Trainer, learning_rate
 from tokenizer.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.decoder import Decoder, DecoderConfig
+from model.decoder import Decoder
+from model.settings import DecoderConfig
 from tokenizer.codebook import Codebook
 from tokenizer.errors import ConfigError, DataError
 

@@ -35,8 +35,9 @@ from model.decoder import Decoder
 from model.guide import Guide, states_after
 from model.head import Head
 from model.lanes import Lanes
-from model.machine import Machine, choose_precision
+from model.machine import choose_precision
 from model.sampling import pick, uniforms
+from model.settings import Machine
 from tokenizer.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ Notable choices:
   biases are free, and so is the embedding: a hospital that never writes a code must not shrink that code's row.
 - The agreed batch is a matter of learning, how much of it goes through the model at once one of memory: a step takes
   as many passes as it needs, over whole windows, and when memory runs out it starts again with half as much per pass.
-- What a machine decides for itself (precision, passes, checkpointing, compiling) is in `model.machine`; several
+- What a machine decides for itself (precision, passes, checkpointing, compiling) is `model.settings.Machine`; several
   processes that share a step in `model.parallel`.
 """
 
@@ -18,7 +18,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from model import parallel
 from model.decoder import Decoder, Dropout, hide_from_compiler
 from model.descent import SGD, AdamW, Optimizer
-from model.machine import Machine, Precision, choose_precision
+from model.machine import choose_precision
 from model.muon import Muon
 from model.parallel import ALONE, Team, shares
 from model.pull import Pull
+from model.settings import Machine, Precision, TrainOptions
 from tokenizer.errors import ConfigError, DataError, FedcometError
 
 if TYPE_CHECKING:
@@ -41,55 +42,6 @@ _log = logging.getLogger(__name__)
 
 class TrainingDiverged(FedcometError):
     """The loss or its gradient is no longer a finite number."""
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """How to train.
-
-    Attributes:
-        optimizer: of the blocks' matrices; everything else is trained by AdamW. "sgd" trains all of it, without
-            momentum, as drift correction needs it; its weight decay is not decoupled.
-        lr: peak learning rate.
-        min_lr_ratio: share of the peak that the cosine ends at.
-        warmup_steps: steps of linear warm-up.
-        total_steps: global step at which the cosine ends; the rate stays at its floor afterwards.
-        weight_decay: decoupled decay of the blocks' matrices.
-        betas: AdamW's decay rates of the two moments.
-        clip: largest gradient norm; 0 clips nothing.
-        precision: of the products (weights are float32); "auto" leaves it to the machine.
-        seed: of the dropout masks.
-
-    Raises:
-        ConfigError: for a value out of range.
-    """
-
-    optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
-    lr: float = 1e-3
-    min_lr_ratio: float = 0.1
-    warmup_steps: int = 100
-    total_steps: int = 1000
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 1.0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        checks = {
-            "optimizer is adamw, muon or sgd": self.optimizer in ("adamw", "muon", "sgd"),
-            "lr must be positive": self.lr > 0,
-            "min_lr_ratio must lie in [0, 1]": 0 <= self.min_lr_ratio <= 1,
-            "warmup_steps must not be negative": self.warmup_steps >= 0,
-            "total_steps must exceed warmup_steps": self.total_steps > self.warmup_steps,
-            "weight_decay must not be negative": self.weight_decay >= 0,
-            "betas must lie in [0, 1)": all(0 <= beta < 1 for beta in self.betas),
-            "clip must not be negative": self.clip >= 0,
-            "precision is auto, fp32 or bf16": self.precision in ("auto", "fp32", "bf16"),
-        }
-        wrong = [rule for rule, holds in checks.items() if not holds]
-        if wrong:
-            raise ConfigError(f"training options: {'; '.join(wrong)}")
 
 
 @dataclass(frozen=True)

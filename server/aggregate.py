@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from federation.coding import Packed
 from federation.manifest import OuterOptions
+from federation.vectors import norm
 from tokenizer.errors import FedcometError
 
 Vector = NDArray[np.float32]
@@ -96,7 +97,7 @@ def combine(updates: Sequence[Update], weights: Sequence[float], options: OuterO
         raise TooFewUpdates(f"{options.rule} with byzantine = {f} needs at least {least} updates, there are {n}.")
     scales = [1.0] * n
     if options.clip_norm is not None:
-        scales = [min(1.0, options.clip_norm / length) if length else 1.0 for length in map(_length, updates)]
+        scales = [min(1.0, options.clip_norm / length) if length else 1.0 for length in map(norm, updates)]
     if options.rule == "krum":
         taken = _krum(_products(updates) * np.outer(scales, scales), f)
         weights = [weight if chosen else 0.0 for weight, chosen in zip(weights, taken, strict=True)]
@@ -171,15 +172,6 @@ def _capped(weights: Sequence[float], most: float) -> list[float]:
         free = 1 - len(over) * most
         shares = [most if i in over else weight / rest * free for i, weight in enumerate(weights)]
     return shares
-
-
-def _length(update: Update) -> float:
-    """Give an update's L2 norm."""
-    total = 0.0
-    for start in range(0, update.size, _CHUNK):
-        part = update[start : min(start + _CHUNK, update.size)].astype(np.float64)
-        total += float(part @ part)
-    return math.sqrt(total)
 
 
 def _products(updates: Sequence[Update]) -> NDArray[np.float64]:

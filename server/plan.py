@@ -27,8 +27,7 @@ from federation.manifest import (
 from federation.messages import ProtocolError
 from federation.planner import noise_for
 from federation.update import Layout
-from model.decoder import DecoderConfig, preset
-from model.train import TrainOptions
+from model.settings import DecoderConfig, TrainOptions, preset
 from server.central import CentralPlan
 from tokenizer.codebook import Codebook, TokenizerOptions
 from tokenizer.errors import ConfigError

@@ -107,7 +107,7 @@ def plan(
     import sys
 
     from federation.manifest import LocalWork
-    from model.decoder import preset
+    from model.settings import preset
     from server.plan import FederationPlan, PrivacyPlan
     from tokenizer.codebook import TokenizerOptions
     from tokenizer.split import SplitRule

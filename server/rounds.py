@@ -34,7 +34,7 @@ from federation.messages import (
     printable,
     to_wire,
 )
-from federation.update import norm
+from federation.vectors import norm
 from server.aggregate import Combined, GlobalState, TooFewUpdates, Update, combine, outer_step
 from server.assessment import Assessment
 from server.central import PREFIX, CentralPlan

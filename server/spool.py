@@ -29,7 +29,8 @@ from federation.messages import Payload
 from federation.parts import FileBytes, Joined, pieces, sha256
 from federation.update import as_decoder, to_vector
 from model import checkpoint
-from model.decoder import Decoder, preset_of
+from model.decoder import Decoder
+from model.settings import preset_of
 from server.aggregate import GlobalState
 from server.journal import Checkpoint, Work
 from server.unmask import Collected

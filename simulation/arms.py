@@ -23,14 +23,14 @@ from types import MappingProxyType
 import polars as pl
 
 from client.archive import Archive
+from client.files import SiteFiles
 from client.local import open_work
-from client.site import SiteFiles
 from federation.manifest import LocalWork, OuterOptions, PrivateEvaluation, SecureAggregation, TaskEvaluation, Transport
 from federation.masking import MaskingOptions
 from federation.tallies import Form
 from federation.update import to_vector
 from model import checkpoint
-from model.train import TrainOptions
+from model.settings import TrainOptions
 from server.app import Outcome
 from server.central import CentralPlan
 from server.journal import Journal

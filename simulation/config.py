@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, Field, PlainSerializer, PlainValidator, ValidationError, model_validator
 
-from model.decoder import DecoderConfig
+from model.settings import DecoderConfig
 from model.task_files import tasks_of
 from model.tasks import Task, parse
 from simulation import toml_file

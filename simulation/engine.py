@@ -23,7 +23,7 @@ from flwr.supercore.run import Run
 
 from client.app import play
 from client.approval import site_key
-from client.site import SiteFiles
+from client.files import SiteFiles
 from federation import flower
 from federation.identity import Identity
 from server.app import Outcome, coordinate

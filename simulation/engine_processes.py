@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from flwr.app import Message
 
-from client.site import SiteFiles
+from client.files import SiteFiles
 from server.app import Outcome, coordinate
 from server.plan import FederationPlan
 from server.rounds import Event

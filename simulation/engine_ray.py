@@ -11,7 +11,7 @@ from typing import Any, Self
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.site import SiteFiles
+from client.files import SiteFiles
 from tokenizer.errors import ConfigError
 
 

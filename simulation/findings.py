@@ -15,7 +15,7 @@ import polars as pl
 
 from client.archive import Archive
 from client.budget import FILE, Budget, State
-from client.site import SiteFiles
+from client.files import SiteFiles
 from federation import protection
 from federation.accountant import epsilon
 from federation.manifest import Manifest, OuterOptions, software_version

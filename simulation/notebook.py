@@ -18,7 +18,7 @@ from typing import Any
 
 import polars as pl
 
-from client.site import SiteFiles
+from client.files import SiteFiles
 from server.app import Outcome
 from server.journal import Journal
 from server.plan import FederationPlan

@@ -14,10 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from model.decoder import Decoder, preset
-from model.machine import Machine, choose_precision
+from model.decoder import Decoder
+from model.machine import choose_precision
 from model.private import PrivateOptions, PrivateTrainer, Secret
-from model.train import Trainer, TrainOptions, evaluate
+from model.settings import Machine, TrainOptions, preset
+from model.train import Trainer, evaluate
 from simulation.hospital import PROFILES, write_hospital
 from tokenizer.codebook import Codebook, TokenizerOptions
 from tokenizer.events import MedsDataset

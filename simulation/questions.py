@@ -19,7 +19,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from client.archive import Archive
-from client.site import SiteFiles
+from client.files import SiteFiles
 from federation.manifest import Manifest
 from model import checkpoint
 from model.cohort import Cohort, Counts, cohort, join, refuse_trained

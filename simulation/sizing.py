@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from federation.accountant import Gaussian, epsilon
-from model.decoder import PRESETS
+from model.settings import PRESETS
 from simulation import toml_file
 from simulation.toml_file import Section
 
@@ -287,8 +287,9 @@ def measured(preset: str, seconds: float, clock: Callable[[], float], device: st
     import torch
 
     from model.decoder import Decoder
-    from model.decoder import preset as shape
-    from model.train import Trainer, TrainOptions
+    from model.settings import TrainOptions
+    from model.settings import preset as shape
+    from model.train import Trainer
     from tokenizer.windows import Batch
 
     config = shape(preset, vocab=500, context=512)

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import polars as pl
 
-from client.site import SiteFiles
-from model.machine import Machine
+from client.files import SiteFiles
+from model.settings import Machine
 from server.futures import Model
 from simulation.arms import Arm, shards_of, train
 from simulation.config import Study

@@ -14,7 +14,7 @@ import numpy as np
 from flwr.app import Message
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
-from client.site import SiteFiles
+from client.files import SiteFiles
 from federation.manifest import SecureAggregation
 from federation.masking import MaskingOptions
 from federation.messages import TrainReply

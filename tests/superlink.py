@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from client.site import SiteFiles
+from client.files import SiteFiles
 from simulation.engine_processes import write_certificates, write_node_key
 from tests import tiny
 

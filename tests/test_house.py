@@ -28,6 +28,18 @@ def test_the_model_room_needs_no_polars_flower_grpc_or_sql() -> None:
     assert set(run.stdout.split()) >= {"decoder", "train", "rollout", "checkpoint"}
 
 
+WATCHING = """
+import sys
+import client.daemon, client.dashboard, client.status, server.daemon, server.dashboard, server.ledger_view
+assert "torch" not in sys.modules
+"""
+
+
+def test_daemons_dashboards_and_status_commands_load_no_pytorch() -> None:
+    run = subprocess.run([sys.executable, "-c", WATCHING], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
 def test_rooms_import_in_one_direction() -> None:
     program = Path(sysconfig.get_path("scripts"), "lint-imports")
     run = subprocess.run([program, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)

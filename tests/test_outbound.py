@@ -18,8 +18,9 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from client.app import play
 from client.audit import audit
 from client.budget import State
+from client.files import SiteFiles
 from client.outbound import Entry, lines, read_entry, read_head
-from client.site import Site, SiteFiles
+from client.site import Site
 from federation import canonical, flower, masking, messages
 from federation.accountant import epsilon
 from federation.calls import CONTROL, ENROLMENT

@@ -15,10 +15,10 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from client import app as client_app
-from client.site import SiteFiles
+from client.files import SiteFiles
 from federation import flower
 from federation.manifest import LocalWork
-from model.decoder import DecoderConfig
+from model.settings import DecoderConfig
 from server.plan import FederationPlan
 from tokenizer.codebook import TokenizerOptions
 from tokenizer.events import write_meds

@@ -11,8 +11,9 @@ from client.archive import Archive
 from federation import protection
 from federation.manifest import LocalWork, Privacy
 from model import checkpoint
-from model.decoder import Decoder, preset
+from model.decoder import Decoder
 from model.private import PrivateOptions
+from model.settings import preset
 from server.futures import Model
 from simulation.arms import train_options
 from simulation.attacks.canaries import plant

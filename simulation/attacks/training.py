@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from model.decoder import Decoder, DecoderConfig
+from model.decoder import Decoder
 from model.feed import ahead
 from model.losses import patient_losses
-from model.machine import Machine
 from model.private import PrivateOptions, PrivateTrainer, Secret
-from model.train import Trainer, TrainOptions
+from model.settings import DecoderConfig, Machine, TrainOptions
+from model.train import Trainer
 from tokenizer.codebook import Codebook
 from tokenizer.errors import ConfigError, DataError
 from tokenizer.store import TokenSplit

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from client.archive import Archive
+from client.files import SiteFiles
 from client.heads import with_head
-from client.site import SiteFiles
 from federation import planner
 from federation.accountant import epsilon
 from federation.manifest import Manifest

@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import polars as pl
 
-from client.site import SiteFiles
+from client.files import SiteFiles
 from federation import flower
 from federation.coding import round_
 from federation.messages import TrainReply, Vector

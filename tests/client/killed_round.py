@@ -23,10 +23,11 @@ from client import evaluation, local, summing
 from client.approval import site_key
 from client.archive import RunArchive
 from client.budget import Budget, Charge, Release
+from client.files import SiteFiles
 from client.gate import digest_of_answer
 from client.masked import MaskedSite
 from client.outbound import Outbound
-from client.site import Site, SiteFiles
+from client.site import Site
 from federation import flower, masking
 from federation.identity import Identity
 from federation.keystream import Masks, chunks

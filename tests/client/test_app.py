@@ -5,7 +5,7 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from client.app import app
-from client.site import SiteFiles
+from client.files import SiteFiles
 from federation import flower
 from federation.messages import Refusal, SurveyReply, SurveyRequest, TrainRequest
 from tests import tiny

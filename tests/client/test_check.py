@@ -16,7 +16,8 @@ from rich.console import Console
 
 from client.check import Plan, SiteCheck, check
 from client.check_report import render, terminal, write_page
-from client.site import Site, SiteFiles
+from client.files import SiteFiles
+from client.site import Site
 from federation.messages import SurveyRequest
 from tests import tiny
 from tokenizer.check import count_timelines

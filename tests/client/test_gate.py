@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from client.approval import Approvals, site_key
 from client.budget import Release, State
+from client.files import SiteFiles
 from client.policy import PolicyRefusal
-from client.site import Site, SiteFiles
+from client.site import Site
 from federation.accountant import Approximate, Mechanisms
 from federation.identity import Identity
 from federation.manifest import LocalWork, Manifest, Privacy
@@ -31,7 +32,7 @@ from federation.messages import (
 )
 from federation.update import to_vector
 from model.decoder import Decoder
-from model.machine import Machine
+from model.settings import Machine
 from tests import tiny
 from tokenizer.codebook import Codebook, Survey
 from tokenizer.errors import DataError

@@ -10,12 +10,13 @@ import pytest
 
 from client import local
 from client.archive import Choices, RunArchive, Snapshot
+from client.files import SiteFiles
 from client.heads import places, with_head
-from client.site import Site, SiteFiles
+from client.site import Site
 from federation.manifest import LocalWork, Manifest, OuterOptions
 from federation.messages import TrainReply
-from model.machine import Machine
-from model.train import StepResult, Trainer, TrainOptions
+from model.settings import Machine, TrainOptions
+from model.train import StepResult, Trainer
 from tests import tiny
 from tests.client.test_site import agree, ask, same
 from tokenizer.errors import ConfigError

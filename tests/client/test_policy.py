@@ -20,7 +20,7 @@ from federation.accountant import Approximate, epsilon
 from federation.manifest import LocalWork, Manifest, OuterOptions, Privacy, SecureAggregation
 from federation.masking import MaskingOptions
 from federation.messages import AssessRequest, EvaluateRequest, PrepareRequest, SurveyRequest, TrainRequest
-from model.train import TrainOptions
+from model.settings import TrainOptions
 from tests import tiny
 from tests.sums import agreement
 from tokenizer.codebook import Codebook, Survey, TokenizerOptions

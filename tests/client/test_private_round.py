@@ -14,8 +14,8 @@ from federation import protection
 from federation.accountant import Gaussian, epsilon
 from federation.manifest import LocalWork, Manifest
 from federation.messages import EvaluateRequest, PrepareRequest, ProtocolError, SiteRefusal, TrainReply
-from model.machine import Machine
 from model.private import PrivateTrainer
+from model.settings import Machine
 from model.train import StepResult, Trainer, TrainingDiverged
 from server.plan import PrivacyPlan
 from tests import tiny

@@ -8,7 +8,8 @@ import polars as pl
 import pytest
 
 from client.budget import BudgetExhausted, State
-from client.site import Site, SiteFiles
+from client.files import SiteFiles
+from client.site import Site
 from federation.manifest import LocalWork, Manifest
 from federation.messages import (
     EvaluateRequest,

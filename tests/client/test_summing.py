@@ -12,7 +12,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client.approval import site_key
 from client.archive import Agreement, RunArchive
-from client.site import Site, SiteFiles
+from client.files import SiteFiles
+from client.site import Site
 from client.summing import Summing
 from federation.identity import Identity
 from federation.manifest import Manifest, SecureAggregation

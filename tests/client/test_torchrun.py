@@ -11,8 +11,7 @@ from client.site import Site
 from client.torchrun import ProcessesFailed
 from federation.manifest import LocalWork
 from federation.messages import SiteRefusal
-from model.machine import Machine
-from model.train import TrainOptions
+from model.settings import Machine, TrainOptions
 from tests import tiny
 from tests.client.test_site import agree, ask
 from tokenizer.errors import ConfigError

@@ -12,11 +12,12 @@ from sqlalchemy import text
 from typer.testing import CliRunner
 
 from client.budget import FILE, Budget, Limit, Release
+from client.files import SiteFiles
 from client.home import SiteHome
 from client.link import Link
 from client.outbound import FIRST, Leaving, Outbound, read_head, sha256_at
 from client.run_commands import app
-from client.site import Site, SiteFiles
+from client.site import Site
 from client.witness import Witnessed, refuse_restored
 from federation.accountant import Gaussian, Mechanisms
 from federation.identity import Identity

@@ -18,7 +18,7 @@ from federation.manifest import Manifest, OuterOptions, Privacy, SecureAggregati
 from federation.masking import MaskingOptions, Place, Purpose
 from federation.messages import ProtocolError, TrainReply
 from federation.summed import agreement_of, numbers_of, update_of
-from federation.update import cut_, norm
+from federation.vectors import cut_, norm
 from server.plan import PrivacyPlan
 from tests import tiny
 from tokenizer.codebook import Codebook, Survey, TokenizerOptions

@@ -10,8 +10,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from model.decoder import Decoder
-from model.machine import Machine
 from model.parallel import ALONE, Team, whole
+from model.settings import Machine
 from model.train import Trainer
 from tests.model.test_train import CONFIG, OPTIONS, counting_batch
 

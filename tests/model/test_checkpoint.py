@@ -12,7 +12,8 @@ import safetensors.torch
 import torch
 
 from model import checkpoint
-from model.decoder import Decoder, preset
+from model.decoder import Decoder
+from model.settings import preset
 from tests.tokenizer.hospital import spelling_codebook
 from tokenizer.codebook import Codebook, Survey, Token
 from tokenizer.errors import ConfigError, DataError

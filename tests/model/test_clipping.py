@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from model.clipping import clipped_sum
-from model.decoder import PRESETS, Decoder, DecoderConfig
+from model.decoder import Decoder
+from model.settings import PRESETS, DecoderConfig
 from tokenizer.errors import ConfigError
 from tokenizer.windows import Batch
 

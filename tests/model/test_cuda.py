@@ -6,11 +6,11 @@ import torch
 
 from model.attention import SegmentPlan
 from model.clock import Clock, Waits
-from model.decoder import Decoder, preset
+from model.decoder import Decoder
 from model.feed import ahead
-from model.machine import Machine
 from model.rollout import Prompt, Stop, rollout
-from model.train import Trainer, TrainOptions
+from model.settings import Machine, TrainOptions, preset
+from model.train import Trainer
 from tokenizer.windows import Batch
 
 pytestmark = [

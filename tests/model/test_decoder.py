@@ -11,7 +11,8 @@ from torch import Tensor
 
 from model import loss as loss_module
 from model.attention import SegmentPlan
-from model.decoder import PRESETS, Decoder, DecoderConfig, Dropout, preset
+from model.decoder import Decoder, Dropout
+from model.settings import PRESETS, DecoderConfig, preset
 from tokenizer.errors import ConfigError
 
 SMALL = DecoderConfig(vocab=50, layers=2, width=32, heads=4, kv_heads=2, ff=64, context=128)

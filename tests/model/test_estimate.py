@@ -5,10 +5,11 @@ import pytest
 from scipy.stats import binom, t
 
 from model.cohort import Cohort
-from model.decoder import Decoder, DecoderConfig, preset
+from model.decoder import Decoder
 from model.estimate import Estimates, estimate, summarize
 from model.predictions import prediction_table
 from model.rollout import Prompt, Reason, Rollouts, Stop, rollout
+from model.settings import DecoderConfig, preset
 from model.tasks import Task
 from tests.model.test_rollout import CLOCK, DEATH, DIES, LAB, NOTHING, SEX, markov_decoder, random_chances, times_of
 from tokenizer.codebook import INTERVALS, Codebook, Token, TokenizerOptions

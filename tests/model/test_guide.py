@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from model.decoder import Decoder, DecoderConfig
+from model.decoder import Decoder
 from model.guide import Guide
 from model.rollout import Prompt, Reason, Rollouts, Stop, rollout
+from model.settings import DecoderConfig
 from tests.tokenizer.hospital import spelling_codebook
 from tokenizer import sketch
 from tokenizer.codebook import Codebook, Survey, Token, TokenizerOptions

@@ -18,8 +18,9 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from model.checkpoint import Checkpoint, Provenance, load
-from model.decoder import PRESETS, Decoder, DecoderConfig
+from model.decoder import Decoder
 from model.interchange import export_folder, import_folder, save_model
+from model.settings import PRESETS, DecoderConfig
 from tests.tokenizer.hospital import spelling_codebook
 from tokenizer.codebook import Codebook, Survey
 from tokenizer.errors import ConfigError, DataError

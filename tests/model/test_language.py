@@ -9,9 +9,10 @@ import itertools
 import numpy as np
 import pytest
 
-from model.decoder import Decoder, DecoderConfig
+from model.decoder import Decoder
 from model.rollout import Prompt, Rollouts, Stop, rollout
-from model.train import Trainer, TrainOptions
+from model.settings import DecoderConfig, TrainOptions
+from model.train import Trainer
 from tokenizer import sketch
 from tokenizer.codebook import Codebook, Survey, Token, TokenizerOptions
 from tokenizer.windows import Batch

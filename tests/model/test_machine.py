@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from model import machine as machine_module
-from model.decoder import Decoder, DecoderConfig
-from model.machine import Machine, choose_precision, measured_precision
+from model.decoder import Decoder
+from model.machine import choose_precision, measured_precision
 from model.parallel import Team, shares
-from model.train import StepResult, Trainer, TrainOptions, compile_blocks_
+from model.settings import DecoderConfig, Machine, TrainOptions
+from model.train import StepResult, Trainer, compile_blocks_
 from tests.model.test_train import CONFIG, OPTIONS, counting_batch, same_weights
 from tokenizer.errors import ConfigError
 

@@ -11,9 +11,10 @@ pytest.importorskip("triton")
 from model import pool, rollout
 from model.cache import Boarding
 from model.clock import Clock, Waits
-from model.decoder import Decoder, DecoderConfig
+from model.decoder import Decoder
 from model.lanes import Lanes, plain_attention_with_lse
 from model.pages import PAGE, own, rows_per_tile, shared
+from model.settings import DecoderConfig
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = DecoderConfig(vocab=40, layers=2, width=32, heads=2, kv_heads=1, ff=32, context=150)

@@ -6,9 +6,9 @@ import torch
 from scipy import stats
 
 from model.clipping import clipped_sum
-from model.decoder import Decoder, DecoderConfig
+from model.decoder import Decoder
 from model.private import PrivateOptions, PrivateTrainer, Secret, clip_before_rounding, noised
-from model.train import TrainOptions
+from model.settings import DecoderConfig, TrainOptions
 from tokenizer.errors import ConfigError
 from tokenizer.windows import Batch
 

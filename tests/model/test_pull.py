@@ -4,8 +4,9 @@ import numpy as np
 import torch
 
 from client.drift import Drift, next_drift
-from model.decoder import Decoder, DecoderConfig
+from model.decoder import Decoder
 from model.pull import Pull
+from model.settings import DecoderConfig
 
 CONFIG = DecoderConfig(vocab=8, layers=1, width=16, heads=2, kv_heads=2, ff=32, context=64)
 

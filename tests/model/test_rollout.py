@@ -10,9 +10,10 @@ import torch
 from scipy.stats import chi2
 
 from model.clock import Clock, Waits
-from model.decoder import Decoder, DecoderConfig
+from model.decoder import Decoder
 from model.rollout import Prompt, Reason, Rollouts, Stop, rollout
 from model.sampling import uniforms
+from model.settings import DecoderConfig
 from tokenizer.codebook import Codebook, Token, TokenizerOptions
 from tokenizer.errors import ConfigError, DataError
 

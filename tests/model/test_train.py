@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from model.decoder import Decoder, DecoderConfig
-from model.train import StepResult, Trainer, TrainingDiverged, TrainOptions, evaluate, learning_rate
+from model.decoder import Decoder
+from model.settings import DecoderConfig, TrainOptions
+from model.train import StepResult, Trainer, TrainingDiverged, evaluate, learning_rate
 from tokenizer.errors import ConfigError, DataError
 from tokenizer.windows import Batch
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 
-from client.site import SiteFiles
+from client.files import SiteFiles
 from federation import flower
 from federation.manifest import LocalWork, OuterOptions, software_version
 from federation.messages import PrepareReply, Refusal, SurveyReply, TrainReply
 from model import checkpoint
-from model.decoder import preset_of
+from model.settings import preset_of
 from server import app as server_app
 from server.app import Outcome, coordinate
 from server.journal import Journal, ReplyEntry, Status

@@ -10,7 +10,7 @@ from sklearn.metrics import brier_score_loss, roc_auc_score
 
 from client.archive import Archive
 from client.budget import FILE, Budget, State
-from client.site import SiteFiles
+from client.files import SiteFiles
 from federation import accountant, protection
 from federation.manifest import LocalWork, TaskEvaluation
 from federation.messages import AssessReply, AssessRequest

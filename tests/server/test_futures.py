@@ -8,7 +8,8 @@ import polars as pl
 import pytest
 
 from model import checkpoint
-from model.decoder import Decoder, DecoderConfig
+from model.decoder import Decoder
+from model.settings import DecoderConfig
 from server.futures import Model, futures
 from tests import tiny
 from tokenizer.codebook import Codebook, TokenizerOptions, merge

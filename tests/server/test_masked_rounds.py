@@ -11,8 +11,8 @@ from flwr.app import Message
 
 from client.archive import Archive
 from client.budget import FILE, Budget, State
+from client.files import SiteFiles
 from client.outbound import lines, read_entry, read_head
-from client.site import SiteFiles
 from federation import flower, protection
 from federation.accountant import epsilon
 from federation.manifest import LocalWork, Manifest, OuterOptions, PrivateEvaluation

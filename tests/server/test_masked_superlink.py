@@ -17,8 +17,8 @@ import pytest
 
 from client.archive import Archive
 from client.audit import audit
+from client.files import SiteFiles
 from client.outbound import lines, read_entry, read_head
-from client.site import SiteFiles
 from federation.identity import Identity
 from federation.manifest import LocalWork, Manifest, SecureAggregation
 from federation.masking import MaskingOptions, Shares

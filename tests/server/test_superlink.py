@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from client.audit import audit
+from client.files import SiteFiles
 from client.outbound import lines, read_entry, read_head
-from client.site import SiteFiles
 from federation.identity import Identity
 from federation.manifest import OuterOptions
 from federation.messages import TrainReply

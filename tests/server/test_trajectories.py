@@ -10,8 +10,9 @@ import pytest
 
 from model import checkpoint
 from model.cohort import cohort
-from model.decoder import Decoder, DecoderConfig
+from model.decoder import Decoder
 from model.estimate import estimate
+from model.settings import DecoderConfig
 from model.tasks import Task
 from server.futures import Model
 from server.trajectories import NO_EVENT, Moment, Sampling, write_trajectories

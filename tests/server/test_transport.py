@@ -8,7 +8,7 @@ import pytest
 from flwr.app import Message
 
 from client.archive import Archive
-from client.site import SiteFiles
+from client.files import SiteFiles
 from federation import flower
 from federation.coding import Coding, length, nearest
 from federation.manifest import OuterOptions, Transport

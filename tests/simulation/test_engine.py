@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from client.app import play
-from client.site import SiteFiles
+from client.files import SiteFiles
 from federation.manifest import LocalWork, OuterOptions
 from server.app import Outcome, coordinate
 from server.journal import Journal, Status

@@ -19,7 +19,8 @@ from federation.fixed_point import CHUNK
 from federation.manifest import Manifest, OuterOptions
 from federation.messages import Kept, Vector
 from federation.summed import numbers_of, objection
-from federation.update import norm, to_vector
+from federation.update import to_vector
+from federation.vectors import norm
 from model import checkpoint
 from model.decoder import Decoder
 from model.private import Secret

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from model import checkpoint
-from model.decoder import Decoder, DecoderConfig
+from model.decoder import Decoder
+from model.settings import DecoderConfig
 from simulation.pool import Pool
 from simulation.studies import cell as one
 from simulation.studies import grid

@@ -10,8 +10,7 @@ from typing import Any
 
 import polars as pl
 
-from model.decoder import DecoderConfig
-from model.train import TrainOptions
+from model.settings import DecoderConfig, TrainOptions
 from simulation.attacks.canaries import alone
 from simulation.attacks.training import Recipe
 from tests import tiny
