@@ -12,7 +12,6 @@ side by side over one pool, and each ends with its best round by the loss of its
 """
 
 import hashlib
-import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -24,7 +23,7 @@ import polars as pl
 
 from client.archive import Archive
 from client.files import SiteFiles
-from client.local import open_work
+from client.local import choices_of, open_work
 from federation.manifest import LocalWork, OuterOptions, PrivateEvaluation, SecureAggregation, TaskEvaluation, Transport
 from federation.masking import MaskingOptions
 from federation.tallies import Form
@@ -151,7 +150,7 @@ def _personal(
 ) -> list[Arm]:
     """Let every site go on from the federation's best model, side by side, and keep what its own patients gain by.
 
-    Without noise, sites don't tell losses of a private run, nor compare by them: there the last round's model is kept.
+    Losses of a private run are not told without noise: there, and without tuning patients, its own best round is kept.
     """
     assert federated.outcome is not None
     best = federated.outcome.best_checkpoint.read_bytes()
@@ -171,11 +170,14 @@ def _personal(
         arm = _train_single(study, arm, codebook, 1, pool, watch, changes)
         if arm.outcome is None or study.privacy is not None:
             return arm
-        before = pool.submit(arm.name, _loss_before, site, arm.outcome.manifest.hash, arm.folder / _INITIAL).result()
         with Journal(arm.folder / "ledger.sqlite") as journal:
-            after = min(journal.losses(TUNING).values(), default=math.inf)
-        better = arm.outcome if after < before else replace(arm.outcome, best_checkpoint=arm.folder / _INITIAL)
-        return replace(arm, outcome=better, begun_at=before)
+            losses = journal.losses(TUNING)
+        if not losses:  # no tuning patients, so nothing to compare by
+            return arm
+        before = pool.submit(arm.name, _loss_before, site, arm.outcome.manifest.hash, arm.folder / _INITIAL).result()
+        better = min(losses.values()) < before
+        outcome = arm.outcome if better else replace(arm.outcome, best_checkpoint=arm.folder / _INITIAL)
+        return replace(arm, outcome=outcome, begun_at=before)
 
     with ThreadPoolExecutor(max_workers=len(sites)) as threads:
         return list(threads.map(trained, sites))
@@ -184,9 +186,10 @@ def _personal(
 def _loss_before(site: SiteFiles, run: str, model: Path) -> float:
     """Give a model's mean loss on a site's tuning patients in nats per token, as the rounds of a run measure it."""
     archive = Archive(site.state)
-    work = open_work(archive, archive.run(run), site.name)
-    loss, _ = work.evaluate(TUNING, to_vector(checkpoint.load(model)[0]), site.machine.device, "fp32")
-    return loss
+    kept = archive.run(run)
+    work = open_work(archive, kept, site.name)
+    precision = choices_of(kept, work, site.machine).precision
+    return work.evaluate(TUNING, to_vector(checkpoint.load(model).decoder), site.machine.device, precision)[0]
 
 
 def _asked_for(study: Study) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ there is, and how old the patient is. Logistic regression and gradient boosting 
 each site alone and pooled; the strength of both is chosen on tuning patients; held-out ones are only predicted.
 """
 
+import importlib.util
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -175,17 +176,25 @@ def _chosen(models: Sequence[Any], tables: Sequence[Floats], labels: Sequence[ND
     return fitted[int(np.argmin(losses))]
 
 
-def _models(seed: int) -> dict[str, list[Any]]:
-    try:
-        from sklearn.ensemble import HistGradientBoostingClassifier
-        from sklearn.impute import SimpleImputer
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import FunctionTransformer, StandardScaler
-    except ModuleNotFoundError:
+def check_installed() -> None:
+    """Refuse to begin where scikit-learn is missing, rather than to stop when all else is done.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if importlib.util.find_spec("sklearn") is None:
         raise ConfigError(
             "Supervised baselines need scikit-learn: pip install 'fedcomet[baselines]', or leave them out of arms."
-        ) from None
+        )
+
+
+def _models(seed: int) -> dict[str, list[Any]]:
+    from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.impute import SimpleImputer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import FunctionTransformer, StandardScaler
+
     linear = [
         make_pipeline(
             FunctionTransformer(_squeezed),

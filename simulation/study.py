@@ -20,6 +20,7 @@ from client.files import SiteFiles
 from model.settings import Machine
 from server.futures import Model
 from simulation.arms import Arm, shards_of, train
+from simulation.baselines import check_installed
 from simulation.config import Study
 from simulation.hospital import PROFILES, profile_of, write_hospital
 from simulation.partition import partition, told
@@ -65,11 +66,14 @@ def run_study(
         ask: whether the questions are put to the arms.
 
     Raises:
-        ConfigError: the folder is in use, or belongs to another study; or questions to a model without a head.
+        ConfigError: the folder is in use, or belongs to another study; questions to a model without a head; or the arm
+            "supervised" without scikit-learn.
         FedcometError: records can't be read, or the federation can't go on.
     """
     if ask and study.training.own_head:
         raise ConfigError("training.own_head: the federation's model has no head to answer with; compare losses only")
+    if ask and "supervised" in study.arms:
+        check_installed()
     with _claimed(folder, study):
         sites, notes = _sites(study, folder, watch)
         with Pool(workers) if pool is None else nullcontext(pool(sites)) as players:

@@ -151,6 +151,16 @@ def tiny_sites(root: Path) -> list[tiny.SiteFiles]:
     return [tiny.SiteFiles(path.name, path, root) for path in sorted((root / "data").iterdir())]
 
 
+def test_supervised_arms_without_scikit_learn_are_refused_before_anything_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    settings = study(tiny.sites(tmp_path), arms=["federated", "supervised"])
+    with pytest.raises(ConfigError, match=r"fedcomet\[baselines\]"):
+        run_study(settings, tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
 def test_a_folder_in_use_is_refused(tmp_path: Path, settings: Study) -> None:
     (tmp_path / "study").mkdir()
     with (tmp_path / "study" / ".lock").open("w") as lock:
