@@ -262,8 +262,9 @@ def test_training_does_not_load_the_compiler() -> None:
     script = (
         "import sys, torch\n"
         "from federation.update import to_decoder, to_vector\n"
-        "from model.decoder import Decoder, preset\n"
-        "from model.train import Trainer, TrainOptions\n"
+        "from model.decoder import Decoder\n"
+        "from model.settings import TrainOptions, preset\n"
+        "from model.train import Trainer\n"
         "shape = preset('0.3m', 50)\n"
         "decoder = to_decoder(shape, to_vector(Decoder.create(shape, 0)))\n"
         "decoder(torch.arange(9), torch.tensor([9])).sum().backward()\n"
