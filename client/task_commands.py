@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from rich.table import Column, Table
+
     from model.cohort import Decision, Finder
     from model.tasks import Task
     from tokenizer.codebook import Codebook
@@ -29,14 +31,16 @@ LabelFile = Annotated[Path | None, typer.Option(help="A MEDS label file, for tas
 def list_tasks() -> None:
     """List the tasks that come with the software."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column
 
     from model.task_files import shipped
 
-    table = Table("set", "task", "kind", "question")
+    table = _table(Column("task", no_wrap=True), "kind", "question")
     for name, group in shipped().items():
+        table.add_section()
+        table.add_row(f"[bold]{name}[/]")
         for task in group:
-            table.add_row(name, task.name, task.kind, task.question)
+            table.add_row(f"  {task.name}", task.kind, task.question)
     Console().print(table)
 
 
@@ -60,20 +64,21 @@ def check(
 ) -> None:
     """Count whom tasks ask about, whom they leave out and why, and what the codebook can't tell apart."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column
 
     from model.cohort import cohort
 
     opened, words, given, asked = _opened(store, codebook, labels, task)
     console, patients = Console(), opened.split(split)
-    table = Table("task", "patients", "predictions", "yes", "no", "unknown", "left out", title=f"{split} patients")
+    heads = (Column(head, justify="right") for head in ("patients", "predictions", "yes", "no", "unknown"))
+    table = _table(Column(f"{split} patients", no_wrap=True), *heads)
     notes = []
     for each in asked:
         found = cohort(each, patients, words, given=given if each.given else None)
         counts = found.counts()
-        out = "\n".join(f"{count:,} {reason}" for reason, count in counts.excluded.items() if count)
         numbers = (counts.patients, counts.predictions, counts.positive, counts.negative, counts.censored)
-        table.add_row(each.name, *(f"{number:,}" for number in numbers), out)
+        table.add_row(each.name, *(f"{number:,}" for number in numbers))
+        notes += [f"{each.name}: {count:,} left out: {reason}" for reason, count in counts.excluded.items() if count]
         notes += [f"[yellow]note[/] {each.name}: {note}" for note in found.notes]
         if "repeat" in found.told and each.onset == "any" and found.told["repeat"].any():
             repeats = int(found.told["repeat"].sum())
@@ -118,6 +123,14 @@ def explain(
         if places:
             return
     raise DataError(f"{store}: there is no subject {patient}")
+
+
+def _table(*heads: "Column | str") -> "Table":
+    """A narrow table: names are typed again, so terminals of 80 columns must show them whole."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    return Table(*heads, box=SIMPLE_HEAD, pad_edge=False)
 
 
 def _opened(

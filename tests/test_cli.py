@@ -15,6 +15,7 @@ import pytest
 
 from client.budget import Budget, Release
 from federation.accountant import Approximate, Mechanisms
+from model.task_files import shipped
 from server.app import coordinate
 from server.post import TooFewSites
 from tests import tiny
@@ -290,11 +291,24 @@ def test_a_model_is_evaluated_on_a_store(root: Path, finished: Path, tokens: Pat
 def test_a_cohort_is_counted_and_explained_patient_by_patient(tokens: Path) -> None:
     counted = fedcomet("tasks", "check", tokens, "--task", "operations", "--split", "train")
     assert counted.returncode == 0, counted.stderr
-    assert "no trigger in the record" in counted.stdout or "readmission_30d" in counted.stdout
-    patient = TokenStore.open(tokens).split("train").subject_ids[0]
-    told = fedcomet("tasks", "explain", tokens, "--patient", patient, "--task", "readmission_30d")
+    patients = TokenStore.open(tokens).split("train").subject_ids
+    row = next(line.split() for line in counted.stdout.splitlines() if line.startswith(" readmission_30d"))
+    asked, predictions, *answers = (int(figure.replace(",", "")) for figure in row[1:])
+    assert asked == len(patients)
+    assert predictions == sum(answers) > 0
+    told = fedcomet("tasks", "explain", tokens, "--patient", patients[0], "--task", "readmission_30d")
     assert told.returncode == 0, told.stderr
     assert "ends with: " in told.stdout or "out: " in told.stdout
+
+
+def test_names_of_tasks_are_whole_in_a_narrow_terminal() -> None:
+    listed = fedcomet("tasks", "list").stdout
+    for name, group in shipped().items():
+        assert f" {name} " in listed
+        assert all(f" {task.name} " in listed for task in group)
+
+
+def test_a_patient_that_a_store_does_not_have_is_an_error(tokens: Path) -> None:
     assert fedcomet("tasks", "explain", tokens, "--patient", -5, "--task", "icu").returncode == 1
 
 
