@@ -93,6 +93,7 @@ def train(study: Study, sites: tuple[SiteFiles, ...], folder: Path, pool: Pool, 
     home = folder / "arms"
     names = {"alone": [f"{site.name} alone" for site in sites], "pooled": [POOLED]}
     wanted = [name for key in ("alone", "pooled") if key in study.arms for name in names[key]]
+    as_much = _as_much(study.training, len(sites))
     with ThreadPoolExecutor(max_workers=len(wanted) + 1) as threads:
         ready: Future[bytes] = Future()
         futures = {
@@ -101,11 +102,11 @@ def train(study: Study, sites: tuple[SiteFiles, ...], folder: Path, pool: Pool, 
         codebook = ready.result()
         for site in sites if "alone" in study.arms else ():
             arm = Arm(f"{site.name} alone", home / f"alone-{site.name}", (site,))
-            futures[threads.submit(_train_single, study, arm, codebook, 1, pool, watch)] = arm.name
+            futures[threads.submit(_train_single, study, arm, codebook, 1, pool, watch, as_much)] = arm.name
         if "pooled" in study.arms:
             pooled = SiteFiles(POOLED, _pool_records(study, sites, folder), folder / "pooled" / "state")
             arm = Arm(POOLED, home / POOLED, (pooled,))
-            futures[threads.submit(_train_single, study, arm, codebook, len(sites), pool, watch)] = arm.name
+            futures[threads.submit(_train_single, study, arm, codebook, len(sites), pool, watch, as_much)] = arm.name
         trained = {futures[future]: future.result() for future in as_completed(futures)}
     found = [trained[name] for name in [FEDERATED, *wanted]]
     if "personal" in study.arms:
@@ -142,7 +143,8 @@ def _synthesis(
     site = SiteFiles(SYNTHESIS, home / "records", home / "state")
     arm = Arm(SYNTHESIS, folder / "arms" / SYNTHESIS, (site,))
     # What is drawn from private models is as private as they are; learning from it needs no noise.
-    return _train_single(study, arm, codebook, len(own), pool, watch, {"privacy": None})
+    changes = {"privacy": None, **_as_much(study.training, len(own))}
+    return _train_single(study, arm, codebook, len(own), pool, watch, changes)
 
 
 def _personal(
@@ -190,6 +192,17 @@ def _loss_before(site: SiteFiles, run: str, model: Path) -> float:
     work = open_work(archive, kept, site.name)
     precision = choices_of(kept, work, site.machine).precision
     return work.evaluate(TUNING, to_vector(checkpoint.load(model).decoder), site.machine.device, precision)[0]
+
+
+def _as_much(training: Training, sites: int) -> dict[str, object]:
+    """Rounds of an arm whose one site trains in each of them, where the federation draws some sites for each of its."""
+    share = min(1.0, (training.sites_per_round or sites) / sites)
+    if share == 1.0:
+        return {}
+    return {
+        "rounds": max(1, round(share * training.rounds)),
+        "evaluate_every": max(1, round(share * training.evaluate_every)),
+    }
 
 
 def _asked_for(study: Study) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import pytest
 from server.futures import Model
 from server.journal import Journal, Status
 from server.report import load, write_report
+from server.rounds import TUNING
 from simulation.config import Study
 from simulation.findings import report_of
 from simulation.pool import Pool
@@ -75,6 +76,26 @@ def test_pooled_and_federated_train_on_about_as_many_tokens_and_the_sites_alone_
     assert sum(tokens(folders[arm]) for arm in ALONE) == federated
     # One pass is one pass; how it falls into batches of 512 tokens differs.
     assert abs(tokens(folders["pooled"]) - federated) < 0.1 * federated
+
+
+def test_arms_train_on_as_many_tokens_where_the_federation_draws_one_site_for_each_round(root: Path) -> None:
+    drawn = {"rounds": 9, "sites_per_round": 1, "evaluate_every": 3, "local_epochs": 0.5, "batch_tokens": 512}
+    chosen = study(tiny.sites(root), arms=["federated", "alone", "pooled"], training=drawn)
+    arms = {arm.name: arm for arm in run_study(chosen, root / "drawn", workers=2, ask=False).arms}
+    with Journal(arms["federated"].folder / "ledger.sqlite") as journal:
+        asked = [[reply.site for reply in journal.replies(number)] for number in range(1, 10)]
+        federated = sum(reply.tokens for number in range(1, 10) for reply in journal.replies(number))
+    assert {len(sites) for sites in asked} == {1}
+    assert len({sites[0] for sites in asked}) > 1
+    for name in ("pooled", "site-1 alone"):
+        outcome = arms[name].outcome
+        assert outcome is not None
+        assert outcome.manifest.rounds == 3
+    with Journal(arms["pooled"].folder / "ledger.sqlite") as journal:
+        pooled = sum(reply.tokens for number in range(1, 4) for reply in journal.replies(number))
+        assert set(journal.losses(TUNING)) == {1, 2, 3}  # evaluated as often as the federation, for its tokens
+    # Whose turn it is, is drawn; sites differ in size by less than a third.
+    assert abs(pooled - federated) < 0.4 * federated
 
 
 def test_all_arms_share_one_codebook(result: Result) -> None:
