@@ -43,7 +43,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Row:
-    """One arm of a comparison; `difference` is its AUROC minus the reference arm's, paired, None for that arm."""
+    """One arm of a comparison; its AUROC and AUPRC minus the reference arm's are paired, and None for that arm."""
 
     arm: str
     auroc: Measure
@@ -51,6 +51,7 @@ class Row:
     brier: Measure
     ece: Measure
     difference: Measure | None
+    auprc_difference: Measure | None
     slope: Measure | None = None
     intercept: Measure | None = None
 
@@ -264,6 +265,8 @@ def compare(
     owner = owners(subjects, len(truth))
     patients = int(owner.max(initial=-1)) + 1
     points = {arm: Points(truth, values) for arm, values in scores.items()}
+    once = np.ones((1, len(truth)))
+    compared = {name: float(_MEASURES[name](points[against], once)[0]) for name in ("auroc", "auprc")}
     wanted = (*_MEASURES, "slope", "intercept")
     drawn: dict[str, dict[str, Floats]] = {arm: {name: np.empty(resamples) for name in wanted} for arm in scores}
     gaps = {arm: np.empty((resamples, BINS)) for arm in scores}
@@ -274,7 +277,7 @@ def compare(
             gaps[arm][rows] = _gaps(point, weights)
             if calibrated:
                 drawn[arm]["slope"][rows], drawn[arm]["intercept"][rows] = _recalibrated(point, weights, near=True)
-    table, once = [], np.ones((1, len(truth)))
+    table = []
     for arm, point in points.items():
         values = {name: float(measure(point, once)[0]) for name, measure in _MEASURES.items()}
         measures = {name: _measure(truth, name, value, drawn[arm][name]) for name, value in values.items()}
@@ -282,11 +285,12 @@ def compare(
             fitted = zip(("slope", "intercept"), _recalibrated(point, once), strict=True)
             measures |= {name: interval(float(value[0]), drawn[arm][name]) for name, value in fitted}
         measures["ece"] = of_gaps(_gaps(point, once)[0], gaps[arm]) if len(truth) else Measure(_NAN, _NAN, _NAN, _EMPTY)
-        difference = None
-        if arm != against:
-            gap = values["auroc"] - auroc(truth, scores[against])
-            difference = _measure(truth, "auroc", gap, drawn[arm]["auroc"] - drawn[against]["auroc"])
-        table.append(Row(arm=arm, difference=difference, **measures))
+        gaps_to = [
+            _measure(truth, name, values[name] - base, drawn[arm][name] - drawn[against][name])
+            for name, base in compared.items()
+        ]
+        difference, auprc_difference = gaps_to if arm != against else (None, None)
+        table.append(Row(arm=arm, difference=difference, auprc_difference=auprc_difference, **measures))
     return Comparison(tuple(table), against, patients, len(truth), int(truth.sum()), resamples)
 
 

@@ -24,7 +24,7 @@ KINDS: dict[Kind, str] = {
     "federated": "all sites train one model together; records stay where they are",
     "pooled": "the records of all sites in one place: the ceiling that a federation can't have",
     "ensemble": "the mean of the risks that the sites' own models give",
-    "personal": "the federation's model, trained on at one site and kept there",
+    "personal": "the federation's model, trained on at one site as far as its own patients gain by it; it stays there",
     "alone": "one site trains by itself",
     "supervised": "a model trained for this question only, on counts and last values, of all sites pooled or of one",
     "truth": "the risk by which the synthetic patients' fate was drawn: the best possible answer",
@@ -77,7 +77,7 @@ class ArmResult:
         arm: its name.
         kind: what it stands for; gives its place and colour.
         auroc, auprc, brier, ece: with intervals over patients.
-        difference: its AUROC minus the reference arm's, paired; None for that arm.
+        difference, auprc_difference: its AUROC and AUPRC minus the reference arm's, paired; None for that arm.
         roc: false and true positive rates; empty where undefined.
         calibration: by bins.
         unresolved: share of trajectories that gave no answer; None where risks don't come from trajectories.
@@ -94,6 +94,7 @@ class ArmResult:
     difference: Figure | None
     roc: tuple[tuple[float, ...], tuple[float, ...]]
     calibration: Calibration
+    auprc_difference: Figure | None = None
     unresolved: float | None = None
     slope: Figure = Figure(None)
     intercept: Figure = Figure(None)
@@ -429,6 +430,7 @@ def _result(
         brier=_figure(row.brier),
         ece=_figure(row.ece),
         difference=None if row.difference is None else _figure(row.difference),
+        auprc_difference=None if row.auprc_difference is None else _figure(row.auprc_difference),
         roc=(tuple(curve.x.tolist()), tuple(curve.y.tolist())),
         calibration=Calibration(*(tuple(column.tolist()) for column in vars(bins).values())),
         unresolved=lost.get(row.arm),

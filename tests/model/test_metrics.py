@@ -110,13 +110,16 @@ def test_differences_are_paired():
     labels, good, _ = _two_arms(rng, 300)
     nearly = good + 0.05 * rng.normal(size=300)
     rows = compare(labels, {"a": good, "b": nearly}, seed=0, resamples=500).rows
-    assert rows[0].difference is None
-    gap = rows[1].difference
-    assert gap is not None
-    assert gap.value == pytest.approx(rows[1].auroc.value - rows[0].auroc.value)
-    assert gap.low <= gap.value <= gap.high
-    # Unpaired, the interval would be as wide as either arm's.
-    assert gap.high - gap.low < 0.3 * (rows[0].auroc.high - rows[0].auroc.low)
+    assert rows[0].difference is rows[0].auprc_difference is None
+    for gap, one, other in (
+        (rows[1].difference, rows[0].auroc, rows[1].auroc),
+        (rows[1].auprc_difference, rows[0].auprc, rows[1].auprc),
+    ):
+        assert gap is not None
+        assert gap.value == pytest.approx(other.value - one.value)
+        assert gap.low <= gap.value <= gap.high
+        # Unpaired, the interval would be as wide as either arm's.
+        assert gap.high - gap.low < 0.3 * (one.high - one.low)
 
 
 def test_the_reference_arm_and_the_counts_are_told():
