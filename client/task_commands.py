@@ -1,18 +1,19 @@
 """What a site's people type to see tasks and whom they ask about; nothing leaves the machine."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    import polars as pl
     from rich.table import Column, Table
 
     from model.cohort import Decision, Finder
     from model.tasks import Task
     from tokenizer.codebook import Codebook
     from tokenizer.labels import Labels
-    from tokenizer.store import TokenStore
+    from tokenizer.store import TokenSplit, TokenStore
 
 app = typer.Typer()
 tasks = typer.Typer(help="Questions to a model: see them, and whom they ask about at this site.", no_args_is_help=True)
@@ -60,7 +61,15 @@ def show(
 
 @tasks.command()
 def check(
-    store: Store, task: Wanted, codebook: Words = None, split: Split = "held_out", labels: LabelFile = None
+    store: Store,
+    task: Wanted,
+    codebook: Words = None,
+    split: Split = "held_out",
+    labels: LabelFile = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="List every possible prediction in a Parquet file: whose, when, its answer, or why not."),
+    ] = None,
 ) -> None:
     """Count whom tasks ask about, whom they leave out and why, and what the codebook can't tell apart."""
     from rich.console import Console
@@ -72,7 +81,7 @@ def check(
     console, patients = Console(), opened.split(split)
     heads = (Column(head, justify="right") for head in ("patients", "predictions", "yes", "no", "unknown"))
     table = _table(Column(f"{split} patients", no_wrap=True), *heads)
-    notes = []
+    notes, listed = [], []
     for each in asked:
         found = cohort(each, patients, words, given=given if each.given else None)
         counts = found.counts()
@@ -83,6 +92,10 @@ def check(
         if "repeat" in found.told and each.onset == "any" and found.told["repeat"].any():
             repeats = int(found.told["repeat"].sum())
             notes.append(f"{each.name}: {repeats:,} of {counts.predictions:,} had the outcome before")
+        if out is not None:
+            listed.append(_listed(each, patients, words, given if each.given else None))
+    if out is not None:
+        _write(out, listed)
     console.print(table)
     for note in notes:
         console.print(note)
@@ -144,6 +157,48 @@ def _opened(
     words = Codebook.load(codebook or store.absolute().parent / "codebook.json")
     asked = [task for name in names for task in find(name)]
     return TokenStore.open(store, words.hash), words, None if labels is None else read_labels(labels), asked
+
+
+def _listed(task: "Task", split: "TokenSplit", words: "Codebook", given: "Labels | None") -> "pl.DataFrame":
+    """Every possible prediction of a task: rows without a reason are those of a MEDS label file."""
+    import numpy as np
+    import polars as pl
+
+    from model.cohort import Finder
+
+    finder = Finder(task, words, given)
+    rows = [
+        {
+            "subject_id": decision.subject_id,
+            "prediction_time": decision.asked_us,
+            "task": task.name,
+            "boolean_value": None if decision.label < 0 else bool(decision.label),
+            "reason": decision.reason or None,
+            **{name: np.asarray(value).tolist() for name, value in dict(decision.told).items()},
+        }
+        for place in range(len(split))
+        for decision in finder.decisions(split, place)
+    ]
+    kinds: dict[str, Any] = {
+        "subject_id": pl.Int64,
+        "prediction_time": pl.Datetime("us"),
+        "task": pl.String,
+        "boolean_value": pl.Boolean,
+        "reason": pl.String,
+    }
+    return pl.DataFrame(rows, schema_overrides=kinds, infer_schema_length=None) if rows else pl.DataFrame(schema=kinds)
+
+
+def _write(path: Path, tables: "list[pl.DataFrame]") -> None:
+    import io
+
+    import polars as pl
+
+    from tokenizer import durable
+
+    buffer = io.BytesIO()
+    pl.concat(tables, how="diagonal_relaxed").write_parquet(buffer)
+    durable.write_bytes(path, buffer.getvalue())
 
 
 def _told(decision: "Decision", finder: "Finder", tail: int) -> str:

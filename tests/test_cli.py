@@ -22,6 +22,7 @@ from tests import tiny
 from tests.typed import fedcomet
 from tokenizer.codebook import Codebook
 from tokenizer.events import write_meds
+from tokenizer.labels import read_labels
 from tokenizer.store import TokenStore
 
 REPOSITORY = Path(__file__).parents[1]
@@ -296,6 +297,17 @@ def test_a_cohort_is_counted_and_explained_patient_by_patient(tokens: Path) -> N
     asked, predictions, *answers = (int(figure.replace(",", "")) for figure in row[1:])
     assert asked == len(patients)
     assert predictions == sum(answers) > 0
+    listing = tokens.parent / "cohort.parquet"
+    asked_for = ("--task", "operations", "--split", "train", "--out", listing)
+    assert fedcomet("tasks", "check", tokens, *asked_for).returncode == 0
+    listed = pl.read_parquet(listing).filter(pl.col("task") == "readmission_30d")
+    assert set(listed["subject_id"]) == set(patients.tolist())
+    made = listed.filter(pl.col("reason").is_null())
+    found = [made["boolean_value"].eq_missing(value).sum() for value in (True, False, None)]
+    assert (made.height, found) == (predictions, answers)
+    assert listed.filter(pl.col("reason").is_not_null())["boolean_value"].null_count() == listed.height - made.height
+    made.select("subject_id", "prediction_time", "boolean_value").write_parquet(listing)
+    assert len(read_labels(listing).answers) == predictions
     told = fedcomet("tasks", "explain", tokens, "--patient", patients[0], "--task", "readmission_30d")
     assert told.returncode == 0, told.stderr
     assert "ends with: " in told.stdout or "out: " in told.stdout
