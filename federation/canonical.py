@@ -127,7 +127,9 @@ def _read_union(arguments: tuple[Any, ...], plain: Any, where: str, error: type[
         try:
             return _read(argument, plain, where, error)
         except error as cause:
-            reasons.append(cause)
+            # With its traceback it would hold this frame, which holds it: what was read, an update of hundreds of
+            # megabytes even, would stay in memory until the collector of cycles comes by.
+            reasons.append(cause.with_traceback(None))
     raise reasons[-1]
 
 

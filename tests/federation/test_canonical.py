@@ -1,4 +1,6 @@
 import dataclasses
+import gc
+import weakref
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -6,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from typing_extensions import TypeAliasType, TypeVar
 
 from federation import canonical
@@ -106,3 +109,21 @@ def test_an_array_is_taken_by_what_its_alias_stands_for() -> None:
     assert canonical.build(Carrier, {"array": array}, "it", ConfigError).array is array
     with pytest.raises(ConfigError, match=r"it\.array"):
         canonical.build(Carrier, {"array": [0.0]}, "it", ConfigError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Either:
+    array: Inner | NDArray[np.float32]
+
+
+def test_what_was_read_goes_when_nobody_holds_it() -> None:
+    array = np.ones(3, np.float32)
+    held = weakref.ref(array)
+    gc.disable()
+    try:
+        read = canonical.build(Either, {"array": array}, "it", ConfigError)
+        assert read.array is array
+        del read, array
+        assert held() is None
+    finally:
+        gc.enable()
