@@ -63,6 +63,10 @@ class Vitals:
         gauge = self._gauges[name]
         (gauge.labels(**labels) if labels else gauge).set(value)
 
+    def drop(self, name: str, **labels: str) -> None:
+        """Tell one of a figure's values no more."""
+        self._gauges[name].remove(*labels.values())
+
     def health(self) -> tuple[bool, bytes]:
         """Give whether all is well, and that as JSON."""
         well, told = self._health()

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,14 @@ from tokenizer.errors import FedcometError
 _TICK_S = 1.0
 _PATIENCE_S = 5.0
 _LATE_S = 60.0
+_CERTIFICATE_S = 3600.0
 _LINK = "superlink"
 
 _log = logging.getLogger(__name__)
 
 
 class LeaseEnded(FedcometError):
-    """Another coordinator took over while this one could not reach the ledger."""
+    """This coordinator does not hold the lease any more."""
 
 
 def serve(path: Path, *, wait: bool = False, passphrase: str | None = None) -> None:
@@ -60,7 +62,7 @@ def serve(path: Path, *, wait: bool = False, passphrase: str | None = None) -> N
     Raises:
         ConfigError: the home is none, or a setting, key, certificate or port can't be used.
         LeaseTaken: another coordinator leads.
-        LeaseEnded: another coordinator took over.
+        LeaseEnded: another coordinator took over, or the lease can't be renewed.
     """
     os.umask(0o077)
     home = CoordinatorHome.open(path)
@@ -68,15 +70,29 @@ def serve(path: Path, *, wait: bool = False, passphrase: str | None = None) -> N
     logs.to_files(home.logs, "coordinator", most_bytes=log.megabytes << 20, keep=log.files)
     authority = home.open_authority(passphrase)
     home.server_pair()
-    stopping = supervisor.until_signal()
-    lost = threading.Event()
-    with Ledger.open(home.ledger_url, backups=home.path) as ledger:
-        with ledger.lead(wait=wait, tell=lambda text: _log.info("%s", text), lost=lost) as token, ExitStack() as stack:
-            ledger.transactions.patience_s = _PATIENCE_S  # this loop comes back by itself, and must tell that it lives
-            daemon = _Daemon(home, ledger, token, stack, Enrolment(ledger, authority, _welcome(home)))
-            daemon.run(stopping, lost)
-        if lost.is_set():
-            raise LeaseEnded("Another coordinator leads this federation now; this one has ended what it had started.")
+    stopping, lost = supervisor.until_signal(), threading.Event()
+
+    def pause(seconds: float) -> None:
+        if stopping(seconds):
+            raise _Stopped
+
+    try:
+        with Ledger.open(home.ledger_url, backups=home.path, pause=pause) as ledger:
+            with (
+                ledger.lead(wait=wait, tell=lambda told: _log.info("%s", told), lost=lost) as token,
+                ExitStack() as stack,
+            ):
+                # From here on a loop comes back by itself, must tell that it lives, and ends what it had started.
+                ledger.transactions.patience_s, ledger.transactions.pause = _PATIENCE_S, time.sleep
+                daemon = _Daemon(home, ledger, token, stack, Enrolment(ledger, authority, _welcome(home)), passphrase)
+                daemon.run(stopping, lost)
+            if lost.is_set():
+                raise LeaseEnded(
+                    "This coordinator does not hold the lease any more (the log says why: as a rule another one leads "
+                    "this federation now), and has ended what it had started."
+                )
+    except _Stopped:
+        _log.info("stopping; this coordinator had not begun to lead")
 
 
 def _welcome(home: CoordinatorHome) -> Welcome:
@@ -89,6 +105,10 @@ def _welcome(home: CoordinatorHome) -> Welcome:
     )
 
 
+class _Stopped(Exception):
+    """A signal came while this process waited for the ledger or the lease."""
+
+
 class _NoRoom(FedcometError):
     """The disk of the home is full."""
 
@@ -97,9 +117,15 @@ class _Daemon:
     """What runs under the lease; all of it ends, in the other order, when `stack` is closed."""
 
     def __init__(
-        self, home: CoordinatorHome, ledger: Ledger, token: int, stack: ExitStack, enrolment: Enrolment
+        self,
+        home: CoordinatorHome,
+        ledger: Ledger,
+        token: int,
+        stack: ExitStack,
+        enrolment: Enrolment,
+        passphrase: str | None,
     ) -> None:
-        self._home, self._ledger = home, ledger
+        self._home, self._ledger, self._passphrase = home, ledger, passphrase
         settings = home.settings
         folder = LinkFolder(home.path / "flower")
         folder.write(
@@ -115,6 +141,11 @@ class _Daemon:
         self._folder = folder
         self._began, self._answered, self._problem = time.time(), 0.0, ""
         self._nodes: dict[str, FlowerNode] = {}
+        self._enrolled: set[str] = set()
+        self._measured: set[str] = set()
+        self._following = threading.Lock()
+        self._remarks: dict[str, list[str]] = {}
+        self._certificate_at = 0.0  # by `time.monotonic`
         self._runs: list[RunEntry] = []
         self._link = LinkControl(settings.ports.runtime, folder.token())
         stack.callback(self._link.close)
@@ -151,6 +182,7 @@ class _Daemon:
         ready = False
         while not stopping(_TICK_S) and not lost.is_set():
             self._look()
+            self._keep_certificate()
             well, told = self._health()
             self._measure(well)
             if well and not ready:
@@ -196,14 +228,30 @@ class _Daemon:
         except (_NoRoom, OSError) as error:
             self._warn(durable.full(self._home.path) if durable.out_of_room(error) else str(error), error)
 
+    def _keep_certificate(self) -> None:
+        if time.monotonic() >= self._certificate_at:
+            self._certificate_at = time.monotonic() + _CERTIFICATE_S
+            self._remark("certificates", self._home.keep_certificate(self._passphrase, datetime.now(UTC)))
+
     def _warn(self, problem: str, error: Exception) -> None:
         """Say what is wrong: once in the log, and in the health as long as it is so."""
         if problem != self._problem:
             _log.warning("%s", error)
         self._problem = problem
 
+    def _remark(self, on: str, told: list[str]) -> None:
+        """Say what people should look at while all goes on: as `_warn` does, but not as a reason to be unwell."""
+        for text in told:
+            if text not in self._remarks.get(on, ()):
+                _log.warning("%s", text)
+        self._remarks[on] = told
+
     def _follow(self) -> None:
-        self._nodes = nodes.follow(self._ledger.members.all(), self._link)
+        with self._following:  # calls of control do this, too
+            members = self._ledger.members.all()
+            self._enrolled = {member.name for member in members if nodes.enrolled(member)}
+            self._nodes, refused = nodes.follow(members, self._link)
+            self._remark("nodes", refused)
 
     def _write_plan(self, name: str) -> None:
         """Put a run's plan where the process that leads it reads it."""
@@ -220,6 +268,7 @@ class _Daemon:
             "sites": len(self._nodes),
             "online": online,
             "leading": self._tasks.busy,
+            "warnings": [text for told in list(self._remarks.values()) for text in told],
         }
         reason = self._problem or "the SuperLink does not answer yet; logs/ says why"
         return well, told if well else {**told, "reason": reason}
@@ -228,10 +277,16 @@ class _Daemon:
         board, condition = self._board, self._supervisor.conditions()[_LINK]
         board.set("healthy", well, "1 if the SuperLink answers and nothing is wrong")
         board.set("superlink_restarts", condition.ends, "How often the SuperLink ended by itself")
+        board.set("warnings", sum(map(len, self._remarks.values())), "What people must see to; /health has the words")
         board.set("leading", self._tasks.busy, "Processes that lead a run")
         board.set("uptime_seconds", time.time() - self._began, "Since the daemon began")
-        for name, node in self._nodes.items():
-            board.set("site_online", node.online, "1 if a site's node is connected", site=name)
+        there, enrolled = self._nodes, self._enrolled
+        for name in enrolled:
+            online = name in there and there[name].online
+            board.set("site_online", online, "1 if an enrolled site's node is connected", site=name)
+        for name in self._measured - enrolled:
+            board.drop("site_online", site=name)
+        self._measured = enrolled
         for state in RunState:
             count = sum(run.state == state for run in self._runs)
             board.set("runs", count, "Runs by state", state=state)

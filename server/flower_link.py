@@ -52,6 +52,8 @@ from flwr.supercore.interceptors.http.utils import add_headers
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, public_key_to_bytes, verify_signature
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.state.schema.corestate_models import ObjectPushSession
+from flwr.supercore.state.schema.linkstate_models import Node
+from flwr.supercore.utils import int64_to_uint64
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
@@ -110,6 +112,10 @@ class LinkError(FedcometError):
     """The SuperLink can't be reached, or does not do what it is asked."""
 
 
+class LinkRefusal(LinkError):
+    """The SuperLink answers, and does not do what it is asked."""
+
+
 class SuperLink:
     """Flower's SuperLink as an application without listeners of its own, on one database."""
 
@@ -158,6 +164,7 @@ class SuperLink:
         vars(self._state)["_object_store"] = self._objects  # the application has made its state with Flower's own
         self._give_whole_answers_only()
         self._stage_objects()
+        self._take_back_keys()
 
     @property
     def application(self) -> Application:
@@ -254,6 +261,25 @@ class SuperLink:
 
         self._state.store_object = store
 
+    def _take_back_keys(self) -> None:
+        """Let a key that was put out be a node again: Flower never does, and here the ledger alone says who is one."""
+        given = self._state.create_node
+
+        def create(owner_aid: str, owner_name: str, public_key: bytes, heartbeat_interval: float, **more: Any) -> int:
+            back = (
+                sqlalchemy.update(Node)
+                .where(Node.public_key == public_key, Node.status == NodeStatus.UNREGISTERED)
+                .values(status=NodeStatus.REGISTERED, unregistered_at=None)
+                .returning(Node.node_id)
+            )
+            with self._state.session() as session:
+                number = session.scalar(back)
+            if number is not None:
+                return int(int64_to_uint64(number))
+            return int(given(owner_aid, owner_name, public_key, heartbeat_interval, **more))
+
+        self._state.create_node = create
+
     def _give_whole_answers_only(self) -> None:
         """Tell of an answer when all of it is there: Flower tells at once, and a slow site would hold up the others."""
         given = self._state.get_message_res
@@ -342,7 +368,7 @@ class _Token:
 class Control:
     """What the coordinator asks its own SuperLink, over loopback.
 
-    Every method raises LinkError if the SuperLink is away or refuses.
+    Every method raises LinkError if the SuperLink is away, and LinkRefusal, which is one, if it refuses.
     """
 
     def __init__(self, port: int, token: str) -> None:
@@ -396,11 +422,11 @@ class Control:
         ]
 
     def register(self, key: bytes, name: str) -> int:
-        """Let the owner of a key be a node; gives its number."""
+        """Let the owner of a key be a node; gives its number, which is the one that it had if it was one before."""
         return int(self._ask(self._client.RegisterNode, RegisterNodeRequest(public_key=key, name=name)).node_id)
 
     def unregister(self, number: int) -> None:
-        """Let a node be none any more: its next request is refused, and its key never comes back."""
+        """Let a node be none any more: its next request is refused."""
         self._ask(self._client.UnregisterNode, UnregisterNodeRequest(node_id=number))
 
     def _ask(self, method: Any, request: Any) -> Any:
@@ -408,7 +434,7 @@ class Control:
             return method(request)
         except httpx.HTTPStatusError as error:
             told = " ".join(error.response.text.split())[:300]
-            raise LinkError(f"The SuperLink refuses {type(request).__name__}: {told or error}") from None
+            raise LinkRefusal(f"The SuperLink refuses {type(request).__name__}: {told or error}") from None
         except (httpx.HTTPError, OSError, ValueError) as error:
             raise LinkError(
                 f"The SuperLink can't be reached ({error}); is `fedcomet coordinator serve` running?"

@@ -10,6 +10,7 @@
 Everything is the owner's alone. What is missing after a crash in the middle of `init` is the whole home.
 """
 
+import logging
 import os
 import stat
 import tomllib
@@ -25,13 +26,15 @@ from federation import calls, pki
 from federation.identity import Identity
 from server.authority import Authority
 from tokenizer import durable
-from tokenizer.errors import ConfigError
+from tokenizer.errors import ConfigError, FedcometError
 from tokenizer.settings import explain
 
 PASSPHRASE = "FEDCOMET_CA_PASSPHRASE"
 SETTINGS = "coordinator.toml"
 _LAST_YEAR = 365
 _Port = Annotated[int, Field(ge=0, le=65535)]
+
+_log = logging.getLogger(__name__)
 
 
 class _Section(BaseModel):
@@ -179,6 +182,19 @@ class CoordinatorHome:
             return False
         self.rotate(passphrase, now)
         return True
+
+    def keep_certificate(self, passphrase: str | None, now: datetime) -> list[str]:
+        """Rotate the server's certificate if it is due; gives what people must see to: `warnings`, and what failed."""
+        told: list[str] = []
+        try:
+            if self.rotate_if_due(passphrase, now):
+                _log.info("the server's certificate was due and has been renewed")
+        except (FedcometError, OSError) as problem:
+            told.append(f"The server's certificate can't be renewed, which is tried again every hour: {problem}")
+        try:
+            return [*told, *self.warnings(now)]
+        except FedcometError as problem:
+            return [*told, str(problem)]
 
     @property
     def signing_key(self) -> Path:

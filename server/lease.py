@@ -18,10 +18,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from server import tables
-from server.transactions import LeaseLost, LedgerUnreachable, Transactions, note
+from server.transactions import LeaseLost, LedgerUnreachable, Transactions, note, said
 from tokenizer.errors import FedcometError
 
 TTL_S = 30.0
@@ -73,7 +74,7 @@ def lead(
         wait: wait for another holder's end instead of being refused.
         ttl_s: how long the lease lasts if this process dies and nobody on its machine sees it.
         tell: told once whom this process waits for.
-        lost: set as soon as it is known that another coordinator has taken over.
+        lost: set as soon as it is known that another coordinator has taken over, or that the lease isn't renewed.
 
     Yields:
         The lease's token, for processes that work for this one (`join`).
@@ -107,7 +108,7 @@ def lead(
         renewer.join()
         try:
             ledger.write(lambda session: _release(session, token))
-        except (LeaseLost, LedgerUnreachable) as problem:
+        except (LeaseLost, LedgerUnreachable, DBAPIError) as problem:
             _log.warning("The lease was not given back: %s", problem)
         ledger.token = None
 
@@ -160,6 +161,12 @@ def _renew(ledger: Transactions, token: int, ttl_s: float, done: threading.Event
             return
         except LedgerUnreachable:
             continue  # nobody else can take it meanwhile, either
+        except DBAPIError as problem:  # such as of a database that only reads until its failover is over
+            _log.warning("The lease could not be renewed (%s); trying again.", said(problem))
+        except Exception:
+            _log.exception("The lease can't be renewed any more.")
+            lost.set()
+            return
 
 
 def _release(session: Session, token: int) -> None:

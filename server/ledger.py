@@ -13,6 +13,7 @@ rounds or between answers, and turns them into `paused` and `stopped`.
 """
 
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import fields
@@ -62,10 +63,16 @@ class Ledger:
 
     @classmethod
     def open(
-        cls, place: Path | str, *, backups: Path | None = None, begin: bool = True, patience_s: float = PATIENCE_S
+        cls,
+        place: Path | str,
+        *,
+        backups: Path | None = None,
+        begin: bool = True,
+        patience_s: float = PATIENCE_S,
+        pause: Callable[[float], None] = time.sleep,
     ) -> Self:
         """Open a ledger; see `server.schema.open_ledger` for arguments and errors."""
-        return cls(open_ledger(place, backups=backups, begin=begin, patience_s=patience_s))
+        return cls(open_ledger(place, backups=backups, begin=begin, patience_s=patience_s, pause=pause))
 
     def __enter__(self) -> Self:
         return self

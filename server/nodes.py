@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
 from federation.pki import Role
-from server.flower_link import FlowerNode, node_key
+from server.flower_link import FlowerNode, LinkRefusal, node_key
 from server.tables import SiteStatus
 
 _log = logging.getLogger(__name__)
@@ -44,8 +44,11 @@ class NodeRegister(Protocol):
 
 def follow(
     members: Iterable[Member], control: NodeRegister, clock: Callable[[], float] = time.time
-) -> dict[str, FlowerNode]:
-    """Make the enrolled sites, and no others, nodes; gives those that are, by name. An expired certificate is none.
+) -> tuple[dict[str, FlowerNode], list[str]]:
+    """Make the enrolled sites, and no others, nodes. An expired certificate is none.
+
+    Returns:
+        Those that are, by name, and what the SuperLink refused: the other sites' nodes are as they should be.
 
     Raises:
         LinkError: the SuperLink can't be reached.
@@ -53,24 +56,40 @@ def follow(
     now = clock()
     wanted = {_key(m.node_key): m.name for m in members if _may_be_node(m, now)}
     there = {node.key: node for node in control.nodes()}
+    refused: list[str] = []
     for key, node in there.items():
         if key not in wanted:
-            control.unregister(node.number)
+            whose = node.name or node.number
+            try:
+                control.unregister(node.number)
+            except LinkRefusal as refusal:
+                refused.append(f"{whose} should be no node any more, and still is: {refusal}")
+                continue
             _log.warning(
-                "%s is no node any more: its key is not that of an enrolled site, or its certificate has expired",
-                node.name or node.number,
+                "%s is no node any more: its key is not that of an enrolled site, or its certificate has expired", whose
             )
     for key, name in wanted.items():
         if key not in there:
-            number = control.register(key, name)
+            try:
+                number = control.register(key, name)
+            except LinkRefusal as refusal:
+                refused.append(
+                    f"{name} can't be made a node, and takes part in no round: {refusal} If this stays, its people "
+                    "give it another key with fedcomet site renew --new-key."
+                )
+                continue
             _log.info("%s is a node now", name)
             there[key] = FlowerNode(number, key, name, online=False, online_until=0.0)
-    return {name: there[key] for key, name in wanted.items()}
+    return {name: there[key] for key, name in wanted.items() if key in there}, refused
+
+
+def enrolled(member: Member) -> bool:
+    """Tell whether a member is a site that belongs to the federation."""
+    return (member.role, member.status) == (Role.SITE, SiteStatus.ENROLLED)
 
 
 def _may_be_node(member: Member, now: float) -> bool:
-    enrolled = (member.role, member.status) == (Role.SITE, SiteStatus.ENROLLED)
-    return enrolled and (member.expires_at is None or member.expires_at > now)
+    return enrolled(member) and (member.expires_at is None or member.expires_at > now)
 
 
 def _key(digits: str) -> bytes:

@@ -5,6 +5,7 @@ software is refused. Migrations are alembic's (`server/migrations`); alembic is 
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from sqlalchemy import Connection, inspect, text
@@ -24,7 +25,12 @@ _KEYS = "foreign_keys=ON"  # but not where tables are rebuilt
 
 
 def open_ledger(
-    place: Path | str, *, backups: Path | None = None, begin: bool = True, patience_s: float = PATIENCE_S
+    place: Path | str,
+    *,
+    backups: Path | None = None,
+    begin: bool = True,
+    patience_s: float = PATIENCE_S,
+    pause: Callable[[float], None] = time.sleep,
 ) -> Transactions:
     """Open a ledger's database.
 
@@ -33,6 +39,7 @@ def open_ledger(
         backups: the folder for the copy that is made before a migration; that of the file, if it is one.
         begin: begin a ledger where there is none.
         patience_s: how long to try again while the database can't be reached.
+        pause: waits some seconds between two tries; what it raises ends them.
 
     Raises:
         ConfigError: not a URL, or no driver for it.
@@ -46,7 +53,7 @@ def open_ledger(
             raise DataError(f"There is no ledger at {told}; begin a federation with fedcomet coordinator init.")
         database.only_for_its_owner(Path(told))
         backups = backups or Path(told).parent
-    ledger = Transactions(database.connect(url, (*_PRAGMAS, _KEYS), wait_s=60.0), told, patience_s)
+    ledger = Transactions(database.connect(url, (*_PRAGMAS, _KEYS), wait_s=60.0), told, patience_s, pause=pause)
     try:
         _at_revision(ledger, backups, begin)
     except DatabaseError as cause:
@@ -99,7 +106,8 @@ def migrate(ledger: Transactions, revision: str = "head") -> None:
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     # SQLite lets tables be rebuilt only where it does not check references.
-    aside = Transactions(database.connect(ledger.engine.url, _PRAGMAS), ledger.place, ledger.patience_s)
+    engine = database.connect(ledger.engine.url, _PRAGMAS)
+    aside = Transactions(engine, ledger.place, ledger.patience_s, pause=ledger.pause)
 
     def work(session: Session) -> None:
         config.attributes["connection"] = session.connection()

@@ -57,6 +57,7 @@ class Transactions:
         place: how messages name it.
         patience_s: how long to try again while it can't be reached.
         token: of the lease that this process writes under; without one, writes are not of a leader.
+        pause: waits some seconds between two tries, and for the lease; what it raises ends the waiting.
         away: why the database can't be reached; empty while it can.
         away_since: by `time.monotonic`.
     """

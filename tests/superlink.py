@@ -116,6 +116,10 @@ class Service:
         """Tell it to end."""
         self._process.terminate()
 
+    def signal(self, number: int) -> None:
+        """Send it, and it alone, a signal."""
+        self._process.send_signal(number)
+
     def stop(self) -> None:
         self._process.terminate()
         try:

@@ -40,6 +40,10 @@ def test_health_and_metrics_are_told_on_loopback() -> None:
         assert status == 200
         assert "# HELP fedcomet_site_healthy Whether all is well" in text
         assert 'fedcomet_site_site_online{site="ward"} 0.0' in text
+        vitals.drop("site_online", site="ward")
+        text = get(vitals, "/metrics")[1]
+        assert 'site="ward"' not in text
+        assert 'fedcomet_site_site_online{site="icu"} 1.0' in text
         assert get(vitals, "/")[0] == 404
         with pytest.raises(ConfigError, match="can't be used"):
             Vitals(vitals.port, lambda: (True, {}), "x")

@@ -1,6 +1,7 @@
 """Joining, staying and leaving over real sockets on loopback, and what hostile members and strangers try."""
 
 import dataclasses
+import re
 import shutil
 import socket
 import ssl
@@ -417,6 +418,31 @@ def test_the_servers_certificate_is_rotated_without_a_restart(tmp_path: Path, co
     assert _shown(coordinator) != before
     call(coordinator, home)
     coordinator.join(tmp_path / "er", "er")
+
+
+def test_a_coordinator_that_serves_renews_its_certificate_when_it_is_due_and_says_why_it_could_not(
+    tmp_path: Path, coordinator: Coordinator
+) -> None:
+    home, now = coordinator.home, datetime.now(UTC)
+    until = pki.read_certificate(home.server_certificate).not_valid_after_utc
+    before = _shown(coordinator)
+    early, due = now + (until - now) / 2, until - (until - now) / 4
+    assert home.keep_certificate(None, early) == []
+    assert _shown(coordinator) == before
+
+    shut = home.authority_key.rename(home.path / "elsewhere")
+    failed, warning = home.keep_certificate(None, due)
+    assert failed.startswith("The server's certificate can't be renewed, which is tried again every hour: ")
+    assert str(home.authority_key) in failed
+    assert re.match(r"The certificate of the server expires in \d+ days, .*; run fedcomet coordinator rotate", warning)
+    assert _shown(coordinator) == before
+
+    shut.rename(home.authority_key)
+    assert home.keep_certificate(None, due) == []
+    assert pki.read_certificate(home.server_certificate).not_valid_after_utc > until
+    assert _shown(coordinator) != before
+    home.server_certificate.write_text("damaged")
+    assert "is not a certificate" in home.keep_certificate(None, due)[-1]
 
 
 def _shown(coordinator: Coordinator) -> str:

@@ -1,8 +1,11 @@
-"""Contents of messages at the SuperLink: in files; half an answer waits as long as its site is there."""
+"""The SuperLink: contents of messages in files; half an answer waits as long as its site is there; keys come back."""
 
+import threading
 from pathlib import Path
 
+import pytest
 import sqlalchemy
+from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import ConfigRecord, RecordDict
 from flwr.proto.message_pb2 import PushObjectRequest, PushObjectResponse
 from flwr.proto.node_pb2 import Node
@@ -10,8 +13,12 @@ from flwr.supercore.date import now
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from sqlalchemy.orm import Session
 
+from federation.front import Front
 from federation.handover import handed
-from server.flower_link import _PARTIAL, SuperLink
+from server.flower_link import _PARTIAL, Control, LinkError, LinkRefusal, SuperLink, node_key
+from server.superlink import _listener
+from tests.field import until
+from tests.superlink import free_ports
 
 NODE, OTHER = 7, 8
 
@@ -80,3 +87,37 @@ def test_a_half_answer_is_held_back_only_while_its_node_is_online(tmp_path: Path
     assert held() == {"asked"}
     assert state.deactivate_node(first)
     assert held() == set()
+
+
+def test_a_key_that_was_put_out_is_the_same_node_again_and_one_that_is_in_is_refused(tmp_path: Path) -> None:
+    link = SuperLink(tmp_path / "link.sqlite", tmp_path / "objects", b"secret")
+    (port,) = free_ports(1)
+    server = _listener(Front(link.application, link.own_doors("token")), "127.0.0.1", port)
+    control = Control(port, "token")
+    with pytest.raises(LinkError, match="can't be reached") as away:
+        control.nodes()
+    assert not isinstance(away.value, LinkRefusal)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    until(lambda: server.started, "it listens", 60)
+    try:
+        keys = [node_key(ec.generate_private_key(ec.SECP384R1()).public_key()) for _ in range(2)]
+        first, other = (control.register(key, name) for key, name in zip(keys, ("icu", "ward"), strict=True))
+        assert link._state.activate_node(first, 30.0)
+        with pytest.raises(LinkRefusal, match=r"refuses RegisterNodeRequest: .*already in use"):
+            control.register(keys[0], "icu")
+        control.unregister(first)
+        assert link._state.get_node_id_by_public_key(keys[0]) is None
+        assert not link._state.activate_node(first, 30.0)
+        assert [node.number for node in control.nodes()] == [other]
+        with pytest.raises(LinkRefusal, match="refuses UnregisterNodeRequest"):
+            control.unregister(first)
+
+        assert control.register(keys[0], "icu") == first
+        assert {node.key: node.number for node in control.nodes()} == {keys[0]: first, keys[1]: other}
+        assert link._state.activate_node(first, 30.0)
+        assert [node.name for node in control.nodes() if node.online] == ["icu"]
+    finally:
+        server.should_exit = True
+        thread.join()
+        control.close()

@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from federation import pki
 from federation.pki import Role
 from server import nodes
-from server.flower_link import FlowerNode, FlowerRun, node_key
+from server.flower_link import FlowerNode, FlowerRun, LinkRefusal, node_key
 from server.keeper import Keeper
 from server.ledger import Ledger
 from server.tables import RunState, SiteStatus
@@ -20,10 +20,12 @@ BUNDLE = "b" * 64
 
 @dataclass
 class Flower:
-    """What Flower would know: its runs, and nodes."""
+    """What the SuperLink would know: its runs, and nodes; a key that is out keeps its number, and may come back."""
 
     all: list[FlowerRun] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
     registered: list[FlowerNode] = field(default_factory=list)
+    refused: list[bytes] = field(default_factory=list)
     stopped: list[int] = field(default_factory=list)
 
     def runs(self) -> list[FlowerRun]:
@@ -45,10 +47,17 @@ class Flower:
         return list(self.registered)
 
     def register(self, key: bytes, name: str) -> int:
-        self.registered.append(FlowerNode(len(self.registered) + 1, key, name, True, 0.0))
-        return len(self.registered)
+        if key in self.refused or key in [node.key for node in self.registered]:
+            raise LinkRefusal("The SuperLink refuses RegisterNodeRequest: Public key already in use.")
+        if key not in self.keys:
+            self.keys.append(key)
+        number = self.keys.index(key) + 1
+        self.registered.append(FlowerNode(number, key, name, True, 0.0))
+        return number
 
     def unregister(self, number: int) -> None:
+        if self.keys[number - 1] in self.refused:
+            raise LinkRefusal("The SuperLink refuses UnregisterNodeRequest: Node ID not found for account.")
         self.registered = [node for node in self.registered if node.number != number]
 
 
@@ -175,12 +184,12 @@ def test_enrolled_sites_are_nodes_and_nobody_else_is() -> None:
         Member("gone", lines[3], status=SiteStatus.REVOKED),
         Member("invited", "", status=SiteStatus.INVITED),
     ]
-    assert set(nodes.follow(members, flower)) == {"icu", "ward"}
+    assert set(nodes.follow(members, flower)[0]) == {"icu", "ward"}
     assert {node.key for node in flower.registered} == {node_key(keys[0]), node_key(keys[1])}
     nodes.follow(members, flower)
     assert len(flower.registered) == 2
     out = [Member("icu", lines[0], status=SiteStatus.REVOKED), Member("ward", lines[4])]
-    assert set(nodes.follow(out, flower)) == {"ward"}
+    assert set(nodes.follow(out, flower)[0]) == {"ward"}
     assert [node.key for node in flower.registered] == [node_key(keys[4])]
 
 
@@ -188,6 +197,27 @@ def test_a_site_whose_certificate_has_expired_is_no_node_until_it_has_another() 
     flower = Flower()
     key = pki.node_key(ec.generate_private_key(ec.SECP384R1()).public_key())
     for expires_at, there in ((2000.0, {"icu"}), (1000.0, set()), (3000.0, {"icu"})):
-        found = nodes.follow([Member("icu", key, expires_at=expires_at)], flower, clock=lambda: 1500.0)
+        found, refused = nodes.follow([Member("icu", key, expires_at=expires_at)], flower, clock=lambda: 1500.0)
         assert set(found) == there
         assert len(flower.registered) == len(there)
+        assert refused == []
+
+
+def test_a_site_that_the_superlink_refuses_holds_up_no_other() -> None:
+    flower = Flower()
+    keys = [ec.generate_private_key(ec.SECP384R1()).public_key() for _ in range(3)]
+    old, bad, good = map(pki.node_key, keys)
+    nodes.follow([Member("old", old)], flower)
+    flower.refused = [node_key(key) for key in keys[:2]]
+    found, refused = nodes.follow([Member("bad", bad), Member("good", good)], flower)
+    assert set(found) == {"good"}
+    assert refused == [
+        "old should be no node any more, and still is: "
+        "The SuperLink refuses UnregisterNodeRequest: Node ID not found for account.",
+        "bad can't be made a node, and takes part in no round: "
+        "The SuperLink refuses RegisterNodeRequest: Public key already in use. "
+        "If this stays, its people give it another key with fedcomet site renew --new-key.",
+    ]
+    flower.refused = []
+    found, refused = nodes.follow([Member("bad", bad), Member("good", good)], flower)
+    assert (set(found), refused) == ({"bad", "good"}, [])

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import sqlalchemy.exc
 
 from server import lease
 from server.lease import LeaseTaken
@@ -113,6 +114,50 @@ def test_a_holder_that_finds_it_has_lost_says_so(opened: Open, monkeypatch: pyte
         with second.lead():
             taken.set()
             assert lost.wait(60)
+
+
+def test_a_holder_renews_again_after_an_error_of_the_database(
+    opened: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as one that is not away, but only reads: a standby that a failover has not yet made the first."""
+    ledger, lost = opened(), threading.Event()
+    reads_only = sqlalchemy.exc.InternalError("UPDATE lease", {}, Exception("cannot execute UPDATE"))
+    with ledger.lead(ttl_s=1.5, lost=lost) as token:
+        before, tried = ledger.holder(), failing_writes(monkeypatch, ledger, reads_only)
+        assert before is not None
+        assert tried.wait(60)
+        monkeypatch.undo()
+        until = time.monotonic() + 60
+        while (holder := ledger.holder()) is None or holder.until <= before.until:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        assert holder.token == token
+    assert not lost.is_set()
+    assert "The lease could not be renewed (cannot execute UPDATE); trying again." in caplog.text
+
+
+def test_a_holder_that_can_not_renew_for_another_reason_leads_no_more(
+    opened: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ledger, lost = opened(), threading.Event()
+    with ledger.lead(ttl_s=0.1, lost=lost):
+        failing_writes(monkeypatch, ledger, RuntimeError("a thread too many"))
+        assert lost.wait(60)
+        monkeypatch.undo()
+    assert "The lease can't be renewed any more." in caplog.text
+    assert "a thread too many" in caplog.text
+
+
+def failing_writes(monkeypatch: pytest.MonkeyPatch, ledger: Ledger, problem: Exception) -> threading.Event:
+    """Let every write end with a problem; gives what is set when one did."""
+    tried = threading.Event()
+
+    def write(work: object) -> None:
+        tried.set()
+        raise problem
+
+    monkeypatch.setattr(ledger.transactions, "write", write)
+    return tried
 
 
 def test_a_holder_whose_process_is_gone_is_followed_at_once(place: str) -> None:
