@@ -1,6 +1,6 @@
 """What a site must not forget, in its own state folder: token stores, and for every run the answers it has given.
 
-    site.log                                    errors in full; stays at the site
+    site.log                                    errors in full; older ones in site.log.1 and on; stays at the site
     budget.sqlite                               what has been spent of the privacy budget (`client.budget`)
     stores/<id>/                                token stores, shared by runs with the same codebook and records
     runs/<manifest hash>/manifest.json          what the site agreed to
@@ -40,7 +40,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from client.drift import Drift
-from federation import canonical
+from federation import canonical, logs
 from federation.coding import Packed, Told
 from federation.manifest import Manifest
 from federation.messages import (
@@ -145,8 +145,7 @@ class Archive:
         """Write an error down in full, where only the site can read it."""
         self.path.mkdir(parents=True, exist_ok=True)
         told = "".join(traceback.format_exception(error))
-        with (self.path / "site.log").open("a", encoding="utf-8") as file:
-            file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {task}\n{told}\n")
+        logs.append(self.path / "site.log", f"{datetime.now(UTC).isoformat(timespec='seconds')} {task}\n{told}\n")
 
 
 class RunArchive:

@@ -23,6 +23,7 @@ The ledger is as good as its disk: an old copy put back in its place has forgott
 
 import hashlib
 import secrets
+import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from sqlalchemy import Engine, LargeBinary, delete, select
-from sqlalchemy.exc import DatabaseError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from federation import accountant, canonical, database
@@ -176,7 +177,8 @@ class Budget:
             begin: Begin a ledger where there is none.
 
         Raises:
-            DataError: There is no ledger and `begin` is false, it can't be read, or it has tables of another version.
+            DataError: There is no ledger and `begin` is false, it has tables of another version, its database is away,
+                or it is damaged; each says what to do.
         """
         url = database.address(place)
         told = database.told(url)
@@ -191,12 +193,9 @@ class Budget:
         engine = database.connect(url, _PRAGMAS, wait_s=600.0)
         try:
             version = _begin(engine)
-        except DatabaseError as cause:
+        except DBAPIError as problem:
             engine.dispose()
-            raise DataError(
-                f"{told}: the privacy budget can't be read ({cause.orig}). Private releases may have left; restore the "
-                "ledger from the newest copy before this site answers again."
-            ) from None
+            raise DataError(_trouble(told, problem)) from problem
         if version != SCHEMA:
             engine.dispose()
             raise DataError(f"{told} has tables of version {version}; this software knows {SCHEMA}.")
@@ -360,18 +359,17 @@ class Budget:
 
     @contextmanager
     def _transaction(self) -> Iterator[Session]:
-        """One at a time, among all processes: SQLite by its lock, others by the ledger's row."""
+        """One at a time, among all processes: SQLite by its lock, others by the ledger's row.
+
+        Raises:
+            DataError: The database's own errors: it is away, full or damaged.
+        """
         try:
             with Session(self._engine) as session, session.begin():
                 session.get(_Ledger, 1, with_for_update=True)
                 yield session
-        except DatabaseError as problem:
-            if durable.out_of_room(problem):
-                raise DataError(
-                    f"{database.told(self._engine.url)}: the privacy budget can't be written, as its disk is full; "
-                    "nothing private leaves. Make room, and the site goes on."
-                ) from problem
-            raise
+        except DBAPIError as problem:
+            raise DataError(_trouble(database.told(self._engine.url), problem)) from problem
 
 
 def _find(session: Session, release: Release) -> _Row | None:
@@ -402,12 +400,34 @@ def _mechanisms(data: bytes) -> Mechanisms:
     return canonical.decode(Mechanisms, data, "a release in the privacy budget", DataError)
 
 
+def _trouble(place: str, problem: DBAPIError) -> str:
+    """Say what is wrong with the ledger's database, and what to do: only a damaged one is to be restored."""
+    if durable.out_of_room(problem):
+        return (
+            f"{place}: the privacy budget can't be written, as its disk is full; nothing private leaves. Make room, "
+            "and the site goes on."
+        )
+    lines = str(problem.orig).strip().splitlines()
+    cause = lines[0].strip() if lines else type(problem.orig).__name__
+    # Of SQLite's errors, SQLITE_ERROR is about what stands in the file: tables that are not as they were made.
+    foreign = getattr(problem.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR
+    if problem.connection_invalidated or (isinstance(problem, OperationalError | InterfaceError) and not foreign):
+        return (
+            f"{place}: the privacy budget's database can't be used now ({cause}); nothing private leaves. Start it, or "
+            "mend the way to it, and the site goes on; don't restore a copy, which has forgotten what was spent since."
+        )
+    return (
+        f"{place}: the privacy budget can't be read ({cause}). Private releases may have left; restore the ledger from "
+        "the newest copy before this site answers again."
+    )
+
+
 def _begin(engine: Engine, attempts: int = 5) -> int:
     """Make the tables if there are none, and give their version."""
     for _ in range(attempts - 1):
         try:
             return _make_tables(engine)
-        except DatabaseError:
+        except DBAPIError:
             continue  # another process may be making them at the same moment
     return _make_tables(engine)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from client.home import LOCK, SiteHome
 from client.link import Link
-from client.supernode import NodeFolder, trusted_coordinators
+from client.supernode import NodeFolder, NodeState, trusted_coordinators
 from federation import logs, pki, supervisor, vitals
 from federation.manifest import software_version
 from federation.messages import SiteRefusal
@@ -94,11 +94,18 @@ class _Daemon:
             board.close()
             _log.info("stopped")
 
-    def _health(self) -> tuple[bool, Mapping[str, Any]]:
+    def _node(self) -> tuple[NodeState, supervisor.Condition]:
+        """Give what the node that runs says of itself, not what a killed one said last; and how its process is."""
         node, condition = self._folder.read(), self._supervisor.conditions()[_NODE]
+        if node.state in _GOOD and node.pid != condition.pid:
+            node = NodeState("starting", node.since)
+        return node, condition
+
+    def _health(self) -> tuple[bool, Mapping[str, Any]]:
+        node, condition = self._node()
         free = durable.free_bytes(self._home.state)
         well = condition.running and node.state in _GOOD and free >= durable.LEAST_FREE
-        well = well and not self._line.refused
+        well = well and not self._line.refused and not self._line.ended
         told = {
             "site": self._home.name,
             "node": node.state,
@@ -110,6 +117,10 @@ class _Daemon:
         trouble = self._line.clock or self._line.problem or (node.reason if asked else "")
         if free < durable.LEAST_FREE:
             told["reason"] = durable.full(self._home.state)
+        elif self._line.ended:
+            told["reason"] = (
+                "nothing is told to the coordinator any more, and the certificate is not renewed; start this site again"
+            )
         elif refused := self._line.refused:
             told["reason"] = refused
         elif not well and trouble:
@@ -123,7 +134,7 @@ class _Daemon:
         return well, told
 
     def _measure(self, board: vitals.Vitals, well: bool) -> None:
-        node, condition = self._folder.read(), self._supervisor.conditions()[_NODE]
+        node, condition = self._node()
         board.set("healthy", well, "1 if the site is connected and nothing is wrong")
         board.set("control_reachable", not self._line.problem, "1 if the last word to the control service came through")
         board.set("working", node.state == "working", "1 while a message of the coordinator is worked on")
@@ -136,8 +147,8 @@ class _Line(threading.Thread):
     """The line to the control service: the site's health and budget are told, and its certificate is renewed, in time.
 
     No request of a run is taken before the coordinator was asked once what it has heard of this site, which shows a
-    state that was restored from an older copy. Later, a coordinator that is away costs nothing: the next minute is the
-    next try.
+    state that was restored from an older copy: again soon, then each minute, for each try is an entry on the list of
+    what leaves. Later, a coordinator that is away costs nothing: the next minute is the next try.
     """
 
     def __init__(self, home: SiteHome) -> None:
@@ -146,24 +157,29 @@ class _Line(threading.Thread):
         self.problem, self.refused, self.clock, self.asked = "", "", "", threading.Event()
 
     def run(self) -> None:
+        again_s = _AGAIN_S
         while not self._stopping.is_set():
             try:
                 with Link(self._home) as link:
                     while not self._stopping.is_set():
                         self._tell(link)
                         self.problem = self.refused = ""
+                        again_s = _AGAIN_S
                         self._stopping.wait(_TELL_S)
             except SiteRefusal as restored:
                 self.asked.set()  # the runs hear of it, too
                 if not self.refused:
                     _log.error("%s", restored)
                 self.problem, self.refused = "", str(restored)
-                self._stopping.wait(_AGAIN_S)
-            except (FedcometError, OSError) as error:
-                if str(error) != self.problem:
-                    _log.warning("%s", error)
-                self.problem = str(error)
-                self._stopping.wait(_TELL_S if self.asked.is_set() else _AGAIN_S)
+                self._stopping.wait(again_s)
+            except Exception as error:  # whatever it is: without this line no certificate is renewed
+                known = isinstance(error, FedcometError | OSError)
+                problem = str(error) if known else f"unexpected {type(error).__name__}: {error}"
+                if problem != self.problem:
+                    _log.warning("%s", problem, exc_info=None if known else error)
+                self.problem = problem
+                self._stopping.wait(_TELL_S if self.asked.is_set() else again_s)
+            again_s = min(2 * again_s, _TELL_S)
 
     def _tell(self, link: Link) -> None:
         if link.renew_if_due():
@@ -176,6 +192,11 @@ class _Line(threading.Thread):
         if self.clock:
             _log.error("%s", self.clock)
         link.report_budget()
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended by itself."""
+        return self.ident is not None and not self.is_alive() and not self._stopping.is_set()
 
     def stop(self) -> None:
         self._stopping.set()

@@ -22,11 +22,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.proto.fleet_pb2 import DeactivateNodeRequest
 from flwr.supercore.corestate import in_memory_corestate
 from flwr.supercore.fab import Fab
+from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supernode import fleet_http_connection as connections
 from flwr.supernode import start_client_internal as inside
 from flwr.supernode.fleet_http_client import FleetHttpClient
-from flwr.supernode.fleet_http_connection import http_request_response
 from flwr.supernode.main import create_app
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from flwr.supernode.nodestate import NodeStateFactory
@@ -44,6 +45,7 @@ from tokenizer import durable
 _LOOPBACK = "127.0.0.1"
 _POLLS = Polls(0.02, 0.2)  # the coordinator lets a node that asks wait until there is something (`server.news`)
 _ANSWER_S = 0.02
+_UNHEARD_S = 60.0  # for how long the coordinator takes a node that it doesn't hear to be there
 _HEARD_S = 5.0  # some times what a coordinator lets pass between two looks (`server.post`)
 
 _log = logging.getLogger(__name__)
@@ -80,6 +82,28 @@ class NodeOptions:
     objects: Path
 
 
+class _Heart(HeartbeatSender):
+    """Flower's heartbeat, which an error that may pass doesn't end: the node would ask for work, and count as gone."""
+
+    def __init__(self, beat: Callable[[], bool]) -> None:
+        super().__init__(lambda: self._try(beat))
+        self._failing_since: float | None = None
+
+    def _try(self, beat: Callable[[], bool]) -> bool:
+        """Try; False is tried again, an error ends it, and the node with it, which is then started anew."""
+        try:
+            heard = beat()
+        except Exception as error:
+            now = time.monotonic()
+            self._failing_since = self._failing_since or now
+            if _unknown_here(error) or now - self._failing_since >= _UNHEARD_S:
+                raise
+            _log.warning("the coordinator does not take this node's heartbeat (%s); it is tried again", error)
+            return False
+        self._failing_since = None
+        return heard
+
+
 class Node:
     """A SuperNode in this process: its runtime for app processes, and its connection to the coordinator."""
 
@@ -100,6 +124,7 @@ class Node:
         factory.store_instance = self._store
         self._states = NodeStateFactory(factory)
         self._state: Any = self._states.state()
+        self._heart: _Heart | None = None
 
     def open_runtime(self) -> None:
         """Serve app processes, in a thread.
@@ -139,15 +164,20 @@ class Node:
         self._state.get_messages_legacy(run_ids=[run], is_reply=False)  # Flower answers only what was fetched
         self._state._store_error_replies({run}, CLIENT_APP_CRASHED_ERROR)
 
-    def serve(self, stopping: threading.Event, limit_s: float, come: threading.Event) -> None:
+    def serve(
+        self, stopping: threading.Event, limit_s: float, come: threading.Event, worked: Callable[[], bool]
+    ) -> None:
         """Take part until told to stop; a message in work is finished first, for at most `limit_s`, or handed back.
 
-        Handed back: the node signs off, so the coordinator hears at once that no answer comes.
+        Handed back: the node signs off, so the coordinator hears at once that no answer comes. It also ends where
+        Flower can't use the connection any more, its heartbeat has ended, or nobody does the work; starting again is
+        the remedy.
 
         Args:
             stopping: set when it is to stop.
             limit_s: see above.
             come: set here when a message is there, whole.
+            worked: tells whether whoever does the work is there.
 
         Raises:
             Refused: the coordinator does not let it in.
@@ -164,7 +194,7 @@ class Node:
             self._told("waiting")
             last = time.monotonic()
             try:
-                while not stopping.is_set():
+                while not stopping.is_set() and not self._lost(worked):
                     run = inside._pull_and_store_message(
                         state=self._state,
                         object_store=self._store,
@@ -182,20 +212,24 @@ class Node:
                         continue
                     self._told("working")
                     come.set()
-                    if self._answered(stopping, limit_s):
+                    if self._answered(stopping, limit_s, worked):
                         inside._push_messages(self._state, self._store, send, push)
                     self._told("waiting")
                     last = time.monotonic()
+                if lost := self._lost(worked):
+                    _log.error("%s; this node ends, to be started again", lost)
             except httpx.HTTPStatusError as error:  # kept, for the connection swallows what is raised inside
                 problem.append(error)
         if problem:
             raise Refused(_said(problem[0]))
         options.memory.unlink(missing_ok=True)  # it has signed off by itself
 
-    def _answered(self, stopping: threading.Event, limit_s: float) -> bool:
-        """Wait until there is an answer to send; False if the time to stop came first."""
+    def _answered(self, stopping: threading.Event, limit_s: float, worked: Callable[[], bool]) -> bool:
+        """Wait until there is an answer to send; False if the time to stop came first, or it comes to nothing."""
         until: float | None = None
         while not self._has_reply():
+            if self._lost(worked):
+                return False
             if stopping.is_set():
                 until = until or time.monotonic() + limit_s
                 if time.monotonic() >= until:
@@ -231,10 +265,23 @@ class Node:
         _log.error("the coordinator's bundle is refused: %s", objection)
         return Fab(fab.hash_str, fab.content, {})
 
+    def _lost(self, worked: Callable[[], bool]) -> str:
+        """Say what has ended that this node can't do without; nothing if all is there."""
+        if self._heart is None or not self._heart.is_running:
+            return "the coordinator does not hear this node any more"
+        return "" if worked() else "nothing starts app processes any more"
+
+    def _hearten(self, beat: Callable[[], bool]) -> _Heart:
+        self._heart = _Heart(beat)
+        return self._heart
+
     @contextlib.contextmanager
     def _connection(self, keys: Any) -> Any:
+        vars(connections)["HeartbeatSender"] = self._hearten
         try:
-            with http_request_response(self._options.superlink, False, self._options.authority, keys) as connection:
+            with connections.http_request_response(
+                self._options.superlink, False, self._options.authority, keys
+            ) as connection:
                 yield connection
         except SystemExit as ended:  # Flower has logged why, and lets a timer end this process soon
             raise Refused(_said(ended.__context__)) from None
@@ -261,8 +308,12 @@ class Node:
             time.sleep(_HEARD_S)
 
 
+def _unknown_here(error: BaseException | None) -> bool:
+    return isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.UNAUTHORIZED
+
+
 def _said(error: BaseException | None) -> str:
-    if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.UNAUTHORIZED:
+    if _unknown_here(error):
         return (
             "the coordinator does not know this site (any more), or the clocks differ by more than five minutes; "
             "it is tried again and again; if that lasts, ask the coordinator, or join again"

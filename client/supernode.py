@@ -35,11 +35,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class NodeState:
-    """What the node says of itself (starting, connecting, waiting, working, refused, stopping), since when, and why."""
+    """What the node says of itself (starting, connecting, waiting, working, refused, stopping), since when, and why.
+
+    A killed node's last words stand until the next one speaks; `pid` tells whose they are.
+    """
 
     state: str
     since: float
     reason: str = ""
+    pid: int = 0
 
 
 class NodeFolder:
@@ -61,7 +65,7 @@ class NodeFolder:
         aside = self._state.with_suffix(".partial")
         try:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            aside.write_text(json.dumps({"state": state, "since": time.time(), "reason": reason}))
+            aside.write_text(json.dumps(vars(NodeState(state, time.time(), reason, os.getpid()))))
             aside.replace(self._state)
         except OSError as problem:
             if not durable.out_of_room(problem):
@@ -72,7 +76,7 @@ class NodeFolder:
         """Tell what the node is doing; "starting" when it has not said anything yet."""
         try:
             told = json.loads(self._state.read_bytes())
-            return NodeState(str(told["state"]), float(told["since"]), str(told["reason"]))
+            return NodeState(str(told["state"]), float(told["since"]), str(told["reason"]), int(told["pid"]))
         except (OSError, KeyError, TypeError, ValueError):
             return NodeState("starting", 0.0)
 
@@ -132,11 +136,10 @@ def _serve(home: SiteHome, folder: NodeFolder, stopping: threading.Event, limit_
     home.state.mkdir(mode=0o700, parents=True, exist_ok=True)
     tasks.start()
     try:
-        node.serve(stopping, limit_s, come)
+        node.serve(stopping, limit_s, come, worked=lambda: tasks.alive)
     finally:
         folder.write("stopping")
         tasks.stop()
-    # Flower ends a connection that it can't use any more; starting again is the remedy.
     return 0 if stopping.is_set() else 1
 
 

@@ -114,6 +114,7 @@ class Tasks:
         else:
             self._launcher = _Processes(options)
         self._running: dict[int, tuple[int, str]] = {}  # Flower's run and the token by task
+        self._dead: list[int] = []  # Flower's runs whose processes died, for which `crashed` is still to be called
         self._unsaid: dict[str, int] = {}  # exit codes by token, of which the runtime has not heard
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="tasks", daemon=True)
@@ -130,6 +131,11 @@ class Tasks:
         self._launcher.stop()
 
     @property
+    def alive(self) -> bool:
+        """Whether tasks are taken, and those of processes that died reported."""
+        return self._thread.is_alive()
+
+    @property
     def busy(self) -> int:
         """How many processes run."""
         return len(self._running)
@@ -139,8 +145,15 @@ class Tasks:
             SuperExecAuthHttpInterceptor(master_secret=self._options.secret, protected_methods={_ACQUIRE})
         )
         away, said, asked, patient_until = False, False, 0.0, time.monotonic() + _BEGIN_S
+        trouble = ""
         while not self._stopping.is_set():
-            self._look()
+            try:
+                self._look()
+                trouble = ""
+            except Exception as error:  # whatever it is: whoever waits for a process that died would wait for ever
+                if str(error) != trouble:
+                    _log.error("an app process that died can't be answered for (%s); trying again", error)
+                trouble = str(error)
             wait_s = _LOOK_S
             try:
                 now = time.monotonic()
@@ -151,7 +164,7 @@ class Tasks:
                     self._take(client)
                     patient_until = 0.0
                 away = said = False
-            except (httpx.HTTPError, OSError, ValueError) as error:
+            except Exception as error:
                 if not said and time.monotonic() >= patient_until:
                     _log.info("the runtime does not answer (%s); asking again", error)
                     said = True
@@ -176,15 +189,15 @@ class Tasks:
                 self._come.set()
 
     def _try(self, number: int, run: int, token: str) -> None:
-        """Let a process do a task; one that the system refuses to start, as on a full disk, is reported as dead."""
+        """Let a process do a task; one that can't be started, as on a full disk, is reported as dead."""
         self._running[number] = run, token
         try:
             self._launcher.launch(number, token)
-        except OSError as problem:
+        except Exception as problem:
             _log.error("an app process can't be started (%s)", problem)
             self._running.pop(number)
             self._unsaid[token] = NOT_STARTABLE
-            self._crashed(run)
+            self._dead.append(run)
 
     def _client(self, *interceptors: object) -> RuntimeHttpClient:
         version = RuntimeVersionHttpInterceptor(component_name="SuperExec")
@@ -204,7 +217,10 @@ class Tasks:
             where = "" if self._options.output is None else f"; {self._options.output} has its last words"
             _log.warning("an app process ended (%s)%s", meaning(code), where)
             self._unsaid[token] = code
-            self._crashed(run)
+            self._dead.append(run)
+        while self._dead:
+            self._crashed(self._dead[0])
+            del self._dead[0]
         self._unsaid = {token: code for token, code in self._unsaid.items() if not self._said(token, code)}
 
     def _said(self, token: str, code: int) -> bool:
@@ -266,7 +282,8 @@ class _Processes:
             code = task.process.poll()
             if code is not None:
                 del self._tasks[number]
-                task.file.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # it is swept at the next start
+                    task.file.unlink()
                 yield number, code
 
     def stop(self) -> None:

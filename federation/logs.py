@@ -8,11 +8,13 @@ state folder, which no log collector reads.
 import json
 import logging
 import sys
+from contextlib import closing
 from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 _PROGRAM = "program."
+_MOST_BYTES, _KEEP = 10 << 20, 9
 
 
 class _Json(logging.Formatter):
@@ -35,7 +37,7 @@ class _Plain(logging.Formatter):
         return f"{record.levelname.lower()} {program}: {record.getMessage()}"
 
 
-def to_files(folder: Path, name: str, *, most_bytes: int = 10 << 20, keep: int = 9) -> None:
+def to_files(folder: Path, name: str, *, most_bytes: int = _MOST_BYTES, keep: int = _KEEP) -> None:
     """Log to `folder/name.jsonl` from here on, and to stderr for whoever watches.
 
     Args:
@@ -58,3 +60,16 @@ def to_files(folder: Path, name: str, *, most_bytes: int = 10 << 20, keep: int =
     logging.getLogger("flwr").handlers.clear()
     for noisy in ("alembic", "httpx", "httpcore", "sqlalchemy", "grpc", "flwr"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def append(path: Path, text: str) -> None:
+    """Write a text at the end of a file of its own, which doesn't grow without end either.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    with closing(RotatingFileHandler(path, maxBytes=_MOST_BYTES, backupCount=_KEEP, encoding="utf-8")) as file:
+        if file.shouldRollover(logging.makeLogRecord({"msg": text})):
+            file.doRollover()
+        assert file.stream is not None
+        file.stream.write(text)

@@ -65,6 +65,8 @@ class Nursery:
     def start(self) -> None:
         """Start it; it takes seconds until it is warm, and tasks that come before wait for that."""
         here, there = socket.socketpair()
+        here.setblocking(False)
+        self._line, self._heard = here, b""
         options = self._options
         with there, _written_anew(options.output) as output:
             self._process = subprocess.Popen(
@@ -75,8 +77,6 @@ class Nursery:
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
-        here.setblocking(False)
-        self._line, self._heard = here, b""
 
     def launch(self, number: int, token: str) -> None:
         """Let a child do a task, whose token goes to it in memory."""
@@ -104,7 +104,7 @@ class Nursery:
 
     def stop(self) -> None:
         """Let children hand back their tasks, for a while, and end it with them."""
-        if self._process is None:
+        if self._process is None or self._line is None:
             return
         self._say({"stop": True})
         try:

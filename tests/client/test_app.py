@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from client.app import app
+from client.archive import Archive
 from client.files import SiteFiles
 from federation import flower
 from federation.messages import Refusal, SurveyReply, SurveyRequest, TrainRequest
@@ -50,6 +52,18 @@ def test_an_unexpected_error_travels_as_the_name_of_its_type(ram_path: Path, mon
     answer = deliver(files, address(REQUEST))
     assert answer == Refusal("icu", "icu ran into an unexpected RuntimeError; its own log says more.")
     assert "patient 4711" in (files.state / "site.log").read_text()
+
+
+def test_a_sites_own_log_does_not_grow_without_end(ram_path: Path) -> None:
+    log, full = ram_path / "site.log", 10 << 20
+    for number in range(11):
+        Archive(ram_path).log("train", RuntimeError(f"error {number}"))
+        os.truncate(log, full + number)  # a file of holes, which takes no room
+    Archive(ram_path).log("train", RuntimeError("patient 4711 has a strange code"))
+    assert "train\nRuntimeError: patient 4711" in log.read_text()
+    older = [ram_path / f"site.log.{number}" for number in range(1, 10)]
+    assert [path.stat().st_size - full for path in older] == [10, 9, 8, 7, 6, 5, 4, 3, 2]
+    assert sorted(ram_path.iterdir()) == [log, *older]
 
 
 def test_a_malformed_request_is_refused(ram_path: Path) -> None:

@@ -228,6 +228,12 @@ def test_a_damaged_missing_or_newer_ledger_is_refused(ram_path: Path) -> None:
     (ram_path / "damaged.sqlite").write_bytes(b"SQLite?" * 1000)
     with pytest.raises(DataError, match="may have left; restore"):
         Budget.open(ram_path / "damaged.sqlite")
+    with Budget.open(ram_path / "foreign.sqlite") as opened:
+        with sqlite3.connect(ram_path / "foreign.sqlite") as raw:
+            raw.execute("DROP TABLE release")
+        raw.close()
+        with pytest.raises(DataError, match=r"no such table.*may have left; restore"):
+            opened.charges()
     Budget.open(ram_path / "newer.sqlite").close()
     with sqlite3.connect(ram_path / "newer.sqlite") as raw:
         raw.execute("UPDATE ledger SET schema_version = 99")
@@ -237,6 +243,26 @@ def test_a_damaged_missing_or_newer_ledger_is_refused(ram_path: Path) -> None:
     for wrong in ((0.0, 1e-6), (1.0, 0.0), (1.0, 1.0), (math.nan, 1e-6)):
         with pytest.raises(ConfigError, match="limit"):
             Limit(*wrong)
+
+
+def test_a_database_that_is_away_is_to_be_started_and_nothing_to_be_restored(ram_path: Path) -> None:
+    """Whoever puts a copy back because of a stopped server or a lost mount rolls the budget back."""
+    away = r"can't be used now \(.*\); nothing private leaves\. Start it.*don't restore a copy"
+    with pytest.raises(DataError, match=away) as refusal:
+        Budget.open("postgresql://postgres:s3cret@127.0.0.1:1/budget")
+    assert "s3cret" not in str(refusal.value)
+    path = ram_path / "lost" / "budget.sqlite"
+    with Budget.open(path, LIMIT) as opened:
+        opened.reserve(round_of(1))
+        opened._engine.dispose()
+        path.rename(path.with_name("elsewhere"))
+        path.mkdir()
+        for ask in (opened.charges, lambda: opened.reserve(round_of(2))):
+            with pytest.raises(DataError, match=away):
+                ask()
+        path.rmdir()
+        path.with_name("elsewhere").rename(path)
+        assert [charge.release for charge in opened.charges()] == [round_of(1)]
 
 
 def check(place: Place) -> None:

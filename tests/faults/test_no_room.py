@@ -104,6 +104,17 @@ def test_a_budget_on_a_full_disk_reserves_nothing_and_is_right_afterwards(tmp_pa
 
 
 @as_root
+def test_a_budget_that_begins_on_a_full_disk_says_so_and_asks_for_no_copy(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 1) as disk:
+        (disk / "budget.sqlite").touch()
+        ballast = fill(disk)
+        with pytest.raises(DataError, match=r"disk is full.*nothing private leaves\. Make room"):
+            Budget.open(disk / "budget.sqlite")
+        ballast.unlink()
+        Budget.open(disk / "budget.sqlite").close()
+
+
+@as_root
 def test_a_node_on_a_full_disk_lives_and_its_daemon_says_what_is_wrong(tmp_path: Path) -> None:
     with small_disk(tmp_path / "home", 1) as disk:
         folder = NodeFolder(disk)

@@ -92,6 +92,23 @@ def test_stopping_ends_children_and_nursery(tmp_path: Path) -> None:
     assert gone(pid)
 
 
+def test_a_nursery_that_could_not_be_started_again_can_be_stopped(
+    nursery: Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = nursery._process
+    assert first is not None
+    first.kill()
+    first.wait()
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    with pytest.raises(OSError, match="no more processes"):
+        nursery.launch(1, "token")
+    nursery.stop()
+
+
 NODE = """
 import sys, time
 from pathlib import Path
