@@ -7,8 +7,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from sqlalchemy.orm import Session
 
 from federation import pki
+from server import tables
 from server.authority import Authority
 from server.ledger import Ledger
 from tests.field import FEDCOMET, Field, federation, found_federation, until
@@ -43,6 +45,30 @@ def test_the_servers_certificate_is_renewed_and_what_people_must_see_to_is_told(
     logged = [line["message"] for line in field.log()]
     assert logged.count(warning) == 1
     assert logged.count("the server's certificate was due and has been renewed") == 1
+
+
+def test_a_site_that_was_put_out_comes_back_by_itself(tmp_path: Path) -> None:
+    """As when the coordinator's clock jumps past the end of its certificate, and back."""
+
+    def expire(ledger: Ledger, at: float) -> None:
+        def work(session: Session) -> None:
+            session.get_one(tables.Site, "icu").expires_at = at
+
+        ledger.transactions.write(work)
+
+    with federation(tmp_path, ("icu", "ward"), run=False) as field:
+        field.run_site("icu")
+        field.all_online(1)
+        before = field.ledger.members.get("icu").expires_at or 0.0
+        expire(field.ledger, 1.0)
+        until(lambda: field.health()["sites"] == 1, field.told, 60)
+        until(lambda: not field.sites["icu"].health()["healthy"], field.told, 120)
+        expire(field.ledger, before)
+        until(lambda: field.health()["online"] == 1, field.told, 300)
+        until(lambda: field.sites["icu"].health()["healthy"], field.told, 120)
+        assert field.health()["warnings"] == []
+        field.join("lab")
+        until(lambda: field.health()["sites"] == 3, field.told, 60)
 
 
 def test_a_site_is_measured_as_long_as_it_is_enrolled(tmp_path: Path) -> None:
