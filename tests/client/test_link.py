@@ -9,13 +9,16 @@ from google.protobuf.message import Message
 
 from client.audit import audit
 from client.budget import FILE, Budget, Limit, Release
+from client.daemon import _Line
 from client.enrol import join
+from client.home import SiteHome
 from client.link import Link
 from client.outbound import Entry, lines, read_entry, read_head
 from federation import channel
 from federation import control_pb2 as wire
 from federation.accountant import Approximate, Mechanisms, epsilon
 from federation.invitation import Invitation
+from tests.field import until
 from tests.joined import Coordinator, listening
 from tokenizer.errors import DataError
 
@@ -105,6 +108,21 @@ def test_a_budget_is_told_with_its_limit_as_the_site_counts_it(tmp_path: Path, c
     (told,) = coordinator.ledger.budgets("icu")
     assert (told.limit_epsilon, told.limit_delta, told.delta) == (8.0, 1e-5, 1e-5)
     assert told.epsilon == pytest.approx(epsilon(mechanisms.all, 1e-5))
+
+
+def test_a_site_whose_budgets_database_is_away_is_heard_of_and_says_so(
+    tmp_path: Path, coordinator: Coordinator
+) -> None:
+    path = coordinator.join(tmp_path / "icu", "icu").path
+    settings = (path / "site.toml").read_text()
+    (path / "site.toml").write_text(settings.replace('budget = ""', 'budget = "postgresql://x@127.0.0.1:1/b"'))
+    line = _Line(SiteHome.open(path))
+    line.start()
+    assert line.asked.wait(60)
+    until(lambda: line.problem, "the budget was looked at")
+    line.stop()
+    assert "the privacy budget's database can't be used now" in line.problem
+    assert len(coordinator.ledger.events(what="site.health")) == 1
 
 
 def test_what_a_site_tells_of_its_health_is_its_version_queue_and_disk(
