@@ -165,6 +165,8 @@ def _send(site: Site, reply: Reply | masking.Reply, place: masking.Place | None,
         site.gate.note(reply, asked, sha256, size, place)
         answer = flower.packed_reply(record, to)
         site.gate.released(reply, place)
+        if not isinstance(reply, Refusal):
+            site.files.note_room(asked, "")
     except Exception as error:
         _log(site, asked, error)
         # The texts that leave without being on the list, for the list is what's broken: always one of these two.
@@ -205,3 +207,5 @@ def _log(site: Site, task: str, error: BaseException) -> None:
     """Write an error down for the site; where even that fails, its text would otherwise travel in Flower's error."""
     with contextlib.suppress(OSError):
         site.archive.log(task, error)
+    if lacking := durable.lacking(error):
+        site.files.note_room(task, lacking)

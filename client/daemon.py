@@ -65,6 +65,8 @@ class _Daemon:
             stop_s=home.settings.daemon.stop_seconds + 20,
         )
         self._supervisor = supervisor.Supervisor([node])
+        self._files = home.files
+        self._files.forget_room()
         self._line = _Line(home)
         self._began = time.time()
 
@@ -105,7 +107,8 @@ class _Daemon:
         node, condition = self._node()
         free = durable.free_bytes(self._home.state)
         well = condition.running and node.state in _GOOD and free >= durable.LEAST_FREE
-        well = well and not self._line.refused and not self._line.ended
+        lacks_room = self._files.lacks_room()
+        well = well and not self._line.refused and not self._line.ended and not lacks_room
         told = {
             "site": self._home.name,
             "node": node.state,
@@ -123,6 +126,8 @@ class _Daemon:
             )
         elif refused := self._line.refused:
             told["reason"] = refused
+        elif lacks_room:
+            told["reason"] = lacks_room
         elif not well and trouble:
             told["reason"] = trouble
         elif not well and asked and not condition.running and condition.ends:

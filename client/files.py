@@ -3,6 +3,7 @@
 What a site does is in `client.site`, which needs PyTorch; here nothing does.
 """
 
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,3 +60,30 @@ class SiteFiles:
             ConfigError: The codebook was made of records to which something else was done.
         """
         return records_of(MedsDataset.open(self.data), agreed(self.settings, codebook).preparation)
+
+    def note_room(self, asked: str, lacking: str) -> None:
+        """Note, for `fedcomet site run`, what a request of some kind found no room for; where nothing, that is over."""
+        with contextlib.suppress(OSError):
+            if lacking:
+                self._room.write_text(f"{asked}\n{lacking}")
+            elif self._room.exists() and asked == self._room.read_text().partition("\n")[0]:
+                self._room.unlink()
+
+    def lacks_room(self) -> str:
+        """Say what the last answers found no room for, and what to do; empty if nothing."""
+        try:
+            asked, _, lacking = self._room.read_text().partition("\n")
+        except OSError:
+            return ""
+        return lacking and (
+            f"an answer to {asked} found too little room ({lacking}); make room, and all goes on by itself: this is "
+            "told until such an answer is given, or the daemon is started anew"
+        )
+
+    def forget_room(self) -> None:
+        """Drop what was noted of room."""
+        self._room.unlink(missing_ok=True)
+
+    @property
+    def _room(self) -> Path:
+        return self.state / "no-room"

@@ -54,6 +54,10 @@ _AT_ONCE_S, _LOOK_S = 0.01, 0.1
 app = ServerApp()
 
 
+class OutOfRoom(FedcometError):
+    """The disk is full: the run goes on when there is room."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a finished run leaves: the last checkpoint, the best one, and what they belong to."""
@@ -162,11 +166,21 @@ def main(grid: Grid, context: Context) -> None:
 
     Raises:
         ConfigError: no such run, or it has no usable plan.
+        OutOfRoom: the disk is full; Flower notes that, and `server.keeper` reads it.
         FedcometError: the run failed; Flower notes that, too.
     """
     from federation import handover  # it needs Flower's databases, which no simulation does
 
     handover.hand_over()
+    try:
+        _main(grid, context)
+    except Exception as problem:
+        if not durable.out_of_room(problem):
+            raise
+        raise OutOfRoom(f"{durable.OUT_OF_ROOM}{printable(durable.lacking(problem))}") from problem
+
+
+def _main(grid: Grid, context: Context) -> None:
     root, run = os.environ.get("FEDCOMET_RUNS"), context.run_config.get("run")
     if not root or not isinstance(run, str) or not is_site_name(run):
         raise ConfigError("Name the runs' folder in FEDCOMET_RUNS and the run's folder in it as run-config 'run'.")

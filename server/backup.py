@@ -13,7 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import BigInteger, Column, Connection, Integer, MetaData, String, Table, insert, select, text
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Connection,
+    ExceptionContext,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    event,
+    insert,
+    select,
+    text,
+)
 from sqlalchemy.exc import DatabaseError, NoSuchTableError
 
 from federation import database
@@ -49,13 +62,13 @@ def save(ledger: Transactions, path: Path, *, replace: bool = False) -> Backup:
     """Copy a ledger to a file, in one moment of it, while it may be in use.
 
     Raises:
-        ConfigError: there is a file already, and `replace` is false.
+        ConfigError: there is a file already, and `replace` is false; or it can't be written.
         DataError: the file does not hold what was written.
     """
     if path.exists() and not replace:
         raise ConfigError(f"{path} exists; --yes replaces it.")
     with durable.file(path) as aside:
-        sha256 = ledger.read(lambda session: _copy(session.connection(), aside, ledger.place))
+        sha256 = ledger.read(lambda session: _copy(session.connection(), aside, path, ledger.place))
         found = check(aside)
         if found.sha256 != sha256:
             raise DataError(f"{path} does not hold what was written to it; the disk may be failing. Take another.")
@@ -119,10 +132,20 @@ def digest(connection: Connection, tables: list[Table] | None = None) -> tuple[s
     return known.hexdigest(), counts
 
 
-def _copy(source: Connection, path: Path, place: str) -> str:
-    path.unlink(missing_ok=True)  # of a try before
-    database.only_for_its_owner(path)
-    engine = database.connect(database.address(path), ("journal_mode=DELETE", "synchronous=FULL"))
+def _copy(source: Connection, aside: Path, path: Path, place: str) -> str:
+    aside.unlink(missing_ok=True)  # of a try before
+    database.only_for_its_owner(aside)
+    # What fails is dropped whole, so it needs no journal in a file of its own.
+    engine = database.connect(database.address(aside), ("journal_mode=MEMORY", "synchronous=FULL"))
+
+    @event.listens_for(engine, "handle_error")
+    def _told(context: ExceptionContext) -> None:
+        # Else it would look like an error of the ledger, which is tried again.
+        problem = context.original_exception
+        raise ConfigError(
+            f"{path} can't be written ({problem}); make room on its disk or take another file. The ledger is as it was."
+        ) from problem
+
     try:
         with engine.begin() as target:
             _plain(_reflected(source)).create_all(target)

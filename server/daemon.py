@@ -149,7 +149,7 @@ class _Daemon:
         self._runs: list[RunEntry] = []
         self._link = LinkControl(settings.ports.runtime, folder.token())
         stack.callback(self._link.close)
-        self._keeper = Keeper(ledger, self._link, lambda run: ledger.journal(run).committed())
+        self._keeper = Keeper(ledger, self._link, lambda run: ledger.journal(run).committed(), home.runs)
         command = (sys.executable, "-m", "server.superlink", str(folder.root))
         environment = supervisor.flower_environment(folder.root)
         self._supervisor = supervisor.Supervisor([supervisor.Program(_LINK, command, environment, stop_s=20.0)])
@@ -218,7 +218,7 @@ class _Daemon:
                 if run.state == RunState.READY:
                     self._write_plan(run.name)
             self._keeper.look(self._folder.bundle.read_text())
-            self._answered, self._problem = time.time(), ""
+            self._answered, self._problem = time.time(), self._keeper.trouble
         except LinkError as error:
             if time.time() - max(self._answered, self._began) > _LATE_S:
                 self._warn("the SuperLink does not answer; logs/ says why", error)

@@ -97,14 +97,19 @@ def backup(
 ) -> None:
     """Copy the ledger to a file, while it may be in use, and check the copy.
 
-    Keys, settings and the runs' folders are files of the home; copy them with the means of the machine.
+    Keys, settings and the runs' folders are files of the home; copy them afterwards with the means of the machine.
     """
     from server import backup as copies
+    from server.tables import RunState
 
     with _ledger(home) as ledger:
+        going = [run.name for run in ledger.runs() if run.state in (RunState.RUNNING, RunState.PAUSING)]
+        rounds = {run: ledger.journal(run).committed() for run in going}
         made = copies.save(ledger.transactions, file, replace=yes)
     rows = sum(made.rows.values())
     print(f"{file}: {rows:,} rows of {made.place}, as of {made.made_at}, sha256 {made.sha256}")
+    for run, number in rounds.items():
+        print(f"Run {run} is under way, round {number} is committed: copy {home}/runs/{run} before it goes on.")
 
 
 @app.command()

@@ -7,12 +7,13 @@ import tempfile
 from pathlib import Path
 
 from sqlalchemy import Connection, delete, func, select, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from server import backup, lease, schema
 from server.backup import Backup
 from server.tables import REVISION, Base, Lease
-from server.transactions import Transactions, note
+from server.transactions import LedgerUnreachable, Transactions, note, said
 from tokenizer.errors import ConfigError, DataError
 
 
@@ -26,7 +27,7 @@ def restore(path: Path, ledger: Transactions, *, replace: bool = False, who: str
         who: does this.
 
     Raises:
-        ConfigError: the ledger is not empty, and `replace` is false.
+        ConfigError: the ledger is not empty, and `replace` is false; or there is no room to migrate the backup.
         LeaseTaken: a coordinator is leading with it.
         DataError: the file is no backup, has changed, or is of a newer revision.
     """
@@ -73,12 +74,19 @@ def _number_on(connection: Connection) -> None:
 
 def _migrated(path: Path, found: Backup, folder: Path) -> Path:
     """Give a backup of the newest revision with what an older one holds."""
-    aside = schema.at(folder / "old.sqlite", found.revision, f"The backup {path}")
     try:
-        with backup.opened(path) as rows:
-            aside.write(lambda session: backup.fill(rows, session.connection()))
-        schema.migrate(aside)
-        backup.save(aside, folder / "new.backup")
-    finally:
-        aside.close()
+        aside = schema.at(folder / "old.sqlite", found.revision, f"The backup {path}")
+        try:
+            with backup.opened(path) as rows:
+                aside.write(lambda session: backup.fill(rows, session.connection()))
+            schema.migrate(aside)
+            backup.save(aside, folder / "new.backup")
+        finally:
+            aside.close()
+    except LedgerUnreachable as problem:
+        why = said(problem.__context__) if isinstance(problem.__context__, DBAPIError) else str(problem)
+        raise ConfigError(
+            f"{path} is of an older revision and can't be migrated in {folder.parent} ({why}); make room there, or "
+            "name another folder in TMPDIR. The ledger is as it was."
+        ) from problem
     return folder / "new.backup"

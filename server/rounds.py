@@ -49,6 +49,7 @@ TUNING = "tuning"
 """The split whose loss is followed from round to round."""
 
 
+_KEPT_BY_SITES = 2  # rounds of which a site can give its answer again: see `client.archive`
 _MOST = 2**40  # of steps or tokens: far above what can be, far below what a ledger can't hold
 
 
@@ -96,8 +97,14 @@ class Store(SumStore, Protocol):
     def load(self, number: int, sha256: str) -> GlobalState:
         """Give back the state after a round; round 0 is the beginning, of which `sha256` says nothing."""
 
+    def check(self, committed: int, again: int) -> None:
+        """See that a ledger with this last committed round is of the same time as what is kept.
+
+        Sites could answer `again` rounds after it once more.
+        """
+
     def sweep(self, keep: Collection[int], open_round: int) -> None:
-        """Drop the checkpoints of all rounds but `keep`, and the updates of all rounds but `open_round`."""
+        """Drop the checkpoints of all earlier rounds but `keep`, and the updates of all rounds but `open_round`."""
 
 
 @dataclass
@@ -129,11 +136,15 @@ class Rounds:
             store: where vectors are kept.
             listen: told of every decision after it is durable.
             central: how the coordinator's own questions choose the best round, and end the run.
+
+        Raises:
+            DataError: ledger and store are not of one time, or a file is damaged.
         """
         self.manifest, self._central = manifest, central
         self._size, self._journal, self._store, self._listen = size, journal, store, listen
         self.number = journal.committed() + 1
         self._open: _OpenRound | None = None
+        store.check(journal.committed(), self._again())
         self._state = self._load(self.number - 1)
         self._digest = ""
         self._sweep()
@@ -559,6 +570,15 @@ class Rounds:
         reasons = {e.site: f"{e.status}, {e.reason}" for e in replies if e.status is not Status.ACCEPTED}
         told = gathered(reasons, PRINTABLE - len(begin) - len(end)) or "no site answered"
         return f"{begin}{told}{end}"
+
+    def _again(self) -> int:
+        """How many rounds after the last committed one could be done again by sites that have done them already.
+
+        Of a sum under masks none, once sites have signed it: what the ledger then lacks of it is lost.
+        """
+        if self.masked:
+            return int(self.phase in (Phase.UNMASKING, Phase.AGGREGATED, Phase.EVALUATED))
+        return _KEPT_BY_SITES
 
     def _sweep(self) -> None:
         last = self.number - 1

@@ -16,6 +16,7 @@ from federation import database
 from server import backup
 from server.tables import REVISION, Base
 from server.transactions import PATIENCE_S, Transactions, said
+from tokenizer import durable
 from tokenizer.errors import ConfigError, DataError
 
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -87,13 +88,14 @@ def revision_of(connection: Connection) -> str | None:
 
 
 def at(path: Path, revision: str, whose: str) -> Transactions:
-    """Begin a ledger file of an older revision.
+    """Begin a ledger file of an older revision, which is not tried again: nobody else uses it.
 
     Raises:
         DataError: this software doesn't know the revision; the message names `whose` it is.
+        LedgerUnreachable: the file can't be written.
     """
     _refuse_unknown(revision, whose)
-    aside = Transactions(database.connect(database.address(path), _PRAGMAS), str(path))
+    aside = Transactions(database.connect(database.address(path), _PRAGMAS), str(path), patience_s=0.0)
     migrate(aside, revision)
     return aside
 
@@ -134,6 +136,7 @@ def _at_revision(ledger: Transactions, backups: Path | None, begin: bool) -> Non
             f"{ledger.place} is of revision {found} and must be migrated to {REVISION}: fedcomet coordinator status "
             "with the coordinator's home does that, and copies it first."
         )
+    durable.sweep(backups)  # no other copy has the name of one that was never done
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     backup.save(ledger, backups / f"ledger-before-{REVISION}-{stamp}.backup")
     migrate(ledger)

@@ -141,6 +141,37 @@ class Spool:
         moments = (arrays.get(name) for name in (_MOMENTUM, _SECOND))
         return GlobalState(to_vector(decoder), *(None if each is None else each.numpy() for each in moments))
 
+    def check(self, committed: int, again: int) -> None:
+        """See that the run can go on after a round: with the files that are here, and with what sites do once more.
+
+        Args:
+            committed: the last round that the ledger has as committed.
+            again: how many rounds after it sites could answer again.
+
+        Raises:
+            DataError: ledger and folder are not of one time; nothing was changed.
+        """
+        there = {int(path.stem) for path in self._checkpoints() if path.stem.isdigit()}
+        newest, lost = max(there, default=0), committed > 0 and committed not in there
+        path = self.checkpoint_path(newest if newest > committed else committed)
+        if newest > committed + again or (lost and newest > committed):
+            masked = self._manifest.secure_aggregation is not None
+            why, wanted = ("sign one sum a round", newest) if masked else ("keep two rounds' answers", newest - 1)
+            raise DataError(
+                f"{path} is there, but the ledger's last round of the run is {committed}: the ledger is an older copy. "
+                f"Sites {why}, so round {committed + 1} can't be done again. Restore a backup of the ledger that has "
+                f"round {wanted} as committed, or begin another run with this checkpoint (docs/ledger.md)."
+            )
+        if lost:
+            raise DataError(
+                f"{path} is missing, but the ledger's last round of the run is {committed}: the run's folder is an "
+                f"older copy, up to round {newest}, or the file was removed. Restore the folder from a copy that was "
+                "made after the ledger's, or begin another run with a checkpoint that is left (docs/ledger.md)."
+            )
+
+    def _checkpoints(self) -> list[Path]:
+        return list((self._dir / "checkpoints").glob("*"))
+
     def _initial(self) -> GlobalState:
         """The weights of the checkpoint that the manifest names; outer moments begin anew."""
         path = self._dir / "initial.safetensors"
@@ -152,9 +183,12 @@ class Spool:
         return GlobalState(to_vector(decoder))
 
     def sweep(self, keep: Collection[int], open_round: int) -> None:
-        """Drop what belongs neither to the open round nor, of checkpoints, to `keep`; and half-written files."""
-        for path in (self._dir / "checkpoints").glob("*"):
-            if not path.stem.isdigit() or int(path.stem) not in {*keep, open_round}:
+        """Drop what belongs neither to the open round nor, of checkpoints, to `keep`; and half-written files.
+
+        Of later rounds, which an older ledger does not know, the checkpoints stay until they are made again.
+        """
+        for path in self._checkpoints():
+            if not path.stem.isdigit() or (int(path.stem) < open_round and int(path.stem) not in keep):
                 _remove(path)
         for path in (self._dir / "rounds").glob("*"):
             if path.name != f"{open_round:04d}":

@@ -2,13 +2,15 @@
 
 Everything is written beside its destination, flushed to the disk, and renamed: a reader, or the same program after a
 crash, never sees half a file. Left-overs of a killed writer carry `.partial` in their name and are swept by the next
-writer of the same destination.
+writer of the same destination; `sweep` does it where no other writes that.
 """
 
 import errno
 import os
+import re
 import shutil
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +18,13 @@ from pathlib import Path
 LEAST_FREE = 1 << 20
 """With fewer bytes free a disk is called full: databases and lists of what happens need a little at any time."""
 
+OUT_OF_ROOM = "Out of room: "
+"""How a process that leads a run begins its last words where a full disk ended it."""
+
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_ASIDE = re.compile(r"(.+)\.(\d+)\.\d+\.partial")  # the destination, its writer's process and thread
+_OF_RUST = re.compile(r"\(os error (\d+)\)$")  # what safetensors makes of an error of the system
+_OPEN: set[Path] = set()  # of this process
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
@@ -29,18 +37,42 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
 def file(path: Path) -> Iterator[Path]:
     """Write to the path that is given here; it replaces `path` only when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    sweep(path.parent, path.name)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
+    _OPEN.add(aside)
     try:
         yield aside
         with aside.open("rb") as written:
             os.fsync(written.fileno())
         aside.replace(path)
-    except OSError as problem:
+    except Exception as problem:
         _named(problem, path)
         raise
     finally:
         aside.unlink(missing_ok=True)
+        _OPEN.discard(aside)
     sync_directory(path.parent)
+
+
+def sweep(folder: Path, name: str = "") -> None:
+    """Remove what writers that were killed left of a file in a folder, or of all files there."""
+    for left in folder.glob("*.partial"):
+        found = _ASIDE.fullmatch(left.name)
+        if found and name in ("", found[1]) and left not in _OPEN and not _writes(int(found[2])):
+            left.unlink(missing_ok=True)
+
+
+def _writes(process: int) -> bool:
+    """Tell whether a process other than this one lives."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 @contextmanager
@@ -69,7 +101,7 @@ def directory(path: Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             aside.rename(path)
-    except OSError as problem:
+    except Exception as problem:
         _named(problem, path)
         raise
     finally:
@@ -77,9 +109,15 @@ def directory(path: Path) -> Iterator[Path]:
     sync_directory(path.parent)
 
 
-def _named(problem: OSError, path: Path) -> None:
-    """Say what was to be written where the system didn't: a full disk has no name."""
-    if problem.filename is None and problem.errno is not None:
+def _named(problem: Exception, path: Path) -> None:
+    """Say what was to be written where the system didn't: a full disk has no name.
+
+    Raises:
+        OSError: in the place of what safetensors makes of one.
+    """
+    if (found := _OF_RUST.search(str(problem))) is not None:
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from problem
+    if isinstance(problem, OSError) and problem.filename is None and problem.errno is not None:
         problem.filename = str(path)
 
 
@@ -94,13 +132,18 @@ def sync_directory(path: Path) -> None:
 
 def out_of_room(problem: BaseException | None) -> bool:
     """Tell whether a full disk, or a used-up quota, stands behind an error, or behind what it came from."""
+    return bool(lacking(problem))
+
+
+def lacking(problem: BaseException | None) -> str:
+    """Say what a full disk, or a used-up quota, behind an error made of it; empty if there is none."""
     while problem is not None:
         if isinstance(problem, OSError) and problem.errno in _NO_ROOM:
-            return True
+            return str(problem)
         if getattr(problem, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
-            return True
+            return str(problem)
         problem = problem.__cause__ or problem.__context__
-    return False
+    return ""
 
 
 def free_bytes(path: Path) -> int:

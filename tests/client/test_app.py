@@ -1,3 +1,4 @@
+import errno
 import os
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from federation import flower
 from federation.messages import Refusal, SurveyReply, SurveyRequest, TrainRequest
 from tests import tiny
 from tokenizer.codebook import TokenizerOptions
+from tokenizer.errors import DataError
 from tokenizer.split import SplitRule
 
 REQUEST = SurveyRequest(SplitRule("k"), TokenizerOptions(min_patients=5), 1e12)
@@ -64,6 +66,28 @@ def test_a_sites_own_log_does_not_grow_without_end(ram_path: Path) -> None:
     older = [ram_path / f"site.log.{number}" for number in range(1, 10)]
     assert [path.stat().st_size - full for path in older] == [10, 9, 8, 7, 6, 5, 4, 3, 2]
     assert sorted(ram_path.iterdir()) == [log, *older]
+
+
+def test_an_answer_without_room_is_noted_for_the_daemon_until_one_like_it_leaves(
+    ram_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = tiny.site(ram_path, "icu", 1)
+
+    def fail(*_: object) -> None:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device", "state/survey")
+        except OSError as problem:
+            raise DataError("patient 4711 does not fit") from problem
+
+    with monkeypatch.context() as broken:
+        broken.setattr("client.site.survey", fail)
+        answer = deliver(files, address(REQUEST))
+    assert answer == Refusal("icu", "icu has no room left on its disk; it takes part again when there is.")
+    told = "an answer to query.survey found too little room ([Errno 28] No space left on device: 'state/survey'); make"
+    assert files.lacks_room().startswith(told)
+    assert "4711" not in files.lacks_room()
+    assert isinstance(deliver(files, address(REQUEST)), SurveyReply)
+    assert files.lacks_room() == ""
 
 
 def test_a_malformed_request_is_refused(ram_path: Path) -> None:

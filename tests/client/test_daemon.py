@@ -190,6 +190,25 @@ def test_a_site_whose_line_to_the_control_service_has_ended_is_not_well(
     assert told["reason"].endswith("the certificate is not renewed; start this site again")
 
 
+def test_an_answer_that_found_no_room_is_the_reason_until_one_of_its_kind_finds_some(tmp_path: Path, key: str) -> None:
+    path = home(tmp_path / "icu", key)
+    (path / "state").mkdir()
+    begun = daemon._Daemon(SiteHome.open(path))
+    begun._line.asked.set()
+    begun._folder.write("waiting")
+    begun._files.note_room("train", "[Errno 28] No space left on device: 'state/runs/x'")
+    told = (
+        "an answer to train found too little room ([Errno 28] No space left on device: 'state/runs/x'); make room, and"
+    )
+    assert begun._health()[1]["reason"].startswith(f"{told} all goes on by itself")
+    begun._files.note_room("evaluate", "")
+    assert begun._health()[1]["reason"].startswith(told)
+    begun._files.note_room("train", "")
+    assert "room" not in begun._health()[1]["reason"]
+    begun._files.note_room("train", "no space")
+    assert "room" not in daemon._Daemon(SiteHome.open(path))._health()[1]["reason"]
+
+
 def test_two_daemons_do_not_share_a_home(tmp_path: Path) -> None:
     with (
         daemon._alone(tmp_path),

@@ -42,3 +42,21 @@ def test_full_disks_are_said_and_waited_for(tmp_path: Path) -> None:
         field.finished("first")
         last = {entry.site: entry.status for entry in journal.replies(6)}
         assert last == {"icu": Status.ACCEPTED, "ward": Status.ACCEPTED}
+
+
+def test_a_checkpoint_that_does_not_fit_is_said_and_its_run_goes_on_when_there_is_room(tmp_path: Path) -> None:
+    """The rest of the coordinator's disk is not full: only what leads the run meets the end of it."""
+    with federation(tmp_path) as field, small_disk(field.home.runs / "first/checkpoints", 8) as disk:
+        journal = field.begin("first", rounds=4, min_sites=2, evaluate_every=0)
+        field.committed("first", 1)
+        ballast = fill(disk)
+        told = "make room, and all goes on by itself"
+        until(lambda: told in field.health().get("reason", ""), lambda: str(field.health()), 120)
+        time.sleep(_FULL_S)
+        assert field.state("first") == RunState.RUNNING, field.ledger.run("first").reason + field.told()
+        assert "run first" in field.health()["reason"]
+        assert "run first ended for want of room: [Errno 28] No space left on device: '" in field.told()
+        ballast.unlink()
+        field.finished("first")
+        assert journal.committed() == 4
+        until(lambda: field.health()["healthy"], lambda: str(field.health()), 60)

@@ -1,5 +1,7 @@
 import dataclasses
+import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from safetensors import SafetensorError
 
 from client.files import SiteFiles
 from federation import flower
@@ -17,11 +20,15 @@ from federation.messages import PrepareReply, Refusal, SurveyReply, TrainReply
 from model import checkpoint
 from model.settings import preset_of
 from server import app as server_app
-from server.app import Outcome, coordinate
+from server.app import Outcome, OutOfRoom, coordinate
+from server.backup import save
 from server.journal import Journal, ReplyEntry, Status
+from server.ledger import Ledger
 from server.plan import FederationPlan
 from server.post import TooFewSites
+from server.restore import restore
 from server.rounds import Event, RoundFailed
+from server.tables import RunState
 from tests import tiny
 from tests.tiny import FunctionGrid, Node
 from tokenizer.codebook import Codebook, Survey, TokenizerOptions
@@ -352,6 +359,89 @@ def test_a_file_that_is_no_ledger_is_named(ram_path: Path) -> None:
         Coordinator(ram_path / "run", hospitals(ram_path)).lead(tiny.plan())
 
 
+class Killed(BaseException):
+    """The end of the coordinator's process."""
+
+
+def put_back(coordinator: Coordinator, number: int) -> None:
+    """Restore the ledger as it was when a round had been committed."""
+    with Ledger.open(coordinator.run_dir / "ledger.sqlite") as ledger:
+        restore(coordinator.run_dir.parent / f"{number}.backup", ledger.transactions, replace=True)
+
+
+@pytest.fixture
+def ahead(ram_path: Path) -> Coordinator:
+    """A coordinator that was killed after four of five rounds, with a backup of its ledger after each."""
+    coordinator = Coordinator(ram_path / "run", hospitals(ram_path, 2))
+
+    def watch(event: Event) -> None:
+        if event.kind == "round.announced":
+            with Ledger.open(ram_path / "run/ledger.sqlite") as ledger:
+                save(ledger.transactions, ram_path / f"{event.round - 1}.backup")
+            if event.round == 5:
+                raise Killed
+
+    with pytest.raises(Killed):
+        coordinate(coordinator.grid, coordinator.run_dir, tiny.plan(rounds=5, evaluate_every=0), listen=watch)
+    return coordinator
+
+
+@pytest.mark.parametrize("answered", [4, 5])
+def test_a_ledger_that_is_one_round_behind_its_folder_goes_on_to_the_same_end(
+    ahead: Coordinator, ram_path: Path, answered: int
+) -> None:
+    def watch(event: Event) -> None:
+        if event.kind == "round.aggregated":
+            raise Killed
+
+    plan = tiny.plan(rounds=5, evaluate_every=0)
+    expected = Coordinator(ram_path / "whole", hospitals(ram_path / "others", 2)).lead(plan)
+    if answered == 5:
+        with pytest.raises(Killed):
+            coordinate(ahead.grid, ahead.run_dir, plan, listen=watch)
+    put_back(ahead, 3)
+    outcome = ahead.lead(plan)
+    assert outcome.ledger_fingerprint == expected.ledger_fingerprint
+    assert outcome.checkpoint.read_bytes() == expected.checkpoint.read_bytes()
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_ledger_that_is_further_behind_its_folder_says_so_and_takes_nothing_away(
+    ahead: Coordinator, number: int
+) -> None:
+    before = sorted(path.name for path in (ahead.run_dir / "checkpoints").iterdir())
+    assert before == ["0003.safetensors", "0004.safetensors"]
+    put_back(ahead, number)
+    told = (
+        rf"checkpoints/0004\.safetensors is there, but the ledger's last round of the run is {number}: the ledger is "
+    )
+    told += rf"an older copy\. .* so round {number + 1} can't be done again\. Restore a backup .* that has round 3 as"
+    with pytest.raises(DataError, match=told):
+        ahead.lead(tiny.plan(rounds=5, evaluate_every=0))
+    assert sorted(path.name for path in (ahead.run_dir / "checkpoints").iterdir()) == before
+    put_back(ahead, 3)
+    assert ahead.lead(tiny.plan(rounds=5, evaluate_every=0)).checkpoint.name == "0005.safetensors"
+
+
+def test_another_run_begins_with_the_checkpoint_of_one_that_can_not_go_on(ahead: Coordinator, ram_path: Path) -> None:
+    second = Coordinator(ram_path / "second", ahead.grid.nodes)
+    second.run_dir.mkdir()
+    last = shutil.copy(ahead.run_dir / "checkpoints/0004.safetensors", second.run_dir / "initial.safetensors")
+    codebook, told = (ahead.run_dir / "codebook.json").read_bytes(), json.loads(tiny.plan(rounds=1).to_bytes())
+    told |= {"name": "second", "initial": hashlib.sha256(last.read_bytes()).hexdigest()}
+    told |= {"codebook": hashlib.sha256(codebook).hexdigest()}
+    outcome = second.lead(FederationPlan.from_bytes(json.dumps(told).encode(), codebook))
+    assert outcome.checkpoint.name == "0001.safetensors"
+
+
+def test_a_folder_that_is_older_than_its_ledger_is_told_as_such(ahead: Coordinator) -> None:
+    (ahead.run_dir / "checkpoints/0004.safetensors").unlink()
+    with pytest.raises(
+        DataError, match=r"0004\.safetensors is missing.*older copy, up to round 3.*made after the ledger"
+    ):
+        ahead.lead(tiny.plan(rounds=5, evaluate_every=0))
+
+
 def test_the_server_app_reads_its_plan_from_the_runs_folder(ram_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grid = FunctionGrid(hospitals(ram_path))
     monkeypatch.setenv("FEDCOMET_RUNS", str(ram_path / "runs"))
@@ -360,6 +450,25 @@ def test_the_server_app_reads_its_plan_from_the_runs_folder(ram_path: Path, monk
     (run_dir / "plan.json").write_bytes(tiny.plan().to_bytes())
     server_app.app(grid, Context(0, 1, {}, RecordDict(), {"run": "first"}))
     assert (run_dir / "checkpoints/0002.safetensors").exists()
+
+
+def test_the_server_app_says_that_its_disk_is_full_and_its_run_has_not_failed(
+    ram_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tensors: Any, path: Path, metadata: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setenv("FEDCOMET_RUNS", str(ram_path / "runs"))
+    run_dir = ram_path / "runs/first"
+    run_dir.mkdir(parents=True)
+    (run_dir / "plan.json").write_bytes(tiny.plan().to_bytes())
+    nodes = hospitals(ram_path)
+    context = Context(0, 1, {}, RecordDict(), {"run": "first"})
+    with pytest.raises(OutOfRoom, match=r"^Out of room: .*No space left on device: '.*/checkpoints/0001\.safetensors'"):
+        server_app.app(FunctionGrid(nodes), context)
+    with Ledger.open(run_dir / "ledger.sqlite") as ledger:
+        assert [run.state for run in ledger.runs()] == [RunState.RUNNING]
 
 
 @pytest.mark.parametrize("run", ["../first", "", "unknown", 3])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from federation import database
 from federation.pki import Role
 from server import backup, lease
 from server.lease import LeaseTaken
@@ -16,6 +17,7 @@ from server.ledger_entries import BudgetEntry, Identity
 from server.restore import restore
 from server.transactions import LeaseLost
 from tests.server.test_journal import fill
+from tokenizer import durable
 from tokenizer.errors import ConfigError, DataError
 
 
@@ -126,6 +128,21 @@ def test_a_backup_taken_while_others_write_is_of_one_moment(opened: Callable[[],
     finally:
         done.set()
         thread.join()
+
+
+def test_a_full_disk_of_a_backup_is_said_at_once_and_not_of_the_ledger(
+    opened: Callable[[], Ledger], ram_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ledger, file, connect = opened(), ram_path / "copy.backup", database.connect
+    filled(ledger)
+    monkeypatch.setattr(database, "connect", lambda url, pragmas: connect(url, (*pragmas, "max_page_count=9")))
+    with pytest.raises(
+        ConfigError, match=r"copy\.backup can't be written \(.*is full\); make room on its disk"
+    ) as told:
+        backup.save(ledger.transactions, file)
+    assert durable.out_of_room(told.value)
+    assert "can't be reached" not in caplog.text
+    assert not list(ram_path.glob("copy.backup*"))
 
 
 def test_a_ledger_is_not_replaced_under_whoever_leads(

@@ -1,5 +1,6 @@
 """Claims about runs that are kept going, and about who is a node: a real ledger, with Flower's part played here."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from server.flower_link import FlowerNode, FlowerRun, LinkRefusal, node_key
 from server.keeper import Keeper
 from server.ledger import Ledger
 from server.tables import RunState, SiteStatus
+from tokenizer import durable
 
 BUNDLE = "b" * 64
 
@@ -64,9 +66,9 @@ class Flower:
 class Table:
     """A coordinator's ledger, Flower, the keeper between them, and a clock."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, folder: Path) -> None:
         self.ledger, self.flower, self.now, self.committed = ledger, Flower(), 0.0, 0
-        self.keeper = Keeper(ledger, self.flower, lambda run: self.committed, lambda: self.now)
+        self.keeper = Keeper(ledger, self.flower, lambda run: self.committed, folder, lambda: self.now)
 
     def look(self, later_s: float = 0.0) -> None:
         self.now += later_s
@@ -81,7 +83,7 @@ class Table:
 def table(tmp_path: Path) -> Iterator[Table]:
     with Ledger.open(tmp_path / "ledger.sqlite") as ledger:
         ledger.propose("first", b"{}")
-        yield Table(ledger)
+        yield Table(ledger, tmp_path / "runs")
 
 
 def test_only_runs_that_should_run_are_started_and_each_once(table: Table) -> None:
@@ -130,6 +132,83 @@ def test_a_run_that_makes_rounds_between_its_deaths_goes_on_for_ever(table: Tabl
         table.look(100)
         table.flower.die(number)
     assert table.state == RunState.READY
+
+
+NO_ROOM = "ServerApp failed with exception: Out of room: [Errno 28] No space left on device: 'runs/first/x'"
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many bytes are free."""
+    free = [200_000_000]
+    monkeypatch.setattr(durable, "free_bytes", lambda path: free[0])
+    return free
+
+
+def test_a_run_that_ends_for_want_of_room_is_no_failed_one_and_goes_on_when_there_is_more(
+    table: Table, free: list[int]
+) -> None:
+    table.ledger.start("first")
+    table.look()
+    for number in range(1, 30):
+        table.flower.die(number, NO_ROOM)
+        table.look(100)
+        table.look(100)
+        assert len(table.flower.all) == number
+        assert re.fullmatch(
+            r"run first had too little room \(\[Errno 28\] No space left on device: 'runs/first/x'\), and [\d,]+ bytes "
+            r"are free now; make room, and all goes on by itself: this is told until the run's next round is done",
+            table.keeper.trouble,
+        )
+        free[0] += 5_000_000
+        table.look(1)
+        assert len(table.flower.all) == number + 1
+        assert table.keeper.trouble
+    assert table.state == RunState.READY
+    table.committed = 1
+    table.look(1)
+    assert table.keeper.trouble == ""
+
+
+def test_a_run_without_room_is_tried_now_and_then_as_not_every_quota_shows(table: Table, free: list[int]) -> None:
+    table.ledger.start("first")
+    table.look()
+    for number in range(1, 10):
+        table.flower.die(number, NO_ROOM)
+        table.look(100)
+        table.look(590)
+        assert len(table.flower.all) == number
+        table.look(20)
+        assert len(table.flower.all) == number + 1
+    assert table.state == RunState.READY
+
+
+def test_a_run_is_not_led_while_its_next_checkpoint_finds_no_room(
+    table: Table, free: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = tmp_path / "runs/first/checkpoints/0003.safetensors"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(b"x" * 1000)
+    table.committed, free[0] = 3, 999
+    table.ledger.start("first")
+    table.look()
+    table.look(100)
+    assert not table.flower.all
+    told = (
+        f"run first needs 1,000 bytes for its next checkpoint, and the disk of {tmp_path}/runs/first has 999; make room"
+    )
+    assert told in table.keeper.trouble
+    assert caplog.text.count(told) == 1
+    table.committed = 2  # it is there already
+    table.look()
+    assert len(table.flower.all) == 1
+    assert table.keeper.trouble == ""
+    table.committed = 3
+    table.look()
+    assert told in table.keeper.trouble
+    free[0] = 1000
+    table.look()
+    assert table.keeper.trouble == ""
 
 
 @pytest.mark.parametrize("wish", ["pause", "stop"])

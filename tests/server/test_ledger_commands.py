@@ -134,7 +134,11 @@ def test_the_home_can_come_from_the_environment(home: Path, monkeypatch: pytest.
 
 def test_backup_and_restore(home: Path, ram_path: Path) -> None:
     file = ram_path / "ledger.backup"
-    made = told("backup", file, "--home", home)
+    with Ledger.open(home / "ledger.sqlite") as ledger:
+        ledger.start("icu")
+        ledger.journal("icu").start("icu")
+    made, under_way = told("backup", file, "--home", home).splitlines()
+    assert under_way == f"Run icu is under way, round 1 is committed: copy {home}/runs/icu before it goes on."
     with pytest.raises(ConfigError, match="--yes replaces it"):
         told("backup", file, "--home", home)
     with pytest.raises(ConfigError, match="is not empty"):

@@ -22,8 +22,11 @@ from federation.update import to_vector
 from model import checkpoint
 from model.decoder import Decoder
 from server.app import Outcome, coordinate, give_up_sum
+from server.backup import save
 from server.journal import GIVEN_UP, Journal, Status, SumEntry
+from server.ledger import Ledger
 from server.plan import PrivacyPlan
+from server.restore import restore
 from server.rounds import Event, RoundFailed, Rounds, SumWaits
 from tests import tiny
 from tests.masked import Federation, dumped, needles, wire_bytes
@@ -475,3 +478,27 @@ def test_noised_losses_of_a_masked_private_run_are_summed_and_charged(ram_path: 
 
 def event_manifest(played: Federation) -> str:
     return Manifest.from_bytes((played.root / "run" / "manifest.json").read_bytes()).hash
+
+
+def test_a_ledger_from_before_a_signed_sum_says_that_its_run_can_not_go_on(ram_path: Path) -> None:
+    played, ledger = Federation(ram_path, rounds=3), ram_path / "run/ledger.sqlite"
+
+    def watch(event: Event) -> None:
+        if event.kind == "round.announced":
+            with Ledger.open(ledger) as opened:
+                save(opened.transactions, ram_path / f"{event.round - 1}.backup")
+            if event.round == 3:
+                raise Killed
+
+    with pytest.raises(Killed):
+        played.lead(watch)
+    for number in (1, 2):
+        with Ledger.open(ledger) as opened:
+            restore(ram_path / f"{number}.backup", opened.transactions, replace=True)
+        if number == 1:
+            told = (
+                r"0002\.safetensors is there, .* last round of the run is 1: .*sign one sum a round, so round 2 can't"
+            )
+            with pytest.raises(DataError, match=told + r" be done again.* has round 2 as committed"):
+                played.lead()
+    assert played.lead().checkpoint.name == "0003.safetensors"

@@ -91,6 +91,21 @@ def test_an_older_ledger_is_copied_and_migrated(
         assert other.journal("icu").committed() == 1
 
 
+def test_a_backup_that_there_is_no_room_to_migrate_is_said_at_once(
+    ram_path: Path, second: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = ram_path / "copy.backup"
+    with Ledger.open(ram_path / "ledger.sqlite") as ledger:
+        filled(ledger)
+        backup.save(ledger.transactions, copy)
+    second()
+    with Ledger.open(ram_path / "other.sqlite") as other:
+        monkeypatch.setattr(schema, "_PRAGMAS", ("max_page_count=9",))
+        with pytest.raises(ConfigError, match=r"copy\.backup is of an older .*is full\); make room there.*in TMPDIR"):
+            restore.restore(copy, other.transactions)
+        assert other.runs() == []
+
+
 def test_a_migration_that_fails_changes_nothing(ram_path: Path, second: Callable[..., None]) -> None:
     path = ram_path / "ledger.sqlite"
     with Ledger.open(path) as ledger:
