@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import UTC, datetime
 from hashlib import sha256
+from math import isinf
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,6 +26,7 @@ from client.policy import Policy
 from client.witness import Witnessed, refuse_restored
 from federation import control_pb2 as wire
 from federation import pki
+from federation.accountant import Approximate
 from federation.calls import CONTROL
 from federation.channel import Channel
 from federation.manifest import software_version
@@ -109,6 +111,9 @@ class Link:
             return False
         with Budget.open(place, limit) as budget:
             found = report(budget)
+            if isinf(found.epsilon):  # a restored state was charged the limit's whole delta
+                taken = sum(each.delta * each.steps for each in budget.mechanisms() if isinstance(each, Approximate))
+                found = report(budget, found.delta + taken)
         told = wire.BudgetReport(site=self.home.name, epsilon=found.epsilon, delta=found.delta)
         if limit is not None:
             told.limit_epsilon, told.limit_delta = limit.epsilon, limit.delta

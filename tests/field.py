@@ -75,6 +75,32 @@ def process(place: Machine, marks: Sequence[str]) -> int | None:
     return None
 
 
+def node(place: Machine, site: str) -> int | None:
+    """Find a site's node."""
+    return process(place, ("client.supernode", f"homes/{site}"))
+
+
+def nursery(place: Machine, site: str) -> int | None:
+    """Find a site's nursery itself, not what it forked, whose command line is the same."""
+    return _nursery_below(place, node(place, site))
+
+
+def app_process(place: Machine, site: str) -> int | None:
+    """Find a process of a site that is at work: a nursery's child."""
+    return _nursery_below(place, nursery(place, site))
+
+
+def _nursery_below(place: Machine, parent: int | None) -> int | None:
+    for pid in place.processes() if parent is not None else ():
+        try:
+            stat, words = Path(f"/proc/{pid}/stat").read_text(), Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            continue
+        if int(stat.rpartition(")")[2].split()[1]) == parent and b"federation.nursery" in words:
+            return pid
+    return None
+
+
 def found_federation(root: Path, address: str = "127.0.0.1", database: str = "") -> CoordinatorHome:
     """Make a coordinator's home, with free ports."""
     fleet, control, enrol, ui, alive, runtime = free_ports(6)
@@ -98,8 +124,8 @@ def join_site(
     alive, runtime = free_ports(2)
     made = tiny.site(root, name, seed)
     text = (joined.path / "site.toml").read_text().replace('data = "data"', f'data = "{made.data}"')
-    text += f"\n[daemon]\nhealth_port = {alive}\nruntime_port = {runtime}\nstop_seconds = 20\n"
-    (joined.path / "site.toml").write_text(text)
+    own = f"[daemon]\nhealth_port = {alive}\nruntime_port = {runtime}\nstop_seconds = 20\n\n"
+    (joined.path / "site.toml").write_text(text.replace("[coordinator]", f"{own}[coordinator]", 1))
     key = joined.settings.coordinator.key
     manifests = '"any"' if lax else '"ask"'
     rules = f'version = 1\n[runs]\ncoordinators = ["{key}"]\nmanifests = {manifests}\n'
@@ -179,6 +205,11 @@ class Field:
         site.service = self.place.start(*command)
         return site
 
+    def stop_sites(self) -> None:
+        """Tell the sites' daemons to end, and wait until they have."""
+        for service in [site.service for site in self.sites.values() if site.service is not None]:
+            service.stop()
+
     def all_online(self, count: int | None = None) -> None:
         """Wait until all sites are there."""
         wanted = len(self.sites) if count is None else count
@@ -257,9 +288,12 @@ def federation(
             made.join(name)
             if run:
                 made.run_site(name)
-        if run:
-            made.all_online()
-        yield made
+        try:
+            if run:
+                made.all_online()
+            yield made
+        finally:
+            made.stop_sites()  # first: a node whose coordinator is away asks it for a while before it ends
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """A SuperLink and SuperNodes as real processes on loopback, with TLS and node authentication; all end with a test."""
 
+import contextlib
 import os
+import random
 import select
 import signal
 import socket
@@ -155,7 +157,11 @@ def gone(pid: int) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    """Ports that nobody listens on, from below those that the system gives to outgoing connections in the meantime."""
+    sockets: list[socket.socket] = []
+    while len(sockets) < count:
+        with contextlib.suppress(OSError):
+            sockets.append(socket.create_server(("127.0.0.1", random.randrange(10_000, 32_768))))
     ports = [s.getsockname()[1] for s in sockets]
     for s in sockets:
         s.close()

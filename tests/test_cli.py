@@ -19,7 +19,7 @@ from model.task_files import shipped
 from server.app import coordinate
 from server.post import TooFewSites
 from tests import tiny
-from tests.typed import fedcomet
+from tests.typed import commands, fedcomet
 from tokenizer.codebook import Codebook
 from tokenizer.events import write_meds
 from tokenizer.labels import read_labels
@@ -27,32 +27,6 @@ from tokenizer.store import TokenStore
 
 REPOSITORY = Path(__file__).parents[1]
 HELP = Path(__file__).parent / "golden" / "help.txt"
-SITE = ("site", "site check", "site policy", "site approve", "site audit", "site key")
-MEMBERS = ("site join", "site renew", "site message", "site run", "site status", "site budget", "site ui")
-AUTHORITY = ("init", "invite", "revoke", "rotate", "fingerprints", "message")
-LEDGER = ("plan", "serve", "start", "pause", "resume", "stop", "status", "runs", "sites", "logs", "backup", "restore")
-PAGES = ("ui", "password")
-PRIVACY = ("privacy", "privacy plan", "privacy budget", "privacy free")
-COMMANDS = ("tokenize", *SITE, *PRIVACY, "coordinator", "coordinator key", "coordinator give-up")
-COMMANDS = (
-    *COMMANDS,
-    *MEMBERS,
-    *(f"coordinator {each}" for each in (*AUTHORITY, *LEDGER, *PAGES)),
-    "synthesize",
-    "simulate",
-    "partition",
-    "report",
-    "rollout",
-    "evaluate",
-    "audit",
-    "reproduce",
-    "tasks",
-    *(f"tasks {each}" for each in ("list", "show", "check", "explain")),
-    "model",
-    "model show",
-    "model export",
-    "model import",
-)
 STUDY = """
 name = "tiny"
 arms = ["federated", "alone", "pooled", "ensemble"]
@@ -122,7 +96,7 @@ def test_the_help_of_every_command_is_the_golden_one() -> None:
 
 
 def help_texts() -> str:
-    texts = [fedcomet("--help"), *(fedcomet(*command.split(), "--help") for command in COMMANDS)]
+    texts = [fedcomet(*words, "--help") for words in commands()]
     assert all(text.returncode == 0 for text in texts)
     lines = "\n".join(text.stdout for text in texts).splitlines()
     return "\n".join(line.rstrip() for line in lines) + "\n"

@@ -3,10 +3,13 @@
 import io
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from unittest import mock
+
+import click
+import typer
 
 import fedcomet as command_line
 
@@ -37,3 +40,15 @@ def fedcomet(*arguments: object, **environment: str) -> Said:
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     return Said(code, out.getvalue(), err.getvalue())
+
+
+def commands() -> dict[tuple[str, ...], click.Command]:
+    """Every command and group of the command line by its words, a group before what is in it."""
+
+    def below(command: click.Command, words: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+        yield words, command
+        if isinstance(command, click.Group):
+            for name, each in command.commands.items():
+                yield from below(each, (*words, name))
+
+    return dict(below(typer.main.get_command(command_line.app), ()))

@@ -31,7 +31,7 @@ from client.site import Site
 from federation import flower, masking
 from federation.identity import Identity
 from federation.keystream import Masks, chunks
-from federation.manifest import LocalWork, Manifest, OuterOptions, PrivateEvaluation, SecureAggregation
+from federation.manifest import LocalWork, Manifest, OuterOptions, PrivateEvaluation, SecureAggregation, Transport
 from federation.masking import Masked, MaskingOptions
 from federation.messages import (
     EvaluateReply,
@@ -46,7 +46,7 @@ from federation.summed import agreement_of
 from federation.update import to_vector
 from model.decoder import Decoder
 from model.private import PrivateTrainer, Secret
-from server.plan import PrivacyPlan
+from server.plan import FederationPlan, PrivacyPlan
 from server.unmask import Stage, Unmasking
 from tests import tiny
 from tokenizer.codebook import Codebook, Survey
@@ -64,6 +64,7 @@ SHARED = tiny.plan(
     privacy=PrivacyPlan(noise_multiplier=4.0, delta=1e-5, mechanism="distributed", honest_sites=2),
     outer=OuterOptions(weights="uniform"),
 )
+ROUNDED = tiny.plan(local=LocalWork(steps=2, batch_tokens=512), transport=Transport("bfloat16"))
 Step = Callable[..., None]
 
 
@@ -74,12 +75,12 @@ class Place(NamedTuple):
     manifest: Manifest
 
     @classmethod
-    def prepared(cls, root: Path, *, shared: bool = False) -> "Place":
+    def prepared(cls, root: Path, *, shared: bool = False, plan: FederationPlan = PLAN) -> "Place":
         files = replace(tiny.site(root, "icu", 1), snapshot_minutes=0.0)
         site = Site(files)
         codebook = Codebook.build(Survey.from_bytes(site.survey(SurveyRequest(PLAN.split, PLAN.tokenizer, FAR)).survey))
         roster = {"icu": Identity.at(site_key(files.state)).public} | {name: one.public for name, one in OTHERS.items()}
-        manifest = (replace(SHARED, secure_aggregation=_summing(roster)) if shared else PLAN).manifest(codebook)
+        manifest = (replace(SHARED, secure_aggregation=_summing(roster)) if shared else plan).manifest(codebook)
         site.prepare(PrepareRequest(manifest.to_bytes(), codebook.to_bytes(), FAR))
         return cls(files, manifest)
 
@@ -112,6 +113,24 @@ def answer(place: Place, step: Step) -> None:
     line = f"{sent.content.object_id} {hashlib.sha256(reply.update.tobytes()).hexdigest()}"
     _append(place.outbox, line)
     step("sent")
+
+
+def answer_rounded(place: Place, step: Step) -> None:
+    """Answer the second round, whose update comes with what rounding took from the first, and let the answer go."""
+    manifest = place.manifest
+    flower.assume_identity()
+    for number in (1, 2):
+        weights = to_vector(Decoder.create(manifest.model, number))
+        request = TrainRequest(manifest.hash, number, weights, FAR)
+        message = flower.request(flower.to_record(request), request.kind, 1, group=str(number), ttl_s=60.0)
+        flower.number_(message, str(number))
+        sent = tiny.honest(place.files)(message)
+        assert sent is not None
+        reply = flower.read(sent)
+        step("about to leave")
+        assert isinstance(reply, TrainReply), reply
+        _append(place.outbox, f"{number} {hashlib.sha256(np.asarray(reply.update).tobytes()).hexdigest()}")
+        step("sent")
 
 
 def answer_evaluation(place: Place, step: Step) -> None:

@@ -14,11 +14,13 @@ from client.outbound import read_entry, read_head
 from federation import protection
 from federation.accountant import epsilon
 from tests.client.killed_round import (
+    ROUNDED,
     Place,
     answer,
     answer_evaluation,
     answer_masked,
     answer_masked_with_forgotten_keys,
+    answer_rounded,
     answer_with_forgotten_keys,
     killed_at,
     lines,
@@ -122,6 +124,77 @@ def test_killed_between_any_two_of_its_duties_a_site_keeps_its_promise(prepared:
 )
 def test_killed_while_it_evaluates_a_site_keeps_its_promise(prepared: Place, nth: int, kind: str) -> None:
     assert kill_and_go_on(prepared, nth, kind, "evaluation") == kind
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    root = Path("/dev/shm") if Path("/dev/shm").is_dir() else tmp_path_factory.getbasetemp()
+    folder = root / f"fedcomet-killed-rounded-{tmp_path_factory.getbasetemp().name}"
+    yield Place.prepared(folder, plan=ROUNDED)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(rounded: Place) -> Place:
+    """A site that was never killed."""
+    place = rounded.copy(rounded.files.state.with_name("undisturbed"))
+    assert killed_at(place, NEVER, how=answer_rounded) == ""
+    assert [number for number, _ in lines(place.outbox)] == ["1", "2"]
+    return place
+
+
+def residuals(place: Place) -> dict[str, bytes]:
+    """What rounding took from every update that is kept."""
+    folder = place.files.state / "runs" / place.manifest.hash / "residuals"
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def kill_and_go_on_rounded(rounded: Place, undisturbed: Place, nth: int, kind: str = "") -> str:
+    folder = rounded.files.state.with_name(f"rounded-{nth}-{kind}")
+    place = rounded.copy(folder)
+    name = killed_at(place, nth, kind, answer_rounded)
+    assert killed_at(place, NEVER, how=answer_rounded) == ""
+    assert {tuple(each) for each in lines(place.outbox)} == {tuple(each) for each in lines(undisturbed.outbox)}
+    assert residuals(place) == residuals(undisturbed)
+    shutil.rmtree(folder)
+    return name
+
+
+@pytest.mark.parametrize(
+    ("nth", "kind"),
+    [
+        (1, "before RunArchive.keep"),  # the residual is there, and its answer is not
+        (1, "after RunArchive.keep"),
+        (1, "sent"),
+        (2, "before RunArchive.keep"),
+        (2, "after RunArchive.keep"),
+        (2, "after replace"),
+        (2, "about to leave"),
+    ],
+)
+def test_killed_anywhere_a_site_adds_what_rounding_took_away_once(
+    rounded: Place, undisturbed: Place, nth: int, kind: str
+) -> None:
+    assert len(residuals(undisturbed)["0002.safetensors"]) > 1000
+    assert kill_and_go_on_rounded(rounded, undisturbed, nth, kind) == kind
+
+
+@pytest.mark.slow
+def test_killed_at_every_step_a_site_adds_what_rounding_took_away_once(rounded: Place, undisturbed: Place) -> None:
+    names = list(
+        itertools.takewhile(bool, (kill_and_go_on_rounded(rounded, undisturbed, nth) for nth in itertools.count(1)))
+    )
+    assert {"after fsync", "after replace", "after RunArchive.keep", "sent"} <= set(names)
+    assert len(names) > 30
+
+
+def test_a_site_that_loses_what_rounding_took_away_is_found_out(rounded: Place, undisturbed: Place) -> None:
+    """The negative control of the tests above."""
+    place = rounded.copy(rounded.files.state.with_name("rounded-forgetful"))
+    assert killed_at(place, 1, "sent", answer_rounded) == "sent"
+    (place.files.state / "runs" / place.manifest.hash / "residuals/0001.safetensors").unlink()
+    assert killed_at(place, NEVER, how=answer_rounded) == ""
+    assert lines(place.outbox)[-1] != lines(undisturbed.outbox)[-1]
 
 
 @pytest.fixture(scope="module")

@@ -122,7 +122,11 @@ def test_people_go_on_by_charging_the_limit_and_nothing_private_leaves_any_more(
     assert spent(home) >= 4.0
     with Link(home) as link:
         link.report_health()
+        assert link.report_budget()
         link.report_health()
+    told = coordinator.ledger.budgets("icu")[-1]
+    assert 4.0 <= told.epsilon < 8.0, "a figure, at a delta that leaves one"
+    assert told.delta == pytest.approx(2e-5)
     (event,) = coordinator.ledger.events(what="site.restored")
     assert "its people have accepted that" in event.text
     assert "not found to be restored" in run.invoke(app, ["restored", "--home", str(home.path)]).output

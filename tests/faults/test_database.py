@@ -17,7 +17,7 @@ _GONE_S = 30.0
 def test_a_coordinator_without_a_run_says_that_its_database_is_gone_and_when_it_is_back(tmp_path: Path) -> None:
     programs = services.postgres_programs()
     if programs is None:
-        pytest.skip("PostgreSQL is not installed")
+        pytest.skip(services.POSTGRES_MISSING)
     with (
         services.postgres(programs) as folder,
         federation(tmp_path, (), database=services.postgres_url(folder), run=False) as field,
@@ -47,7 +47,7 @@ def gone_for(seconds: float, programs: Path, folder: Path, field: Field) -> None
 def test_a_run_goes_on_when_the_database_is_back_and_a_pause_is_kept(tmp_path: Path) -> None:
     programs = services.postgres_programs()
     if programs is None:
-        pytest.skip("PostgreSQL is not installed")
+        pytest.skip(services.POSTGRES_MISSING)
     with (
         services.postgres(programs) as folder,
         federation(tmp_path, database=services.postgres_url(folder)) as field,

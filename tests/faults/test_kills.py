@@ -1,27 +1,38 @@
-"""Eight sites by their daemons, each kind of process killed (-9) at each phase of a round; then what people order."""
+"""Sites by their daemons, each kind of process killed (-9) at each phase of a private round; then what people order."""
 
-import os
-import signal
 import time
-from collections.abc import Sequence
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
 from client.audit import audit
+from client.budget import FILE, Budget, State
+from client.outbound import lines, read_entry, read_head
+from federation import protection
+from federation.manifest import Manifest, PrivateEvaluation
+from federation.messages import EvaluateReply, TrainReply
+from server.journal import Status
+from server.plan import PrivacyPlan
 from server.tables import RunState
-from tests.field import Field, federation, process, until
+from tests import tiny
+from tests.field import Field, app_process, federation, node, nursery, process, until
 
 pytestmark = pytest.mark.slow
 
-SITES = tuple(f"ward-{number}" for number in range(8))
-PHASES = ("round.announced", "update.accepted", "round.aggregated", "round.committed")
-NODES = {
-    "nursery of a site": ("federation.nursery",),
-    "node of a site": ("client.supernode", "homes/ward-3"),
-    "SuperLink": ("server.superlink",),
-    "leading process": ("flwr-serverapp",),
-}
+SITES = ("ward-0", "ward-1", "ward-2")
+VICTIM = "ward-1"
+"""The site whose processes are killed."""
+PHASES = ("round.announced", "update.accepted", "round.aggregated", "round.evaluated", "round.committed")
+PRIVACY = PrivacyPlan(
+    sampling_rate=0.25,
+    noise_multiplier=2.0,
+    delta=1e-5,
+    evaluation=PrivateEvaluation(every=1, bound=10.0, noise_multiplier=2.0),
+)
+PURPOSES = {TrainReply.kind: "training", EvaluateReply.kind: "evaluation"}
+SITE_KINDS = ("app process of a site", "nursery of a site", "node of a site", "daemon of a site")
+KINDS = (*SITE_KINDS, "SuperLink", "leading process", "daemon of the coordinator")
 
 
 def happens(field: Field, what: str) -> None:
@@ -38,29 +49,44 @@ def last(field: Field, what: str) -> int:
     return events[0].id if events else 0
 
 
-def child(field: Field) -> int | None:
-    """An app process that is at work: a nursery's child."""
-    nurseries = [pid for pid in field.place.processes() if "federation.nursery" in command_of(pid)]
-    return next((pid for pid in nurseries if parent_of(pid) in nurseries), None)
+def killed(field: Field, kind: str) -> None:
+    """Kill a process of a kind, which is there within a minute, or the test has failed."""
+
+    def find() -> int | None:
+        match kind:
+            case "app process of a site":
+                return app_process(field.place, VICTIM)
+            case "nursery of a site":
+                return nursery(field.place, VICTIM)
+            case "node of a site":
+                return node(field.place, VICTIM)
+            case "SuperLink":
+                return process(field.place, ("server.superlink",))
+            case _:
+                return process(field.place, ("flwr-serverapp",))
+
+    if kind == "daemon of a site":
+        service = field.sites[VICTIM].service
+        assert service is not None
+        service.kill()
+        field.run_site(VICTIM)
+    elif kind == "daemon of the coordinator":
+        assert field.coordinator is not None
+        field.coordinator.kill()
+        field.serve("--wait")
+    else:
+        until(lambda: kill_if_there(find()), f"there is no {kind} to kill", 60)
 
 
-def command_of(pid: int) -> str:
+def kill_if_there(pid: int | None) -> bool:
+    """Kill a process; False if there was none, or none any more."""
+    if pid is None:
+        return False
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().decode()
-    except OSError:
-        return ""
-
-
-def parent_of(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return 0
-
-
-def kill(pid: int | None) -> None:
-    if pid is not None:
-        os.kill(pid, signal.SIGKILL)
+        tiny.kill(pid)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def contiguous(field: Field, run: str) -> None:
@@ -72,43 +98,77 @@ def contiguous(field: Field, run: str) -> None:
         assert audit(site.home.state).broken is None
 
 
+def paid(field: Field, run: str, hit: dict[str, set[int]]) -> None:
+    """See that every site has paid for what left it, once, and for nothing else.
+
+    Args:
+        field: the federation.
+        run: a private run that has ended.
+        hit: rounds in which processes of a site were killed. An answer that was charged and did not leave before the
+            kill, and that nobody asked for again, stays charged: it might have left.
+    """
+    manifest = Manifest.from_bytes((field.home.runs / run / "manifest.json").read_bytes())
+    privacy, done = protection.privacy_of(manifest), field.ledger.journal(run).committed()
+    for name, site in field.sites.items():
+        folder = site.home.state / "outbound"
+        left: dict[str, dict[int, set[str]]] = {purpose: defaultdict(set) for purpose in PURPOSES.values()}
+        for place, line in lines(folder, read_head(folder)):
+            message = read_entry(line, place).message
+            if message.kind in PURPOSES and message.run == manifest.hash:
+                assert message.round is not None
+                assert message.epsilon is not None
+                left[PURPOSES[message.kind]][message.round].add(message.sha256)
+        with Budget.open(site.home.state / FILE) as budget:
+            charges = budget.charges()
+        for purpose, rounds in left.items():
+            own = {each.release.round: each for each in charges if each.release.purpose == purpose}
+            spent = {number for number, each in own.items() if each.state.spent}
+            assert all(len(answers) == 1 for answers in rounds.values()), f"{name}: two answers to one question"
+            assert set(rounds) <= spent, f"{name}: {purpose} of rounds {set(rounds) - spent} left without a charge"
+            more = spent - set(rounds)
+            assert more <= hit.get(name, set()), f"{name}: {purpose} of rounds {more} was charged and did not leave"
+            waiting = {number for number, each in own.items() if each.state == State.RESERVED}
+            assert len(waiting) <= 1, f"{name}: {purpose} of rounds {waiting} stays reserved"
+            training = purpose == "training"
+            cost = protection.of_releases(manifest, 2) if training else protection.of_evaluations(privacy, 1)
+            for number in spent:
+                charge = own[number]
+                assert (charge.release.run, charge.release.mechanisms, charge.key) == (manifest.hash, cost, b"")
+        accepted = {number for number in range(1, done + 1) if name in takers(field, run, number)}
+        assert accepted
+        assert accepted <= set(left["training"])
+
+
+def takers(field: Field, run: str, number: int) -> set[str]:
+    """The sites whose updates of a round were accepted."""
+    replies = field.ledger.journal(run).replies(number)
+    return {entry.site for entry in replies if entry.status == Status.ACCEPTED}
+
+
 def ordered(field: Field, *words: str, state: RunState) -> None:
     field.cli("coordinator", *words, "--home", str(field.home.path))
     until(lambda: field.state(words[1]) == state, field.told, 300)
 
 
-def killed_everywhere(field: Field, kinds: Sequence[str]) -> None:
-    journal = field.ledger.journal("first")
-    for kind in kinds:
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_every_phase_no_round_is_lost_or_counted_or_paid_twice(tmp_path: Path, kind: str) -> None:
+    with federation(tmp_path, SITES) as field:
+        journal = field.begin("first", rounds=40, min_sites=2, privacy=PRIVACY)
+        field.committed("first", 1)
+        hit: set[int] = set()
         for phase in PHASES:
             happens(field, phase)
             number = journal.committed()
-            if kind == "app process of a site":
-                kill(child(field))
-            elif kind == "daemon of a site":
-                service = field.sites["ward-5"].service
-                assert service is not None
-                service.kill()
-                field.run_site("ward-5")
-            elif kind == "daemon of the coordinator":
-                assert field.coordinator is not None
-                field.coordinator.kill()
-                field.serve("--wait")
-            else:
-                kill(process(field.place, NODES[kind]))
-            field.committed("first", number + 2, 400)
+            killed(field, kind)
+            hit |= {number, *range(number + 1, journal.committed() + 2)}
+            field.committed("first", number + 1, 400)
             print(f"{kind} killed at {phase}: the run is at round {journal.committed()}")
-
-
-def test_every_process_is_killed_at_every_phase_and_no_round_is_lost_or_counted_twice(tmp_path: Path) -> None:
-    kinds = ("app process of a site", "daemon of a site", "daemon of the coordinator", *NODES)
-    with federation(tmp_path, SITES) as field:
-        field.begin("first", rounds=1000, min_sites=4, evaluate_every=0)
-        field.committed("first", 1)
-        killed_everywhere(field, kinds)
         field.all_online()
+        until(lambda: VICTIM in takers(field, "first", journal.committed()), f"{VICTIM} is not back", 120)
         ordered(field, "stop", "first", state=RunState.STOPPED)
+        field.stop_sites()  # or one might be at work
         contiguous(field, "first")
+        paid(field, "first", {VICTIM: hit} if kind in SITE_KINDS else {})
 
 
 def test_orders_are_followed_and_a_site_that_is_told_to_stop_ends_its_work_first(tmp_path: Path) -> None:
@@ -123,7 +183,7 @@ def test_orders_are_followed_and_a_site_that_is_told_to_stop_ends_its_work_first
         ordered(field, "resume", "first", state=RunState.RUNNING)
         icu = field.sites["icu"].service
         assert icu is not None
-        until(lambda: child(field) is not None, "a site is at work", 60)
+        until(lambda: app_process(field.place, "icu") is not None, "a site is at work", 60)
         icu.terminate()
         assert icu.wait(60) == 0
         field.committed("first", paused + 2)  # the other one is enough
