@@ -37,7 +37,7 @@ from client.objects import FileContents
 from client.reads import read_more_at_a_time
 from federation import bundle
 from federation.flower_tasks import RUNTIME, TASK_HEARTBEAT_S
-from federation.front import Door, Front, telling_of_room
+from federation.front import Door, Front, telling_to_come_again
 from federation.handover import push_in_turn
 from federation.polls import Polls
 from tokenizer import durable
@@ -134,7 +134,7 @@ class Node:
         """
         # Every path asks for a task's token or the secret's signature by itself; the front keeps the others away.
         doors = {f"/v1/runtime/{name}": Door(lambda headers: "runtime") for name in RUNTIME}
-        application: Any = telling_of_room(create_app(self._states, self._options.secret))
+        application: Any = telling_to_come_again(create_app(self._states, self._options.secret))
         server = uvicorn.Server(
             uvicorn.Config(
                 Front(application, doors, at_once=64, threads=2),

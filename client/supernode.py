@@ -99,7 +99,7 @@ def main(path: str) -> int:
     try:
         home = SiteHome.open(Path(path))
         limit_s = home.settings.daemon.stop_seconds
-        _stop_on_signals(stopping, limit_s)
+        _stop_on_signals(stopping, folder, limit_s)
         return _serve(home, folder, stopping, limit_s)
     except Refused as refused:
         _log.error("%s", refused)
@@ -143,15 +143,22 @@ def _serve(home: SiteHome, folder: NodeFolder, stopping: threading.Event, limit_
     return 0 if stopping.is_set() else 1
 
 
-def _stop_on_signals(stopping: threading.Event, limit_s: float) -> None:
+def _stop_on_signals(stopping: threading.Event, folder: NodeFolder, limit_s: float) -> None:
     def stop(*_: object) -> None:
         if not stopping.is_set():
             stopping.set()
-            # Flower may be in the middle of waiting for a coordinator that is away, which nothing ends.
-            threading.Timer(limit_s + _LATE_S, os._exit, (0,)).start()
+            threading.Thread(target=_end_late, args=(folder, limit_s), daemon=True).start()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+
+
+def _end_late(folder: NodeFolder, limit_s: float) -> None:
+    """End this process, should Flower be waiting for a coordinator that is away, which nothing else ends."""
+    time.sleep(_LATE_S)
+    if folder.read().state == "working":
+        time.sleep(limit_s)
+    os._exit(0)
 
 
 if __name__ == "__main__":

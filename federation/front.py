@@ -4,11 +4,12 @@ An ASGI application around another one. A request passes if it is a POST to exac
 wire: no other spelling, no query), its headers are admitted *before* a byte of its body is read, and its body arrives
 whole, in time, within the bound, and suits whoever sent it. Everything else is answered here: 404 to what is no path,
 without a word on what there is; 401 to strangers; 408, 411 and 413 to bodies; 503 when
-the disk inside is full. `/health` tells that the process lives.
+the disk inside is full, or its database busy. `/health` tells that the process lives.
 """
 
 import asyncio
 import logging
+import sqlite3
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Hashable, Mapping, MutableMapping
@@ -55,16 +56,17 @@ class Door:
     told: Callable[[Any], None] | None = None
 
 
-def telling_of_room(application: Starlette) -> Starlette:
-    """Let one of Flower's applications answer 503, after which the same is asked again, where the disk is full.
+def telling_to_come_again(application: Starlette) -> Starlette:
+    """Let one of Flower's applications answer 503, after which the same is asked again, to what may work later.
 
-    Flower turns every other error into 500, which ends the process that asked; this one comes inside of that.
+    That is where the disk is full, or SQLite's database locked for longer than it is waited for. Flower turns every
+    other error into 500, which ends whoever asked, or its heartbeat; this one comes inside of that.
     """
-    application.user_middleware.append(Middleware(_Room))
+    application.user_middleware.append(Middleware(_Later))
     return application
 
 
-class _Room:
+class _Later:
     def __init__(self, app: Application) -> None:
         self._inside = app
 
@@ -72,9 +74,18 @@ class _Room:
         try:
             await self._inside(scope, receive, send)
         except Exception as problem:
-            if durable.out_of_room(problem):
+            if _may_pass(problem):
                 raise HTTPException(503) from problem
             raise
+
+
+def _may_pass(problem: Exception) -> bool:
+    if durable.out_of_room(problem):
+        return True
+    cause: BaseException | None = problem
+    while cause is not None and getattr(cause, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY:
+        cause = cause.__cause__ or cause.__context__
+    return cause is not None
 
 
 class _Refused(Exception):
@@ -162,7 +173,7 @@ class Front:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, answer, who, body)
         except Exception as problem:
-            if durable.out_of_room(problem):
+            if _may_pass(problem):
                 raise _Refused(503) from problem
             raise
 

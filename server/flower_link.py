@@ -63,7 +63,7 @@ from google.protobuf.message import DecodeError
 
 from federation import bundle
 from federation.flower_tasks import RUNTIME, TASK_HEARTBEAT_S
-from federation.front import Application, Door, Headers, telling_of_room
+from federation.front import Application, Door, Headers, telling_to_come_again
 from server.news import News
 from server.objects import FileObjectStore
 from tokenizer.errors import FedcometError
@@ -155,7 +155,7 @@ class SuperLink:
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of alembic, about Flower's own migrations
-            self._app = telling_of_room(create_app(config, SuperLinkLifespan))
+            self._app = telling_to_come_again(create_app(config, SuperLinkLifespan))
         self._objects = FileObjectStore(database, objects)
         self._requests, self._answers = News(), News()
         factory = self._app.state.linkstate_factory

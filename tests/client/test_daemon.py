@@ -14,7 +14,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.supercore import heartbeat
 
-from client import daemon, flower_node
+from client import daemon, flower_node, supernode
 from client.flower_node import Node, NodeOptions
 from client.home import SiteHome
 from client.supernode import NodeFolder, trusted_coordinators
@@ -359,3 +359,17 @@ def test_a_node_for_which_nobody_works_ends(
     node_at(fleet, tmp_path, monkeypatch).serve(threading.Event(), 0.0, threading.Event(), lambda: False)
     assert fleet.signed_off
     assert "nothing starts app processes any more; this node ends, to be started again" in caplog.messages
+
+
+@pytest.mark.parametrize(("state", "seconds"), [("connecting", [10]), ("waiting", [10]), ("working", [10, 60])])
+def test_a_node_that_waits_for_a_coordinator_ends_soon_when_told_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, seconds: list[float]
+) -> None:
+    slept: list[float] = []
+    codes: list[int] = []
+    monkeypatch.setattr(supernode.time, "sleep", slept.append)
+    monkeypatch.setattr(supernode.os, "_exit", codes.append)
+    folder = NodeFolder(tmp_path)
+    folder.write(state)
+    supernode._end_late(folder, 60)
+    assert (slept, codes) == (seconds, [0])

@@ -23,7 +23,7 @@ from client.budget import Budget, Release
 from client.outbound import Leaving, Outbound
 from client.supernode import NodeFolder
 from federation.accountant import Gaussian, Mechanisms
-from federation.front import Door, Front, telling_of_room
+from federation.front import Door, Front, telling_to_come_again
 from federation.identity import Identity
 from server.app import coordinate
 from server.journal import Journal, Status
@@ -128,7 +128,7 @@ def test_a_node_on_a_full_disk_lives_and_its_daemon_says_what_is_wrong(tmp_path:
         assert folder.read().state == "working"
 
 
-def test_a_request_that_meets_a_full_disk_is_to_be_asked_again_and_any_other_failure_is_one() -> None:
+def test_a_request_that_meets_a_full_disk_or_a_busy_database_is_to_be_asked_again_and_no_other_one() -> None:
     """503 is what Flower's processes ask again after; 500 ends them."""
 
     def status(problem: Exception | None) -> int:
@@ -139,7 +139,7 @@ def test_a_request_that_meets_a_full_disk_is_to_be_asked_again_and_any_other_fai
 
         inside = Starlette(routes=[Route("/p", asked, methods=["POST"])])
         inside.add_middleware(BaseHTTPMiddleware, dispatch=http_error_translator)  # what Flower makes of errors
-        front = Front(telling_of_room(inside), {"/p": Door(admit=lambda headers: "me")})
+        front = Front(telling_to_come_again(inside), {"/p": Door(admit=lambda headers: "me")})
 
         async def run() -> int:
             async with httpx.AsyncClient(transport=httpx.ASGITransport(front), base_url="http://here") as client:
@@ -151,4 +151,8 @@ def test_a_request_that_meets_a_full_disk_is_to_be_asked_again_and_any_other_fai
     full.sqlite_errorcode = sqlite3.SQLITE_FULL
     behind = RuntimeError("of the full disk")
     behind.__cause__ = OSError(errno.ENOSPC, "No space left on device")
-    assert [status(each) for each in (None, full, behind, ValueError("a mistake"))] == [200, 503, 503, 500]
+    busy = RuntimeError("of the locked database")
+    busy.__cause__ = sqlite3.OperationalError("database is locked")
+    busy.__cause__.sqlite_errorcode = sqlite3.SQLITE_BUSY | 2 << 8  # SQLITE_BUSY_SNAPSHOT
+    found = [status(each) for each in (None, full, behind, busy, ValueError("a mistake"))]
+    assert found == [200, 503, 503, 503, 500]
