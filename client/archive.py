@@ -13,7 +13,7 @@
                          residuals/0007.safetensors  what rounding took from the update of round 7 (of the last two)
                          drift/0007.safetensors    what drift correction keeps of round 7 (of the last two)
                          heads/0007.safetensors    the site's own head after round 7 (of the last two)
-                         weights.f32            the weights that were evaluated last, until others come
+                         weights                the weights that were evaluated last, until others come
                          scores/0007-tuning.json   the evaluation of round 7, in a run with secure aggregation
                          assessments/0007.safetensors   the answers to the run's questions after round 7
                          held/train.json        the secrets of the last masked sum of updates; for its owner only
@@ -40,8 +40,8 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from client.drift import Drift
-from federation import canonical, logs
-from federation.coding import Packed, Told
+from federation import canonical, logs, parts
+from federation.coding import Coding, Packed
 from federation.manifest import Manifest
 from federation.messages import (
     AssessReply,
@@ -49,9 +49,10 @@ from federation.messages import (
     ProtocolError,
     TrainReply,
     Vector,
+    Weighted,
     Wire,
+    bytes_of,
     from_wire,
-    sha256_of,
     to_wire,
 )
 from federation.parts import Bytes, FileBytes
@@ -359,17 +360,19 @@ class RunArchive:
         path = self._of_last_before(number, "heads")
         return safetensors.numpy.load_file(path)["head"] if path.exists() else None
 
-    def keep_weights(self, weights: Told) -> None:
-        """Keep weights that are likely to be asked about again."""
-        durable.write_bytes(self.path / "weights.f32", np.ascontiguousarray(weights, "<f4").data)
+    def keep_weights(self, request: Weighted) -> None:
+        """Keep a request's weights, which are likely to be asked about again."""
+        with durable.file(self.path / "weights") as path, path.open("wb") as file:
+            for piece in parts.pieces(bytes_of(to_wire(request).payloads["weights"])):
+                file.write(piece.data)
 
-    def weights(self, sha256: str) -> Vector | None:
-        """Give the kept weights, float32 [P], if they are these."""
-        path = self.path / "weights.f32"
-        if not path.exists() or path.stat().st_size % 4:
+    def weights(self, sha256: str, coding: Coding) -> Packed | None:
+        """Give the kept weights [P], if they are those whose bytes in this coding have this sha256."""
+        path = self.path / "weights"
+        if not path.exists():
             return None
-        weights: Vector = np.fromfile(path, "<f4").astype(np.float32, copy=False)
-        return weights if sha256_of(weights) == sha256 else None
+        data = np.fromfile(path, np.uint8)
+        return Packed(data, coding) if parts.sha256(data) == sha256 else None
 
     def _write(
         self, folder: str, number: int, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None

@@ -183,11 +183,11 @@ class Site:
         if request.coding != manifest.transport.weights:
             raise ProtocolError(f"The weights travel as {request.coding}; {manifest.transport.weights} was agreed on.")
         if request.known:
-            weights = run.weights(request.known)
+            weights = run.weights(request.known, request.coding)
             return None if weights is None else replace(request, weights=weights)
         again = request.round < manifest.rounds or (isinstance(request, EvaluateRequest) and manifest.tasks is not None)
         if isinstance(request, EvaluateRequest | AssessRequest) and again:
-            run.keep_weights(request.weights)
+            run.keep_weights(request)
         return request
 
     def _kept(self, request: Weighted) -> Kept:

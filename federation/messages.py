@@ -37,7 +37,6 @@ Payload = bytes | Vector | Words | Bytes | Joined
 """What travels beside a header; uint8 is a packed vector."""
 
 _HEADER_LIMIT = 1 << 20
-_CHUNK = 1 << 18
 _SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -135,8 +134,8 @@ class TrainRequest:
 
     @cached_property
     def weights_sha256(self) -> str:
-        """The sha256 of the weights' little-endian float32 bytes."""
-        return self.known or sha256_of(self.weights)
+        """The sha256 of the weights' bytes as they travel."""
+        return self.known or sha256_of_payload(_packed(self.weights, self.coding))
 
     @cached_property
     def digest(self) -> str:
@@ -186,8 +185,8 @@ class EvaluateRequest:
 
     @cached_property
     def weights_sha256(self) -> str:
-        """The sha256 of the weights' little-endian float32 bytes."""
-        return self.known or sha256_of(self.weights)
+        """The sha256 of the weights' bytes as they travel."""
+        return self.known or sha256_of_payload(_packed(self.weights, self.coding))
 
     @cached_property
     def digest(self) -> str:
@@ -228,8 +227,8 @@ class AssessRequest:
 
     @cached_property
     def weights_sha256(self) -> str:
-        """The sha256 of the weights' little-endian float32 bytes."""
-        return self.known or sha256_of(self.weights)
+        """The sha256 of the weights' bytes as they travel."""
+        return self.known or sha256_of_payload(_packed(self.weights, self.coding))
 
     @cached_property
     def digest(self) -> str:
@@ -317,13 +316,18 @@ def to_wire(message: Any) -> Wire:
     return Wire(canonical.encode(header), payloads)
 
 
+def bytes_of(payload: Payload) -> Joined:
+    """Give a payload's bytes as they travel; nothing is copied."""
+    if isinstance(payload, Joined):
+        return payload
+    if isinstance(payload, np.ndarray):
+        payload = np.ascontiguousarray(payload.astype(payload.dtype.newbyteorder("<"), copy=False)).view(np.uint8)
+    return Joined([payload])
+
+
 def sha256_of_payload(payload: Payload) -> str:
     """Give the sha256 of a payload's bytes as they travel."""
-    if isinstance(payload, bytes):
-        return hashlib.sha256(payload).hexdigest()
-    if isinstance(payload, Joined):
-        return parts.sha256(payload)
-    return hashlib.sha256(payload.astype(payload.dtype.newbyteorder("<"), copy=False).data).hexdigest()
+    return parts.sha256(bytes_of(payload))
 
 
 def _packed(vector: Told, coding: Coding) -> Vector | Bytes | Joined:
@@ -368,14 +372,6 @@ def from_wire(wire: Wire, kinds: Mapping[str, type[Any]] = KINDS) -> Any:
     if site is not None and not is_site_name(site):
         raise ProtocolError(f"{_short(site)} can't be the name of a site: use letters, digits, '.', '_' and '-'.")
     return message
-
-
-def sha256_of(vector: Told) -> str:
-    """Give the sha256 of a vector's little-endian float32 bytes."""
-    digest = hashlib.sha256()
-    for start in range(0, vector.size, _CHUNK):
-        digest.update(np.ascontiguousarray(vector[start : start + _CHUNK], "<f4").data)
-    return digest.hexdigest()
 
 
 def is_site_name(name: str) -> bool:

@@ -9,6 +9,7 @@ on; only when fewer than `min_sites` answers are good does the run stop.
 import hashlib
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -275,7 +276,8 @@ class Rounds:
             self._keep(state, {"sites": len(opening.sites), **self._told(entry.tokens, entry.nll)})
             return
         accepted = self._accepted()
-        updates = [self._store.update(self.number, entry.site, entry.update_sha256) for entry in accepted]
+        with ThreadPoolExecutor() as threads:  # all of their bytes are hashed
+            updates = list(threads.map(self._stored, accepted))
         by_tokens = self.manifest.outer.weights == "tokens"
         weights = [float(entry.tokens) if by_tokens else 1.0 for entry in accepted]
         try:
@@ -289,6 +291,9 @@ class Rounds:
                 self._tell("update.outlier", reply.site, reason)
         state = outer_step(self._state, combined, self.manifest.outer)
         self._keep(state, {"sites": len(accepted), **self._summary(accepted)})
+
+    def _stored(self, entry: ReplyEntry) -> Update:
+        return self._store.update(self.number, entry.site, entry.update_sha256)
 
     def _accepted(self) -> list[ReplyEntry]:
         """The good answers of the open round, if they are enough."""

@@ -25,8 +25,8 @@ from safetensors.numpy import save_file
 from federation import accountant, canonical, protection
 from federation.coding import Packed
 from federation.manifest import Manifest, software_version
-from federation.messages import Payload
-from federation.parts import FileBytes, Joined, pieces, sha256
+from federation.messages import Payload, bytes_of
+from federation.parts import FileBytes, pieces, sha256
 from federation.update import as_decoder, to_vector
 from model import checkpoint
 from model.decoder import Decoder
@@ -53,7 +53,7 @@ class Spool:
 
     def keep_update(self, number: int, site: str, update: Payload) -> tuple[str, int]:
         """Keep a site's update of a round as it travelled, and give the sha256 and the number of its bytes."""
-        data = update if isinstance(update, Joined) else Joined([np.ascontiguousarray(update).view(np.uint8)])
+        data = bytes_of(update)
         with durable.file(self._update_path(number, site)) as aside, aside.open("wb") as file:
             for piece in pieces(data):
                 file.write(piece.data)

@@ -33,7 +33,7 @@ class Wiretap:
     def __call__(self, message: Message) -> Message | None:
         request = flower.read(message)
         if self.forgets:
-            for path in self._state.rglob("weights.f32"):
+            for path in self._state.rglob("weights"):
                 path.unlink()
         reply = self._node(message)
         if isinstance(request, TrainRequest | EvaluateRequest) and reply is not None:
@@ -79,7 +79,7 @@ def test_what_rounding_takes_away_comes_with_the_next_update(ram_path: Path) -> 
     assert 0 < np.abs(last).max() < np.abs(kept.update).max()
     (run.path / "rounds/0003.safetensors").unlink()
     (request,) = [request for request in tap.asked if isinstance(request, TrainRequest) and request.round == 3]
-    sent = dataclasses.replace(request, weights=np.asarray(run.weights(request.known)), known="")
+    sent = dataclasses.replace(request, weights=np.asarray(run.weights(request.known, request.coding)), known="")
     message = flower.request(flower.to_record(sent), sent.kind, 1, group="3", ttl_s=60.0)
     flower.number_(message, "again")
     again = flower.read(tap(message) or message)
