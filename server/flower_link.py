@@ -32,6 +32,7 @@ from flwr.proto.fab_pb2 import Fab as ProtoFab
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import PullObjectRequest, PushObjectRequest, PushObjectResponse
 from flwr.proto.transport_pb2 import Scalar
+from flwr.server.superlink.linkstate import sql_linkstate
 from flwr.supercore.constant import (
     FLEET_HTTP_PUBLIC_KEY_HEADER,
     FLEET_HTTP_SIGNATURE_HEADER,
@@ -104,6 +105,13 @@ _PARTIAL = sqlalchemy.text("""
 
 Of a node that has signed off the rest will never come: Flower's own error takes the answer's place.
 """
+
+_CAME = sqlalchemy.text("""
+    SELECT reply_to_message_id FROM message_res WHERE reply_to_message_id IN :asked AND delivered_at = ''
+""").bindparams(sqlalchemy.bindparam("asked", expanding=True))
+"""The requests of which an answer has come, or a part of it."""
+
+_check = vars(sql_linkstate)["check_node_availability_for_in_message"]
 
 _CONTROL = ("start-run", "stop-run", "list-runs", "register-node", "unregister-node", "list-nodes")
 
@@ -291,6 +299,32 @@ class SuperLink:
             return given(message_ids - partial, run_id)
 
         self._state.get_message_res = give
+
+        def check(
+            inquired_in_message_ids: set[str],
+            found_in_message_dict: dict[str, Any],
+            node_id_to_online_until: dict[int, float],
+            **more: Any,
+        ) -> dict[str, Any]:
+            # Flower looks for answers only after this, of nodes that are still there. A site that is told to stop sends
+            # what it has finished and signs off at once; what came whole counts, but of a node that was put out.
+            there = {
+                name
+                for name in self._whole(inquired_in_message_ids)
+                if found_in_message_dict[name].metadata.dst_node_id in node_id_to_online_until
+            }
+            others = inquired_in_message_ids - there
+            told: dict[str, Any] = _check(others, found_in_message_dict, node_id_to_online_until, **more)
+            inquired_in_message_ids.intersection_update(others | there)
+            return told
+
+        vars(sql_linkstate)[_check.__name__] = check
+
+    def _whole(self, asked: set[str]) -> set[str]:
+        """Give those of some requests whose answers are there, whole, whether their nodes are or not."""
+        with self._state.session() as session:
+            told = {"asked": list(asked), "now": -1.0}
+            return set(session.scalars(_CAME, told)) - set(session.scalars(_PARTIAL, told))
 
     def _node(self, headers: Headers) -> int | None:
         """Give the registered node that a request's headers prove; Flower looks again, at the request too."""

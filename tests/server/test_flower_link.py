@@ -2,13 +2,15 @@
 
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sqlalchemy
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, Metadata, RecordDict
 from flwr.proto.message_pb2 import PushObjectRequest, PushObjectResponse
 from flwr.proto.node_pb2 import Node
+from flwr.server.superlink.linkstate import sql_linkstate
 from flwr.supercore.date import now
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from sqlalchemy.orm import Session
@@ -87,6 +89,32 @@ def test_a_half_answer_is_held_back_only_while_its_node_is_online(tmp_path: Path
     assert held() == {"asked"}
     assert state.deactivate_node(first)
     assert held() == set()
+
+
+def test_a_whole_answer_counts_though_its_node_has_signed_off_but_not_of_one_that_was_put_out(tmp_path: Path) -> None:
+    state = SuperLink(tmp_path / "link.sqlite", tmp_path / "objects", b"secret")._state
+    with state.session() as session:
+        fill(session)
+    with state.session() as session:
+        session.execute(sqlalchemy.text("INSERT INTO node (node_id, online_until) VALUES (7, 0), (8, 0)"))
+    places = {"asked": NODE, "asked too": OTHER, "never": OTHER}
+    found = {
+        name: SimpleNamespace(metadata=Metadata(1, name, 1, node, "", "", 0.0, 1e12, "train"))
+        for name, node in places.items()
+    }
+
+    def told(there: set[int]) -> tuple[set[str], set[str]]:
+        asked = set(places)
+        refused = sql_linkstate.check_node_availability_for_in_message(
+            inquired_in_message_ids=asked,
+            found_in_message_dict=found,
+            node_id_to_online_until=dict.fromkeys(there, 0.0),
+            current_time=now().timestamp(),
+        )
+        return asked, set(refused)
+
+    assert told({NODE, OTHER}) == ({"asked too"}, {"asked", "never"})
+    assert told({NODE}) == (set(), set(places))
 
 
 def test_a_key_that_was_put_out_is_the_same_node_again_and_one_that_is_in_is_refused(tmp_path: Path) -> None:
