@@ -1,6 +1,7 @@
 """What a site must not forget, in its own state folder: token stores, and for every run the answers it has given.
 
     site.log                                    errors in full; older ones in site.log.1 and on; stays at the site
+    no-room                                     what an answer found too little room for, until one like it leaves
     budget.sqlite                               what has been spent of the privacy budget (`client.budget`)
     stores/<id>/                                token stores, shared by runs with the same codebook and records
     runs/<manifest hash>/manifest.json          what the site agreed to
