@@ -262,8 +262,11 @@ def test_a_site_that_is_put_out_is_out_with_its_next_request(link: Link, site: S
     assert site.post("/v1/fleet/pull-messages", body) == 200
     link.control.unregister(site.number)
     assert site.post("/v1/fleet/pull-messages", body) == 401
-    with pytest.raises(LinkError, match="refuses RegisterNodeRequest"):
-        link.control.register(node_key(site.key.public_key()), "icu")
+    # By itself it never comes back; the coordinator, whose ledger alone says who is a node, can let it.
+    again = ActivateNodeRequest(public_key=node_key(site.key.public_key()), heartbeat_interval=30.0)
+    assert site.post("/v1/fleet/activate-node", again.SerializeToString()) == 401
+    assert link.control.register(node_key(site.key.public_key()), "icu") == site.number
+    assert site.post("/v1/fleet/activate-node", again.SerializeToString()) == 200
 
 
 def test_the_coordinators_own_paths_ask_for_secrets_on_loopback_too(link: Link) -> None:
