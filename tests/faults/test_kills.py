@@ -171,6 +171,23 @@ def test_killed_at_every_phase_no_round_is_lost_or_counted_or_paid_twice(tmp_pat
         paid(field, "first", {VICTIM: hit} if kind in SITE_KINDS else {})
 
 
+def test_eight_sites_lose_no_round_though_each_kind_of_process_is_killed_once(tmp_path: Path) -> None:
+    with federation(tmp_path, tuple(f"ward-{number}" for number in range(8))) as field:
+        journal = field.begin("first", rounds=40, min_sites=2, evaluate_every=0)
+        field.committed("first", 1)
+        for kind in KINDS:
+            number = journal.committed()
+            killed(field, kind)
+            field.committed("first", number + 1, 400)
+        field.all_online()
+        number = journal.committed() + 2
+        field.committed("first", number, 400)
+        assert takers(field, "first", number) == set(field.sites)
+        ordered(field, "stop", "first", state=RunState.STOPPED)
+        field.stop_sites()
+        contiguous(field, "first")
+
+
 def test_orders_are_followed_and_a_site_that_is_told_to_stop_ends_its_work_first(tmp_path: Path) -> None:
     with federation(tmp_path, ("icu", "ward")) as field:
         field.begin("first", rounds=8, min_sites=1, evaluate_every=0)
