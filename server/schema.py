@@ -16,7 +16,6 @@ from federation import database
 from server import backup
 from server.tables import REVISION, Base
 from server.transactions import PATIENCE_S, Transactions, said
-from tokenizer import durable
 from tokenizer.errors import ConfigError, DataError
 
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -136,7 +135,6 @@ def _at_revision(ledger: Transactions, backups: Path | None, begin: bool) -> Non
             f"{ledger.place} is of revision {found} and must be migrated to {REVISION}: fedcomet coordinator status "
             "with the coordinator's home does that, and copies it first."
         )
-    durable.sweep(backups)  # no other copy has the name of one that was never done
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     backup.save(ledger, backups / f"ledger-before-{REVISION}-{stamp}.backup")
     migrate(ledger)

@@ -2,7 +2,7 @@
 
 Everything is written beside its destination, flushed to the disk, and renamed: a reader, or the same program after a
 crash, never sees half a file. Left-overs of a killed writer carry `.partial` in their name and are swept by the next
-writer of the same destination; `sweep` does it where no other writes that.
+process that writes in their folder, with its first file there: to look each time would cost more the more lies there.
 """
 
 import errno
@@ -22,9 +22,10 @@ OUT_OF_ROOM = "Out of room: "
 """How a process that leads a run begins its last words where a full disk ended it."""
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-_ASIDE = re.compile(r"(.+)\.(\d+)\.\d+\.partial")  # the destination, its writer's process and thread
+_ASIDE = re.compile(r".+\.(\d+)\.\d+\.partial")  # the destination, its writer's process and thread
 _OF_RUST = re.compile(r"\(os error (\d+)\)$")  # what safetensors makes of an error of the system
 _OPEN: set[Path] = set()  # of this process
+_SWEPT: set[Path] = set()  # folders, by this process
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
@@ -37,7 +38,9 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
 def file(path: Path) -> Iterator[Path]:
     """Write to the path that is given here; it replaces `path` only when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    sweep(path.parent, path.name)
+    if path.parent not in _SWEPT:
+        _SWEPT.add(path.parent)
+        _sweep(path.parent)
     aside = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
     _OPEN.add(aside)
     try:
@@ -54,11 +57,11 @@ def file(path: Path) -> Iterator[Path]:
     sync_directory(path.parent)
 
 
-def sweep(folder: Path, name: str = "") -> None:
-    """Remove what writers that were killed left of a file in a folder, or of all files there."""
+def _sweep(folder: Path) -> None:
+    """Remove what writers that were killed left in a folder."""
     for left in folder.glob("*.partial"):
         found = _ASIDE.fullmatch(left.name)
-        if found and name in ("", found[1]) and left not in _OPEN and not _writes(int(found[2])):
+        if found and left not in _OPEN and not _writes(int(found[1])):
             left.unlink(missing_ok=True)
 
 
