@@ -273,7 +273,8 @@ def _book_of(run_dir: Path) -> Iterator[Journal]:
         with Journal(path) as journal:
             yield journal
     elif (home / "coordinator.toml").exists() and run_dir.is_dir():
-        with Ledger.open(CoordinatorHome.open(home).ledger_url, begin=False, patience_s=10.0) as ledger:
+        opened = CoordinatorHome.open(home)
+        with Ledger.open(opened.ledger_url, backups=opened.backups, begin=False, patience_s=10.0) as ledger:
             yield ledger.journal(run_dir.name)
     else:
         raise ConfigError(f"{run_dir} holds no run that has begun: there is no ledger of it.")

@@ -79,7 +79,7 @@ def invite(
         raise ConfigError(f"--role {role} is none; take one of {', '.join(Role)}.")
     opened = CoordinatorHome.open(home)
     authority = pki.fingerprint(pki.read_certificate(opened.authority))
-    with Ledger.open(opened.ledger_url) as ledger:
+    with Ledger.open(opened.ledger_url, backups=opened.backups) as ledger:
         token = invited(ledger, authority, site, Role(role), hours, getuser())
     print(token)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -100,7 +100,8 @@ def revoke(
     from server.home import CoordinatorHome
     from server.ledger import Ledger
 
-    with Ledger.open(CoordinatorHome.open(home).ledger_url) as ledger:
+    opened = CoordinatorHome.open(home)
+    with Ledger.open(opened.ledger_url, backups=opened.backups) as ledger:
         ledger.members.revoke(site, reason, getuser())
     print(f"{site} is revoked.")
 
@@ -132,7 +133,7 @@ def fingerprints(home: Home = Path()) -> None:
     console, opened = Console(highlight=False, soft_wrap=True), CoordinatorHome.open(home)
     authority = pki.read_certificate(opened.authority)
     console.print(f"the federation  {pki.spoken(pki.fingerprint(authority))}")
-    with Ledger.open(opened.ledger_url) as ledger:
+    with Ledger.open(opened.ledger_url, backups=opened.backups) as ledger:
         for each in ledger.members.all():
             if each.status == SiteStatus.ENROLLED:
                 print_ = pki.identity_fingerprint(each.ed25519, each.node_key)
@@ -158,7 +159,8 @@ def message(
     from server.home import CoordinatorHome
     from server.ledger import Ledger
 
-    with Ledger.open(CoordinatorHome.open(home).ledger_url) as ledger:
+    opened = CoordinatorHome.open(home)
+    with Ledger.open(opened.ledger_url, backups=opened.backups) as ledger:
         if text:
             ledger.members.get(site)
             ledger.note(getuser(), "message", site=site, told=printable(text))

@@ -77,7 +77,7 @@ def serve(path: Path, *, wait: bool = False, passphrase: str | None = None) -> N
             raise _Stopped
 
     try:
-        with Ledger.open(home.ledger_url, backups=home.path, pause=pause) as ledger:
+        with Ledger.open(home.ledger_url, backups=home.backups, pause=pause) as ledger:
             with (
                 ledger.lead(wait=wait, tell=lambda told: _log.info("%s", told), lost=lost) as token,
                 ExitStack() as stack,

@@ -232,6 +232,11 @@ class CoordinatorHome:
         return self.path / "runs"
 
     @property
+    def backups(self) -> Path:
+        """The folder of the copies that are made of the ledger before it is migrated."""
+        return self.path / "backups"
+
+    @property
     def logs(self) -> Path:
         """The folder of what daemons tell."""
         return self.path / "logs"

@@ -138,7 +138,7 @@ def _ledger(home: Path, begin: bool = False) -> Iterator["Ledger"]:
 
     opened = CoordinatorHome.open(home)
     # A person who waits is told soon what is wrong.
-    with Ledger.open(opened.ledger_url, backups=home / "backups", begin=begin, patience_s=10.0) as ledger:
+    with Ledger.open(opened.ledger_url, backups=opened.backups, begin=begin, patience_s=10.0) as ledger:
         yield ledger
 
 

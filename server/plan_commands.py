@@ -158,7 +158,8 @@ def _sums(home: Path, min_sites: int, patients: int | None) -> "SecureAggregatio
     from server.tables import SiteStatus
     from tokenizer.errors import ConfigError
 
-    with Ledger.open(CoordinatorHome.open(home).ledger_url) as ledger:
+    opened = CoordinatorHome.open(home)
+    with Ledger.open(opened.ledger_url, backups=opened.backups) as ledger:
         enrolled = [each for each in ledger.members.all() if each.status == SiteStatus.ENROLLED]
         roster = {each.name: each.ed25519 for each in enrolled if each.role == Role.SITE}
     if len(roster) < max(3, min_sites):

@@ -100,7 +100,8 @@ def _ledger(home: Path) -> "Ledger":
     from server.home import CoordinatorHome
     from server.ledger import Ledger
 
-    return Ledger.open(CoordinatorHome.open(home).ledger_url, backups=home)
+    opened = CoordinatorHome.open(home)
+    return Ledger.open(opened.ledger_url, backups=opened.backups)
 
 
 def _tell(ledger: "Ledger", run: "RunEntry", follow: bool = False) -> None:

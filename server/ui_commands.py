@@ -42,7 +42,7 @@ def ui(
         raise ConfigError(f"Nobody could sign in: set a password first, fedcomet coordinator password {home}.")
     opened.server_pair()
     downloads.sweep(home)
-    with Ledger.open(opened.ledger_url, backups=home, patience_s=PATIENCE_S) as ledger:
+    with Ledger.open(opened.ledger_url, backups=opened.backups, patience_s=PATIENCE_S) as ledger:
         app_ = Dashboard(opened, ledger, (*(name or ()), host)).app()
         where = opened.settings.ports.ui if port is None else port
         pair = opened.server_key, opened.server_certificate
@@ -72,6 +72,6 @@ def password(
         asked = sys.stdin.isatty()
         given = typer.prompt(f"Password of {name}", hide_input=True, confirmation_prompt=True) if asked else ""
         passwords.set(name, role, given if asked else sys.stdin.readline().rstrip("\r\n"))  # type: ignore[arg-type]
-    with Ledger.open(opened.ledger_url, backups=home) as ledger:
+    with Ledger.open(opened.ledger_url, backups=opened.backups) as ledger:
         ledger.note("coordinator", f"dashboard.{'removed' if remove else 'password'}", told=f"{name}, {role}")
     print(f"{name} can no longer sign in" if remove else f"{name} signs in as {role}")
