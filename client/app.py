@@ -27,14 +27,15 @@ from client.site import Site
 from federation import flower, masking
 from federation.messages import ProtocolError, Refusal, Reply, Request, SiteRefusal
 from model.settings import Machine
-from model.train import TrainingDiverged
+from model.train import TrainingDiverged, WindowTooLarge
 from tokenizer import durable
 from tokenizer.errors import ConfigError, FedcometError
-from tokenizer.settings import STANDARD
+from tokenizer.settings import STANDARD, OtherPreparation
 
 app = ClientApp()
 
-_MAY_TRAVEL = (SiteRefusal, ProtocolError, ConfigError, TrainingDiverged)
+_MAY_TRAVEL = (SiteRefusal, ProtocolError, TrainingDiverged, WindowTooLarge, OtherPreparation)
+"""Errors whose texts are written for the other side, too: they name no file, and nothing of records."""
 
 
 @app.query("survey")
@@ -195,9 +196,11 @@ def _ask(site: Site, message: Message) -> tuple[Reply | masking.Reply, masking.P
 
 
 def _told(name: str, error: Exception) -> str:
-    """What the coordinator hears of an error: its kind, and nothing that it may say of records."""
+    """What the coordinator hears of an error: its kind, and nothing that it may say of records, files or settings."""
     if durable.out_of_room(error):
         return f"{name} has no room left on its disk; it takes part again when there is."
+    if isinstance(error, ConfigError):
+        return f"{name} is not set up as it must be; its own log says what is wrong."
     if isinstance(error, FedcometError):
         return f"{name} can't use its records or files; its own log says which and why."
     return f"{name} ran into an unexpected {type(error).__name__}; its own log says more."

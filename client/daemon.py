@@ -25,6 +25,7 @@ from federation.messages import SiteRefusal
 from federation.vitals import notify
 from tokenizer import durable
 from tokenizer.errors import ConfigError, FedcometError
+from tokenizer.settings import agreed
 
 _TICK_S = 1.0
 _TELL_S = 60.0
@@ -45,7 +46,7 @@ def run(path: Path) -> None:
     """
     os.umask(0o077)
     home = SiteHome.open(path)
-    home.files  # noqa: B018  (names a wrong setting before anything starts)
+    agreed(home.files.settings)  # names a wrong setting before anything starts
     trusted_coordinators(home)
     pki.pair(home.key, home.certificate)
     with _alone(path):

@@ -245,8 +245,8 @@ class Gate:
         if policy.runs.manifests == "ask" and not approvals.approved(manifest.hash):
             approvals.wait(manifest, coordinator or "")
             raise SiteRefusal(
-                f"{self.name} has not approved the manifest {manifest.hash}; start the run again when a person there "
-                f"has looked at it: fedcomet site approve {manifest.hash[:16]}."
+                f"{self.name} has not approved the manifest {manifest.hash}: a person there must look at it (fedcomet "
+                f"site approve {manifest.hash[:16]}). A run that goes on asks again; one that ended is to be resumed."
             )
         approvals.drop(manifest.hash)
 

@@ -38,9 +38,8 @@ from model.private import PrivateOptions, PrivateTrainer, Secret, noised_update
 from model.pull import Pull
 from model.settings import Machine, Precision, TrainOptions
 from model.tasks import Task as Question
-from model.train import StepResult, Trainer, TrainingDiverged, evaluate, learning_rate
+from model.train import StepResult, Trainer, TrainingDiverged, WindowTooLarge, evaluate, learning_rate
 from tokenizer.codebook import Codebook
-from tokenizer.errors import ConfigError
 from tokenizer.store import TokenStore
 from tokenizer.windows import Batch, Windows
 
@@ -389,12 +388,12 @@ class Work:
         """Half as many tokens per pass as did not fit.
 
         Raises:
-            ConfigError: a pass is one window already.
+            WindowTooLarge: a pass is one window already.
         """
         context = self._manifest.model.context
         tried = micro_tokens or self._manifest.local.batch_tokens
         if tried <= context:
-            raise ConfigError(
+            raise WindowTooLarge(
                 f"A window of {context} tokens doesn't fit into this machine's memory. Set checkpointing in the site's "
                 "options, or shard over more processes; or agree on a shorter context."
             )

@@ -36,7 +36,7 @@ from federation import canonical
 from federation.messages import ProtocolError, SiteRefusal, TrainRequest
 from model.parallel import Team
 from model.settings import Machine
-from model.train import TrainingDiverged
+from model.train import TrainingDiverged, WindowTooLarge
 from tokenizer.errors import ConfigError, DataError, FedcometError
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 
 _OUT_OF_MEMORY = "OutOfMemoryError"
 _TOLD_AS_THEY_ARE = {
-    kind.__name__: kind for kind in (SiteRefusal, ProtocolError, TrainingDiverged, ConfigError, DataError)
+    kind.__name__: kind
+    for kind in (SiteRefusal, ProtocolError, TrainingDiverged, WindowTooLarge, ConfigError, DataError)
 }
 _TOLD_AS_THEY_ARE[PolicyRefusal.__name__] = SiteRefusal  # its rules stand in its text
 _SIGKILL_AFTER_S = 10.0
@@ -73,7 +74,7 @@ def advance(files: "SiteFiles", run: RunArchive, work: Work, task: Task) -> None
     """Do a round's work in `task.machine.processes` processes; its snapshot then holds the whole round.
 
     Raises:
-        SiteRefusal, TrainingDiverged, ConfigError, DataError: as the processes raised it.
+        SiteRefusal, TrainingDiverged, WindowTooLarge, ConfigError, DataError: as the processes raised it.
         ProcessesFailed: they ended in another way, which the message tells.
     """
     request, machine = task.request, task.machine

@@ -44,6 +44,10 @@ class TrainingDiverged(FedcometError):
     """The loss or its gradient is no longer a finite number."""
 
 
+class WindowTooLarge(FedcometError):
+    """One window is more than the memory that there is; the text names no file."""
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What one step did: mean loss (nats per token), targets in the batch, gradient norm before clipping, rate."""
@@ -121,7 +125,7 @@ class Trainer:
 
         Raises:
             TrainingDiverged: when loss or gradient is not finite; the weights are as before the step.
-            ConfigError: when not even one window fits into the device's memory.
+            WindowTooLarge: when not even one window fits into the device's memory.
         """
         lr = learning_rate(self.options, self.global_step)
         tokens = int((batch.targets >= 0).sum())
@@ -200,7 +204,7 @@ class Trainer:
         longest, device = int(batch.lengths.max()), self.decoder.embed_tokens.weight.device
         tried = min(self.micro_tokens or len(batch.tokens), -(-len(batch.tokens) // self._team.size))
         if tried <= longest:
-            raise ConfigError(
+            raise WindowTooLarge(
                 f"A window of {longest} tokens doesn't fit into the memory of {device}. Set checkpointing in the "
                 "site's options, or shard over more processes; or agree on a shorter context."
             )

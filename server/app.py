@@ -114,6 +114,7 @@ def coordinate(
 def _lead(run_dir: Path, plan: FederationPlan, post: Post, journal: Journal, wishes: Wishes) -> Outcome:
     """Go through all that is left of a run."""
     wishes.between_rounds()
+    plan.check()
     codebook = _codebook(run_dir, plan, post, journal)
     manifest = plan.manifest(codebook)
     durable.write_bytes(run_dir / "manifest.json", manifest.to_bytes())

@@ -1,19 +1,17 @@
 """Leading a masked sum over the sites: every stage asks those that are left, and again where that may help.
 
-A site whose process died while it answered kept its secrets, so it is asked once more in the same stage. A sum that
-fails before signatures is tried again with new keys; one that fails after, is asked for again as it is.
+A site whose process died while it answered kept its secrets, and is asked once more in the same stage (`server.post`).
+A sum that fails before signatures is tried again with new keys; one that fails after, is asked for again as it is.
 """
 
 from collections.abc import Callable, Collection, Mapping
 
 from federation.masking import TooFewSites
-from federation.messages import DeliveryError
 from server.post import Post
 from server.sums import MaskedSum
 from server.unmask import Opening
 
 _ATTEMPTS = 3
-_ASKED = 2  # times in a stage, where Flower reports that a site's process broke down
 
 
 def open_sum(
@@ -54,14 +52,9 @@ def open_sum(
 
 
 def _ask(masked: MaskedSum, nodes: Mapping[str, int], post: Post) -> None:
-    """Ask the open stage's question until all have answered, broken down twice, or missed the deadline."""
+    """Ask the open stage's question."""
     names = {node: site for site, node in nodes.items()}
     deadline_s = post.stage_deadline()
-    wanted = [site for site in masked.missing if site in nodes]
-    for _ in range(_ASKED):
-        requests = {nodes[site]: masked.request(site, deadline_s) for site in wanted}
-        wanted = []
-        for node, answer in post.ask_each(requests, masked.name):
-            masked.receive(names[node], answer)
-            if isinstance(answer, DeliveryError):
-                wanted.append(names[node])
+    requests = {nodes[site]: masked.request(site, deadline_s) for site in masked.missing if site in nodes}
+    for node, answer in post.ask_each(requests, masked.name):
+        masked.receive(names[node], answer)

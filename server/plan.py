@@ -33,6 +33,9 @@ from tokenizer.codebook import Codebook, TokenizerOptions
 from tokenizer.errors import ConfigError
 from tokenizer.split import SplitRule
 
+_FEWEST_TOKENS = 8
+"""Fewer than any codebook has; what a model of so few tokens can't have, no larger one has."""
+
 
 @dataclass(frozen=True)
 class PrivacyPlan:
@@ -198,6 +201,14 @@ class FederationPlan:
         every = self.evaluate_every
         return every > 0 and (number % every == 0 or number == self.rounds)
 
+    def check(self) -> None:
+        """Refuse what no codebook would make an agreement of, before sites are asked and surveys paid for.
+
+        Raises:
+            ConfigError: as `manifest`.
+        """
+        self._agreement(_FEWEST_TOKENS, "0" * 64)
+
     def manifest(self, codebook: Codebook) -> Manifest:
         """Write the agreement for a codebook.
 
@@ -207,12 +218,15 @@ class FederationPlan:
         """
         if codebook.options != self.tokenizer:
             raise ConfigError(f"The codebook has the options {codebook.options}, the plan {self.tokenizer}.")
+        return self._agreement(len(codebook), codebook.hash)
+
+    def _agreement(self, tokens: int, codebook_hash: str) -> Manifest:
         private_steps = self.privacy is not None and self.privacy.mechanism == "dp-sgd"
         if isinstance(self.model, str):
             dropout = 0.0 if private_steps and self.dropout is None else self.dropout
-            model = preset(self.model, len(codebook), self.context, dropout)
+            model = preset(self.model, tokens, self.context, dropout)
         else:
-            model = dataclasses.replace(self.model, vocab=len(codebook))
+            model = dataclasses.replace(self.model, vocab=tokens)
         if self.local.batch_tokens < model.context:
             raise ConfigError(
                 f"local.batch_tokens is {self.local.batch_tokens}; it must hold a window of {model.context} tokens."
@@ -223,7 +237,7 @@ class FederationPlan:
             seed=self.seed,
             rounds=self.rounds,
             model=model,
-            codebook_hash=codebook.hash,
+            codebook_hash=codebook_hash,
             layout_hash=Layout.of_config(model).hash,
             local=self.local,
             train=dataclasses.replace(self.train, clip=0.0) if private_steps else self.train,

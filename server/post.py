@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sized
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -42,6 +43,7 @@ W = TypeVar("W", bound=Weighted)
 _POLL_S = 1.0
 _POLLS = Polls(0.05, _POLL_S)
 _GRACE_S = 60.0
+_RARELY = 32
 
 
 class TooFewSites(FedcometError):
@@ -100,7 +102,8 @@ class Post:
     def ask(self, nodes: list[int], request: Request, group: str) -> Iterator[tuple[int, Answer]]:
         """Send a request to nodes, signed if there is a key, and give each answer as it comes.
 
-        Nodes that miss the deadline give none.
+        Nodes that miss the deadline give none. Where Flower reports that a site's process broke down over a question
+        that needs no weights, the site is asked once more: what it must not forget is on its disk.
         """
         return self.ask_each(dict.fromkeys(nodes, request), group)
 
@@ -113,6 +116,7 @@ class Post:
             return
         packed: dict[tuple[int, bool], RecordDict] = {}
         pending: dict[str, int] = {}
+        broken: set[int] = set()
         kind, deadline_s = next((request.kind, request.deadline_s) for request in requests.values())
 
         def knows(request: Request | masking.Request, node: int) -> bool:
@@ -146,6 +150,10 @@ class Post:
                     node = pending.pop(name)
                     if isinstance(answer, Lacking) and self._has.pop(node, "") and send(node):
                         continue
+                    if isinstance(answer, DeliveryError) and self._may_ask_again(requests[node], node in broken):
+                        broken.add(node)
+                        if send(node):
+                            continue
                     self._note_weights(node, requests[node], answer)
                     yield node, answer
                     del answer  # or it would lie in memory beside the next one
@@ -155,6 +163,9 @@ class Post:
                 return
             else:
                 self._pause(_POLLS.after(self._clock() - last))
+
+    def _may_ask_again(self, request: Request | masking.Request, broke: bool) -> bool:
+        return not broke and not isinstance(request, Weighted) and self._clock() < request.deadline_s
 
     def _packed(self, request: Request | masking.Request) -> RecordDict:
         return flower.to_record(request if self._identity is None else self._identity.sign_request(request))
@@ -181,26 +192,42 @@ class Post:
         return None
 
 
+@dataclass(frozen=True)
+class _Refused:
+    """When a node that takes no part is asked again, how many rounds that are, and why if the ledger doesn't say it."""
+
+    until: int
+    pause: int
+    why: str
+
+
 class Roster:
-    """Which site is behind which node, and whether it takes part."""
+    """Which site is behind which node, and whether it takes part.
+
+    A site that does not may have had no room, or nobody may have approved the run yet: it is asked to prepare again at
+    the next round, then after 2 more, 4, and so on up to `_RARELY`.
+    """
 
     def __init__(self, post: Post, journal: Journal, manifest: Manifest, codebook: Codebook) -> None:
         self._post, self._journal, self._manifest, self._codebook = post, journal, manifest, codebook
         self._names: dict[int, str] = {}
-        self._known: set[int] = set()
+        self._refused: dict[int, _Refused] = {}
+        self._asked = 0
 
     def sites(self) -> dict[str, int]:
-        """Give the nodes of the sites that take part; nodes that are new are asked to prepare first.
+        """Give the nodes of the sites that take part; the others are asked to prepare first, if it is time.
 
         Raises:
             ConfigError: two nodes call themselves by one name.
             TooFewSites: fewer than `min_sites` take part.
         """
-        nodes = self._post.present() if self._known else self._post.nodes()
-        if fresh := [node for node in nodes if node not in self._known]:
+        nodes = self._post.present() if self._names or self._refused else self._post.nodes()
+        self._asked += 1
+        if fresh := [node for node in nodes if node not in self._names and self._is_due(node)]:
             self._prepare(fresh)
         if len(self._names) < self._manifest.min_sites:
             why = {entry.site: entry.reason for entry in self._journal.sites() if entry.reason}
+            why |= {f"node-{node}": refused.why for node, refused in self._refused.items() if refused.why}
             raise too_few(self._names, ("site takes part", "sites take part"), self._manifest.min_sites, why)
         return {name: node for node, name in self._names.items()}
 
@@ -214,8 +241,10 @@ class Roster:
         for node in nodes:
             answer = answers.get(node)
             if answer is not None:
-                self._known.add(node)
                 self._admit(node, answer)
+
+    def _is_due(self, node: int) -> bool:
+        return node not in self._refused or self._asked >= self._refused[node].until
 
     def _admit(self, node: int, answer: Answer) -> None:
         name = site_name(node, answer)
@@ -225,15 +254,19 @@ class Roster:
             if name in self._names.values():
                 raise ConfigError(f"Two nodes call themselves {name}; give every site a name of its own.")
             self._names[node] = name
+            self._refused.pop(node, None)
             counts = {"splits": answer.splits, "fallbacks": answer.fallbacks}
             self._journal.note_site(SiteEntry(name, Status.ACCEPTED, "", canonical.encode(counts).decode()))
             train = answer.splits.get("train")
             values = {"patients": train.patients, "tokens": train.tokens} if train else {}
             self._post.tell(Event("site.ready", site=name, values=values))
             return
-        told = reason(answer)
-        status = Status.REFUSED if isinstance(answer, Refusal) else Status.MALFORMED
-        self._journal.note_site(SiteEntry(name, status, told))
+        told, broke = reason(answer), isinstance(answer, DeliveryError)
+        pause = min(2 * self._refused[node].pause, _RARELY) if node in self._refused else 1
+        self._refused[node] = _Refused(self._asked + pause, pause, told if broke else "")
+        if not broke:  # else nobody has said anything, not even a name
+            status = Status.REFUSED if isinstance(answer, Refusal) else Status.MALFORMED
+            self._journal.note_site(SiteEntry(name, status, told))
         self._post.tell(Event("site.refused", site=name, text=told))
 
 

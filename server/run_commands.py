@@ -66,6 +66,7 @@ def start(
     fixed = codebook.read_bytes() if codebook else None
     try:
         checked = FederationPlan.from_bytes(plan.read_bytes(), fixed)
+        checked.check()
     except ConfigError as error:
         raise ConfigError(f"{plan}: {error}") from None
     if fixed is not None:

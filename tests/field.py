@@ -39,15 +39,20 @@ required = false
 [statistics]
 floor = 3
 """
+SITE_KINDS = ("app process of a site", "nursery of a site", "node of a site", "daemon of a site")
+KINDS = (*SITE_KINDS, "SuperLink", "leading process", "daemon of the coordinator")
+"""The kinds of processes that a federation has."""
 ENDED = (RunState.FINISHED, RunState.FAILED, RunState.STOPPED)
 
 
-def until(true: Callable[[], Any], what: str | Callable[[], str], seconds: float = PATIENCE_S) -> Any:
-    """Wait for something to be true, and give it; `what` says what it was when it never came."""
+def until(
+    true: Callable[[], Any], what: str | Callable[[], str], seconds: float = PATIENCE_S, *, every: float = 0.25
+) -> Any:
+    """Wait for something to be true, looking `every` so many seconds; `what` says what it was when it never came."""
     end = time.monotonic() + seconds
     while not (found := true()):
         assert time.monotonic() < end, what if isinstance(what, str) else what()
-        time.sleep(0.25)
+        time.sleep(every)
     return found
 
 
@@ -244,17 +249,70 @@ class Field:
         """See that nothing is lost, nothing counted twice, and every site's list of what left whole."""
         journal, rounds = self.ledger.journal(run), tiny_rounds(self.ledger, run)
         assert journal.committed() == rounds
-        commits = [each.round for each in self.ledger.events(run=run, what="round.committed", limit=10_000)]
-        assert commits == list(range(1, rounds + 1))
         for number in range(1, rounds + 1):
             names = [entry.site for entry in journal.replies(number) if entry.status == Status.ACCEPTED]
             assert len(names) == len(set(names)) >= 1
+        self.contiguous(run)
+
+    def contiguous(self, run: str) -> None:
+        """See that every committed round was committed once, and that all lists of what left are whole."""
+        done = self.ledger.journal(run).committed()
+        commits = [each.round for each in self.ledger.events(run=run, what="round.committed", limit=100_000)]
+        assert commits == list(range(1, done + 1))
         for site in self.sites.values():
             assert audit(site.home.state).broken is None
+
+    def order(self, word: str, run: str, state: RunState) -> None:
+        """Have a run pause, resume or stop, and wait until it has."""
+        self.cli("coordinator", word, run, "--home", str(self.home.path))
+        until(lambda: self.state(run) == state, self.told, 300)
+
+    def kill(self, kind: str, site: str) -> None:
+        """Kill a process of a kind (`KINDS`) that is there within a minute; a daemon is started again.
+
+        Args:
+            kind: what it is.
+            site: whose, where it is a site's.
+        """
+        if kind == "daemon of a site":
+            service = self.sites[site].service
+            assert service is not None
+            service.kill()
+            self.run_site(site)
+        elif kind == "daemon of the coordinator":
+            assert self.coordinator is not None
+            self.coordinator.kill()
+            self.serve("--wait")
+        else:
+            until(lambda: kill_if_there(self._find(kind, site)), f"there is no {kind} to kill", 60)
+
+    def _find(self, kind: str, site: str) -> int | None:
+        match kind:
+            case "app process of a site":
+                return app_process(self.place, site)
+            case "nursery of a site":
+                return nursery(self.place, site)
+            case "node of a site":
+                return node(self.place, site)
+            case "SuperLink":
+                return process(self.place, ("server.superlink",))
+            case _:
+                return process(self.place, ("flwr-serverapp",))
 
     def cli(self, *words: str) -> str:
         """Give what a command of fedcomet prints."""
         return self.place.call(*FEDCOMET, *words)
+
+
+def kill_if_there(pid: int | None) -> bool:
+    """Kill a process; False if there was none, or none any more."""
+    if pid is None:
+        return False
+    try:
+        tiny.kill(pid)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def tiny_rounds(ledger: Ledger, run: str) -> int:

@@ -94,6 +94,10 @@ def read(path: Path) -> Settings:
 AS_THEY_ARE, STANDARD = "none", "standard"
 
 
+class OtherPreparation(ConfigError):
+    """A codebook was made of records to which other things were done than here; the text names no file."""
+
+
 def agreed(config: str | None, codebook: Codebook | None = None) -> Settings:
     """Decide what to do to a site's records, and see that a codebook was made of records that the same was done to.
 
@@ -103,7 +107,7 @@ def agreed(config: str | None, codebook: Codebook | None = None) -> Settings:
         codebook: The federation's, if there is one yet.
 
     Raises:
-        ConfigError: The file can't be used, or the codebook's records went through something else.
+        ConfigError: The file can't be used, or (`OtherPreparation`) the codebook's records went through something else.
         DataError: A map file can't be used.
     """
     if config == AS_THEY_ARE or (config is None and codebook is not None and not codebook.prepared):
@@ -114,7 +118,7 @@ def agreed(config: str | None, codebook: Codebook | None = None) -> Settings:
         return asked
     ours = None if asked.preparation is None else asked.preparation.common_digest
     if (ours is None and codebook.prepared) or (ours is not None and ours not in codebook.prepared):
-        raise ConfigError(
+        raise OtherPreparation(
             f"The codebook {codebook.hash[:16]} was made of records to which other filters, names or units were applied"
             f" ({', '.join(digest[:16] for digest in codebook.prepared) or 'none'}) than here"
             f" ({ours[:16] if ours else 'none'}). Use the federation's settings file."

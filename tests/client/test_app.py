@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import os
 from pathlib import Path
@@ -10,9 +11,9 @@ from client.app import app
 from client.archive import Archive
 from client.files import SiteFiles
 from federation import flower
-from federation.messages import Refusal, SurveyReply, SurveyRequest, TrainRequest
+from federation.messages import PrepareRequest, Refusal, SurveyReply, SurveyRequest, TrainRequest
 from tests import tiny
-from tokenizer.codebook import TokenizerOptions
+from tokenizer.codebook import Codebook, Survey, TokenizerOptions
 from tokenizer.errors import DataError
 from tokenizer.split import SplitRule
 
@@ -20,11 +21,11 @@ REQUEST = SurveyRequest(SplitRule("k"), TokenizerOptions(min_patients=5), 1e12)
 
 
 def deliver(files: SiteFiles | None, message: Message) -> object:
-    config = {} if files is None else {"name": files.name, "data": str(files.data), "state": str(files.state)}
+    config = {} if files is None else files.node_config()
     return flower.read(app(message, Context(0, 7, config, RecordDict(), {})))
 
 
-def address(request: SurveyRequest | TrainRequest) -> Message:
+def address(request: SurveyRequest | PrepareRequest | TrainRequest) -> Message:
     flower.assume_identity()
     return flower.request(flower.to_record(request), request.kind, 7, group="1", ttl_s=60)
 
@@ -42,6 +43,38 @@ def test_a_corrupt_shard_is_named_at_the_site_and_only_there(ram_path: Path) -> 
     log = (files.state / "site.log").read_text()
     assert "data/train/0.parquet" in log
     assert "query.survey" in log
+
+
+@pytest.mark.parametrize("wrong", ["settings", "key"])
+def test_what_is_wrong_with_a_site_s_own_files_is_told_at_the_site_and_only_there(ram_path: Path, wrong: str) -> None:
+    files = tiny.site(ram_path, "icu", 1)
+    path = ram_path / "settings.toml"
+    path.write_text("[survey_privacy]\nepsilon = 2.0\ndelta = 1e-6\n")
+    if wrong == "settings":
+        path.write_text("[prepare]\nmaps = 4711\n")
+    else:
+        assert isinstance(deliver(files, address(REQUEST)), SurveyReply)
+        path = files.state / "identity/site.key"
+        path.chmod(0o644)
+    files = dataclasses.replace(files, settings=str(ram_path / "settings.toml"))
+    answer = deliver(files, address(REQUEST))
+    assert isinstance(answer, Refusal)
+    assert str(ram_path) not in answer.reason
+    assert "4711" not in answer.reason
+    assert "its own log" in answer.reason
+    assert str(path) in (files.state / "site.log").read_text()
+
+
+def test_a_codebook_of_other_records_is_told_to_the_coordinator_too(ram_path: Path) -> None:
+    files = tiny.site(ram_path, "icu", 1)
+    told = deliver(files, address(REQUEST))
+    assert isinstance(told, SurveyReply)
+    codebook = Codebook.build(Survey.from_bytes(told.survey))
+    manifest = tiny.plan(tokenizer=REQUEST.tokenizer, split=REQUEST.split).manifest(codebook)
+    prepare = PrepareRequest(manifest.to_bytes(), codebook.to_bytes(), 1e12)
+    answer = deliver(dataclasses.replace(files, settings="standard"), address(prepare))
+    assert isinstance(answer, Refusal)
+    assert "Use the federation's settings file" in answer.reason
 
 
 def test_an_unexpected_error_travels_as_the_name_of_its_type(ram_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,16 @@ def test_a_wrong_setting_is_named_with_its_file(tmp_path: Path, key: str, more: 
     assert named in str(told.value)
 
 
+def test_a_wrong_setting_of_its_records_is_named_before_anything_starts(tmp_path: Path, key: str) -> None:
+    path = home(tmp_path / "icu", key)
+    rules = path / "records.toml"
+    rules.write_text("[prepare]\nicd10 = true\n")
+    text = (path / "site.toml").read_text()
+    (path / "site.toml").write_text(text.replace('settings = "standard"', f'settings = "{rules}"'))
+    with pytest.raises(ConfigError, match=r"records\.toml: prepare\.icd10 is not a known key"):
+        daemon.run(path)
+
+
 def test_bundles_are_taken_from_whom_the_policy_lists_or_else_from_whom_the_site_enrolled_with(
     tmp_path: Path, key: str
 ) -> None:

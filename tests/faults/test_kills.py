@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from client.audit import audit
 from client.budget import FILE, Budget, State
 from client.outbound import lines, read_entry, read_head
 from federation import protection
@@ -15,8 +14,7 @@ from federation.messages import EvaluateReply, TrainReply
 from server.journal import Status
 from server.plan import PrivacyPlan
 from server.tables import RunState
-from tests import tiny
-from tests.field import Field, app_process, federation, node, nursery, process, until
+from tests.field import KINDS, SITE_KINDS, Field, app_process, federation, until
 
 pytestmark = pytest.mark.slow
 
@@ -31,71 +29,17 @@ PRIVACY = PrivacyPlan(
     evaluation=PrivateEvaluation(every=1, bound=10.0, noise_multiplier=2.0),
 )
 PURPOSES = {TrainReply.kind: "training", EvaluateReply.kind: "evaluation"}
-SITE_KINDS = ("app process of a site", "nursery of a site", "node of a site", "daemon of a site")
-KINDS = (*SITE_KINDS, "SuperLink", "leading process", "daemon of the coordinator")
 
 
 def happens(field: Field, what: str) -> None:
-    """Wait until a phase of the run begins once more; events are looked for often, as some phases are short."""
+    """Wait until a phase of the run begins once more; some are short."""
     seen = last(field, what)
-    end = time.monotonic() + 300
-    while last(field, what) == seen:
-        assert time.monotonic() < end, f"no {what}: {field.told()}"
-        time.sleep(0.02)
+    until(lambda: last(field, what) != seen, lambda: f"no {what}: {field.told()}", 300, every=0.02)
 
 
 def last(field: Field, what: str) -> int:
     events = field.ledger.events(run="first", what=what, newest=True, limit=1)
     return events[0].id if events else 0
-
-
-def killed(field: Field, kind: str) -> None:
-    """Kill a process of a kind, which is there within a minute, or the test has failed."""
-
-    def find() -> int | None:
-        match kind:
-            case "app process of a site":
-                return app_process(field.place, VICTIM)
-            case "nursery of a site":
-                return nursery(field.place, VICTIM)
-            case "node of a site":
-                return node(field.place, VICTIM)
-            case "SuperLink":
-                return process(field.place, ("server.superlink",))
-            case _:
-                return process(field.place, ("flwr-serverapp",))
-
-    if kind == "daemon of a site":
-        service = field.sites[VICTIM].service
-        assert service is not None
-        service.kill()
-        field.run_site(VICTIM)
-    elif kind == "daemon of the coordinator":
-        assert field.coordinator is not None
-        field.coordinator.kill()
-        field.serve("--wait")
-    else:
-        until(lambda: kill_if_there(find()), f"there is no {kind} to kill", 60)
-
-
-def kill_if_there(pid: int | None) -> bool:
-    """Kill a process; False if there was none, or none any more."""
-    if pid is None:
-        return False
-    try:
-        tiny.kill(pid)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def contiguous(field: Field, run: str) -> None:
-    """See that every committed round was committed once, and that all lists of what left are whole."""
-    done = field.ledger.journal(run).committed()
-    commits = [each.round for each in field.ledger.events(run=run, what="round.committed", limit=100_000)]
-    assert commits == list(range(1, done + 1))
-    for site in field.sites.values():
-        assert audit(site.home.state).broken is None
 
 
 def paid(field: Field, run: str, hit: dict[str, set[int]]) -> None:
@@ -145,11 +89,6 @@ def takers(field: Field, run: str, number: int) -> set[str]:
     return {entry.site for entry in replies if entry.status == Status.ACCEPTED}
 
 
-def ordered(field: Field, *words: str, state: RunState) -> None:
-    field.cli("coordinator", *words, "--home", str(field.home.path))
-    until(lambda: field.state(words[1]) == state, field.told, 300)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_every_phase_no_round_is_lost_or_counted_or_paid_twice(tmp_path: Path, kind: str) -> None:
     with federation(tmp_path, SITES) as field:
@@ -159,15 +98,15 @@ def test_killed_at_every_phase_no_round_is_lost_or_counted_or_paid_twice(tmp_pat
         for phase in PHASES:
             happens(field, phase)
             number = journal.committed()
-            killed(field, kind)
+            field.kill(kind, VICTIM)
             hit |= {number, *range(number + 1, journal.committed() + 2)}
             field.committed("first", number + 1, 400)
             print(f"{kind} killed at {phase}: the run is at round {journal.committed()}")
         field.all_online()
         until(lambda: VICTIM in takers(field, "first", journal.committed()), f"{VICTIM} is not back", 120)
-        ordered(field, "stop", "first", state=RunState.STOPPED)
+        field.order("stop", "first", RunState.STOPPED)
         field.stop_sites()  # or one might be at work
-        contiguous(field, "first")
+        field.contiguous("first")
         paid(field, "first", {VICTIM: hit} if kind in SITE_KINDS else {})
 
 
@@ -177,27 +116,27 @@ def test_eight_sites_lose_no_round_though_each_kind_of_process_is_killed_once(tm
         field.committed("first", 1)
         for kind in KINDS:
             number = journal.committed()
-            killed(field, kind)
+            field.kill(kind, VICTIM)
             field.committed("first", number + 1, 400)
         field.all_online()
         number = journal.committed() + 2
         field.committed("first", number, 400)
         assert takers(field, "first", number) == set(field.sites)
-        ordered(field, "stop", "first", state=RunState.STOPPED)
+        field.order("stop", "first", RunState.STOPPED)
         field.stop_sites()
-        contiguous(field, "first")
+        field.contiguous("first")
 
 
 def test_orders_are_followed_and_a_site_that_is_told_to_stop_ends_its_work_first(tmp_path: Path) -> None:
     with federation(tmp_path, ("icu", "ward")) as field:
         field.begin("first", rounds=8, min_sites=1, evaluate_every=0)
         field.committed("first", 1)
-        ordered(field, "pause", "first", state=RunState.PAUSED)
+        field.order("pause", "first", RunState.PAUSED)
         paused = field.ledger.journal("first").committed()
         time.sleep(5)
         assert field.ledger.journal("first").committed() == paused
 
-        ordered(field, "resume", "first", state=RunState.RUNNING)
+        field.order("resume", "first", RunState.RUNNING)
         icu = field.sites["icu"].service
         assert icu is not None
         until(lambda: app_process(field.place, "icu") is not None, "a site is at work", 60)
@@ -209,5 +148,5 @@ def test_orders_are_followed_and_a_site_that_is_told_to_stop_ends_its_work_first
 
         field.begin("second", rounds=1000, min_sites=1, evaluate_every=0)
         field.committed("second", 1)
-        ordered(field, "stop", "second", state=RunState.STOPPED)
-        contiguous(field, "second")
+        field.order("stop", "second", RunState.STOPPED)
+        field.contiguous("second")

@@ -307,6 +307,76 @@ def test_a_site_that_comes_later_joins_at_the_next_round(ram_path: Path) -> None
     assert [len(coordinator.replies(number)) for number in (1, 2)] == [2, 3]
 
 
+def breaking(node: Node, kind: str, times: int) -> Node:
+    """A site whose process breaks down at a kind of request, so many times."""
+    left = [None] * times
+
+    def answer(message: Message) -> Message | None:
+        if message.metadata.message_type == kind and left:
+            left.pop()
+            return Message(Error(1, "out of memory"), reply_to=message)
+        return node(message)
+
+    return answer
+
+
+@pytest.mark.parametrize("kind", ["query.survey", "query.prepare"])
+def test_a_site_whose_process_breaks_down_once_is_asked_again_and_loses_nothing(ram_path: Path, kind: str) -> None:
+    nodes = hospitals(ram_path)
+    nodes[2] = breaking(nodes[2], kind, 1)
+    coordinator = Coordinator(ram_path / "run", nodes)
+    coordinator.lead(tiny.plan(rounds=1))
+    assert [entry.status for entry in coordinator.replies(1)] == [Status.ACCEPTED] * 3
+    assert "site-1" in {event.site for event in coordinator.events if event.kind == "survey.received"}
+    assert not [event for event in coordinator.events if event.kind.endswith(".refused")]
+
+
+def test_a_site_whose_process_breaks_down_twice_takes_part_from_the_next_round_on(ram_path: Path) -> None:
+    nodes = hospitals(ram_path)
+    nodes[2] = breaking(nodes[2], "query.prepare", 2)
+    coordinator = Coordinator(ram_path / "run", nodes)
+    coordinator.lead(tiny.plan())
+    assert [len(coordinator.replies(number)) for number in (1, 2)] == [2, 3]
+    with Journal(coordinator.run_dir / "ledger.sqlite") as journal:
+        assert {entry.site for entry in journal.sites()} == {"site-0", "site-1", "site-2"}
+
+
+def test_why_too_few_take_part_is_told_of_those_too_whose_process_broke_down(ram_path: Path) -> None:
+    nodes = {number: breaking(node, "query.prepare", 2) for number, node in hospitals(ram_path).items()}
+    with pytest.raises(TooFewSites, match=r"node-1, node-2, node-3: .*out of memory"):
+        Coordinator(ram_path / "run", nodes).lead(tiny.plan())
+
+
+def test_a_site_that_refuses_a_run_is_asked_again_ever_more_rarely_until_it_takes_part(ram_path: Path) -> None:
+    refusing, asked = [True], []
+    nodes = hospitals(ram_path)
+
+    def refuse(reply: Any, to: Message) -> Message:
+        asked.append(max(event.round for event in coordinator.events))
+        return flower.reply(Refusal(reply.site, "nobody has approved it") if refusing else reply, to)
+
+    nodes[2] = altered(nodes[2], "query.prepare", refuse)
+    coordinator = Coordinator(ram_path / "run", nodes)
+
+    def watch(event: Event) -> None:
+        coordinator.events.append(event)
+        if (event.kind, event.round) == ("round.committed", 5):
+            refusing.clear()
+
+    coordinate(coordinator.grid, ram_path / "run", tiny.plan(rounds=9, evaluate_every=0), listen=watch)
+    assert asked == [1, 2, 4, 8]
+    assert [len(coordinator.replies(number)) for number in range(1, 10)] == [2] * 7 + [3] * 2
+    with Journal(coordinator.run_dir / "ledger.sqlite") as journal:
+        assert {entry.site: entry.status for entry in journal.sites()}["site-1"] is Status.ACCEPTED
+
+
+def test_a_plan_that_no_codebook_would_fit_is_refused_before_a_site_is_asked(ram_path: Path) -> None:
+    coordinator = Coordinator(ram_path / "run", hospitals(ram_path))
+    with pytest.raises(ConfigError, match="batch_tokens"):
+        coordinator.lead(tiny.plan(local=LocalWork(steps=1, batch_tokens=8)))
+    assert not coordinator.grid.asked
+
+
 def test_too_few_nodes_are_waited_for_and_then_reported(ram_path: Path) -> None:
     coordinator = Coordinator(ram_path / "run", {})
     before = coordinator._now

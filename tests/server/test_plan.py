@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from federation.manifest import LocalWork
-from server.plan import FederationPlan
+from server.plan import FederationPlan, PrivacyPlan
 from tests import tiny
 from tokenizer.codebook import Codebook, Survey, TokenizerOptions
 from tokenizer.errors import ConfigError
@@ -61,3 +61,15 @@ def test_a_plan_that_does_not_fit_its_codebook_is_refused() -> None:
         tiny.plan(model="7b").manifest(CODEBOOK)
     with pytest.raises(ConfigError, match="batch_tokens"):
         tiny.plan(local=LocalWork(steps=1, batch_tokens=8)).manifest(CODEBOOK)
+
+
+def test_what_no_codebook_would_fit_is_refused_without_one() -> None:
+    shared = PrivacyPlan(noise_multiplier=2.0, mechanism="distributed", honest_sites=2)
+    for changes, told in (
+        ({"model": "7b"}, "no model preset"),
+        ({"local": LocalWork(steps=1, batch_tokens=8)}, "batch_tokens"),
+        ({"privacy": shared}, "secure_aggregation|secure aggregation"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            tiny.plan(**changes).check()
+    tiny.plan(privacy=PrivacyPlan(sampling_rate=0.5, noise_multiplier=1.0)).check()
