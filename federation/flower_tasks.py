@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -229,8 +230,8 @@ class Tasks:
         request = PushTaskOutputRequest(sub_status=SubStatus.FAILED, details=f"The process ended: {meaning(code)}.")
         try:
             client.PushTaskOutput(request)
-        except httpx.HTTPStatusError:
-            return True
+        except httpx.HTTPStatusError as problem:
+            return problem.response.status_code != HTTPStatus.SERVICE_UNAVAILABLE
         except (httpx.HTTPError, OSError, ValueError):
             return False
         finally:

@@ -50,7 +50,7 @@ class Authority:
                 x509.NameAttribute(NameOID.COMMON_NAME, f"{federation} authority"[:64]),
             ]
         )
-        builder = _builder(name, name, private.public_key(), now, AUTHORITY_DAYS)
+        builder = _builder(name, name, private.public_key(), now, now + timedelta(days=AUTHORITY_DAYS))
         usage = _usage(key_cert_sign=True, crl_sign=True)
         signed = (
             builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
@@ -82,7 +82,8 @@ class Authority:
     def issue(self, wish: Wish, now: datetime, days: float = MEMBER_DAYS) -> bytes:
         """Give a member's certificate, PEM; it says what the wish says and nothing else."""
         subject = x509.Name([self._organization, *pki.subject(wish.name, wish.role)])
-        builder = _builder(subject, self.certificate.subject, wish.key, now, days).add_extension(
+        until = self._until(now, days)
+        builder = _builder(subject, self.certificate.subject, wish.key, now, until).add_extension(
             x509.SubjectAlternativeName([pki.urn(wish.ed25519)]), critical=False
         )
         return self._signed(builder, ExtendedKeyUsageOID.CLIENT_AUTH).public_bytes(_PEM)
@@ -92,10 +93,15 @@ class Authority:
     ) -> bytes:
         """Give the server's certificate for these host names and IP addresses, with the authority's behind it; PEM."""
         name = x509.NameAttribute(NameOID.COMMON_NAME, "fedcomet coordinator")
-        builder = _builder(x509.Name([self._organization, name]), self.certificate.subject, key, now, days)
+        until = self._until(now, days)
+        builder = _builder(x509.Name([self._organization, name]), self.certificate.subject, key, now, until)
         names = x509.SubjectAlternativeName([_address(each) for each in dict.fromkeys(addresses)])
         signed = self._signed(builder.add_extension(names, critical=False), ExtendedKeyUsageOID.SERVER_AUTH)
         return signed.public_bytes(_PEM) + self.pem
+
+    def _until(self, now: datetime, days: float) -> datetime:
+        """When a certificate ends: with the authority's at the latest, or it would not hold as long as it says."""
+        return min(now + timedelta(days=days), self.certificate.not_valid_after_utc)
 
     @property
     def _organization(self) -> x509.NameAttribute:
@@ -113,17 +119,16 @@ class Authority:
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, now: datetime, days: float
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, now: datetime, until: datetime
 ) -> x509.CertificateBuilder:
-    now = now.astimezone(UTC)
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - _SKEW)
-        .not_valid_after(now + timedelta(days=days))
+        .not_valid_before(now.astimezone(UTC) - _SKEW)
+        .not_valid_after(until.astimezone(UTC))
     )
 
 

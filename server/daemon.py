@@ -26,7 +26,7 @@ from server import nodes
 from server.control import Control
 from server.enrolment import Enrolment, Welcome
 from server.flower_link import Control as LinkControl
-from server.flower_link import FlowerNode, LinkError
+from server.flower_link import FlowerNode, LinkError, LinkRefusal
 from server.home import CoordinatorHome
 from server.keeper import Keeper
 from server.ledger import Ledger
@@ -219,6 +219,8 @@ class _Daemon:
                     self._write_plan(run.name)
             self._keeper.look(self._folder.bundle.read_text())
             self._answered, self._problem = time.time(), self._keeper.trouble
+        except LinkRefusal as error:
+            self._warn(str(error), error)
         except LinkError as error:
             if time.time() - max(self._answered, self._began) > _LATE_S:
                 self._warn("the SuperLink does not answer; logs/ says why", error)

@@ -35,6 +35,7 @@ _FIRST_S, _LONGEST_S = 0.1, 10.0  # between two tries
 _LOCK = 0x6665_6463_6F6D_6574  # "fedcomet": the ledger's advisory lock
 _WAIT = "SET LOCAL lock_timeout TO '60s'; SET LOCAL idle_in_transaction_session_timeout TO '60s'"
 _FULL = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
+_ONLY_READS = "25006"  # of a server that was the first one, or is not yet
 _FOR_GOOD = ("authentication failed", "no password supplied", "does not exist", "no pg_hba.conf entry")
 
 _log = logging.getLogger("fedcomet.ledger")
@@ -151,6 +152,8 @@ class Transactions:
             except DBAPIError as problem:
                 if not passing(problem):
                     raise
+                if _only_reads(problem):
+                    self.engine.dispose()  # another server may be the one that writes now
                 away_s, cause = time.monotonic() - began, said(problem)
                 if away_s >= self.patience_s:
                     raise LedgerUnreachable(
@@ -176,10 +179,14 @@ def passing(problem: DBAPIError) -> bool:
     code = getattr(problem.orig, "sqlite_errorcode", None)
     if code is not None:
         return code & 0xFF in _FULL
-    if problem.connection_invalidated:
+    if problem.connection_invalidated or _only_reads(problem):
         return True
     # PostgreSQL's operational errors: gone, starting, shutting down, out of room or connections, a lock not given.
     return _operational(problem) and not _for_good(problem)
+
+
+def _only_reads(problem: DBAPIError) -> bool:
+    return getattr(problem.orig, "sqlstate", None) == _ONLY_READS
 
 
 def said(problem: DBAPIError) -> str:

@@ -6,8 +6,10 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 
 from federation import flower_tasks
@@ -84,3 +86,16 @@ def test_processes_that_died_are_answered_for_in_the_end_whatever_goes_wrong_bef
     assert "an app process can't be started (no process today)" in caplog.messages
     trouble = "an app process that died can't be answered for (the store is not there); trying again"
     assert caplog.messages.count(trouble) == 1
+
+
+@pytest.mark.parametrize(("status", "heard"), [(200, True), (401, True), (503, False)])
+def test_a_runtime_that_says_come_again_has_not_heard_of_a_dead_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, heard: bool
+) -> None:
+    def push(_: object) -> None:
+        httpx.Response(status, request=httpx.Request("POST", "http://runtime")).raise_for_status()
+
+    client = SimpleNamespace(PushTaskOutput=push, close=lambda: None)
+    tasks = Tasks(TaskOptions("coordinator", 1, b"secret", tmp_path))
+    monkeypatch.setattr(tasks, "_client", lambda *_: client)
+    assert tasks._said("token", -9) is heard

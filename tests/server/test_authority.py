@@ -49,6 +49,17 @@ def test_a_members_certificate_binds_name_role_and_both_keys(
     assert certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca is False
 
 
+def test_no_certificate_outlives_its_authoritys(tmp_path: Path, authority: Authority, identity: Identity) -> None:
+    key, end = pki.make_key(tmp_path / "tls.key"), authority.certificate.not_valid_after_utc
+    wish = pki.read_request(*pki.ask(key, identity, "icu", Role.SITE, ANSWERS), ANSWERS)
+    for pem in (
+        authority.issue(wish, end - timedelta(days=5)),
+        authority.issue_server(key.public_key(), ["localhost"], end - timedelta(days=5)),
+    ):
+        assert pki.load(pem, "it").not_valid_after_utc == end
+    assert pki.load(authority.issue(wish, NOW, 7.0), "it").not_valid_after_utc == NOW + timedelta(days=7)
+
+
 def test_a_certificate_says_only_what_was_proved_whatever_else_a_request_asks_for(
     tmp_path: Path, authority: Authority, identity: Identity
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from sqlalchemy import event
+from sqlalchemy import NullPool, create_engine, event, text
 
 from server.ledger import Ledger
 from server.transactions import LedgerUnreachable
@@ -85,6 +85,34 @@ def test_a_server_that_stays_away_is_told_with_what_to_do(
         ledger.transactions.patience_s = 60.0
         ledger.note("writer", "again")
         assert [e.what for e in ledger.events()] == ["again"]
+
+
+def test_a_server_that_only_reads_until_its_failover_is_over_is_waited_for(
+    postgres_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    admin = create_engine(postgres_url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+
+    def only_reads(on: str) -> None:
+        with admin.connect() as connection:
+            connection.execute(text("SET default_transaction_read_only = off"))
+            connection.execute(text(f'ALTER DATABASE "{admin.url.database}" SET default_transaction_read_only = {on}'))
+
+    with Ledger.open(postgres_url, patience_s=120.0) as ledger:
+        ledger.note("writer", "before")
+        only_reads("on")
+        ledger.transactions.engine.dispose()  # the lines to it broke, and each new one only reads, as long as it lives
+        waited: list[float] = []
+
+        def pause(seconds: float) -> None:
+            waited.append(seconds)
+            if len(waited) == 2:
+                only_reads("off")
+
+        ledger.transactions.pause = pause
+        ledger.note("writer", "after")
+        assert len(waited) == 2
+        assert "read-only transaction" in caplog.text
+        assert [event.what for event in ledger.events()] == ["before", "after"]
 
 
 def test_a_wrong_password_is_told_at_once(postgres_url: str) -> None:
