@@ -54,7 +54,10 @@ def agreement_of(run: RunArchive, site: str) -> Agreement:
     """
     agreement = run.agreement()
     if agreement is None:
-        raise SiteRefusal(f"{site} takes no part in run {run.path.name}: ask it to prepare first.")
+        raise SiteRefusal(
+            f"{site} takes no part in run {run.path.name}: it has not prepared for it, or forgot that with its state. "
+            "Pause and resume the run, and it is asked to."
+        )
     return agreement
 
 

@@ -302,7 +302,7 @@ def _lead_round(
         rounds.commit()
         return
     rounds.open()
-    nodes = rounds.drawn(roster.sites())
+    nodes = rounds.drawn(roster.sites(rounds.number))
     request = rounds.request(post.deadline())
     if rounds.collecting:
         missing = rounds.missing(nodes)
@@ -369,7 +369,7 @@ def _opened(rounds: Rounds, request: TrainRequest, roster: Roster, post: Post, w
         masked = rounds.sum_of(request)
         try:
             # All sites that are there, not those drawn now: no newcomer may take the place of one that has signed.
-            return open_sum(masked, roster.sites(), rounds.ready(), post, rounds.unmask)
+            return open_sum(masked, roster.sites(rounds.number), rounds.ready(), post, rounds.unmask)
         except MaskingError as problem:
             until = post.now() + wait_s if until is None else until
             if not masked.signing or post.now() >= until:

@@ -43,7 +43,7 @@ W = TypeVar("W", bound=Weighted)
 _POLL_S = 1.0
 _POLLS = Polls(0.05, _POLL_S)
 _GRACE_S = 60.0
-_RARELY = 32
+_RARELY = 8
 
 
 class TooFewSites(FedcometError):
@@ -194,7 +194,7 @@ class Post:
 
 @dataclass(frozen=True)
 class _Refused:
-    """When a node that takes no part is asked again, how many rounds that are, and why if the ledger doesn't say it."""
+    """In which round a node that takes no part is asked again, after how many, and why if the ledger doesn't say it."""
 
     until: int
     pause: int
@@ -212,19 +212,17 @@ class Roster:
         self._post, self._journal, self._manifest, self._codebook = post, journal, manifest, codebook
         self._names: dict[int, str] = {}
         self._refused: dict[int, _Refused] = {}
-        self._asked = 0
 
-    def sites(self) -> dict[str, int]:
-        """Give the nodes of the sites that take part; the others are asked to prepare first, if it is time.
+    def sites(self, number: int) -> dict[str, int]:
+        """Give the nodes of the sites that take part in a round; the others are asked to prepare first, if it is time.
 
         Raises:
             ConfigError: two nodes call themselves by one name.
             TooFewSites: fewer than `min_sites` take part.
         """
         nodes = self._post.present() if self._names or self._refused else self._post.nodes()
-        self._asked += 1
-        if fresh := [node for node in nodes if node not in self._names and self._is_due(node)]:
-            self._prepare(fresh)
+        if fresh := [node for node in nodes if node not in self._names and self._is_due(node, number)]:
+            self._prepare(fresh, number)
         if len(self._names) < self._manifest.min_sites:
             why = {entry.site: entry.reason for entry in self._journal.sites() if entry.reason}
             why |= {f"node-{node}": refused.why for node, refused in self._refused.items() if refused.why}
@@ -235,18 +233,18 @@ class Roster:
         """Give the name of the site behind a node."""
         return self._names[node]
 
-    def _prepare(self, nodes: list[int]) -> None:
+    def _prepare(self, nodes: list[int], number: int) -> None:
         request = PrepareRequest(self._manifest.to_bytes(), self._codebook.to_bytes(), self._post.deadline())
         answers = dict(self._post.ask(nodes, request, "prepare"))
         for node in nodes:
             answer = answers.get(node)
             if answer is not None:
-                self._admit(node, answer)
+                self._admit(node, answer, number)
 
-    def _is_due(self, node: int) -> bool:
-        return node not in self._refused or self._asked >= self._refused[node].until
+    def _is_due(self, node: int, number: int) -> bool:
+        return node not in self._refused or number >= self._refused[node].until
 
-    def _admit(self, node: int, answer: Answer) -> None:
+    def _admit(self, node: int, answer: Answer, number: int) -> None:
         name = site_name(node, answer)
         if isinstance(answer, PrepareReply) and answer.manifest_hash == self._manifest.hash:
             present = self._post.present()
@@ -263,7 +261,7 @@ class Roster:
             return
         told, broke = reason(answer), isinstance(answer, DeliveryError)
         pause = min(2 * self._refused[node].pause, _RARELY) if node in self._refused else 1
-        self._refused[node] = _Refused(self._asked + pause, pause, told if broke else "")
+        self._refused[node] = _Refused(number + pause, pause, told if broke else "")
         if not broke:  # else nobody has said anything, not even a name
             status = Status.REFUSED if isinstance(answer, Refusal) else Status.MALFORMED
             self._journal.note_site(SiteEntry(name, status, told))
