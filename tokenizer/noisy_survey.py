@@ -77,8 +77,9 @@ class Bounds:
     gaps: int = 16
 
     def __post_init__(self) -> None:
-        if min(self.codes, self.prefixes, self.statics, self.values, self.gaps) < 1:
-            raise ConfigError(f"survey privacy: every bound must be at least 1, got {self}.")
+        for name, bound in vars(self).items():
+            if bound < 1:
+                raise ConfigError(f"survey privacy: bounds.{name} must be at least 1, got {bound}.")
 
 
 @dataclass(frozen=True)
@@ -100,14 +101,14 @@ class SurveyPrivacy:
 
     def __post_init__(self) -> None:
         checks = (
-            (self.mechanism in ("gaussian", "laplace"), 'mechanism must be "gaussian" or "laplace"'),
-            (0 < self.epsilon <= 50, "epsilon must be above 0, and 50 at most"),
-            (1e-15 <= self.delta <= 0.1, "delta must be 1e-15 to 0.1"),
-            (1 <= self.join <= 100, "join must be 1 to 100"),
+            (self.mechanism in ("gaussian", "laplace"), 'mechanism must be "gaussian" or "laplace"', self.mechanism),
+            (0 < self.epsilon <= 50, "epsilon must be above 0, and 50 at most", self.epsilon),
+            (1e-15 <= self.delta <= 0.1, "delta must be 1e-15 to 0.1", self.delta),
+            (1 <= self.join <= 100, "join must be 1 to 100", self.join),
         )
-        for good, rule in checks:
+        for good, rule, value in checks:
             if not good:
-                raise ConfigError(f"survey privacy: {rule}, got {self}.")
+                raise ConfigError(f"survey privacy: {rule}, got {value!r}.")
 
 
 @dataclass(frozen=True)

@@ -55,20 +55,25 @@ class TokenizerOptions:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         splits = (self.icd10cm_split, self.atc_split, self.icd10pcs_split)
         checks = (
-            (self.values in ("separate", "fused"), 'values must be "separate" or "fused"'),
-            (2 <= self.value_bins <= 100, "value_bins must be 2 to 100"),
-            (self.min_patients >= 1, "min_patients must be at least 1"),
-            (0.001 <= self.sketch_accuracy <= 0.1, "sketch_accuracy must be 0.001 to 0.1"),
-            (1 <= self.age_years <= _OLDEST, f"age_years must be 1 to {_OLDEST}"),
-            (self.intervals in INTERVAL_TABLES, f"intervals must be one of {', '.join(INTERVAL_TABLES)}"),
+            (self.values in ("separate", "fused"), 'values must be "separate" or "fused"', self.values),
+            (2 <= self.value_bins <= 100, "value_bins must be 2 to 100", self.value_bins),
+            (self.min_patients >= 1, "min_patients must be at least 1", self.min_patients),
+            (0.001 <= self.sketch_accuracy <= 0.1, "sketch_accuracy must be 0.001 to 0.1", self.sketch_accuracy),
+            (1 <= self.age_years <= _OLDEST, f"age_years must be 1 to {_OLDEST}", self.age_years),
+            (
+                self.intervals in INTERVAL_TABLES,
+                f"intervals must be one of {', '.join(INTERVAL_TABLES)}",
+                self.intervals,
+            ),
             (
                 all(len(split) < _MOST_PIECES and all(1 <= n <= _MOST_PIECES for n in split) for split in splits),
                 f"icd10cm_split, atc_split and icd10pcs_split must be up to {_MOST_PIECES - 1} numbers of letters",
+                splits,
             ),
         )
-        for good, rule in checks:
+        for good, rule, value in checks:
             if not good:
-                raise ConfigError(f"tokenizer options: {rule}, got {self}.")
+                raise ConfigError(f"tokenizer options: {rule}, got {value!r}.")
 
     @property
     def widths(self) -> dict[str, tuple[int, ...]]:
