@@ -500,7 +500,7 @@ def approve(
     except FedcometError as error:
         console.print(f"The coordinator could not be told ({error}) Tell it; the approval holds.", highlight=False)
     else:
-        console.print("The coordinator knows; it asks again when it starts or resumes the run.")
+        console.print("The coordinator knows: a run that goes on asks again soon, one that ended when it is resumed.")
 
 
 @site.command()

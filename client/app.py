@@ -167,7 +167,7 @@ def _send(site: Site, reply: Reply | masking.Reply, place: masking.Place | None,
         answer = flower.packed_reply(record, to)
         site.gate.released(reply, place)
         if not isinstance(reply, Refusal):
-            site.files.note_room(asked, "")
+            site.files.note_trouble(asked, "")
     except Exception as error:
         _log(site, asked, error)
         # The texts that leave without being on the list, for the list is what's broken: always one of these two.
@@ -211,4 +211,7 @@ def _log(site: Site, task: str, error: BaseException) -> None:
     with contextlib.suppress(OSError):
         site.archive.log(task, error)
     if lacking := durable.lacking(error):
-        site.files.note_room(task, lacking)
+        why = f"found too little room ({lacking}); make room, and all goes on by itself"
+        site.files.note_trouble(task, why)
+    elif not isinstance(error, _MAY_TRAVEL):
+        site.files.note_trouble(task, f"could not be given: {site.archive.log_file} says why")

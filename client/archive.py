@@ -1,7 +1,7 @@
 """What a site must not forget, in its own state folder: token stores, and for every run the answers it has given.
 
     site.log                                    errors in full; older ones in site.log.1 and on; stays at the site
-    no-room                                     what an answer found too little room for, until one like it leaves
+    trouble                                     why a request got no answer, until one like it does
     budget.sqlite                               what has been spent of the privacy budget (`client.budget`)
     stores/<id>/                                token stores, shared by runs with the same codebook and records
     runs/<manifest hash>/manifest.json          what the site agreed to
@@ -143,11 +143,16 @@ class Archive:
         with _lock(self.path / "stores.lock"):
             yield
 
+    @property
+    def log_file(self) -> Path:
+        """Where errors are written down in full."""
+        return self.path / "site.log"
+
     def log(self, task: str, error: BaseException) -> None:
         """Write an error down in full, where only the site can read it."""
         self.path.mkdir(parents=True, exist_ok=True)
         told = "".join(traceback.format_exception(error))
-        logs.append(self.path / "site.log", f"{datetime.now(UTC).isoformat(timespec='seconds')} {task}\n{told}\n")
+        logs.append(self.log_file, f"{datetime.now(UTC).isoformat(timespec='seconds')} {task}\n{told}\n")
 
 
 class RunArchive:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from client.approval import site_key
 from client.outbound import FIRST, Entry, Head, alone, behind, lines, read_entry, read_head, without_privacy
+from client.policy import UNUSABLE
 from federation.identity import Identity, is_public_key
 from tokenizer.errors import ConfigError, DataError
 from tokenizer.wording import several
@@ -196,7 +197,7 @@ def _summed(entries: list[Entry], head: str, public: str) -> Audit:
         refusals=dict(refusals.most_common()),
         without_privacy=tuple(without_privacy(entry.message for entry in entries)),
         without_policy=sum(
-            entry.message.policy in (None, "unusable") and entry.message.kind != _ENROLMENT for entry in entries
+            entry.message.policy in (None, UNUSABLE) and entry.message.kind != _ENROLMENT for entry in entries
         ),
         dropped_bytes=sum(entry.dropped_bytes for entry in entries),
     )

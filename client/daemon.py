@@ -18,6 +18,7 @@ from typing import Any
 
 from client.home import LOCK, SiteHome
 from client.link import Link
+from client.policy import Policy
 from client.supernode import NodeFolder, NodeState, trusted_coordinators
 from federation import logs, pki, supervisor, vitals
 from federation.manifest import software_version
@@ -47,6 +48,7 @@ def run(path: Path) -> None:
     os.umask(0o077)
     home = SiteHome.open(path)
     agreed(home.files.settings)  # names a wrong setting before anything starts
+    home.check_data()
     trusted_coordinators(home)
     pki.pair(home.key, home.certificate)
     with _alone(path):
@@ -67,7 +69,7 @@ class _Daemon:
         )
         self._supervisor = supervisor.Supervisor([node])
         self._files = home.files
-        self._files.forget_room()
+        self._files.forget_trouble()
         self._line = _Line(home)
         self._began = time.time()
 
@@ -108,8 +110,8 @@ class _Daemon:
         node, condition = self._node()
         free = durable.free_bytes(self._home.state)
         well = condition.running and node.state in _GOOD and free >= durable.LEAST_FREE
-        lacks_room = self._files.lacks_room()
-        well = well and not self._line.refused and not self._line.ended and not lacks_room
+        hindered = self._line.policy or self._files.trouble()
+        well = well and not self._line.refused and not self._line.ended and not hindered
         told = {
             "site": self._home.name,
             "node": node.state,
@@ -127,8 +129,8 @@ class _Daemon:
             )
         elif refused := self._line.refused:
             told["reason"] = refused
-        elif lacks_room:
-            told["reason"] = lacks_room
+        elif hindered:
+            told["reason"] = hindered
         elif not well and trouble:
             told["reason"] = trouble
         elif not well and asked and not condition.running and condition.ends:
@@ -149,6 +151,15 @@ class _Daemon:
         board.set("disk_free_bytes", durable.free_bytes(self._home.state), "Free on the disk of the state folder")
 
 
+def _unusable(home: SiteHome) -> str:
+    """Say why a site's policy can't be used; empty if it can."""
+    try:
+        Policy.read(home.policy)
+    except ConfigError as problem:
+        return f"{problem} Nothing is answered until the policy is mended"
+    return ""
+
+
 class _Line(threading.Thread):
     """The line to the control service: the site's health and budget are told, and its certificate is renewed, in time.
 
@@ -161,13 +172,14 @@ class _Line(threading.Thread):
         super().__init__(name="line", daemon=True)
         self._home, self._stopping = home, threading.Event()
         self.problem, self.refused, self.clock, self.asked = "", "", "", threading.Event()
+        self.policy = ""
 
     def run(self) -> None:
         again_s = _AGAIN_S
         while not self._stopping.is_set():
             try:
                 with Link(self._home) as link:
-                    while not self._stopping.is_set():
+                    while not self._stopping.is_set() and not link.outdated:
                         self._tell(link)
                         self.problem = self.refused = ""
                         again_s = _AGAIN_S
@@ -197,7 +209,12 @@ class _Line(threading.Thread):
         self.clock = link.wrong_clock() or ""
         if self.clock:
             _log.error("%s", self.clock)
-        link.report_budget()
+        told = self.policy
+        self.policy = _unusable(self._home)
+        if self.policy and not told:
+            _log.error("%s", self.policy)
+        if not self.policy:
+            link.report_budget()
 
     @property
     def ended(self) -> bool:

@@ -71,11 +71,13 @@ def join(
         data, policy: where records and policy are, if elsewhere than in the home; what site.toml says already, stays.
 
     Raises:
-        ConfigError: the token or the address is none, or the home is another site's.
+        ConfigError: the token or the address is none, the home is another site's, or there are no such records.
         WrongAuthority: another server answers.
         CallError: the coordinator can't be reached, or refuses.
         ProtocolError: its answer makes no sense.
     """
+    if data is not None and not data.is_dir():
+        raise ConfigError(f"There is no folder {data}; say where the records are, or leave it to site.toml.")
     invitation = Invitation.read(token)
     _refuse_others(home, invitation.name)
     host, port = _split(address)

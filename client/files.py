@@ -61,29 +61,28 @@ class SiteFiles:
         """
         return records_of(MedsDataset.open(self.data), agreed(self.settings, codebook).preparation)
 
-    def note_room(self, asked: str, lacking: str) -> None:
-        """Note, for `fedcomet site run`, what a request of some kind found no room for; where nothing, that is over."""
+    def note_trouble(self, asked: str, why: str) -> None:
+        """Note, for `fedcomet site run`, why a request of some kind got no answer; where it did (""), that is over."""
         with contextlib.suppress(OSError):
-            if lacking:
-                self._room.write_text(f"{asked}\n{lacking}")
-            elif self._room.exists() and asked == self._room.read_text().partition("\n")[0]:
-                self._room.unlink()
+            if why:
+                self._trouble.write_text(f"{asked}\n{why}")
+            elif self._trouble.exists() and asked == self._trouble.read_text().partition("\n")[0]:
+                self._trouble.unlink()
 
-    def lacks_room(self) -> str:
-        """Say what the last answers found no room for, and what to do; empty if nothing."""
+    def trouble(self) -> str:
+        """Say what stood in the way of the last answers, and what to do; empty if nothing."""
         try:
-            asked, _, lacking = self._room.read_text().partition("\n")
+            asked, _, why = self._trouble.read_text().partition("\n")
         except OSError:
             return ""
-        return lacking and (
-            f"an answer to {asked} found too little room ({lacking}); make room, and all goes on by itself: this is "
-            "told until such an answer is given, or the daemon is started anew"
+        return why and (
+            f"an answer to {asked} {why}; this is told until such an answer is given, or the daemon is started anew"
         )
 
-    def forget_room(self) -> None:
-        """Drop what was noted of room."""
-        self._room.unlink(missing_ok=True)
+    def forget_trouble(self) -> None:
+        """Drop what was noted."""
+        self._trouble.unlink(missing_ok=True)
 
     @property
-    def _room(self) -> Path:
-        return self.state / "no-room"
+    def _trouble(self) -> Path:
+        return self.state / "trouble"

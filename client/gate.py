@@ -21,7 +21,7 @@ from client.approval import Approvals, site_key
 from client.archive import Archive, RunArchive
 from client.budget import FILE, Budget, Purpose
 from client.outbound import Leaving, Outbound, content_of
-from client.policy import Broken, Policy, PolicyRefusal
+from client.policy import UNUSABLE, Broken, Policy, PolicyRefusal
 from client.witness import refuse_restored
 from federation import accountant, canonical, masking
 from federation.identity import Identity, signed_by
@@ -220,7 +220,7 @@ class Gate:
         try:
             policy = self.policy
         except SiteRefusal:
-            return "unusable"
+            return UNUSABLE
         return "" if policy is None else policy.sha256
 
     def _admit_run(

@@ -118,8 +118,7 @@ class SiteHome:
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as problem:
             raise ConfigError(f"{file}: can't be read ({problem}).") from None
         except ValidationError as problem:
-            told = "; ".join(dict.fromkeys(explain(error, SiteSettings) for error in problem.errors()))
-            raise ConfigError(f"{file}: {told}.") from None
+            raise ConfigError(f"{file}: {explain(problem, SiteSettings)}") from None
         return cls(path, settings)
 
     @property
@@ -131,6 +130,16 @@ class SiteHome:
     def state(self) -> Path:
         """The folder of what it must not forget."""
         return self.path / self.settings.site.state
+
+    def check_data(self) -> None:
+        """See that the records are where site.toml says.
+
+        Raises:
+            ConfigError: there is no such folder.
+        """
+        if not (folder := self.files.data).is_dir():
+            file = self.path / "site.toml"
+            raise ConfigError(f"{file}: site.data: there is no folder {folder}; say where the records are.")
 
     @property
     def policy(self) -> Path:

@@ -22,7 +22,7 @@ from client.budget import FILE, Budget
 from client.budget_report import report
 from client.home import SiteHome
 from client.outbound import Leaving, Outbound
-from client.policy import Policy
+from client.policy import UNUSABLE, Policy
 from client.witness import Witnessed, refuse_restored
 from federation import control_pb2 as wire
 from federation import pki
@@ -32,6 +32,7 @@ from federation.channel import Channel
 from federation.manifest import software_version
 from federation.messages import ProtocolError
 from federation.pki import Validity
+from tokenizer.errors import ConfigError
 
 _GIGABYTE = 1 << 30
 _MOST_AHEAD_S = 300
@@ -63,6 +64,11 @@ class Link:
     def close(self) -> None:
         """End the connection."""
         self._channel.close()
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the site has another certificate by now than this connection was made with."""
+        return self.home.certificate.read_bytes() != self._certificate
 
     # --- what it tells ---
 
@@ -105,7 +111,7 @@ class Link:
             DataError: the list of what leaves can't be written; nothing was sent.
         """
         place: Any = self.home.settings.site.budget or self.home.state / FILE
-        policy = Policy.read(self.home.policy) if self.home.policy.exists() else None
+        policy = self._policy()
         limit = None if policy is None else policy.limit
         if not self.home.settings.site.budget and not (self.home.state / FILE).exists():
             return False
@@ -233,6 +239,7 @@ class Link:
 
     def _connect(self) -> Channel:
         key, certificate = pki.pair(self.home.key, self.home.certificate)
+        self._certificate = certificate
         where = self.home.settings.coordinator
         host = f"[{where.address}]" if ":" in where.address else where.address
         return Channel(f"{host}:{where.control_port}", self.home.authority.read_bytes(), key, certificate)
@@ -245,8 +252,13 @@ class Link:
         data = message.SerializeToString(deterministic=True)
         content = MessageToDict(message, preserving_proto_field_name=True)
         kind = message.DESCRIPTOR.name
-        leaving = Leaving(kind, len(data), sha256(data).hexdigest(), "control", content=content, policy=self._policy())
+        try:
+            policy = self._policy()
+            named = None if policy is None else policy.sha256
+        except ConfigError:
+            named = UNUSABLE
+        leaving = Leaving(kind, len(data), sha256(data).hexdigest(), "control", content=content, policy=named)
         self._outbound.note(leaving, self._clock())
 
-    def _policy(self) -> str | None:
-        return Policy.read(self.home.policy).sha256 if self.home.policy.exists() else None
+    def _policy(self) -> Policy | None:
+        return Policy.read(self.home.policy) if self.home.policy.exists() else None

@@ -39,6 +39,9 @@ from tokenizer.settings import explain
 TEMPLATE = Path(__file__).parent / "templates" / "policy.toml"
 """A strict policy with a word on every rule."""
 
+UNUSABLE = "unusable"
+"""Stands in the place of a policy's sha256 where it can't be read."""
+
 _HASH = r"[0-9a-f]{64}"
 _Tuple = BeforeValidator(lambda given: tuple(given) if isinstance(given, list) else given)
 
@@ -205,8 +208,7 @@ class Policy(_Section):
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as problem:
             raise ConfigError(f"{path}: can't be read ({problem}).") from None
         except ValidationError as problem:
-            told = "; ".join(dict.fromkeys(explain(error, cls) for error in problem.errors()))
-            raise ConfigError(f"{path}: {told}.") from None
+            raise ConfigError(f"{path}: {explain(problem, cls)}") from None
 
     @cached_property
     def sha256(self) -> str:

@@ -4,6 +4,7 @@ It reads everything from the site's home, so no path, password or key stands on 
 `HOME/flower/node.json`, for the daemon. SIGTERM lets it finish the message in work, for a while, and sign off.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -22,7 +23,7 @@ from client.policy import Policy
 from federation import handover, pki, supervisor
 from federation.flower_tasks import TaskOptions, Tasks
 from tokenizer import durable
-from tokenizer.errors import FedcometError
+from tokenizer.errors import ConfigError, FedcometError
 
 APP_MODULES = ("client.app", "flwr.supernode.runtime.run_clientapp", "federation.handover")
 """What a message's process needs."""
@@ -90,6 +91,21 @@ def trusted_coordinators(home: SiteHome) -> Sequence[str]:
     return Policy.read(home.policy).runs.coordinators or (home.settings.coordinator.key,)
 
 
+class _Trusted:
+    """Whose bundles a site takes, by its policy as it is now.
+
+    While that can't be read, it is as it was: the node stays, and each answer is a refusal that says so.
+    """
+
+    def __init__(self, home: SiteHome) -> None:
+        self._home, self._last = home, trusted_coordinators(home)
+
+    def now(self) -> Sequence[str]:
+        with contextlib.suppress(ConfigError):
+            self._last = trusted_coordinators(self._home)
+        return self._last
+
+
 def main(path: str) -> int:
     """Run the node until SIGTERM; gives the exit code."""
     supervisor.begin_child()
@@ -113,14 +129,15 @@ def main(path: str) -> int:
 
 def _serve(home: SiteHome, folder: NodeFolder, stopping: threading.Event, limit_s: float) -> int:
     settings, secret = home.settings, secrets.token_bytes(32)
-    trusted_coordinators(home)
+    trusted = _Trusted(home)
     pki.pair(home.key, home.certificate)  # puts a renewed key in its place where a crash came in between
+    key = pki.read_key(home.key)
     told = NodeOptions(
         superlink=f"{settings.coordinator.address}:{settings.coordinator.fleet_port}",
         authority=home.authority.read_bytes(),
-        key=pki.read_key(home.key),
+        key=key,
         config=home.files.node_config(),
-        coordinators=lambda: trusted_coordinators(home),
+        coordinators=trusted.now,
         runtime_port=settings.daemon.runtime_port,
         secret=secret,
         memory=folder.memory,
@@ -137,6 +154,11 @@ def _serve(home: SiteHome, folder: NodeFolder, stopping: threading.Event, limit_
     tasks.start()
     try:
         node.serve(stopping, limit_s, come, worked=lambda: tasks.alive)
+    except Refused:
+        if pki.read_key(home.key).public_key() == key.public_key():
+            raise
+        _log.info("the site has a new key; the node starts again with it")
+        return 0
     finally:
         folder.write("stopping")
         tasks.stop()

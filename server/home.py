@@ -144,8 +144,7 @@ class CoordinatorHome:
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as problem:
             raise ConfigError(f"{file}: can't be read ({problem}).") from None
         except ValidationError as problem:
-            told = "; ".join(dict.fromkeys(explain(error, CoordinatorSettings) for error in problem.errors()))
-            raise ConfigError(f"{file}: {told}.") from None
+            raise ConfigError(f"{file}: {explain(problem, CoordinatorSettings)}") from None
         return cls(path, settings)
 
     def open_authority(self, passphrase: str | None) -> Authority:

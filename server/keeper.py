@@ -23,7 +23,7 @@ from tokenizer import durable
 
 _WAITS_S = (0.0, 2.0, 5.0, 10.0, 20.0, 30.0)
 _MOST_STARTS = 6
-_NO_ROOM_S = 600.0
+_NO_ROOM_S = 30.0, 600.0  # after the first end for want of room since a round: there may be room by now; and later
 _LAST_WORDS = f"ServerApp failed with exception: {durable.OUT_OF_ROOM}"  # as Flower puts them
 _WISHES = (RunState.PAUSING, RunState.STOPPING)
 _GOING = (RunState.READY, RunState.RUNNING, *_WISHES)
@@ -54,7 +54,8 @@ class _Attempts:
     next_at: float = 0.0
     number: int = 0  # Flower's, of the process that was started last
     no_room: str = ""  # what was to be written when a process ended for want of room
-    free: int = 0  # how much there was then
+    free: int = 0  # how much there was when that was seen
+    lacks: int = 0  # how often that was so
     until: float = 0.0  # when another is started though there is no more
 
 
@@ -157,12 +158,13 @@ class Keeper:
         free, now = self._free(run), self._clock()
         if ended is not None and ended.number == known.number and ended.details.startswith(_LAST_WORDS):
             known.no_room, known.free, known.number = ended.details.removeprefix(_LAST_WORDS), free, 0
-            known.starts, known.until = max(known.starts - 1, 0), now + _NO_ROOM_S
+            known.starts, known.until = max(known.starts - 1, 0), now + _NO_ROOM_S[min(known.lacks, 1)]
+            known.lacks += 1
             _log.warning("run %s ended for want of room: %s", run, known.no_room)
         if not self._needs(run, free) and (not known.no_room or free >= known.free + durable.LEAST_FREE):
             return False
         if not known.until:
-            known.until = now + _NO_ROOM_S
+            known.until = now + _NO_ROOM_S[-1]
             _log.warning("%s", self._wanting(run))
         return now < known.until
 

@@ -1,5 +1,6 @@
 """What a coordinator's people type to serve a federation and to lead runs; imports stand inside the commands."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -56,10 +57,13 @@ def start(
 ) -> None:
     """Start a run; the coordinator that serves leads it, also over restarts, to its end."""
     from federation.messages import is_site_name
+    from federation.pki import Role
     from server.home import CoordinatorHome
     from server.plan import FederationPlan
+    from server.tables import SiteStatus
     from tokenizer import durable
     from tokenizer.errors import ConfigError
+    from tokenizer.wording import several
 
     if not is_site_name(run):
         raise ConfigError(f"{run!r} can't be the name of a run: use up to 64 letters, digits, '.', '_' and '-'.")
@@ -67,11 +71,17 @@ def start(
     try:
         checked = FederationPlan.from_bytes(plan.read_bytes(), fixed)
         checked.check()
+        if checked.name != run:
+            raise ConfigError(f"name is {checked.name!r}, which sites would see; start that, or name the plan {run}.")
     except ConfigError as error:
         raise ConfigError(f"{plan}: {error}") from None
     if fixed is not None:
         durable.write_bytes(CoordinatorHome.open(home).runs / run / "codebook.json", fixed)
     with _ledger(home) as ledger:
+        joined = sum(each.role == Role.SITE and each.status == SiteStatus.ENROLLED for each in ledger.members.all())
+        if joined < (needed := max(checked.min_sites, checked.expect_sites)):
+            told = several(joined, "site has joined", "sites have joined")
+            print(f"{told}, {needed} are waited for, for {checked.join_s:g} s.", file=sys.stderr)
         ledger.propose(run, checked.to_bytes())
         _tell(ledger, ledger.start(run), follow)
 

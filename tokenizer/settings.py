@@ -26,6 +26,7 @@ Every key that is unknown and every value that is out of range is named with its
 """
 
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -93,6 +94,9 @@ def read(path: Path) -> Settings:
 
 AS_THEY_ARE, STANDARD = "none", "standard"
 
+_BRANCH = re.compile(r"[a-z-]+\[.*\]")
+"""How pydantic names one of several kinds that a value may have, where a key is looked for."""
+
 
 class OtherPreparation(ConfigError):
     """A codebook was made of records to which other things were done than here; the text names no file."""
@@ -140,7 +144,7 @@ def parse(content: Mapping[str, Any], folder: Path) -> Settings:
     try:
         file = _File.model_validate(content)
     except ValidationError as problem:
-        raise ConfigError("; ".join(dict.fromkeys(explain(error, _File) for error in problem.errors())) + ".") from None
+        raise ConfigError(explain(problem, _File)) from None
     asked = file.prepare or _Prepare()
     base = cohort.COMET if asked.cohort == "comet" else Filters()
     given = content.get("prepare", {}).get("filters", {})
@@ -156,20 +160,26 @@ def parse(content: Mapping[str, Any], folder: Path) -> Settings:
     return Settings(preparation, file.survey_privacy)
 
 
-def explain(error: Any, file: type[BaseModel]) -> str:
-    """Say what is wrong in a file, by one of pydantic's errors and the model of the whole file."""
-    place = error["loc"]
-    # A person counts the tables of an array from one.
-    key = "".join(f"[{part + 1}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = _keys_at(place[:-1], file)
-        close = difflib.get_close_matches(str(place[-1]), known, n=1)
-        return f"{key} is not a known key" + (
-            f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
-        )
-    if error["type"] == "missing":
-        return f"{key} is missing"
-    return f"{key} = {error['input']!r}: {error['msg']}"
+def explain(problem: ValidationError, file: type[BaseModel]) -> str:
+    """Say in a line what is wrong in a file, by pydantic's errors and the model of the whole file."""
+    told: dict[str, list[str]] = {}
+    for error in problem.errors():
+        place = tuple(part for part in error["loc"] if not (isinstance(part, str) and _BRANCH.fullmatch(part)))
+        # A person counts the tables of an array from one.
+        key = "".join(f"[{part + 1}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
+        if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            known = _keys_at(place[:-1], file)
+            close = difflib.get_close_matches(str(place[-1]), known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+            told[f"{key} is not a known key; {hint}"] = []
+        elif error["type"] == "missing":
+            told[f"{key} is missing"] = []
+        elif error["type"] == "value_error":
+            told.setdefault(key or "the file", []).append(error["msg"].removeprefix("Value error, "))
+        else:  # what a value may be, of several kinds, are several errors
+            told.setdefault(f"{key} = {error['input']!r}", []).append(error["msg"].replace("valid tuple", "valid list"))
+    text = "; ".join(": ".join(filter(None, (what, " or ".join(why)))) for what, why in told.items())
+    return text if text.endswith("?") else f"{text}."
 
 
 def _keys_at(place: tuple[Any, ...], section: Any) -> list[str]:

@@ -63,6 +63,7 @@ def test_what_is_wrong_with_a_site_s_own_files_is_told_at_the_site_and_only_ther
     assert "4711" not in answer.reason
     assert "its own log" in answer.reason
     assert str(path) in (files.state / "site.log").read_text()
+    assert f"an answer to query.survey could not be given: {files.state / 'site.log'} says why" in files.trouble()
 
 
 def test_a_codebook_of_other_records_is_told_to_the_coordinator_too(ram_path: Path) -> None:
@@ -117,10 +118,10 @@ def test_an_answer_without_room_is_noted_for_the_daemon_until_one_like_it_leaves
         answer = deliver(files, address(REQUEST))
     assert answer == Refusal("icu", "icu has no room left on its disk; it takes part again when there is.")
     told = "an answer to query.survey found too little room ([Errno 28] No space left on device: 'state/survey'); make"
-    assert files.lacks_room().startswith(told)
-    assert "4711" not in files.lacks_room()
+    assert files.trouble().startswith(told)
+    assert "4711" not in files.trouble()
     assert isinstance(deliver(files, address(REQUEST)), SurveyReply)
-    assert files.lacks_room() == ""
+    assert files.trouble() == ""
 
 
 def test_a_malformed_request_is_refused(ram_path: Path) -> None:

@@ -200,23 +200,59 @@ def test_a_site_whose_line_to_the_control_service_has_ended_is_not_well(
     assert told["reason"].endswith("the certificate is not renewed; start this site again")
 
 
-def test_an_answer_that_found_no_room_is_the_reason_until_one_of_its_kind_finds_some(tmp_path: Path, key: str) -> None:
+def test_what_an_answer_lacked_is_the_reason_until_one_of_its_kind_is_given(tmp_path: Path, key: str) -> None:
     path = home(tmp_path / "icu", key)
     (path / "state").mkdir()
     begun = daemon._Daemon(SiteHome.open(path))
     begun._line.asked.set()
     begun._folder.write("waiting")
-    begun._files.note_room("train", "[Errno 28] No space left on device: 'state/runs/x'")
-    told = (
-        "an answer to train found too little room ([Errno 28] No space left on device: 'state/runs/x'); make room, and"
-    )
-    assert begun._health()[1]["reason"].startswith(f"{told} all goes on by itself")
-    begun._files.note_room("evaluate", "")
+    begun._files.note_trouble("train", "found too little room (disk full); make room, and all goes on by itself")
+    told = "an answer to train found too little room (disk full); make room, and all goes on by itself; this is told"
+    well, health = begun._health()
+    assert not well
+    assert health["reason"].startswith(told)
+    begun._files.note_trouble("evaluate", "")
     assert begun._health()[1]["reason"].startswith(told)
-    begun._files.note_room("train", "")
+    begun._files.note_trouble("train", "")
     assert "room" not in begun._health()[1]["reason"]
-    begun._files.note_room("train", "no space")
+    begun._files.note_trouble("train", "found too little room")
     assert "room" not in daemon._Daemon(SiteHome.open(path))._health()[1]["reason"]
+
+
+def test_records_that_are_not_there_are_named_before_anything_starts(tmp_path: Path, key: str) -> None:
+    path = home(tmp_path / "icu", key)
+    with pytest.raises(ConfigError, match=rf"site\.toml: site\.data: there is no folder {path / 'records'}; say where"):
+        daemon.run(path)
+
+
+def test_a_policy_that_becomes_unusable_is_told_and_ends_neither_node_nor_reports(tmp_path: Path, key: str) -> None:
+    path = home(tmp_path / "icu", key)
+    (path / "state").mkdir()
+    opened = SiteHome.open(path)
+    trusted = supernode._Trusted(opened)
+    begun = daemon._Daemon(opened)
+    begun._line.asked.set()
+    reports: list[str] = []
+    link: Any = SimpleNamespace(
+        renew_if_due=lambda: False,
+        warning=lambda: None,
+        wrong_clock=lambda: None,
+        report_health=lambda: reports.append("health"),
+        report_budget=lambda: reports.append("budget"),
+    )
+    (path / "policy.toml").write_text('version = 1\n[runs]\nmanifests = "aks"\n')
+    assert trusted.now() == (key,)
+    begun._line._tell(link)
+    well, told = begun._health()
+    assert not well
+    assert told["reason"] == (
+        f"{path / 'policy.toml'}: runs.manifests = 'aks': Input should be 'ask' or 'any' or Input should be a valid "
+        "list. Nothing is answered until the policy is mended"
+    )
+    (path / "policy.toml").write_text("version = 1\n")
+    begun._line._tell(link)
+    assert "policy" not in begun._health()[1].get("reason", "")
+    assert reports == ["health", "health", "budget"]
 
 
 def test_two_daemons_do_not_share_a_home(tmp_path: Path) -> None:

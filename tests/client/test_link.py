@@ -81,6 +81,18 @@ def test_everything_that_a_site_sends_over_control_is_on_its_list_to_the_byte(
     assert entries_of(home.state)[2].message.content == {"site": "icu", "text": "hello"}
 
 
+def test_a_connection_is_outdated_when_another_process_has_renewed_the_certificate(
+    tmp_path: Path, coordinator: Coordinator
+) -> None:
+    home = coordinator.join(tmp_path / "icu", "icu")
+    with Link(home) as link, Link(home) as other:
+        link.report_health()
+        assert not link.outdated
+        other.renew(new_key=True)
+        assert not other.outdated
+        assert link.outdated
+
+
 def test_nothing_leaves_where_the_list_can_not_be_written(
     tmp_path: Path, coordinator: Coordinator, sent: list[tuple[str, bytes]]
 ) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from federation.pki import Role
 from server.enrolment import invite
 from server.journal import Status
 from server.plan import PrivacyPlan
-from tests.field import Field, federation, until
+from tests.field import Field, federation, node, until
 
 pytestmark = pytest.mark.slow
 
@@ -48,6 +49,22 @@ def expired(field: Field, home: SiteHome) -> bytes:
     request, proof = pki.ask(key, home.identity, current.name, current.role, secret)
     wish = pki.read_request(request, proof, secret)
     return field.home.open_authority(None).issue(wish, datetime.now(UTC) - timedelta(days=2), 1.0)
+
+
+def test_a_new_key_of_a_site_that_runs_is_taken_up_without_an_alarm(tmp_path: Path) -> None:
+    with federation(tmp_path) as field:
+        site, before = field.sites["icu"], node(field.place, "icu")
+        for words in ((), ("--new-key",)):
+            field.cli("site", "renew", *words, "--home", str(site.home.path))
+        until(lambda: node(field.place, "icu") not in (None, before), "the node is started again", 120)
+        until(lambda: site.health()["healthy"], lambda: str(site.health()), 120)
+        field.all_online()
+        field.begin("first", rounds=2, min_sites=2, evaluate_every=0)
+        field.finished("first")
+        time.sleep(65)  # by then its health was told with the new certificate
+        assert site.health()["control"] == "fine"
+        told = [line["message"] for line in site.log() if line["level"] in ("warning", "error")]
+        assert not [line for line in told if "does not know this site" in line or "was replaced" in line]
 
 
 def test_an_expired_certificate_is_said_and_a_new_invitation_mends_it(tmp_path: Path) -> None:

@@ -104,3 +104,20 @@ def test_what_cannot_be_asked_centrally_is_said_when_the_plan_is_made(
     done = fedcomet("coordinator", "plan", "first", "--in-clear", *words)
     assert (done.returncode, done.stdout) == (code, "")
     assert said in " ".join(done.stderr.replace("│", " ").split())
+
+
+def test_a_plan_is_started_under_its_own_name_and_too_few_sites_are_told(home: Path, ram_path: Path) -> None:
+    path = ram_path / "plan.json"
+    path.write_bytes(tiny.plan(name="first", min_sites=3, join_s=60.0).to_bytes())
+    done = fedcomet("coordinator", "start", "other", "--plan", path, "--home", home)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"fedcomet: {path}: name is 'first', which sites would see; start that, or name the")
+    assert "waited for" not in fedcomet("coordinator", "start", "first", "--plan", path, "--home", home).stderr
+    path.write_bytes(tiny.plan(name="second", min_sites=9, join_s=60.0).to_bytes())
+    done = fedcomet("coordinator", "start", "second", "--plan", path, "--home", home)
+    assert done.returncode == 0
+    assert done.stderr.startswith("3 sites have joined, 9 are waited for, for 60 s.\n")
+    path.write_bytes(tiny.plan(name="third", model="7b").to_bytes())
+    done = fedcomet("coordinator", "start", "third", "--plan", path, "--home", home)
+    assert done.returncode == 1
+    assert f"{path}: no model preset is called '7b'" in done.stderr
