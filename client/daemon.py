@@ -70,6 +70,7 @@ class _Daemon:
         self._supervisor = supervisor.Supervisor([node])
         self._files = home.files
         self._files.forget_trouble()
+        self._trouble = ""
         self._line = _Line(home)
         self._began = time.time()
 
@@ -85,6 +86,7 @@ class _Daemon:
                 if self._line.asked.is_set() and not started:
                     started = True
                     self._supervisor.start()
+                self._log_trouble()
                 well, told = self._health()
                 self._measure(board, well)
                 if well and not ready:
@@ -98,6 +100,13 @@ class _Daemon:
             self._supervisor.stop()
             board.close()
             _log.info("stopped")
+
+    def _log_trouble(self) -> None:
+        """Say once what stood in the way of an answer."""
+        trouble = self._files.trouble()
+        if trouble and trouble != self._trouble:
+            _log.error("%s", trouble)
+        self._trouble = trouble
 
     def _node(self) -> tuple[NodeState, supervisor.Condition]:
         """Give what the node that runs says of itself, not what a killed one said last; and how its process is."""
@@ -200,6 +209,9 @@ class _Line(threading.Thread):
             again_s = min(2 * again_s, _TELL_S)
 
     def _tell(self, link: Link) -> None:
+        told, self.policy = self.policy, _unusable(self._home)
+        if self.policy and not told:
+            _log.error("%s", self.policy)
         if link.renew_if_due():
             _log.info("the site's certificate was renewed")
         if warning := link.warning():
@@ -209,10 +221,6 @@ class _Line(threading.Thread):
         self.clock = link.wrong_clock() or ""
         if self.clock:
             _log.error("%s", self.clock)
-        told = self.policy
-        self.policy = _unusable(self._home)
-        if self.policy and not told:
-            _log.error("%s", self.policy)
         if not self.policy:
             link.report_budget()
 

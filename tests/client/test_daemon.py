@@ -200,7 +200,9 @@ def test_a_site_whose_line_to_the_control_service_has_ended_is_not_well(
     assert told["reason"].endswith("the certificate is not renewed; start this site again")
 
 
-def test_what_an_answer_lacked_is_the_reason_until_one_of_its_kind_is_given(tmp_path: Path, key: str) -> None:
+def test_what_an_answer_lacked_is_the_reason_until_one_of_its_kind_is_given(
+    tmp_path: Path, key: str, caplog: pytest.LogCaptureFixture
+) -> None:
     path = home(tmp_path / "icu", key)
     (path / "state").mkdir()
     begun = daemon._Daemon(SiteHome.open(path))
@@ -211,6 +213,9 @@ def test_what_an_answer_lacked_is_the_reason_until_one_of_its_kind_is_given(tmp_
     well, health = begun._health()
     assert not well
     assert health["reason"].startswith(told)
+    begun._log_trouble()
+    begun._log_trouble()
+    assert caplog.text.count(told) == 1
     begun._files.note_trouble("evaluate", "")
     assert begun._health()[1]["reason"].startswith(told)
     begun._files.note_trouble("train", "")
