@@ -18,6 +18,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import grpc
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -28,7 +29,7 @@ from client.outbound import Leaving, Outbound
 from client.policy import TEMPLATE
 from federation import pki
 from federation.calls import ENROL_PORT, ENROLMENT
-from federation.channel import Channel
+from federation.channel import CallError, Channel
 from federation.control_pb2 import EnrolReply, EnrolRequest
 from federation.identity import Identity, is_public_key
 from federation.invitation import Invitation
@@ -37,6 +38,7 @@ from tokenizer import durable
 from tokenizer.errors import ConfigError, FedcometError
 
 _STATE = "state"
+_NOBODY = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNIMPLEMENTED
 
 
 class WrongAuthority(FedcometError):
@@ -93,7 +95,7 @@ def join(
     message = EnrolRequest(secret=invitation.secret, request=request, proof=proof)
     _note(state, identity, message, now or datetime.now(UTC))
     with Channel(_joined(host, port), authority) as channel:
-        reply: EnrolReply = channel.call(ENROLMENT["Enrol"], message)
+        reply = _asked(channel, message, port)
     _check(reply, invitation, authority, identity, key)
     durable.write_bytes(home / AUTHORITY, authority)
     pki.write_private(home / CERTIFICATE, reply.certificate.encode())
@@ -106,6 +108,18 @@ def join(
     write_settings(home, invitation.name, coordinator, data, policy)
     (home / "logs").mkdir(mode=0o700, exist_ok=True)
     return SiteHome.open(home)
+
+
+def _asked(channel: Channel, message: EnrolRequest, port: int) -> EnrolReply:
+    """Ask for a certificate; where another of the coordinator's ports may have been asked, say so."""
+    try:
+        reply: EnrolReply = channel.call(ENROLMENT["Enrol"], message)
+    except CallError as problem:
+        if port == ENROL_PORT or problem.code not in _NOBODY:
+            raise
+        told = f"{problem} Or {port} is not its port for enrolment, which is {ENROL_PORT} unless the coordinator says."
+        raise CallError(problem.code, told) from None
+    return reply
 
 
 def fetch_authority(host: str, port: int, fingerprint: str, timeout_s: float = 20.0) -> bytes:

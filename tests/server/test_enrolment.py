@@ -197,6 +197,15 @@ def test_who_brings_wrong_tokens_is_not_listened_to_for_a_while(tmp_path: Path, 
     enrol(coordinator, request)
 
 
+def test_whoever_asks_another_port_of_the_coordinators_is_told_of_the_one_for_enrolment(
+    tmp_path: Path, coordinator: Coordinator
+) -> None:
+    with pytest.raises(CallError, match=r"Or \d+ is not its port for enrolment, which is 8445 unless"):
+        join(tmp_path / "icu", coordinator.control_address, coordinator.token("icu"))
+    with pytest.raises(ConfigError, match=r"There is no folder .*/records; say where the records are"):
+        join(tmp_path / "icu", coordinator.enrol_address, coordinator.token("icu"), data=tmp_path / "records")
+
+
 def test_a_man_in_the_middle_is_refused_before_anything_is_sent(tmp_path: Path, coordinator: Coordinator) -> None:
     token = coordinator.token("icu")
     with listening(tmp_path / "elsewhere", new_home(tmp_path / "other")) as other:
