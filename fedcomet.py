@@ -527,13 +527,15 @@ def audit(
 
     from client.audit import audit as check_list
     from client.audit import terminal
+    from client.site_view import run_names
     from tokenizer.errors import DataError
 
-    found = check_list(_state_of(home), key, expect)
+    state = _state_of(home)
+    found = check_list(state, key, expect)
     if json:
         print(dumps(found.to_plain(), indent=2, ensure_ascii=False))
     else:
-        Console().print(terminal(found))
+        Console(soft_wrap=True).print(terminal(found, run_names(state, found.runs)))
     if found.broken is not None:
         raise DataError(f"the list of what left the site is broken at {found.broken}.")
 

@@ -40,10 +40,11 @@ class Approval:
 
 @dataclass(frozen=True)
 class Asked:
-    """A manifest that a person looks at, and the public key of whoever signed its request (empty: nobody)."""
+    """A manifest that a person looks at, whose public key signed its request (empty: nobody); and since when."""
 
     manifest: Manifest
     coordinator: str = ""
+    since: datetime | None = None
 
 
 def site_key(state: Path) -> Path:
@@ -123,8 +124,12 @@ class Approvals:
             raise ConfigError(
                 f"{wanted!r} is neither a manifest's file nor the beginning of one that waits or was refused ({told})."
             )
-        signer = fitting[0].with_suffix(".coordinator")
-        return Asked(_read(fitting[0]), signer.read_text() if signer.exists() else "")
+        manifest, signer = _read(fitting[0]), fitting[0].with_suffix(".coordinator")
+        try:
+            since = datetime.fromtimestamp(fitting[0].stat().st_mtime, UTC)
+        except FileNotFoundError:  # approved meanwhile
+            since = None
+        return Asked(manifest, signer.read_text() if signer.exists() else "", since)
 
     def _approval(self, manifest_hash: str) -> Path:
         return self._state / "approvals" / f"{manifest_hash}.json"

@@ -45,16 +45,25 @@ def terminal(asked: Asked, policy: Policy | None, broken: Iterable[Broken]) -> R
 
 
 def listed(approvals: Approvals, forbidden: Callable[[Manifest], list[Broken]]) -> list[str]:
-    """Give a line for each manifest that waits, and for each that was refused, with the rules that it breaks."""
-    lines = [f"{digest} waits for approval" for digest in approvals.waiting()]
-    for digest in approvals.refused():
-        try:
-            broken = forbidden(approvals.find(digest).manifest)
-            told = f" ({'; '.join(map(str, broken))})" if broken else ""
-        except FedcometError as problem:
-            told = f" ({problem})"
-        lines.append(f"{digest} was refused by the policy{told}")
+    """Give a line for each manifest that waits, and for each that was refused, with the rules that it breaks.
+
+    Each names the run, and says since when it asks and by whose key.
+    """
+    lines = [_line(approvals, digest, "waits for approval", lambda _: []) for digest in approvals.waiting()]
+    lines += [_line(approvals, digest, "was refused by the policy", forbidden) for digest in approvals.refused()]
     return lines or ["No run waits for approval."]
+
+
+def _line(approvals: Approvals, digest: str, state: str, forbidden: Callable[[Manifest], list[Broken]]) -> str:
+    try:
+        asked = approvals.find(digest)
+        broken = forbidden(asked.manifest)
+    except FedcometError as problem:
+        return f"{digest} {state} ({problem})"
+    told = f" ({'; '.join(map(str, broken))})" if broken else ""
+    since = f", since {asked.since:%Y-%m-%d %H:%M} UTC" if asked.since else ""
+    by = f", asked by {asked.coordinator[:24]}…" if asked.coordinator else ""
+    return f"{digest} {state}{told}: {asked.manifest.name}{since}{by}"
 
 
 def _what_runs(asked: Asked) -> list[tuple[str, str]]:

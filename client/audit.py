@@ -106,29 +106,34 @@ def audit(state: Path, key: str | None = None, expect: str | None = None) -> Aud
     return replace(_summed(entries, hashes[-1], public), broken=broken, unfinished_bytes=unfinished)
 
 
-def terminal(found: Audit) -> RenderableType:
-    """Lay a report out for the terminal."""
-    head = Table.grid(padding=(0, 2))
-    head.add_column(no_wrap=True)
-    head.add_column(overflow="fold")  # keys and hashes are noted elsewhere, so none may be cut short
+def terminal(found: Audit, names: Mapping[str, str]) -> RenderableType:
+    """Lay a report out for a console that wraps softly: keys and hashes are copied, so each is on one line.
+
+    Args:
+        found: what an audit found.
+        names: of runs, by manifest hash.
+    """
     span = f"{found.since} to {found.until}" if found.entries else "nothing has left yet"
-    head.add_row("entries", f"{found.entries:,} ({span})")
-    head.add_row("signed by", found.key)
-    head.add_row("head", found.head)
     whole = "[green]whole: every entry follows the one before it and is signed[/]"
-    head.add_row("the list is", whole if found.broken is None else f"[red]broken[/] at {found.broken}")
+    head = {
+        "entries": f"{found.entries:,} ({span})",
+        "signed by": found.key,
+        "head": found.head,
+        "the list is": whole if found.broken is None else f"[red]broken[/] at {found.broken}",
+    }
     if found.without_policy:
         told = several(found.without_policy, "message")
-        head.add_row("without policy", f"[yellow]{told} left while none was in force[/]")
+        head["without policy"] = f"[yellow]{told} left while none was in force[/]"
     if found.dropped_bytes or found.unfinished_bytes:
         count = found.dropped_bytes + found.unfinished_bytes
-        head.add_row("crashes", f"left {count:,} bytes of entries whose messages never left")
-    parts: list[RenderableType] = [head]
+        head["crashes"] = f"left {count:,} bytes of entries whose messages never left"
+    parts: list[RenderableType] = [f"{name:<14}  {said}" for name, said in head.items()]
     for title, totals in (("message", found.kinds), ("run", found.runs)):
         if totals:
             table = Table(title, "messages", "bytes", title_justify="left")
             for name, total in totals.items():
-                table.add_row(name[:16] if title == "run" else name, f"{total.messages:,}", f"{total.bytes:,}")
+                shown = f"{names.get(name, '')} {name[:16]}".lstrip() if title == "run" else name
+                table.add_row(shown, f"{total.messages:,}", f"{total.bytes:,}")
             parts.append(table)
     if found.epsilons:
         parts.append(_counts("privacy cost to a patient", "releases", found.epsilons))

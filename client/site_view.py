@@ -5,7 +5,7 @@ Each part is looked at by itself: one that is damaged tells so in its place, and
 
 import json
 import shlex
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from client.approval import Approvals, Asked
 from client.approval_page import sections
+from client.archive import Archive
 from client.audit import Audit, audit
 from client.budget import FILE, Budget
 from client.budget_report import BudgetReport
@@ -70,9 +71,10 @@ class Trouble:
 
 @dataclass(frozen=True)
 class SiteView:
-    """A site; a part that could not be read is the text that says why."""
+    """A site; a part that could not be read is the text that says why. `names` are those of runs, by hash."""
 
     name: str
+    names: Mapping[str, str]
     certificate: str | None
     outbound: Outbound | str
     budget: BudgetReport | str
@@ -91,12 +93,15 @@ class Window:
 
     def look(self) -> SiteView:
         """Look at it now."""
-        approvals = Approvals(self.home.state)
+        approvals, outbound, budget = Approvals(self.home.state), _told(self._outbound), _told(self._budget)
+        runs = [] if isinstance(outbound, str) else [entry.message.run for entry in outbound.entries]
+        runs += [] if isinstance(budget, str) else [line.run for line in budget.lines]
         return SiteView(
             name=self.home.name,
+            names=run_names(self.home.state, filter(None, runs)),
             certificate=_told(self._certificate),
-            outbound=_told(self._outbound),
-            budget=_told(self._budget),
+            outbound=outbound,
+            budget=budget,
             waiting=tuple(self._looked_at(approvals, approvals.waiting())),
             refused=tuple(self._looked_at(approvals, approvals.refused())),
             policy=_told(self._policy),
@@ -195,6 +200,18 @@ def last_entries(folder: Path, most: int, but: str = "") -> tuple[Entry, ...]:
         if len(found) == most:
             break
     return tuple(found)
+
+
+def run_names(state: Path, runs: Iterable[str]) -> dict[str, str]:
+    """Give the names of those runs whose manifests are at the site, by hash."""
+    approvals, archive = Approvals(state), Archive(state)
+    kept, names = {*approvals.waiting(), *approvals.refused()}, {}
+    for run in dict.fromkeys(runs):
+        try:
+            names[run] = (approvals.find(run).manifest if run in kept else archive.run(run).manifest()).name
+        except (FedcometError, OSError):
+            continue
+    return names
 
 
 def _trouble(line: bytes) -> Trouble | None:

@@ -14,13 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from client.approval import Approvals
-from client.archive import Archive
 from client.budget import FILE, Budget
 from client.home import SiteHome
 from client.link import Link
 from client.outbound import Entry, runs_without_privacy, told_without_privacy
 from client.policy import Policy
-from client.site_view import last_entries, troubles
+from client.site_view import last_entries, run_names, troubles
 from federation import pki, vitals
 from federation.manifest import software_version
 from tokenizer.errors import FedcometError
@@ -54,7 +53,7 @@ def status(home: SiteHome, *, messages: bool = False) -> Plain:
         "answers": _or_problem(lambda: _answers(home.state / "outbound")),
         "troubles": [vars(each) for each in troubles(home.path / "logs")[:_TROUBLES]],
     }
-    told["names"] = _names(home.state, [*told["waiting"], *told["refused"], *_runs(told["answers"])])
+    told["names"] = run_names(home.state, [*told["waiting"], *told["refused"], *_runs(told["answers"])])
     if messages:
         told["messages"] = _or_problem(lambda: _messages(home))
     return told
@@ -153,18 +152,6 @@ def _answer(entry: Entry) -> Plain:
 
 def _runs(answers: Any) -> list[str]:
     return [each["run"] for each in _list(answers) if each["run"]]
-
-
-def _names(state: Path, runs: Iterable[str]) -> dict[str, str]:
-    """The names of runs whose manifests are here, by hash."""
-    approvals, archive = Approvals(state), Archive(state)
-    kept, names = {*approvals.waiting(), *approvals.refused()}, {}
-    for run in dict.fromkeys(runs):
-        try:
-            names[run] = (approvals.find(run).manifest if run in kept else archive.run(run).manifest()).name
-        except (FedcometError, OSError):
-            continue
-    return names
 
 
 def _messages(home: SiteHome) -> list[Plain]:

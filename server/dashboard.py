@@ -27,7 +27,7 @@ from server.ledger import Ledger
 from server.ledger_entries import EventEntry, LedgerRefusal
 from server.overview import ONLINE_S, overview, run_lines
 from server.passwords import Passwords
-from server.run_view import PHASES, RunView
+from server.run_view import RunView
 from server.transactions import LedgerUnreachable
 
 T = TypeVar("T")
@@ -67,7 +67,6 @@ class Dashboard:
         )
         statuses: dict[type[Exception], int] = {LedgerUnreachable: 503}
         self._site = Website(federation.name, Path(__file__).parent / "templates", door, statuses)
-        self._site.templates.globals.update(phases=PHASES)
         self._site.navigate(("/", "Federation"), ("/runs", "Runs"), ("/events", "Audit trail"))
         self._add_pages()
 

@@ -280,14 +280,16 @@ class Journal:
         entries = [_reply_entry(row) for row in self._rows(tables.Reply, round=number)]
         return sorted(entries, key=lambda entry: entry.site)
 
-    def note_sum(self, entry: SumEntry) -> None:
-        """Note how far a masked sum is."""
+    def note_sum(self, entry: SumEntry, missing: Mapping[str, str] | None = None) -> None:
+        """Note how far a masked sum is, and why each site is missing that the closed stage waited for."""
 
         def work(session: Session) -> None:
             run = self._run(session)
             put(session, tables.Sum, {"run": run, **vars(entry)})
             told = [f"{entry.purpose}, attempt {entry.attempt}: {entry.stage}", entry.reason or entry.dropped]
             note(session, "coordinator", "sum.advanced", run, entry.round, told="; ".join(filter(None, told)))
+            for site, why in (missing or {}).items():
+                _refuse(session, run, entry.round, site, f"sum, {entry.purpose}", f"attempt {entry.attempt}, {why}")
 
         self._ledger.write(work)
 

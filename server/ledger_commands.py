@@ -144,10 +144,12 @@ def _ledger(home: Path, begin: bool = False) -> Iterator["Ledger"]:
 
 def _print(found: object, table: object, json: bool) -> None:
     import json as encoder
+    import sys
 
     from rich.console import Console
 
     if json:
         print(encoder.dumps(found, indent=2))
     else:
-        Console(highlight=False).print(table)
+        # In a file or a pipe a row is a line: nothing there is as narrow as a screen.
+        Console(highlight=False, width=None if sys.stdout.isatty() else 10_000).print(table)

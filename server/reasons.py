@@ -14,6 +14,7 @@ def gathered(reasons: Mapping[str, str], most: int) -> str:
     """Give why each site is missing, in at most so many characters; sites with the same reason stand together.
 
     Hashes are told by their first digits. Where there is no room, reasons are shortened, and the last are only counted.
+    What is given stands in brackets, so no reason ends with a full stop, nor does it begin with the site's name again.
 
     >>> gathered({"general": "general is full", "heart": "heart is full", "icu": "no answer"}, 300)
     'general, heart: the site is full; icu: no answer'
@@ -21,8 +22,8 @@ def gathered(reasons: Mapping[str, str], most: int) -> str:
     groups: dict[str, list[str]] = {}
     for site, reason in reasons.items():
         groups.setdefault(_of_any(site, reason), []).append(site)
-    told = [(sites, reasons[sites[0]] if len(sites) == 1 else key) for key, sites in groups.items()]
-    told = [(sites, _SHA256.sub(r"\1", reason)) for sites, reason in told]
+    told = [(sites, _own(sites[0], reasons[sites[0]]) if len(sites) == 1 else key) for key, sites in groups.items()]
+    told = [(sites, _SHA256.sub(r"\1", reason).removesuffix(".")) for sites, reason in told]
     whole = _joined(f"{', '.join(sites)}: {reason}" for sites, reason in told)
     if len(whole) <= most:
         return whole
@@ -41,6 +42,11 @@ def gathered(reasons: Mapping[str, str], most: int) -> str:
 def _of_any(site: str, reason: str) -> str:
     """A site's reason in words that another site could have used."""
     return re.sub(rf"(?<![\w.-]){re.escape(site)}(?![\w-])", "the site", reason)
+
+
+def _own(site: str, reason: str) -> str:
+    """A site's reason to stand behind its name."""
+    return reason.removeprefix(f"{site} ").removeprefix(f"{site}: ")
 
 
 def _named(sites: list[str]) -> str:

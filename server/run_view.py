@@ -1,6 +1,7 @@
 """One run as people see it, from the ledger alone: how far it is, who is waited for, curves, costs, times, refusals."""
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -22,8 +23,9 @@ from server.ledger_entries import (
     RunEntry,
 )
 from server.overview import GOING, manifest_of
-from server.run_entries import Phase, Status
+from server.run_entries import GIVEN_UP, Phase, Status, SumEntry
 from server.tables import RunState
+from server.unmask import Stage
 
 PHASES: Mapping[str, str] = {
     Phase.ANNOUNCED: "calling the sites",
@@ -65,15 +67,31 @@ class Answer:
 
 @dataclass(frozen=True)
 class RoundView:
-    """A round; losses in nats a token, None where nobody told one; `central` are the coordinator's own figures."""
+    """A round; losses in nats a token, None where nobody told one; `central` are the coordinator's own figures.
+
+    Attributes:
+        masked: the masked sum of its updates, if it was begun.
+        missing: the sites that the sum's last attempt goes without, each with the stage and why.
+        seconds: by phase; the phase that an open round is in counts up to now, or up to the run's end.
+    """
 
     number: int
     phase: str
     answers: tuple[Answer, ...]
+    masked: SumEntry | None
+    missing: Mapping[str, str]
     loss: float | None
     tuning: float | None
     central: Mapping[str, float]
     seconds: Mapping[str, float]
+
+    @property
+    def doing(self) -> str:
+        """What happens in it, in words."""
+        summing = self.phase in (Phase.COLLECTING, Phase.UNMASKING)
+        if self.masked is not None and summing and self.masked.stage not in (Stage.DONE.value, GIVEN_UP):
+            return f"summing under masks (attempt {self.masked.attempt}, {self.masked.stage})"
+        return PHASES.get(self.phase, self.phase)
 
     @property
     def accepted(self) -> int:
@@ -91,11 +109,13 @@ class SiteView:
     """A site's part in a run.
 
     Attributes:
-        condition: in the open round: "waited for", its answer's status, or "not in it" with the reason.
+        condition: in the open round: "waited for", its answer's status, or "not in it" or "not in the sum" with the
+            reason.
         behind_s: how long after the round's first answer its own came, in the median of rounds.
         last: in how many rounds its answer was the last one that was taken.
         late: how many answers came too late.
-        no_update: how often it gave none that could be taken for another reason: it refused, failed or sent a bad one.
+        no_update: how often it gave none that could be taken for another reason: it refused, failed, sent a bad one, or
+            is missing in the masked sum.
     """
 
     name: str
@@ -156,16 +176,20 @@ class RunView:
             return f"{state}: {self.committed}{of} rounds are done.{early}"
         count = len(self.open.answers)
         answers = f"{count} of {max(count, len(self.sites))} sites have answered"
-        return f"{state}: round {self.open.number}{of}, {PHASES.get(self.open.phase, self.open.phase)}; {answers}."
+        missing = f"; missing in the sum: {', '.join(self.open.missing)}" if self.open.missing else ""
+        return f"{state}: round {self.open.number}{of}, {self.open.doing}; {answers}{missing}."
 
     @property
     def phases(self) -> list[tuple[str, float, float]]:
         """What happens in every phase that rounds went through, its seconds in the last round and in the median."""
         found = []
+        masked = self.manifest is not None and self.manifest.secure_aggregation is not None
         for phase, words in PHASES.items():
             times = [each.seconds[phase] for each in self.rounds if phase in each.seconds]
             if times:
-                found.append((words, times[-1], median(times)))
+                whole = times[:-1] if self.open is not None and self.open.phase == phase else times
+                summed = " and their masked sum" if masked and phase == Phase.COLLECTING else ""
+                found.append((f"{words}{summed}", times[-1], median(whole or times)))
         return found
 
 
@@ -177,8 +201,10 @@ def look(ledger: Ledger, name: str) -> RunView:
     """
     entry = ledger.run(name)
     manifest, metrics = manifest_of(entry), ledger.metrics(name)
-    answers, scores, phases, parts = ledger.transactions.read(lambda session: _rows(session, name))
-    rounds = tuple(_round(number, phase, answers, metrics) for number, phase in phases)
+    answers, scores, rows, parts = ledger.transactions.read(lambda session: _rows(session, name))
+    refusals, sums = ledger.refusals(name), {each.round: each for each in ledger.journal(name).sums("train")}
+    until = time.time() if entry.state in GOING else entry.ended_at
+    rounds = tuple(_round(row, answers, metrics, sums.get(row.round), refusals, until) for row in rows)
     taken = [row.site for row in parts if row.status == Status.ACCEPTED]
     open_ = rounds[-1] if rounds and rounds[-1].phase != Phase.COMMITTED and entry.state in GOING else None
     newest = {each.site: each for each in ledger.budgets()}
@@ -189,7 +215,7 @@ def look(ledger: Ledger, name: str) -> RunView:
         sites=tuple(_site(row, rounds, open_) for row in sorted(parts, key=lambda row: row.site)),
         by_site=_losses(scores),
         budgets=tuple(newest[site] for site in sorted(newest) if site in taken or not parts),
-        refusals=tuple(reversed(ledger.refusals(name))),
+        refusals=tuple(reversed(refusals)),
         checkpoints=tuple(reversed(ledger.checkpoints(name))),
         approvals=tuple(ledger.approvals(entry.manifest_hash)) if entry.manifest_hash else (),
         events=tuple(reversed(ledger.events(run=name, limit=_LATEST, newest=True))),
@@ -197,7 +223,7 @@ def look(ledger: Ledger, name: str) -> RunView:
 
 
 def _rows(session: Session, name: str) -> tuple[
-    list[Answer], list[tables.Score], list[tuple[int, str]], list[tables.Participant]
+    list[Answer], list[tables.Score], list[tables.Round], list[tables.Participant]
 ]:  # fmt: skip
     """All that rounds left, in one state of the ledger."""
     run = session.scalar(select(tables.Run.id).where(tables.Run.name == name))
@@ -213,26 +239,48 @@ def _rows(session: Session, name: str) -> tuple[
         for row in replies
     ]
     scores = list(session.scalars(select(tables.Score).where(tables.Score.run == run)))
-    phases = [
-        (row.round, row.phase)
-        for row in session.scalars(select(tables.Round).where(tables.Round.run == run).order_by(tables.Round.round))
-    ]
+    rounds = list(session.scalars(select(tables.Round).where(tables.Round.run == run).order_by(tables.Round.round)))
     parts = list(session.scalars(select(tables.Participant).where(tables.Participant.run == run)))
     session.expunge_all()
-    return answers, scores, phases, parts
+    return answers, scores, rounds, parts
 
 
-def _round(number: int, phase: str, answers: Sequence[Answer], metrics: Sequence[MetricEntry]) -> RoundView:
+def _round(
+    row: tables.Round,
+    answers: Sequence[Answer],
+    metrics: Sequence[MetricEntry],
+    masked: SumEntry | None,
+    refusals: Sequence[RefusalEntry],
+    until: float | None,
+) -> RoundView:
+    number = row.round
     own = {each.name: each.value for each in metrics if each.round == number and not each.site}
+    seconds = {name.removeprefix("seconds."): value for name, value in own.items() if name.startswith("seconds.")}
+    if row.phase != Phase.COMMITTED and until is not None:
+        seconds[row.phase] = max(0.0, until - row.changed_at)
     return RoundView(
         number=number,
-        phase=phase,
+        phase=row.phase,
         answers=tuple(answer for answer in answers if answer.round == number),
+        masked=masked,
+        missing={} if masked is None else _missing(masked, refusals),
         loss=own.get("train.loss"),
         tuning=own.get("tuning.loss"),
         central={name.removeprefix(PREFIX): value for name, value in own.items() if name.startswith(PREFIX)},
-        seconds={name.removeprefix("seconds."): value for name, value in own.items() if name.startswith("seconds.")},
+        seconds=seconds,
     )
+
+
+def _missing(masked: SumEntry, refusals: Sequence[RefusalEntry]) -> dict[str, str]:
+    """The sites that a sum's last attempt goes without; whoever left after its masked update came is in the sum."""
+    summed, attempt = masked.sites.split(","), f"attempt {masked.attempt}, "
+    return {
+        each.site: each.reason.removeprefix(attempt)
+        for each in refusals
+        if (each.round, each.what) == (masked.round, f"sum, {masked.purpose}")
+        and each.reason.startswith(attempt)
+        and each.site not in summed
+    }
 
 
 def _site(row: tables.Participant, rounds: Sequence[RoundView], open_: RoundView | None) -> SiteView:
@@ -246,6 +294,8 @@ def _site(row: tables.Participant, rounds: Sequence[RoundView], open_: RoundView
         waits = open_.phase in (Phase.ANNOUNCED, Phase.TRAINING, Phase.COLLECTING)
         condition = now.status if now else "waited for" if waits else "no answer"
         reason = now.reason if now else ""
+        if row.site in open_.missing:
+            condition, reason = "not in the sum", open_.missing[row.site]
     return SiteView(
         name=row.site,
         condition=condition,
@@ -254,7 +304,8 @@ def _site(row: tables.Participant, rounds: Sequence[RoundView], open_: RoundView
         behind_s=median(answer.behind_s for answer in taken) if taken else None,
         last=sum(_is_last(row.site, each) for each in rounds),
         late=sum(answer.status == Status.LATE for answer in own),
-        no_update=sum(answer.status not in (Status.ACCEPTED, Status.LATE) for answer in own),
+        no_update=sum(answer.status not in (Status.ACCEPTED, Status.LATE) for answer in own)
+        + sum(row.site in each.missing for each in rounds),
         bytes=sum(answer.bytes for answer in own),
     )
 

@@ -125,19 +125,19 @@ class MaskedSum:
             TooFewSites: with the stage, the missing, and why each is.
         """
         opening, stage = self._open, self._open.stage
-        missing = opening.missing
+        missing = {site: f"{stage.value}: {self._why(site)}" for site in opening.missing}
         try:
             opening.advance()
         except TooFewSites as problem:
             room = max(_LEAST_TOLD, _MOST_TOLD - len(str(problem)))
             told = gathered({site: self._why(site) for site in missing}, room)
-            reason = f"{problem} ({told})" if told else str(problem)
+            reason = f"{str(problem).removesuffix('.')} ({told})." if told else str(problem)
             self._entry = replace(self._entry, reason=reason)
-            self._journal.note_sum(self._entry)
+            self._journal.note_sum(self._entry, missing)
             raise TooFewSites(reason) from None
-        for site in missing:
-            self._dropped(site, f"{stage.value}: {self._why(site)}")
-        left = ", ".join(f"{site} ({stage.value}: {self._why(site)})" for site in missing)
+        for site, why in missing.items():
+            self._dropped(site, why)
+        left = ", ".join(f"{site} ({why})" for site, why in missing.items())
         self._entry = replace(
             self._entry,
             stage=opening.stage.value,
@@ -147,7 +147,7 @@ class MaskedSum:
             sha256 = self._store.keep_sum(self._number, self._purpose, opening.collected())
             self._entry = replace(self._entry, collected_sha256=sha256)
         self._reasons = {}
-        self._journal.note_sum(self._entry)
+        self._journal.note_sum(self._entry, missing)
 
     def open_(self) -> Opening:
         """Take the masks off, and note what the sum tells.

@@ -48,6 +48,7 @@ from federation.masking import (
     transcript_of,
 )
 from federation.messages import ProtocolError, Vector, Words
+from tokenizer.wording import several
 
 T = TypeVar("T", Keys, Shares, Masked, Consent, Opened)
 
@@ -229,8 +230,8 @@ class Unmasking:
             missing = ", ".join(sorted(set(self._agreement.roster) - set(answered)))
             place = self._agreement.place
             raise TooFewSites(
-                f"Round {place.round}, attempt {place.attempt}: {len(answered)} sites gave {self.stage.value}, "
-                f"{threshold} must. Missing: {missing}. {self._way_out()}"
+                f"Round {place.round}, attempt {place.attempt}: {several(len(answered), 'site')} gave "
+                f"{self.stage.value}, {threshold} must. Missing: {missing}. {self._way_out()}"
             )
         if self.stage is Stage.KEYS:
             self._keyring = keyring_of(self._agreement, self._of(Keys))

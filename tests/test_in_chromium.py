@@ -62,6 +62,12 @@ OUTSIDE = """
   && !e.closest(".scroll, pre, .skip")).map((e) => e.outerHTML.slice(0, 80))
 """
 
+# Texts of tables that nobody sees who doesn't scroll sideways.
+UNSEEN = """
+[...document.querySelectorAll(".scroll td.text")].filter((e) => e.getClientRects().length
+  && e.getBoundingClientRect().right > e.closest(".scroll").getBoundingClientRect().right + 1).map((e) => e.textContent)
+"""
+
 
 @contextmanager
 def served(app: Any, pair: tuple[Path, Path] | None = None) -> Iterator[str]:
@@ -86,6 +92,7 @@ async def looks_well(tab: Tab, url: str, name: str, looks: tuple[tuple[str, int,
         await tab.go(url)
         assert await tab.run("document.documentElement.scrollWidth <= innerWidth"), (name, look)
         assert await tab.run(OUTSIDE) == [], (name, look)
+        assert await tab.run(UNSEEN) == [], (name, look)
         assert await tab.run(CONTRAST) == [], (name, look)
         if folder:
             await tab.shoot(Path(folder) / f"{name}-{look}.png")

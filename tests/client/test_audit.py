@@ -55,8 +55,8 @@ def filled(state: Path, entries: int = 7) -> Outbound:
 
 
 def shown(found: Audit) -> str:
-    console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(terminal(found))
+    console = Console(width=80, soft_wrap=True, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(terminal(found, {}))
     console.file.close()
     return console.export_text()
 
@@ -74,6 +74,7 @@ def test_what_was_written_down_is_told(tmp_path: Path) -> None:
     assert found.refusals == {f"because {number}": 1 for number in range(7)}
     assert len(files(tmp_path)) > 2, "the list goes on in new files"
     assert audit(tmp_path, expect=found.head).broken is None
+    assert {f"signed by       {found.key}", f"head            {found.head}"} <= {*shown(found).splitlines()}
 
 
 def test_a_list_of_nothing_is_whole_and_a_folder_without_one_is_named(tmp_path: Path) -> None:

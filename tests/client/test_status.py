@@ -1,6 +1,7 @@
 """What a site's people type to see how it stands, to approve with no more than their home, and to audit it."""
 
 import json
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,13 +12,14 @@ import fedcomet
 from client import daemon, status
 from client.approval import Approvals, site_key
 from client.budget import Budget, Release
+from client.dashboard import dashboard
 from client.home import SiteHome
 from client.outbound import Leaving, Outbound
 from client.policy import PolicyRefusal
 from federation.accountant import Gaussian, Mechanisms
 from federation.identity import Identity
 from federation.vitals import Vitals
-from tests.watched import site_home
+from tests.watched import Browser, site_home
 
 
 @pytest.fixture
@@ -105,7 +107,10 @@ def test_the_budget_is_told_by_run_with_what_is_reserved(home: SiteHome) -> None
 def test_an_approval_needs_no_more_than_the_home(home: SiteHome) -> None:
     home.policy.write_text("version = 1\n[privacy]\ntraining = 'optional'\n[secure_aggregation]\nrequired = false\n")
     (waits,) = Approvals(home.state).waiting()
-    assert waits in call("site", "approve", "--home", home.path).output
+    listed = call("site", "approve", "--home", home.path).output
+    since = r"since \d{4}-\d\d-\d\d \d\d:\d\d UTC"
+    told = rf"{waits} waits for approval: stroke-2026, {since}, asked by ed25519:(0f){{8}}…\n"
+    assert re.fullmatch(told, listed), listed
     done = call("site", "approve", waits[:8], "--home", home.path, given="y\n")
     assert f"approved: {waits}" in done.output
     assert "The coordinator could not be told" in done.output, "it is away here; the approval holds"
@@ -124,7 +129,10 @@ def test_a_refused_run_is_shown_with_its_rules_and_not_signed_while_it_breaks_th
         call("site", "approve", digest[:8], "--home", home.path, "--yes")
     assert not approvals.approved(digest)
     home.policy.write_text("version = 1\n[privacy]\ntraining = 'optional'\n[secure_aggregation]\nrequired = false\n")
-    assert f"{digest} was refused by the policy\n" in call("site", "approve", "--home", home.path).output
+    assert (
+        f"{digest} was refused by the policy: stroke-2026, since "
+        in call("site", "approve", "--home", home.path).output
+    )
     assert f"approved: {digest}" in call("site", "approve", digest[:8], "--home", home.path, "--yes").output
     assert call("site", "approve", "--home", home.path).output == "No run waits for approval.\n"
 
@@ -139,6 +147,10 @@ def test_updates_without_privacy_are_told_beside_the_budget_and_by_their_run_s_n
     for command in ("status", "budget"):
         assert told in call("site", command, home.path).output
     assert f"train.reply stroke-2026 ({digest[:8]}) round 1, 10 bytes" in call("site", "status", home.path).output
+    assert f"stroke-2026 {digest[:16]}" in call("site", "audit", home.path).output
+    page = Browser(dashboard(home, "token"), base="http://127.0.0.1:8453", address="127.0.0.1")
+    page.submit(page.get("/sign-in"), "/sign-in", secret="token")
+    assert f"stroke-2026 <code>{digest[:12]}</code>" in page.get("/").text
     assert json.loads(call("site", "budget", home.path, "--json").output)["without_privacy"] == [digest]
     (home.state / "budget.sqlite").unlink()
     assert told in call("site", "budget", home.path).output

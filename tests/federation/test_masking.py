@@ -62,6 +62,9 @@ def test_too_few_sites_are_told_with_the_stage_and_who_is_missing(stage: Stage) 
     played = Federation(agreement(5, 4))
     with pytest.raises(TooFewSites, match=rf"3 sites gave {stage.value}, 4 must. Missing: birch, elm\."):
         played.play(dropped={stage: ["birch", "elm"]})
+    alone = Federation(agreement(5, 4))
+    with pytest.raises(TooFewSites, match=rf"1 site gave {stage.value}, 4 must"):
+        alone.play(dropped={stage: ["birch", "cedar", "elm", "fir"]})
 
 
 def test_a_failed_stage_takes_the_answers_that_come_after_all() -> None:

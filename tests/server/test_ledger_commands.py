@@ -115,6 +115,9 @@ def test_runs_and_sites_are_listed(home: Path) -> None:
     assert (north["name"], north["status"], north["certificate"]) == ("north", "enrolled", "good")
     assert (south["name"], south["status"], south["certificate"]) == ("Ärzte-süd", "invited", "none")
     assert "0.3333" in told("sites", home)
+    piped = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["sites", str(home)]).output
+    assert "certificate until  epsilon  its limit" in piped
+    assert len(piped.splitlines()) == 3, "a line for each member"
 
 
 def test_logs_show_the_newest_last(home: Path) -> None:

@@ -28,6 +28,7 @@ from server.ledger import Ledger
 from server.plan import PrivacyPlan
 from server.restore import restore
 from server.rounds import Event, RoundFailed, Rounds, SumWaits
+from server.run_view import RunView, look
 from tests import tiny
 from tests.masked import Federation, dumped, needles, wire_bytes
 from tokenizer.errors import ConfigError, DataError
@@ -72,6 +73,11 @@ def entry_of(root: Path, purpose: str = "train", number: int = 1) -> SumEntry:
         entry = journal.sum(number, purpose)
     assert entry is not None
     return entry
+
+
+def page_of(root: Path) -> RunView:
+    with Ledger.open(root / "run/ledger.sqlite") as ledger:
+        return look(ledger, ledger.runs()[0].name)
 
 
 class Killed(BaseException):
@@ -145,11 +151,18 @@ def test_too_few_sites_fail_the_round_with_the_reason_and_it_goes_on_when_they_a
     signed = kind == "query.mask_open"
     ended = "sum.waits" if signed else "sum.failed"
     assert "Missing: site-1, site-3" in entry.reason
+    assert re.search(r"[^.] \(site-1, site-3: no answer before the deadline\)\.$", entry.reason)
     assert "Missing: site-1, site-3" in next(event.text for event in played.events if event.kind == ended)
     assert entry.attempt == (2 if signed else 4)
     assert bool(entry.collected_sha256) == signed
+    page, doing = page_of(ram_path), f"summing under masks (attempt {entry.attempt}, {entry.stage})"
+    assert f"round 1 of 1, {doing}; 4 of 4 sites have answered; missing in the sum: site-1, site-3." in page.said
+    assert [site.no_update for site in page.sites] == [0, 1, 0, 1]
+    assert {(each.site, each.what) for each in page.refusals} == {(f"site-{n}", "sum, train") for n in (1, 3)}
+    assert "collecting answers and their masked sum" in {words for words, *_ in page.phases}
     played.grid.nodes = undisturbed
     played.lead()
+    assert [site.no_update for site in page_of(ram_path).sites] == [0, 0, 0, 0]
     after = entry_of(ram_path)
     assert (after.sites, after.reason) == ("site-0,site-1,site-2,site-3", "")
     assert after.attempt == (2 if signed else 5)

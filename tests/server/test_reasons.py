@@ -10,10 +10,12 @@ def test_sites_with_one_reason_stand_together() -> None:
         "general": f"general has not approved the manifest {'e4' * 32}; fedcomet site approve {'e4' * 8}.",
     }
     assert gathered(reasons, 500) == (
-        "heart, general: the site has not approved the manifest e4e4e4e4; fedcomet site approve e4e4e4e4e4e4e4e4.; "
+        "heart, general: the site has not approved the manifest e4e4e4e4; fedcomet site approve e4e4e4e4e4e4e4e4; "
         "icu: the disk of icu-2 is full"
     )
-    assert gathered({"heart": "heart is full"}, 500) == "heart: heart is full"
+    assert gathered({"heart": "heart is full."}, 500) == "heart: is full"
+    assert gathered({"heart": "heart: no room"}, 500) == "heart: no room"
+    assert gathered({"heart": "heart-2's disk is full"}, 500) == "heart: heart-2's disk is full"
     assert gathered({}, 500) == ""
 
 
