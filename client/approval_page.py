@@ -13,6 +13,7 @@ from federation.manifest import Manifest, Privacy
 from federation.summed import shares_noise, update_bytes
 from model.settings import DecoderConfig
 from tokenizer.errors import FedcometError
+from tokenizer.wording import several
 
 
 def sections(asked: Asked) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -173,9 +174,8 @@ def _composed(manifest: Manifest, privacy: Privacy) -> str:
 
 
 def _model(config: DecoderConfig) -> str:
-    return (
-        f"{config.parameters():,} parameters, {config.layers} layers of width {config.width}, {config.vocab:,} tokens"
-    )
+    layers = several(config.layers, "layer")
+    return f"{config.parameters():,} parameters, {layers} of width {config.width}, {config.vocab:,} tokens"
 
 
 def _bytes(count: int) -> str:
