@@ -12,7 +12,7 @@ from model.decoder import Decoder
 from model.machine import choose_precision, measured_precision
 from model.parallel import Team, shares
 from model.settings import DecoderConfig, Machine, TrainOptions
-from model.train import StepResult, Trainer, compile_blocks_
+from model.train import StepResult, Trainer, WindowTooLarge, compile_blocks_
 from tests.model.test_train import CONFIG, OPTIONS, counting_batch, same_weights
 from tokenizer.errors import ConfigError
 
@@ -90,7 +90,7 @@ def test_a_window_that_does_not_fit_is_told_with_a_way_out_and_spares_the_weight
     trainer, _ = trained(PLAIN, steps=1)
     before = [weight.clone() for weight in trainer.decoder.parameters()]
     Scarce(monkeypatch, tokens=10)
-    with pytest.raises(ConfigError, match=r"A window of \d+ tokens doesn't fit.*checkpointing"):
+    with pytest.raises(WindowTooLarge, match=r"A window of \d+ tokens doesn't fit.*checkpointing"):
         trainer.step(counting_batch(1))
     assert all(map(torch.equal, before, trainer.decoder.parameters()))
 

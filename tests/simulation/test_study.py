@@ -195,7 +195,7 @@ def test_a_site_without_patients_is_named_and_the_others_go_on(tmp_path: Path) -
     found = run_study(study(files), tmp_path / "study", workers=2)
     failed = {arm.name: arm.failure for arm in found.arms if arm.failure}
     assert list(failed) == ["empty alone"]
-    assert "empty has no patients" in failed["empty alone"]
+    assert "empty: has no patients" in failed["empty alone"]
     report = report_of(found, "")
     empty = next(site for site in report.sites if site.name == "empty")
     assert "no patients" in empty.note
