@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 from client.approval import Approvals, Asked
@@ -27,7 +28,7 @@ def sections(asked: Asked) -> list[tuple[str, list[tuple[str, str]]]]:
 
 def terminal(asked: Asked, policy: Policy | None, broken: Iterable[Broken]) -> RenderableType:
     """Lay the summary out for the terminal."""
-    parts: list[RenderableType] = [_table(title, rows) for title, rows in sections(asked)]
+    parts: list[RenderableType] = [_table(escape(title), rows) for title, rows in sections(asked)]
     found = list(broken)
     if policy is None:
         parts.append(
@@ -191,5 +192,5 @@ def _table(title: str, rows: list[tuple[str, str]]) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))  # what the coordinator wrote is no markup
     return table

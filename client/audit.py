@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 from client.approval import site_key
@@ -133,7 +134,7 @@ def terminal(found: Audit, names: Mapping[str, str]) -> RenderableType:
             table = Table(title, "messages", "bytes", title_justify="left")
             for name, total in totals.items():
                 shown = f"{names.get(name, '')} {name[:16]}".lstrip() if title == "run" else name
-                table.add_row(shown, f"{total.messages:,}", f"{total.bytes:,}")
+                table.add_row(escape(shown), f"{total.messages:,}", f"{total.bytes:,}")
             parts.append(table)
     if found.epsilons:
         parts.append(_counts("privacy cost to a patient", "releases", found.epsilons))
@@ -211,5 +212,5 @@ def _summed(entries: list[Entry], head: str, public: str) -> Audit:
 def _counts(title: str, unit: str, counts: Mapping[str, int]) -> Table:
     table = Table(title, unit)
     for told, count in counts.items():
-        table.add_row(told, f"{count:,}")
+        table.add_row(escape(told), f"{count:,}")
     return table

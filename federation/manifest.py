@@ -348,6 +348,9 @@ class Manifest:
     version: int = VERSION
 
     def __post_init__(self) -> None:
+        # People read them in terminals, which other characters could lead to show something else.
+        if not all(text.isprintable() for text in (self.name, self.software, *self.purposes)):
+            raise ConfigError("name, software and purposes must be printable characters on one line.")
         if self.sites_per_round is not None and self.sites_per_round < max(1, self.min_sites):
             raise ConfigError("sites_per_round must be at least min_sites, or absent.")
         if self.local.correct_drift:

@@ -114,7 +114,6 @@ def coordinate(
 def _lead(run_dir: Path, plan: FederationPlan, post: Post, journal: Journal, wishes: Wishes) -> Outcome:
     """Go through all that is left of a run."""
     wishes.between_rounds()
-    plan.check()
     codebook = _codebook(run_dir, plan, post, journal)
     manifest = plan.manifest(codebook)
     durable.write_bytes(run_dir / "manifest.json", manifest.to_bytes())
@@ -388,6 +387,7 @@ def _codebook(run_dir: Path, plan: FederationPlan, post: Post, journal: Journal)
     if plan.codebook is not None:
         codebook = Codebook.from_bytes(plan.codebook)
     else:
+        plan.check()
         codebook = Codebook.build(merge(_surveys(run_dir, plan, post, journal)))
     codebook.save(path)
     post.tell(Event("codebook.built", text=codebook.hash, values={"tokens": len(codebook)}))

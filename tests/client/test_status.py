@@ -1,16 +1,19 @@
 """What a site's people type to see how it stands, to approve with no more than their home, and to audit it."""
 
+import io
 import json
 import re
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import fedcomet
 from client import daemon, status
-from client.approval import Approvals, site_key
+from client.approval import Approvals, Asked, site_key
+from client.approval_page import terminal
 from client.budget import Budget, Release
 from client.dashboard import dashboard
 from client.home import SiteHome
@@ -19,7 +22,9 @@ from client.policy import PolicyRefusal
 from federation.accountant import Gaussian, Mechanisms
 from federation.identity import Identity
 from federation.vitals import Vitals
+from tests import tiny
 from tests.watched import Browser, site_home
+from tokenizer.codebook import Codebook, Survey, TokenizerOptions
 
 
 @pytest.fixture
@@ -179,3 +184,13 @@ def test_an_audit_takes_the_home_as_well_as_the_state(home: SiteHome) -> None:
     by_home = call("site", "audit", home.path, "--json").output
     assert json.loads(by_home)["broken"] is None
     assert json.loads(by_home) == json.loads(call("site", "audit", home.state, "--json").output)
+
+
+def test_a_coordinators_words_are_no_markup() -> None:
+    plan = tiny.plan(name="x[/red]", purposes=("q[/b]",), tokenizer=TokenizerOptions())
+    manifest = plan.manifest(Codebook.build(Survey(TokenizerOptions())))
+    console = Console(soft_wrap=True, record=True, file=io.StringIO())
+    console.print(terminal(Asked(manifest), None, []))
+    shown = console.export_text()
+    assert "What will run: x[/red]" in shown
+    assert "q[/b]" in shown

@@ -94,3 +94,9 @@ def test_privacy_that_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:
 def test_secure_aggregation_that_makes_no_sense_is_refused(wrong: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         dataclasses.replace(MASKED, **wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"name": "a\x1b[2Jb"}, {"name": "two\nlines"}, {"purposes": ("a\rb",)}])
+def test_what_people_read_of_a_manifest_is_printable(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="printable"):
+        dataclasses.replace(MANIFEST, **wrong)
